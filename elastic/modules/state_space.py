@@ -1,0 +1,104 @@
+"""State-space backends: the causal convolution and the Mamba-2 scan, in plain PyTorch or with mamba-ssm's kernels.
+
+Shapes: B batch, L length, C chunks of Q tokens, G groups, R heads of a group, H = G*R heads, P channels, N state.
+The scan is eq. of "Transformers are SSMs" (arXiv 2405.21060): S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t + D x_t.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class StateSpaceBackend(Protocol):
+    """The two operations of a Mamba-2 mixer that need a kernel on a GPU."""
+
+    name: str
+
+    def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Convolve `x` [B, L, I] with depthwise taps `weight` [I, k], add `bias` [I], apply SiLU."""
+
+    def scan(self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        """Run the recurrence: x [B,L,H,P], dt [B,L,H] after softplus, a [H] < 0, b and c [B,L,G,N], d [H]."""
+
+
+class TorchStateSpace:
+    """Chunked scan and shifted multiply-adds in PyTorch; runs anywhere, any dtype."""
+
+    name = "torch"
+
+    def __init__(self, chunk_tokens: int = 64) -> None:
+        self.chunk_tokens = chunk_tokens
+
+    def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Convolve as k shifted multiply-adds, faster on a CPU than conv1d."""
+        taps, length = weight.shape[1], x.shape[1]
+        padded = F.pad(x, (0, 0, taps - 1, 0))
+        y = torch.addcmul(bias, padded[:, :length], weight[:, 0])
+        for tap in range(1, taps):
+            y = torch.addcmul(y, padded[:, tap : tap + length], weight[:, tap])
+        return F.silu(y)
+
+    def scan(self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        """Scan in chunks: matrix products inside a chunk, a short recurrence between chunks."""
+        length, q = x.shape[1], self.chunk_tokens
+        padding = -length % q
+        x_padded, dt, b, c = (_pad_length(t, padding) for t in (x, dt, b, c))
+        groups, state = b.shape[2:]
+        wide = torch.promote_types(dt.dtype, torch.float32)
+        dt, a = dt.to(wide), a.to(wide)
+
+        def chunked(t: Tensor, *last: int) -> Tensor:  # [B, C*Q, G*R, ...] -> [B, C, G, R, Q, ...]
+            return t.view(t.shape[0], -1, q, groups, t.shape[2] // groups, *last).permute(
+                0, 1, 3, 4, 2, *range(5, 5 + len(last))
+            )
+
+        # 1. Cumulative log-decay inside each chunk [B,C,G,R,Q], and inputs scaled by dt.
+        decay = chunked(dt * a).cumsum(-1)
+        x_dt = chunked(x_padded * dt.unsqueeze(-1).to(x.dtype), x.shape[-1])
+        b_chunk = b.view(b.shape[0], -1, q, groups, state).transpose(2, 3)  # [B,C,G,Q,N]
+        c_chunk = c.view(b.shape[0], -1, q, groups, state).transpose(2, 3)
+        # 2. Inside a chunk: y_i = sum_{j<=i} (C_i . B_j) exp(decay_i - decay_j) dt_j x_j.
+        above = torch.ones(q, q, dtype=torch.bool, device=x.device).triu(1)
+        between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill(above, float("-inf")).exp().to(x.dtype)
+        scores = (c_chunk @ b_chunk.transpose(-1, -2)).unsqueeze(3) * between
+        y = scores @ x_dt
+        # 3. What each chunk adds to the state [B,C,G,R,P,N], then the recurrence from chunk to chunk.
+        to_end = (decay[..., -1:] - decay).exp().to(x.dtype)
+        added = (x_dt * to_end.unsqueeze(-1)).transpose(-1, -2) @ b_chunk.unsqueeze(3)
+        chunk_decay = decay[..., -1].exp()[..., None, None]
+        carried, states = torch.zeros_like(added[:, 0], dtype=wide), []
+        for index in range(added.shape[1]):
+            states.append(carried)
+            carried = carried * chunk_decay[:, index] + added[:, index]
+        before = torch.stack(states, dim=1).to(x.dtype)
+        # 4. What earlier chunks contribute through the state.
+        y = y + (c_chunk.unsqueeze(3) @ before.transpose(-1, -2)) * decay.exp().unsqueeze(-1).to(x.dtype)
+        y = y.permute(0, 1, 4, 2, 3, 5).reshape(x_padded.shape)[:, :length]
+        return y + x * d.to(x.dtype).unsqueeze(-1)
+
+
+class MambaSsmStateSpace:
+    """mamba-ssm's and causal-conv1d's Triton / CUDA kernels."""
+
+    name = "mamba_ssm"
+
+    def __init__(self, chunk_tokens: int = 256) -> None:
+        from causal_conv1d import causal_conv1d_fn
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+        self.chunk_tokens, self._conv, self._scan = chunk_tokens, causal_conv1d_fn, mamba_chunk_scan_combined
+
+    def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Convolve with causal-conv1d, which wants channels before length."""
+        return self._conv(x.transpose(1, 2), weight.contiguous(), bias, activation="silu").transpose(1, 2)
+
+    def scan(self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        """Scan with mamba-ssm's chunked kernel; dt is already positive, so its own softplus stays off."""
+        return self._scan(x, dt, a.float(), b, c, chunk_size=self.chunk_tokens, D=d.float(), dt_softplus=False)
+
+
+def _pad_length(t: Tensor, padding: int) -> Tensor:
+    """Append `padding` zero tokens; dt = 0 there leaves the state untouched."""
+    return t if padding == 0 else F.pad(t, (0, 0) * (t.dim() - 2) + (0, padding))
