@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from elastic.modules.gate import LayerGate, residual
+from elastic.modules.observe import LayerObserver
 
 
 class SdpaCoreAttention(MegatronModule):
@@ -64,13 +65,15 @@ class SdpaCoreAttention(MegatronModule):
 class ElasticSelfAttention(SelfAttention):
     """Query heads are elastic inside each KV group; keys and values stay."""
 
-    def forward_gated(self, x: Tensor, gate: LayerGate) -> Tensor:
+    def forward_gated(self, x: Tensor, gate: LayerGate, observer: LayerObserver | None = None) -> Tensor:
         """Map [S, B, D] to [S, B, D] under the layer's head gate."""
         kv, a = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         qkv = self.linear_qkv.forward_cut(x, gate.cut)
         qkv = qkv.view(*qkv.shape[:2], kv, -1, a)  # [S, B, kv, h/kv + 2, A]
         query, key, value = qkv.split([qkv.shape[3] - 2, 1, 1], dim=3)
         query = query.reshape(*query.shape[:2], -1, a)
+        if observer is not None:
+            observer.query(query)
         context = self.core_attention(
             query, key.squeeze(3), value.squeeze(3), None, attn_mask_type=self.attn_mask_type
         )  # [S, B, h*A]
@@ -82,6 +85,9 @@ class ElasticSelfAttention(SelfAttention):
 class ElasticAttentionLayer(TransformerLayer):
     """x + g_depth g_hidden Attention(norm(x))."""
 
-    def forward(self, x: Tensor, gate: LayerGate) -> Tensor:
+    def forward(self, x: Tensor, gate: LayerGate, observer: LayerObserver | None = None) -> Tensor:
         """Map the stream [S, B, D] to the stream."""
-        return residual(x, self.self_attention.forward_gated(self.input_layernorm(x, gate.hidden), gate), gate)
+        normalised = self.input_layernorm(x, gate.hidden)
+        if observer is not None:
+            observer.normalised(normalised)
+        return residual(x, self.self_attention.forward_gated(normalised, gate, observer), gate)

@@ -149,13 +149,12 @@ class GateResolver(nn.Module):
             if gates.subnet is None or gates.weights:
                 raise GatesError("slice execution takes a subnet and no weights; use Gates.slice(subnet)")
             gates.subnet.shape(self.space.parent)
-            widths = {Axis.FFN: gates.subnet.ffn, Axis.MAMBA_HEAD: gates.subnet.mamba_heads}
-            widths[Axis.ATTENTION_HEAD] = gates.subnet.attention_heads
-            for axis, chosen in widths.items():
-                multiple = self.space.multiple(axis)
-                if any(width % multiple for width in chosen):
-                    raise GatesError(f"{axis}: widths {chosen} must be multiples of {multiple}")
+            lanes = self.space.multiple(Axis.FFN)
+            if any(width % lanes for width in gates.subnet.ffn):
+                raise GatesError(f"ffn: widths {gates.subnet.ffn} must be multiples of {lanes}, the number of lanes")
             return
+        if gates.subnet is not None:
+            raise GatesError("mask execution takes weights and no subnet; use Gates.mask(weights)")
         for axis, weights in gates.weights.items():
             expected = (self.space.num_slots(axis), len(self.space.axes[axis].choices))
             if not self.space.is_elastic(axis) or tuple(weights.shape) != expected:

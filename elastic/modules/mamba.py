@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from elastic.modules.gate import LayerGate, residual
 from elastic.modules.norm import GatedGroupNorm
+from elastic.modules.observe import LayerObserver
 from elastic.modules.state_space import StateSpaceBackend
 from elastic.space.nesting import Cut, DimKind, take
 
@@ -150,13 +151,16 @@ class PortableMambaMixer(MambaMixer):
 class ElasticMambaMixer(PortableMambaMixer):
     """Heads are elastic inside each SSM group, channels inside each head; B, C and the state stay."""
 
-    def forward_gated(self, x: Tensor, gate: LayerGate) -> Tensor:
+    def forward_gated(self, x: Tensor, gate: LayerGate, observer: LayerObserver | None = None) -> Tensor:
         """Map [S, B, D] to [S, B, D] under the layer's head and channel gates."""
         cut = gate.cut
         inner = cut.layout(DimKind.INNER)
         cp = self.cp if inner.is_whole else self._context_parallel(cut)
-        zxbcdt = cp.pre_conv_ssm(self.in_proj.forward_cut(x, cut))
-        y = cp.post_conv_ssm(self._state_space(zxbcdt, cp))  # [S, B, i]
+        zxbcdt = self.in_proj.forward_cut(x, cut)
+        if observer is not None:
+            x_rows = zxbcdt.narrow(-1, inner.kept_size, inner.kept_size)
+            observer.mamba_inner(x_rows.unflatten(-1, (cp.nheads_local_tp, -1)))
+        y = cp.post_conv_ssm(self._state_space(cp.pre_conv_ssm(zxbcdt), cp))  # [S, B, i]
         if gate.inner.vector is not None or gate.channels.vector is not None:
             per_head = y.unflatten(-1, (cp.nheads_local_tp, -1))
             y = gate.channels.apply(per_head)
@@ -171,6 +175,9 @@ class ElasticMambaMixer(PortableMambaMixer):
 class ElasticMambaLayer(MambaLayer):
     """x + g_depth g_hidden Mamba(norm(x))."""
 
-    def forward(self, x: Tensor, gate: LayerGate) -> Tensor:
+    def forward(self, x: Tensor, gate: LayerGate, observer: LayerObserver | None = None) -> Tensor:
         """Map the stream [S, B, D] to the stream."""
-        return residual(x, self.mixer.forward_gated(self.norm(x, gate.hidden), gate), gate)
+        normalised = self.norm(x, gate.hidden)
+        if observer is not None:
+            observer.normalised(normalised)
+        return residual(x, self.mixer.forward_gated(normalised, gate, observer), gate)

@@ -5,14 +5,17 @@ from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
 from elastic.modules.gate import LayerGate, residual
+from elastic.modules.observe import LayerObserver
 
 
 class ElasticMLP(MLP):
     """W2 (g_ffn * relu(W1 x)^2)."""
 
-    def forward_gated(self, x: Tensor, gate: LayerGate) -> Tensor:
+    def forward_gated(self, x: Tensor, gate: LayerGate, observer: LayerObserver | None = None) -> Tensor:
         """Map [S, B, D] to [S, B, D] under the layer's ffn gate."""
         pre_activation = self.linear_fc1.forward_cut(x, gate.cut)  # [S, B, f]
+        if observer is not None:
+            observer.ffn(pre_activation)
         neurons = gate.inner.apply(self.activation_func(pre_activation))
         return self.linear_fc2.forward_cut(neurons, gate.cut)
 
@@ -20,6 +23,9 @@ class ElasticMLP(MLP):
 class ElasticMLPLayer(MLPLayer):
     """x + g_depth g_hidden MLP(norm(x))."""
 
-    def forward(self, x: Tensor, gate: LayerGate) -> Tensor:
+    def forward(self, x: Tensor, gate: LayerGate, observer: LayerObserver | None = None) -> Tensor:
         """Map the stream [S, B, D] to the stream."""
-        return residual(x, self.mlp.forward_gated(self.pre_mlp_layernorm(x, gate.hidden), gate), gate)
+        normalised = self.pre_mlp_layernorm(x, gate.hidden)
+        if observer is not None:
+            observer.normalised(normalised)
+        return residual(x, self.mlp.forward_gated(normalised, gate, observer), gate)

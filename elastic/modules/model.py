@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from elastic.modules.initialize import initialize_parameters
+from elastic.modules.observe import Observer
 from elastic.modules.segments import pipeline_pattern
 from elastic.modules.specs import Kernels, elastic_stack_spec
 from elastic.space.axes import Space
@@ -33,14 +34,14 @@ class Layout:
 class ElasticModel(HybridModel):
     """HybridModel whose layers obey Gates; parameter names are Megatron-Core's own."""
 
-    def forward(self, tokens: Tensor | None, gates: Gates | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, tokens: Tensor | None, gates: Gates | None = None, observer: Observer | None = None) -> Tensor:
         """Map tokens [B, S] to final hidden states [S(/tp), B, d] on the last stage, to the stream before it.
 
         `gates` None runs the whole parent. Packed sequences have no argument here: documents in one sequence see
-        each other, or are fed one per sequence.
+        each other, or are fed one per sequence. `observer` sees what the layers compute.
         """
         embedded = self.embedding(input_ids=tokens, position_ids=None) if self.pre_process else None
-        return self.decoder(embedded, gates)
+        return self.decoder(embedded, gates, observer)
 
     def head_weight(self, gates: Gates | None = None) -> Tensor:
         """Return this rank's rows of the head, cut to the stream's width: [v, d]."""

@@ -6,7 +6,6 @@ Shapes: S sequence, B batch, D hidden, G groups, I = heads x channels; lower cas
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
@@ -34,10 +33,9 @@ class ElasticRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, hidden: WidthGate | None = None) -> Tensor:
         """Normalise `x` [S, B, d] over its active channels; `hidden` None means all of them."""
-        weight = self.weight[: x.shape[-1]]
-        if hidden is None or hidden.vector is None:
-            return F.rms_norm(x, (x.shape[-1],), weight, self.epsilon)
-        return gated_rms(x, hidden.active, self.epsilon) * weight
+        width = x.shape[-1]
+        active = width if hidden is None else hidden.active
+        return gated_rms(x, active, self.epsilon) * self.weight[:width]
 
 
 class GatedGroupNorm(nn.Module):

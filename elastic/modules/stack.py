@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from elastic.modules.gate import GateResolver, StreamGates
 from elastic.modules.norm import ElasticRMSNorm
+from elastic.modules.observe import Observer
 from elastic.space.axes import Space
 from elastic.space.gates import Gates
 from elastic.space.pattern import LayerKind
@@ -65,12 +66,12 @@ class ElasticStack(HybridStack):
         if post_process:
             self.final_norm = ElasticRMSNorm(config, config.hidden_size, eps=config.layernorm_epsilon)
 
-    def forward(self, hidden_states: Tensor | None, gates: Gates | None) -> Tensor:  # type: ignore[override]
+    def forward(self, hidden_states: Tensor | None, gates: Gates | None, observer: Observer | None = None) -> Tensor:
         """Run this stage's layers under `gates` (None: the whole parent).
 
         Takes the embeddings [S, B, D] on the first stage, else what `set_input_tensor` was given. Returns the
         normalised [S, B, d] on the last stage; between stages the stream is padded to D, the size the pipeline
-        schedule exchanges.
+        schedule exchanges. `observer` sees what the layers compute.
         """
         stream = self.resolver.full() if gates is None else self.resolver.resolve(gates)
         x = hidden_states if self.pre_process else self.input_tensor
@@ -78,21 +79,22 @@ class ElasticStack(HybridStack):
         x = x[..., : stream.width]
         if self.pre_process:
             x = stream.hidden.apply(x)
-        x = self._run_layers(x, stream)
+        x = self._run_layers(x, stream, observer)
         if self.post_process:
             return self.final_norm(x, stream.hidden)
         return F.pad(x, (0, self.config.hidden_size - stream.width))
 
-    def _run_layers(self, x: Tensor, stream: StreamGates) -> Tensor:
+    def _run_layers(self, x: Tensor, stream: StreamGates, observer: Observer | None) -> Tensor:
         recompute = self.config.recompute_granularity == "full" and self.training and x.requires_grad
-        for layer, gate in zip(self.layers, stream.layers, strict=True):
+        assert observer is None or not recompute, "a recomputed layer would be observed twice"
+        for layer, gate, layer_index in zip(self.layers, stream.layers, self.resolver.layer_indices, strict=True):
             if gate.skipped:
                 continue
             if recompute:
                 # The gate travels inside the call, so the recomputed forward sees its own micro-batch's choice.
                 x = checkpoint(layer, x, gate, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, gate)
+                x = layer(x, gate, None if observer is None else observer.layer(layer_index))
         return x
 
     def sharded_state_dict(

@@ -1,0 +1,50 @@
+# Everything starts here: `make` lists the commands. Each sets up the environment it needs, once.
+# VENV=DIR uses an environment elsewhere; PY=PYTHON on the command line uses that interpreter as it is, no set-up.
+VENV ?= .venv
+override VENV := $(patsubst ~/%,$(HOME)/%,$(VENV))
+PY = $(VENV)/bin/python
+TESTS ?= tests
+MARKERS ?= not gpu and not slow
+
+export VENV
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+export TOKENIZERS_PARALLELISM := false
+ifeq ($(wildcard /dev/nvidia0),)
+export TORCHDYNAMO_DISABLE := 1
+endif
+smoke test: export HF_HUB_OFFLINE := 1
+test: export OMP_NUM_THREADS := 1
+
+.PHONY: help setup smoke test lint benchmark clean
+.DEFAULT_GOAL := help
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  VENV=DIR      use or make the environment DIR, to share 5 GB between clones (default .venv)"
+	@echo "  PYTHON=FILE   make the environment with this Python 3.12 or 3.13 (default: the first that runs)"
+	@echo "  PY=FILE       run with this interpreter as it is and set up nothing (containers)"
+	@echo "  TESTS=PATH    test only this (default tests); MARKERS=EXPR picks by marker (default '$(MARKERS)')"
+
+setup: ## make the environment, if it is not up to date
+ifneq ($(origin PY),command line)
+	@bash launch/bootstrap.sh
+endif
+
+smoke: setup ## train one nested family on real text and export it: runs/smoke/summary.json
+	"$(PY)" recipes/smoke.py
+
+test: setup ## run the tests that need no GPU
+	"$(PY)" -m pytest -m "$(MARKERS)" $(TESTS)
+
+lint: setup ## check style (ruff check, ruff format) and types (mypy)
+	"$(PY)" -m ruff check .
+	"$(PY)" -m ruff format --check .
+	"$(PY)" -m mypy elastic recipes
+
+benchmark: setup ## measure the ratios that the README states
+	"$(PY)" recipes/benchmark.py
+
+clean: ## remove caches and build products; never runs/, data/ or the environment
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find elastic recipes tests launch -name __pycache__ -type d -prune -exec rm -rf {} +

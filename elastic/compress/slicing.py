@@ -1,0 +1,140 @@
+"""Cut a submodel's tensors out of its parent, one tensor at a time, by the nested layout (DESIGN 2)."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
+from torch import Tensor
+
+from elastic.space.nesting import (
+    LAYER_PARAMETERS,
+    LAYER_PREFIX,
+    MODEL_PARAMETERS,
+    Cut,
+    DimKind,
+    parameter_dims,
+    split_parameter_name,
+    take,
+)
+from elastic.space.pattern import LayerKind
+from elastic.space.shape import ModelShape
+from elastic.space.subnet import Subnet, SubnetError
+
+# Where full tensors come from: a dict, or a function that reads one tensor by name from disk.
+TensorSource = Mapping[str, Tensor] | Callable[[str], Tensor]
+
+_KIND_OF_MODULE = {
+    "norm": LayerKind.MAMBA,
+    "mixer": LayerKind.MAMBA,
+    "input_layernorm": LayerKind.ATTENTION,
+    "self_attention": LayerKind.ATTENTION,
+    "pre_mlp_layernorm": LayerKind.MLP,
+    "mlp": LayerKind.MLP,
+}
+
+
+def reader(source: TensorSource) -> Callable[[str], Tensor]:
+    """Return the function that fetches one tensor by name, whichever form `source` has."""
+    return source.__getitem__ if isinstance(source, Mapping) else source
+
+
+def layer_parameters(kind: LayerKind) -> tuple[str, ...]:
+    """List the parameter names of one layer of `kind`, without the layer prefix."""
+    return tuple(name for name in LAYER_PARAMETERS if _KIND_OF_MODULE[name.split(".")[0]] is kind)
+
+
+def parameter_names(shape: ModelShape) -> Iterator[str]:
+    """Yield the Megatron-Core names of a model's parameters: embedding, layers, final norm, head unless tied."""
+    embedding, final_norm, head = MODEL_PARAMETERS
+    yield embedding
+    for layer_index, kind in enumerate(shape.pattern.kinds):
+        yield from (f"{LAYER_PREFIX}{layer_index}.{name}" for name in layer_parameters(kind))
+    yield final_norm
+    if not shape.tied_embeddings:
+        yield head
+
+
+def parameter_size(name: str, shape: ModelShape) -> tuple[int, ...]:
+    """Return the full size of one parameter; raises KeyError for a name the model does not have."""
+    cut = layer_cut(shape, Subnet.full(shape), split_parameter_name(name)[0], lanes=1)
+    # The convolution is depthwise: [channels, 1, taps] is the only parameter with dimensions that are never cut.
+    whole = iter((1, shape.conv_kernel))
+    return tuple(next(whole) if kind is DimKind.WHOLE else cut.layout(kind).full_size for kind in parameter_dims(name))
+
+
+def layer_cut(parent: ModelShape, subnet: Subnet, layer_index: int | None, lanes: int, tensor_parallel: int = 1) -> Cut:
+    """Return what a subnet keeps of one parent layer; `layer_index` None is for parameters outside the layers.
+
+    Raises SubnetError if an FFN width, the parent's or the chosen one, cannot be dealt into `lanes`.
+    """
+    widths = dict.fromkeys(LayerKind, (0, 0))
+    if layer_index is not None:
+        kind = parent.pattern.kinds[layer_index]
+        widths[kind] = (parent.width(layer_index), subnet.width(parent, layer_index))
+    wrong = [width for width in widths[LayerKind.MLP] if width % lanes]
+    if wrong:
+        nearest = max(lanes, round(wrong[0] / lanes) * lanes)
+        raise SubnetError(
+            f"subnet: ffn = {wrong[0]} of layer {layer_index} must be a multiple of lanes = {lanes}; "
+            f"nearest legal is {nearest}"
+        )
+    return Cut(
+        shape=parent,
+        hidden=subnet.hidden,
+        head_channels=subnet.head_channels,
+        ffn=widths[LayerKind.MLP],
+        mamba_heads=widths[LayerKind.MAMBA],
+        attention_heads=widths[LayerKind.ATTENTION],
+        lanes=lanes,
+        tensor_parallel=tensor_parallel,
+    )
+
+
+def cut_parameter(tensor: Tensor, name: str, cut: Cut) -> Tensor:
+    """Keep the nested part of one parameter along all its dimensions; a view where the layout allows it.
+
+    Raises ValueError if `tensor` does not have the parent's size.
+    """
+    kinds = parameter_dims(name)
+    if tensor.dim() != len(kinds):
+        raise ValueError(f"{name} has {tensor.dim()} dimensions, expected {len(kinds)}")
+    for dim, kind in enumerate(kinds):
+        if kind is not DimKind.WHOLE:
+            try:
+                tensor = take(tensor, dim, cut.layout(kind))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+    return tensor
+
+
+def submodel_source(source: TensorSource, parent: ModelShape, subnet: Subnet, lanes: int) -> Callable[[str], Tensor]:
+    """Return a function that gives one tensor of the submodel by its own name, cut from the parent when asked.
+
+    Layers are numbered anew, from 0 without gaps. Raises SubnetError or ShapeError if the subnet does not fit.
+    """
+    subnet.shape(parent)
+    for layer_index in subnet.kept_layers:
+        layer_cut(parent, subnet, layer_index, lanes)
+    return partial(_submodel_tensor, reader(source), parent, subnet, lanes)
+
+
+def submodel_tensors(
+    source: TensorSource, parent: ModelShape, subnet: Subnet, lanes: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of the submodel, each with storage of its own; differentiable back to the parent.
+
+    The sizes add up to `subnet_cost(parent, subnet).params`. Raises SubnetError or ShapeError if the subnet does
+    not fit in the parent.
+    """
+    read = submodel_source(source, parent, subnet, lanes)
+    return ((name, read(name)) for name in parameter_names(subnet.shape(parent)))
+
+
+def _submodel_tensor(
+    read: Callable[[str], Tensor], parent: ModelShape, subnet: Subnet, lanes: int, name: str
+) -> Tensor:
+    local_index, rest = split_parameter_name(name)
+    layer_index = None if local_index is None else subnet.kept_layers[local_index]
+    parent_name = name if layer_index is None else f"{LAYER_PREFIX}{layer_index}.{rest}"
+    kept = cut_parameter(read(parent_name), name, layer_cut(parent, subnet, layer_index, lanes))
+    # Without the copy a cut view would keep the whole parent tensor in memory.
+    return kept.clone()

@@ -1,0 +1,188 @@
+"""Read and write safetensors folders one tensor at a time, so that memory does not grow with the model."""
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_TYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class TensorFileError(ValueError):
+    """A folder of tensors that is incomplete, damaged, unsafe to read, or not what was announced."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a tensor will be before it exists."""
+
+    size: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the values."""
+        return torch.Size(self.size).numel() * self.dtype.itemsize
+
+
+def plan_shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[dict[str, TensorSpec]]:
+    """Deal tensors, in order, into files of at most `shard_bytes`; a larger tensor gets a file of its own."""
+    shards: list[dict[str, TensorSpec]] = [{}]
+    filled = 0
+    for name, spec in specs.items():
+        if shards[-1] and filled + spec.num_bytes > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = spec
+        filled += spec.num_bytes
+    return shards
+
+
+def write_tensors(
+    folder: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, Tensor]], shard_bytes: int
+) -> int:
+    """Write `tensors` as they come, converted to their spec's dtype, into one file or several with an index.
+
+    Returns the bytes of all values. Raises TensorFileError unless exactly the announced tensors come, each once.
+    """
+    shards = plan_shards(specs, shard_bytes)
+    count = len(shards)
+    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    names = [SINGLE_FILE] if count == 1 else names
+    pending = dict(specs)
+    with ExitStack() as stack:
+        places: dict[str, tuple[Any, int]] = {}
+        files = []
+        for file_name, shard in zip(names, shards, strict=True):
+            files.append(stack.enter_context(open(folder / file_name, "wb")))
+            header, offsets = _header(shard)
+            files[-1].write(header)
+            places |= {name: (files[-1], len(header) + offset) for name, offset in offsets.items()}
+        for name, tensor in tensors:
+            spec = pending.pop(name, None)
+            if spec is None or tuple(tensor.shape) != spec.size:
+                raise TensorFileError(f"tensor {name} {tuple(tensor.shape)} was not announced, or came twice: {spec}")
+            file, position = places[name]
+            file.seek(position)
+            values = tensor.detach().to("cpu", spec.dtype).contiguous()
+            file.write(values.reshape(-1).view(torch.uint8).numpy().data)
+            del tensor, values  # before the next one is read
+        if pending:
+            raise TensorFileError(f"{len(pending)} announced tensors never came: {', '.join(list(pending)[:4])}")
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+    total = sum(spec.num_bytes for spec in specs.values())
+    if count > 1:
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    return total
+
+
+def _header(shard: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
+    """Return a file's header and each tensor's offset behind it."""
+    offsets: dict[str, int] = {}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    # Wide types first: an fp32 tensor behind an odd number of bf16 values would not be aligned.
+    for name in sorted(shard, key=lambda name: -shard[name].dtype.itemsize):
+        spec = shard[name]
+        offsets[name], end = end, end + spec.num_bytes
+        entries[name] = {
+            "dtype": _TYPE_NAMES[spec.dtype],
+            "shape": list(spec.size),
+            "data_offsets": [offsets[name], end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, offsets
+
+
+class TensorFolder(Mapping[str, Tensor]):
+    """Tensors of a Hugging Face folder by name; each is read from its file when asked for.
+
+    Only safetensors are read, because loading a pickle runs code from the file. Raises TensorFileError if there is
+    nothing safe to read, a shard is missing or damaged, or the index names a tensor its file does not hold.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._files = _tensor_files(folder)
+        self._sizes: dict[str, tuple[int, ...]] = {}
+        for path in sorted(set(self._files.values())):
+            wanted = {name for name, file in self._files.items() if file == path}
+            with _open(path) as file:
+                held = set(file.keys())
+                if held != wanted:
+                    odd = ", ".join(sorted(held ^ wanted)[:4])
+                    raise TensorFileError(f"{path.name} and {INDEX_FILE} disagree about: {odd}")
+                self._sizes |= {name: tuple(file.get_slice(name).get_shape()) for name in held}
+
+    def __getitem__(self, name: str) -> Tensor:
+        # Opened for each tensor: an open file would keep every page it has read in memory.
+        with _open(self._files[name]) as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def size(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's size without reading its values."""
+        return self._sizes[name]
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise TensorFileError(f"{path.name} cannot be read, it is truncated or damaged: {error}") from error
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Map every tensor name to its file."""
+    if not folder.is_dir():
+        raise TensorFileError(f"{folder} is not a folder")
+    if (folder / INDEX_FILE).is_file():
+        return _indexed_files(folder)
+    single = folder / SINGLE_FILE
+    if not single.is_file():
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLE_SUFFIXES)
+        why = (
+            f"; {pickles[0]} is a pickle, which can run code when loaded; convert it to safetensors" if pickles else ""
+        )
+        raise TensorFileError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{why}")
+    with _open(single) as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def _indexed_files(folder: Path) -> dict[str, Path]:
+    try:
+        weight_map = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
+        entries = [(str(name), str(file)) for name, file in weight_map.items()]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise TensorFileError(f"{INDEX_FILE} is not a valid index: {error}") from error
+    if not entries:
+        raise TensorFileError(f"{INDEX_FILE} names no tensors")
+    for file in sorted({file for _, file in entries}):
+        if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+            raise TensorFileError(f"{INDEX_FILE} points to {file!r}; only safetensors files beside it are read")
+        if not (folder / file).is_file():
+            raise TensorFileError(f"shard {file} is missing from {folder}")
+    return {name: folder / file for name, file in entries}

@@ -1,0 +1,242 @@
+"""Distillation loss from hidden states: chunked, vocab-parallel, its gradients computed on the way.
+
+    KL(teacher || student) = sum_i p_i (log p_i - log q_i),   p = softmax(teacher / tau), q = softmax(student / tau)
+
+N tokens, n of them in a chunk, d / D student's and teacher's hidden width, v this rank's part of the vocabulary.
+Full logits [N, V] never exist: a chunk makes its [n, v] logits, turns them in place into the gradient of the loss with
+respect to the student's logits (`chunk.py`), multiplies that into the gradients of hidden states and head, and is gone.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from elastic.distill.chunk import LossSettings, chunk_loss
+from elastic.distill.vocab_parallel import VocabShard
+
+
+class DistillationError(ValueError):
+    """A loss asked for with settings or tensors that do not fit together."""
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """Sums over tokens: fp32 scalars (fp64 for fp64 inputs), equal on all ranks of the tensor-parallel group.
+
+    `total` = kl_weight * kl + cross_entropy_weight * cross_entropy carries the gradient. `kl` (with its tau^2; None
+    without a teacher) and `cross_entropy` (None unless weighted or asked for) are detached.
+    """
+
+    total: Tensor
+    kl: Tensor | None
+    cross_entropy: Tensor | None
+
+
+def distillation_loss(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_head: Tensor | None,
+    labels: Tensor | None,
+    token_weights: Tensor | None,
+    *,
+    kl_weight: float,
+    cross_entropy_weight: float,
+    temperature: float,
+    num_chunks: int,
+    tp_group: dist.ProcessGroup | None,
+    report_cross_entropy: bool = False,
+) -> LossTerms:
+    """Sum kl_weight * tau^2 * KL(teacher || student) + cross_entropy_weight * CE over weighted tokens (eq. 14, 16).
+
+    student_hidden [N, d], student_head [v, d], teacher_hidden [N, D], teacher_head [v, D] (this rank's rows of the
+    vocabulary), labels [N] global ids, token_weights [N] (1 where None). Matrix products run in the inputs' dtype, all
+    else in fp32 (fp64 for fp64 inputs). The temperature softens the KL only, never the cross-entropy. A label outside
+    the vocabulary makes the loss NaN unless its token weighs 0.
+
+    `num_chunks` bounds memory: three buffers [N / num_chunks, v] at a time. Gradients are ready when this returns, the
+    backward pass only scales them; they are not computed where none are wanted. Teacher and token weights get none.
+
+    With `tp_group` the gradient of student_hidden is this rank's PARTIAL sum over its part of the vocabulary: pass the
+    hidden states through `vocab_parallel.parallel_hidden`, whose backward adds the ranks up. The head's is complete.
+
+    Raises DistillationError for shapes, dtypes or settings that do not fit.
+    """
+    _check_settings(kl_weight, cross_entropy_weight, temperature, num_chunks)
+    _check_tensors(student_hidden, student_head, teacher_hidden, teacher_head, labels, token_weights)
+    if kl_weight > 0 and teacher_hidden is None:
+        raise DistillationError(f"teacher_hidden: missing, but kl_weight = {kl_weight} needs it; give it, or weight 0")
+    if cross_entropy_weight > 0 and labels is None:
+        raise DistillationError(
+            f"labels: missing, but cross_entropy_weight = {cross_entropy_weight} needs them; give them, or weight 0"
+        )
+    needs_grad = torch.is_grad_enabled() and (student_hidden.requires_grad or student_head.requires_grad)
+    settings = LossSettings(
+        kl_weight=kl_weight,
+        cross_entropy_weight=cross_entropy_weight,
+        temperature=temperature,
+        with_cross_entropy=labels is not None and (cross_entropy_weight > 0 or report_cross_entropy),
+        with_grad=needs_grad,
+        shard=VocabShard.of(student_head.shape[0], tp_group),
+    )
+    total, kl, cross_entropy = _ChunkedLoss.apply(
+        student_hidden, student_head, teacher_hidden, teacher_head, labels, token_weights, settings, num_chunks
+    )
+    return LossTerms(
+        total,
+        None if teacher_hidden is None else kl,
+        cross_entropy if settings.with_cross_entropy else None,
+    )
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Sums the loss chunk by chunk and keeps gradients instead of logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_hidden: Tensor,
+        student_head: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_head: Tensor | None,
+        labels: Tensor | None,
+        token_weights: Tensor | None,
+        settings: LossSettings,
+        num_chunks: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        num_tokens, dtype = student_hidden.shape[0], _loss_dtype(student_hidden)
+        if token_weights is None:
+            weights = student_hidden.new_ones(num_tokens, dtype=dtype)
+        else:
+            weights = token_weights.to(dtype)
+        hidden_grad = head_grad = None
+        if settings.with_grad and ctx.needs_input_grad[0]:
+            hidden_grad = torch.empty_like(student_hidden, memory_format=torch.contiguous_format)
+        if settings.with_grad and ctx.needs_input_grad[1]:
+            head_grad = torch.zeros(student_head.shape, dtype=dtype, device=student_head.device)
+        sums = torch.zeros(2, dtype=torch.float64, device=student_hidden.device)
+        step = max(1, math.ceil(num_tokens / num_chunks))
+        for start in range(0, num_tokens, step):
+            chunk = slice(start, start + step)
+            hidden = student_hidden[chunk]
+            logits = _logits(hidden, student_head)
+            teacher = None
+            if teacher_hidden is not None and teacher_head is not None:
+                teacher = _logits(teacher_hidden[chunk], teacher_head).to(dtype)
+            sums += chunk_loss(logits, teacher, None if labels is None else labels[chunk], weights[chunk], settings)
+            del teacher  # before the products allocate
+            if settings.with_grad:
+                # Now the gradient of the logits: a difference of softmaxes taken in fp32, only then rounded.
+                logits = logits.to(hidden.dtype)
+            if hidden_grad is not None:
+                torch.mm(logits, student_head, out=hidden_grad[chunk])
+            if head_grad is not None:
+                _add_product(head_grad, logits.t(), hidden)
+            del logits  # before the next chunk's exist
+        ctx.save_for_backward(hidden_grad, head_grad)
+        ctx.dtypes = student_hidden.dtype, student_head.dtype
+        total = settings.kl_weight * sums[0] + settings.cross_entropy_weight * sums[1]
+        kl, cross_entropy = sums.to(dtype).unbind()
+        ctx.mark_non_differentiable(kl, cross_entropy)
+        return total.to(dtype), kl, cross_entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_reported: Tensor) -> tuple[Tensor | None, ...]:
+        # New tensors, never the saved ones: Megatron-Core's mappings reduce a gradient in place. `grad` as [1], not as
+        # a scalar, so that it is not rounded to bf16 before the product.
+        scaled = (
+            None if saved is None else torch.mul(saved, grad.reshape(1), out=torch.empty_like(saved, dtype=dtype))
+            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *scaled, None, None, None, None, None, None
+
+
+def _loss_dtype(hidden: Tensor) -> torch.dtype:
+    """Return the dtype of softmaxes and sums: fp32, or fp64 where the inputs are."""
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def _has_half_products(tensor: Tensor) -> bool:
+    """Tell whether the device multiplies these half-precision matrices into an fp32 result (CUDA does)."""
+    return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16)
+
+
+def _logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """Return hidden head^T [n, v] in the loss's dtype, without rounding to half precision first where possible."""
+    if _has_half_products(hidden):
+        return torch.mm(hidden, head.t(), out_dtype=torch.float32)
+    return torch.mm(hidden, head.t()).to(_loss_dtype(hidden))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left right to `total`, in its dtype."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif _has_half_products(left):
+        total.add_(torch.mm(left, right, out_dtype=total.dtype))
+    else:
+        total.add_(torch.mm(left, right))
+
+
+def _check_settings(kl_weight: float, cross_entropy_weight: float, temperature: float, num_chunks: int) -> None:
+    """Raise DistillationError for numbers out of range."""
+    weights: Mapping[str, float] = {"kl_weight": kl_weight, "cross_entropy_weight": cross_entropy_weight}
+    for name, weight in weights.items():
+        if not (math.isfinite(weight) and weight >= 0):
+            raise DistillationError(f"{name} = {weight}: must be a finite number, at least 0")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise DistillationError(f"temperature = {temperature}: must be a finite number above 0; 1 leaves logits alone")
+    if num_chunks < 1:
+        raise DistillationError(f"num_chunks = {num_chunks}: must be at least 1; 1 takes all tokens at once")
+
+
+def _check_tensors(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_head: Tensor | None,
+    labels: Tensor | None,
+    token_weights: Tensor | None,
+) -> None:
+    """Raise DistillationError unless shapes and dtypes agree."""
+    _check_pair("student", student_hidden, student_head)
+    num_tokens, vocab = student_hidden.shape[0], student_head.shape[0]
+    if (teacher_hidden is None) != (teacher_head is None):
+        raise DistillationError("teacher_hidden and teacher_head: one of them is missing; give both or neither")
+    if teacher_hidden is not None and teacher_head is not None:
+        _check_pair("teacher", teacher_hidden, teacher_head)
+        _check_shape("teacher_hidden", teacher_hidden, (num_tokens, teacher_hidden.shape[1]), "student_hidden's tokens")
+        _check_shape("teacher_head", teacher_head, (vocab, teacher_head.shape[1]), "student_head's vocabulary rows")
+    if labels is not None:
+        _check_shape("labels", labels, (num_tokens,), "one id per token of student_hidden")
+        if labels.dtype not in (torch.int64, torch.int32):
+            raise DistillationError(f"labels: dtype {labels.dtype} must be an integer one; convert with .long()")
+    if token_weights is not None:
+        _check_shape("token_weights", token_weights, (num_tokens,), "one weight per token of student_hidden")
+
+
+def _check_pair(role: str, hidden: Tensor, head: Tensor) -> None:
+    """Raise DistillationError unless hidden [N, D] and head [v, D] multiply."""
+    for name, tensor in ((f"{role}_hidden", hidden), (f"{role}_head", head)):
+        if tensor.dim() != 2:
+            raise DistillationError(f"{name}: shape {tuple(tensor.shape)} must have 2 dimensions; flatten the others")
+    if hidden.shape[1] != head.shape[1]:
+        raise DistillationError(
+            f"{role}_head: width {head.shape[1]} must equal {role}_hidden's, {hidden.shape[1]}; "
+            "slice the head's columns to the width the hidden states were computed at"
+        )
+    if hidden.dtype != head.dtype:
+        raise DistillationError(f"{role}_head: dtype {head.dtype} must equal {role}_hidden's, {hidden.dtype}")
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], rule: str) -> None:
+    """Raise DistillationError unless the tensor has the expected shape."""
+    if tuple(tensor.shape) != expected:
+        raise DistillationError(f"{name}: shape {tuple(tensor.shape)} must be {expected}: {rule}")

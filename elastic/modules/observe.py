@@ -1,0 +1,32 @@
+"""What a forward pass shows to whoever asks for it: an argument of the call, never a hook or a slot on a module.
+
+Shapes: S sequence, B batch, D hidden, F ffn, H Mamba or query heads, P Mamba head channels, A attention channels; lower
+case = this tensor-parallel rank's shard. S is the context-parallel rank's part of the sequence.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class LayerObserver(Protocol):
+    """Receives what one layer computes; the tensors belong to the layer and must not be changed."""
+
+    def normalised(self, x: Tensor) -> None:
+        """Receive the layer's normalised input [S(/tp), B, D]; under sequence parallelism this rank's tokens only."""
+
+    def ffn(self, pre_activation: Tensor) -> None:
+        """Receive an MLP's first projection before the activation [S, B, f]."""
+
+    def mamba_inner(self, x: Tensor) -> None:
+        """Receive the x slice of a Mamba layer's input projection before the convolution [S, B, h, P]."""
+
+    def query(self, query: Tensor) -> None:
+        """Receive an attention layer's query projection [S, B, h, A]."""
+
+
+class Observer(Protocol):
+    """Gives every layer the observer that its forward pass reports to."""
+
+    def layer(self, layer_index: int) -> LayerObserver:
+        """Return the observer of one layer, by its index in the whole model."""

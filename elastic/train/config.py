@@ -1,0 +1,219 @@
+"""One config dataclass per verb, built from the shared sections.
+
+A recipe turns its YAML into one of these (`config_load.load`), checks it (`config_rules.check`) and passes it on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
+
+from elastic.space.axes import Space
+from elastic.space.budget import Budget
+from elastic.space.cost import Deployment
+from elastic.space.pattern import LayerKind
+from elastic.space.shape import WIDTH_FIELD, ModelShape
+from elastic.space.subnet import Subnet
+from elastic.train.config_elastic import DistillConfig, ElasticPhaseConfig, ElasticSection, PhaseConfig
+from elastic.train.config_sections import (
+    ComputeConfig,
+    DataConfig,
+    ExpManagerConfig,
+    ImportanceSection,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainerConfig,
+    TrainExpManagerConfig,
+)
+from elastic.train.config_types import Count, CountOrZero, Name, PositiveOrZero, Range, Required
+
+Checkpoint = Annotated[str, Required("a run folder of an earlier verb, or one checkpoint in it")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every verb that runs a model has."""
+
+    seed: CountOrZero = 1234
+    trainer: ComputeConfig = field(default_factory=ComputeConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRunConfig(RunConfig):
+    """A run over a parent whose sizes the config states."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def parent_shape(self) -> ModelShape:
+        """Return the parent's shape; raises ValueError while model.vocab is null."""
+        return self.model.shape()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(ModelRunConfig):
+    """What both training verbs have beyond that."""
+
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    exp_manager: TrainExpManagerConfig = field(default_factory=TrainExpManagerConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainConfig):
+    """recipes/pretrain_parent.py: train a parent from scratch."""
+
+    curriculum: Annotated[tuple[PhaseConfig, ...], Range(low=1)] = (PhaseConfig(name="pretrain", steps=100),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParentInput:
+    """The parent to score."""
+
+    parent: Checkpoint = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceConfig(ModelRunConfig):
+    """recipes/estimate_importance.py: scores, rankings, permuted parent."""
+
+    init_from: ParentInput = field(default_factory=ParentInput)
+    importance: ImportanceSection = field(default_factory=ImportanceSection)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PermutedParentInput:
+    """The permuted parent: where the student starts, and the teacher. Its record carries lanes and depth ranking."""
+
+    permuted_parent: Checkpoint = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElasticConfig(TrainConfig):
+    """recipes/train_elastic.py: the main job."""
+
+    init_from: PermutedParentInput = field(default_factory=PermutedParentInput)
+    elastic: ElasticSection = field(default_factory=ElasticSection)
+    curriculum: Annotated[tuple[ElasticPhaseConfig, ...], Range(low=1)] = (ElasticPhaseConfig(name="train", steps=100),)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+
+    def space(self, depth_ranking: tuple[int, ...] = ()) -> Space:
+        """Build the space of subnets; raises SpaceError."""
+        return self.elastic.space.space(self.parent_shape(), depth_ranking)
+
+    def deployment(self) -> Deployment:
+        """Return the conditions under which deployment bytes and FLOPs are counted."""
+        return self.elastic.deployment.deployment()
+
+    def budgets(self) -> tuple[Budget, ...]:
+        """Return the budgets in absolute units, in the order of the config."""
+        parent, deployment = self.parent_shape(), self.deployment()
+        return tuple(budget.budget(parent, deployment) for budget in self.elastic.budgets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubnetConfig:
+    """A subnet given by hand. An empty list or null is full; one width serves all layers, several go layer by layer."""
+
+    name: Name
+    hidden: Count | None = None
+    ffn: tuple[Count, ...] = ()
+    mamba_heads: tuple[Count, ...] = ()
+    head_channels: Count | None = None
+    attention_heads: tuple[Count, ...] = ()
+    kept_layers: tuple[CountOrZero, ...] = ()
+
+    def subnet(self, parent: ModelShape) -> Subnet:
+        """Return the subnet inside `parent`; raises SubnetError if it does not fit."""
+        given = {LayerKind.MLP: self.ffn, LayerKind.MAMBA: self.mamba_heads, LayerKind.ATTENTION: self.attention_heads}
+        widths = {}
+        for kind, name in WIDTH_FIELD.items():
+            num_layers = len(parent.pattern.layers_of(kind))
+            full = Subnet.full(parent)
+            chosen = given[kind] or getattr(full, name)
+            widths[name] = chosen * num_layers if len(chosen) == 1 else chosen
+        subnet = Subnet(
+            hidden=self.hidden or parent.hidden,
+            head_channels=self.head_channels or parent.head_channels,
+            kept_layers=self.kept_layers or tuple(range(len(parent.pattern))),
+            **widths,
+        )
+        subnet.shape(parent)
+        return subnet
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyInput:
+    """Weights to run, and whose router decides the budgets (null: the router saved beside the weights).
+
+    Weights of the permuted parent with the router of a family show what cutting without training costs.
+    """
+
+    checkpoint: Checkpoint = ""
+    router: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyConfig(RunConfig):
+    """A verb that takes budgets out of a checkpoint: the model's sizes come with it."""
+
+    init_from: FamilyInput = field(default_factory=FamilyInput)
+    budgets: tuple[str, ...] | None = None
+    subnets: tuple[SubnetConfig, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(FamilyConfig):
+    """recipes/evaluate.py: loss, perplexity and cost per budget (null: all) and per subnet given by hand."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    sequence_length: Annotated[int, Range(low=2)] = 256
+    execution: Literal["mask", "slice"] = "slice"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What extract writes, and how the reloaded folder is compared with the subnet."""
+
+    hugging_face: bool = True
+    megatron: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compare_tokens: Count = 128
+    max_logit_difference: PositiveOrZero = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerInput:
+    """The prepared data whose tokenizer goes along; null takes the one the checkpoint was trained on."""
+
+    path: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig(FamilyConfig):
+    """recipes/extract.py: budgets to Hugging Face folders and/or Megatron-Core checkpoints."""
+
+    data: TokenizerInput = field(default_factory=TokenizerInput)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig(RunConfig):
+    """recipes/import_hf.py: stock nemotron_h folder to Megatron-Core checkpoint."""
+
+    source: Annotated[str, Required("a Hugging Face folder with config.json and safetensors files")] = ""
+
+
+def with_vocab[T: ModelRunConfig](config: T, tokenizer_tokens: int) -> T:
+    """Return the config with a null model.vocab filled in from the tokenizer, padded to model.vocab_multiple."""
+    if config.model.vocab is not None:
+        return config
+    return replace(config, model=replace(config.model, vocab=config.model.padded_vocab(tokenizer_tokens)))
+
+
+def total_steps(curriculum: Sequence[PhaseConfig], max_steps: int | None) -> int:
+    """Return the optimizer steps of a run: the whole curriculum, or fewer when trainer.max_steps says so."""
+    whole = sum(phase.num_steps for phase in curriculum)
+    return whole if max_steps is None else min(whole, max_steps)

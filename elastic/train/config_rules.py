@@ -1,0 +1,92 @@
+"""The table of rules between fields, and the checks a recipe runs before any process group starts.
+
+A rule runs only when the sections it reads loaded without a problem of their own, so one mistake is reported once.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from elastic.train import config_rules_elastic as elastic_rules
+from elastic.train import config_rules_layout as layout_rules
+from elastic.train.config import (
+    ElasticConfig,
+    ExtractConfig,
+    FamilyConfig,
+    ImportanceConfig,
+    ModelRunConfig,
+    PretrainConfig,
+    RunConfig,
+    TrainConfig,
+)
+from elastic.train.config_load import ConfigError, Problem, load_with_problems
+from elastic.train.config_rules_layout import Cluster
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule: the verbs it applies to, the sections it reads, and whether later rules on those need it to hold."""
+
+    verbs: type | tuple[type, ...]
+    sections: tuple[str, ...]
+    problems: Callable[[Any, Cluster], Iterator[Problem]]
+    later_rules_need_it: bool = False
+
+
+TRAINING = (PretrainConfig, ElasticConfig)
+RULES = (
+    Rule(RunConfig, ("parallel",), layout_rules.check_world),
+    Rule(ModelRunConfig, ("model",), layout_rules.check_pattern, later_rules_need_it=True),
+    Rule(ModelRunConfig, ("model",), layout_rules.check_sizes, later_rules_need_it=True),
+    Rule((PretrainConfig, ImportanceConfig), ("model", "parallel"), layout_rules.check_tensor),
+    Rule(ModelRunConfig, ("model", "parallel"), layout_rules.check_pipeline),
+    Rule(ModelRunConfig, ("model", "parallel"), layout_rules.check_context),
+    Rule(ModelRunConfig, ("data", "parallel"), layout_rules.check_validation_batches),
+    Rule(ImportanceConfig, ("model", "importance"), layout_rules.check_importance_lanes),
+    Rule(ImportanceConfig, ("importance", "parallel"), layout_rules.check_importance),
+    Rule(TrainConfig, ("optim",), layout_rules.check_optimizer),
+    Rule(TrainConfig, ("exp_manager",), layout_rules.check_exp_manager),
+    Rule(TRAINING, ("curriculum", "parallel"), elastic_rules.check_phases),
+    Rule(TRAINING, ("curriculum", "data", "parallel"), elastic_rules.check_phase_batches),
+    Rule(TRAINING, ("curriculum", "trainer"), elastic_rules.check_max_steps),
+    Rule(ElasticConfig, ("curriculum", "elastic", "optim"), elastic_rules.check_elastic_phases),
+    Rule(ElasticConfig, ("elastic",), elastic_rules.check_budget_fields),
+    Rule(ElasticConfig, ("model", "elastic", "parallel"), elastic_rules.check_tensor_lanes),
+    Rule(ElasticConfig, ("model", "elastic"), elastic_rules.check_space, later_rules_need_it=True),
+    Rule(ElasticConfig, ("model", "elastic", "parallel"), elastic_rules.check_context_choices),
+    Rule(ElasticConfig, ("model", "elastic"), elastic_rules.check_budgets),
+    Rule(ElasticConfig, ("distill",), elastic_rules.check_distill),
+    Rule(ElasticConfig, ("distill", "curriculum", "data", "parallel"), elastic_rules.check_num_chunks),
+    Rule(FamilyConfig, ("subnets",), elastic_rules.check_subnets),
+    Rule(ExtractConfig, ("export",), elastic_rules.check_export),
+)
+
+
+def rule_problems(config: Any, cluster: Cluster, unreliable: frozenset[str] = frozenset()) -> tuple[Problem, ...]:
+    """Apply every rule whose verb is `config`'s, leaving out rules that read a section in `unreliable`."""
+    found: list[Problem] = []
+    for rule in RULES:
+        if not isinstance(config, rule.verbs) or unreliable.intersection(rule.sections):
+            continue
+        problems = tuple(rule.problems(config, cluster))
+        found.extend(problems)
+        if rule.later_rules_need_it:
+            unreliable |= {problem.section for problem in problems}
+    return tuple(found)
+
+
+def check(config: Any, cluster: Cluster) -> None:
+    """Raise ConfigError listing every rule between fields that `config` breaks on `cluster`."""
+    problems = rule_problems(config, cluster)
+    if problems:
+        raise ConfigError(problems)
+
+
+def load_and_check[T](kind: type[T], values: Mapping[str, Any], cluster: Cluster) -> T:
+    """Build `kind` from plain values and check it; raises one ConfigError for both."""
+    config, problems = load_with_problems(kind, values)
+    unreliable = frozenset(problem.section for problem in problems)
+    problems += rule_problems(config, cluster, unreliable)
+    if problems:
+        raise ConfigError(problems)
+    return config

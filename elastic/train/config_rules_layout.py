@@ -1,0 +1,186 @@
+"""Rules of the model's sizes, the parallel layout and the batches; each yields one Problem per mistake."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from elastic.space.pattern import LayerKind, LayerPattern, PatternError
+from elastic.train.config import ImportanceConfig, ModelRunConfig, RunConfig, TrainConfig
+from elastic.train.config_load import Problem
+from elastic.train.config_sections import ModelConfig, ParallelConfig
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the run was started on: processes in all, and whether they have GPUs."""
+
+    num_processes: int = 1
+    has_gpu: bool = False
+
+
+def nearest_multiple(value: int, multiple: int) -> int:
+    """Return the multiple closest to `value`, at least one `multiple`."""
+    return max(1, round(value / multiple)) * multiple
+
+
+def nearest_divisor(value: int, number: int) -> int:
+    """Return the divisor of `number` closest to `value`, the smaller of two equally close ones."""
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - value), d))
+
+
+def multiple_problem(path: str, value: int, multiple: int, of_what: str) -> Iterator[Problem]:
+    """Yield a problem unless `value` is a multiple of `multiple`, which `of_what` explains."""
+    if value % multiple:
+        remedy = f"nearest legal value is {nearest_multiple(value, multiple)}"
+        yield Problem(path, value, f"must be a multiple of {of_what} = {multiple}", remedy)
+
+
+def data_parallel(parallel: ParallelConfig, cluster: Cluster) -> int:
+    """Return the number of replicas; 1 while the layout does not fit the processes, which check_world reports."""
+    return 1 if cluster.num_processes % parallel.model_size else cluster.num_processes // parallel.model_size
+
+
+def check_pattern(config: ModelRunConfig, cluster: Cluster) -> Iterator[Problem]:
+    """The layer pattern must parse, by the one parser."""
+    try:
+        LayerPattern.parse(config.model.pattern)
+    except PatternError as error:
+        yield Problem("model.pattern", config.model.pattern, str(error), "write a pattern like M-M*-")
+
+
+def check_sizes(config: ModelRunConfig, cluster: Cluster) -> Iterator[Problem]:
+    """Heads must fill whole groups."""
+    model = config.model
+    yield from multiple_problem("model.mamba_heads", model.mamba_heads, model.mamba_groups, "model.mamba_groups")
+    yield from multiple_problem("model.attention_heads", model.attention_heads, model.kv_heads, "model.kv_heads")
+
+
+def check_world(config: RunConfig, cluster: Cluster) -> Iterator[Problem]:
+    """Replicas must fill the processes, and sequence parallelism needs tensor parallelism."""
+    parallel, world = config.parallel, cluster.num_processes
+    if world % parallel.model_size:
+        yield Problem(
+            "parallel.tensor x pipeline x context",
+            parallel.model_size,
+            f"must divide the number of processes = {world}",
+            f"nearest legal value is {nearest_divisor(parallel.model_size, world)}, or start "
+            f"{math.ceil(world / parallel.model_size) * parallel.model_size} processes",
+        )
+    if parallel.sequence and parallel.tensor == 1:
+        rule = "splits the sequence over tensor-parallel ranks and needs parallel.tensor > 1"
+        yield Problem("parallel.sequence", True, rule, "nearest legal value is false")
+
+
+def tensor_divisors(model: ModelConfig, lanes: int | None) -> dict[str, int]:
+    """Return the sizes a tensor-parallel size must divide, by their field."""
+    kinds = LayerPattern.parse(model.pattern).kinds
+    sizes = {}
+    if LayerKind.MAMBA in kinds:
+        sizes["model.mamba_groups"] = model.mamba_groups
+    if LayerKind.ATTENTION in kinds:
+        sizes["model.kv_heads"] = model.kv_heads
+    if LayerKind.MLP in kinds:
+        sizes |= {"model.ffn": model.ffn} if lanes is None else {"elastic.space.lanes": lanes}
+    if model.vocab is None:
+        sizes["model.vocab_multiple"] = model.vocab_multiple
+    else:
+        sizes["model.vocab"] = model.vocab
+    return sizes
+
+
+def tensor_problems(model: ModelConfig, parallel: ParallelConfig, lanes: int | None) -> Iterator[Problem]:
+    """A tensor-parallel rank owns whole groups, KV heads, lanes and vocabulary rows."""
+    sizes = tensor_divisors(model, lanes)
+    broken = [f"{field} = {size}" for field, size in sizes.items() if size % parallel.tensor]
+    if broken:
+        nearest = nearest_divisor(parallel.tensor, math.gcd(*sizes.values()))
+        rule = f"must divide {', '.join(broken)}"
+        yield Problem("parallel.tensor", parallel.tensor, rule, f"nearest legal value is {nearest}")
+
+
+def check_tensor(config: ModelRunConfig, cluster: Cluster) -> Iterator[Problem]:
+    """The tensor-parallel rule of a model that is not nested: its FFN splits anywhere."""
+    yield from tensor_problems(config.model, config.parallel, None)
+
+
+def check_importance_lanes(config: ImportanceConfig, cluster: Cluster) -> Iterator[Problem]:
+    """FFN neurons are dealt to lanes of equal size."""
+    if LayerKind.MLP in LayerPattern.parse(config.model.pattern).kinds:
+        yield from multiple_problem("model.ffn", config.model.ffn, config.importance.lanes, "importance.lanes")
+
+
+def check_pipeline(config: ModelRunConfig, cluster: Cluster) -> Iterator[Problem]:
+    """Layers must split evenly over pipeline stages, or the pattern says where with |."""
+    pattern, stages = LayerPattern.parse(config.model.pattern), config.parallel.pipeline
+    marked = len(pattern.segments)
+    if marked > 1 and stages not in (1, marked):
+        rule = f"must be the {marked} stages the | in model.pattern mark"
+        yield Problem("parallel.pipeline", stages, rule, f"nearest legal value is {marked}")
+    elif marked == 1 and len(pattern) % stages:
+        remedy = f"nearest legal value is {nearest_divisor(stages, len(pattern))}, or mark stages with | in the pattern"
+        yield Problem("parallel.pipeline", stages, f"must divide the number of layers = {len(pattern)}", remedy)
+
+
+def check_context(config: ModelRunConfig, cluster: Cluster) -> Iterator[Problem]:
+    """Context parallelism spreads Mamba heads and groups over tensor x context ranks."""
+    model, parallel = config.model, config.parallel
+    if LayerKind.MAMBA not in LayerPattern.parse(model.pattern).kinds or model.mamba_groups % parallel.tensor:
+        return
+    groups, heads = model.mamba_groups // parallel.tensor, model.mamba_heads // parallel.tensor
+    if groups % parallel.context and parallel.context % groups:
+        rule = f"must divide, or be a multiple of, the Mamba groups of one tensor-parallel rank = {groups}"
+        nearest = nearest_divisor(parallel.context, groups)
+    elif heads % parallel.context:
+        rule = f"must divide the Mamba heads of one tensor-parallel rank = {heads}"
+        nearest = nearest_divisor(parallel.context, heads)
+    else:
+        return
+    yield Problem("parallel.context", parallel.context, rule, f"nearest legal value is {nearest}")
+
+
+def sequence_problems(path: str, length: int, parallel: ParallelConfig) -> Iterator[Problem]:
+    """A sequence must split into two chunks per context rank, then over tensor ranks under sequence parallelism."""
+    context = 2 * parallel.context if parallel.context > 1 else 1
+    tensor = parallel.tensor if parallel.sequence else 1
+    multiple = math.lcm(context, parallel.context * tensor)
+    yield from multiple_problem(path, length, multiple, "what parallel.context and parallel.sequence split it into")
+
+
+def batch_problems(path: str, sequences: int, config: ModelRunConfig, cluster: Cluster) -> Iterator[Problem]:
+    """A number of sequences must fill whole micro-batches on every replica."""
+    replicas = data_parallel(config.parallel, cluster)
+    what = f"data.micro_batch x data-parallel size = {config.data.micro_batch} x {replicas}"
+    yield from multiple_problem(path, sequences, config.data.micro_batch * replicas, what)
+
+
+def check_validation_batches(config: ModelRunConfig, cluster: Cluster) -> Iterator[Problem]:
+    """Held-out sequences fill whole micro-batches."""
+    yield from batch_problems("data.validation_sequences", config.data.validation_sequences, config, cluster)
+
+
+def check_importance(config: ImportanceConfig, cluster: Cluster) -> Iterator[Problem]:
+    """Calibration sequences fill whole micro-batches; the layers are scored on some of them."""
+    section = config.importance
+    replicas = data_parallel(config.parallel, cluster)
+    what = f"importance.micro_batch x data-parallel size = {section.micro_batch} x {replicas}"
+    for name, sequences in (("num_sequences", section.num_sequences), ("depth_sequences", section.depth_sequences)):
+        yield from multiple_problem(f"importance.{name}", sequences, section.micro_batch * replicas, what)
+    if section.depth_sequences > section.num_sequences:
+        rule = f"must be at most importance.num_sequences = {section.num_sequences}"
+        remedy = f"nearest legal value is {section.num_sequences}"
+        yield Problem("importance.depth_sequences", section.depth_sequences, rule, remedy)
+    yield from sequence_problems("importance.sequence_length", section.sequence_length, config.parallel)
+
+
+def check_optimizer(config: TrainConfig, cluster: Cluster) -> Iterator[Problem]:
+    """The distributed optimizer needs GPUs: with torch's AdamW a resume silently corrupts its state."""
+    if config.optim.use_distributed_optimizer and not cluster.has_gpu:
+        rule = "needs GPUs (resuming it with torch's AdamW on the CPU is broken upstream)"
+        yield Problem("optim.use_distributed_optimizer", True, rule, "nearest legal value is false")
+
+
+def check_exp_manager(config: TrainConfig, cluster: Cluster) -> Iterator[Problem]:
+    """An existing run is either continued or replaced."""
+    if config.exp_manager.overwrite and config.exp_manager.resume_if_exists:
+        rule = "contradicts exp_manager.resume_if_exists = true"
+        yield Problem("exp_manager.overwrite", True, rule, "nearest legal value is false")

@@ -1,0 +1,29 @@
+"""Words of the config's annotations: the rule for one field alone stands in its type."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+
+@dataclass(frozen=True)
+class Range:
+    """Limits of one number, or of the length of a list; `open_low` excludes `low` itself."""
+
+    low: float | None = None
+    high: float | None = None
+    open_low: bool = False
+
+
+@dataclass(frozen=True)
+class Required:
+    """Mark a text or a list that has no meaningful default; `hint` says what to put there."""
+
+    hint: str
+
+
+Count = Annotated[int, Range(low=1)]
+CountOrZero = Annotated[int, Range(low=0)]
+Positive = Annotated[float, Range(low=0, open_low=True)]
+PositiveOrZero = Annotated[float, Range(low=0)]
+Share = Annotated[float, Range(low=0, high=1, open_low=True)]
+Decay = Annotated[float, Range(low=0, high=0.99999999)]
+Name = Annotated[str, Required("give it a name")]

@@ -1,0 +1,87 @@
+"""Open a checkpoint for evaluation or extraction: its weights, its space, and what its router chose."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from elastic.modules.model import ElasticModel, Layout, build_model
+from elastic.router.draw import decide
+from elastic.router.router import Router
+from elastic.space.axes import Space
+from elastic.space.budget import Budget
+from elastic.space.cost import Deployment
+from elastic.space.subnet import Subnet
+from elastic.train.checkpoint import Trainable, load_checkpoint, load_router, resolve_checkpoint
+from elastic.train.config import SubnetConfig
+from elastic.train.record import Record, check_same_shape
+
+
+class FamilyError(ValueError):
+    """A budget or subnet that the checkpoint does not have."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One named subnet, and the budget it was chosen for (None: given by hand)."""
+
+    name: str
+    subnet: Subnet
+    budget: Budget | None = None
+
+
+@dataclass(frozen=True)
+class OpenFamily:
+    """A loaded checkpoint with the members that were asked for."""
+
+    checkpoint: Path
+    record: Record
+    space: Space
+    model: ElasticModel
+    deployment: Deployment
+    members: tuple[Member, ...]
+
+
+def open_family(
+    checkpoint: str,
+    router: str | None,
+    budgets: Sequence[str] | None,
+    subnets: Sequence[SubnetConfig],
+    layout: Layout,
+) -> OpenFamily:
+    """Load weights from `checkpoint`, choices from `router`'s checkpoint (None: the same one).
+
+    `budgets` None takes all. Weights that come without a router have one member, the whole parent. Raises
+    FamilyError for an unknown budget, CheckpointError or RecordError for checkpoints that do not fit together.
+    """
+    folder = resolve_checkpoint(checkpoint)
+    record = Record.read(folder)
+    chooser_folder = folder if router is None else resolve_checkpoint(router)
+    chooser = record if router is None else Record.read(chooser_folder)
+    check_same_shape(record.shape, chooser.shape, chooser_folder)
+    if chooser.depth_ranking != record.depth_ranking or chooser.lanes != record.lanes:
+        raise FamilyError(f"{folder} and {chooser_folder} are nested differently; use the same permuted parent")
+    space = chooser.space()
+    model = build_model(space, layout)
+    load_checkpoint(folder, Trainable(model))
+    members = [*_budget_members(chooser, chooser_folder, space, budgets)]
+    members += [Member(given.name, given.subnet(space.parent)) for given in subnets]
+    deployment = Deployment() if chooser.family is None else chooser.family.deployment
+    return OpenFamily(folder, record, space, model, deployment, tuple(members))
+
+
+def _budget_members(record: Record, folder: Path, space: Space, wanted: Sequence[str] | None) -> list[Member]:
+    if record.family is None:
+        if wanted:
+            raise FamilyError(f"budgets = {list(wanted)}: {folder} has no router; leave budgets out or name a router")
+        return [Member("parent", Subnet.full(space.parent))]
+    known = {budget.name: index for index, budget in enumerate(record.family.budgets)}
+    unknown = [name for name in wanted or () if name not in known]
+    if unknown:
+        raise FamilyError(f"budgets = {unknown}: not in {folder}, which has {list(known)}")
+    router = Router(space, len(known), record.family.router_width, seed=0)
+    load_router(folder, router)
+    return [
+        Member(name, decide(router, space, index), record.family.budgets[index])
+        for name, index in known.items()
+        if wanted is None or name in wanted
+    ]

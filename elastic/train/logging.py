@@ -1,0 +1,174 @@
+"""Where numbers go: metrics.jsonl and TensorBoard always, W&B when configured, a progress bar on the console."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from elastic.space.cost import subnet_cost
+from elastic.train.metrics import LossMeter, MeanLoss
+from elastic.train.trainer import StepResult, Trainer
+
+
+class ScalarWriter(Protocol):
+    """The part of a TensorBoard writer or W&B run that is used."""
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class WandbWriter:
+    """Weights & Biases behind the same two calls; needs the wandb package and a login."""
+
+    def __init__(self, folder: Path, project: str, name: str, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError(
+                "exp_manager.create_wandb_logger = true: the wandb package is not installed; pip install wandb"
+            ) from error
+        self._run = wandb.init(project=project, name=name, dir=str(folder), config=dict(config))
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        """Log one value."""
+        self._run.log({tag: value}, step=step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+class RunLog:
+    """Appends rows of numbers to the run's files. On ranks other than 0 (`folder` None) it writes nothing."""
+
+    def __init__(self, folder: Path | None, *, tensorboard: bool, extra: tuple[ScalarWriter, ...] = ()) -> None:
+        self._writers: list[ScalarWriter] = list(extra)
+        self._rows = None
+        if folder is None:
+            return
+        self._rows = (folder / "metrics.jsonl").open("a", buffering=1)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writers.append(SummaryWriter(str(folder / "tensorboard")))
+
+    def write(self, step: int, values: Mapping[str, float | str]) -> None:
+        """Write one row: all values to metrics.jsonl, finite numbers to the scalar writers."""
+        if self._rows is None:
+            return
+        self._rows.write(json.dumps({"step": step, **values}) + "\n")
+        for tag, value in values.items():
+            if not isinstance(value, str) and math.isfinite(value):
+                for writer in self._writers:
+                    writer.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        """Flush and close all files."""
+        if self._rows is not None:
+            self._rows.close()
+        for writer in self._writers:
+            writer.close()
+
+
+class LogSteps:
+    """Reduces the losses every n steps, writes them and shows them: loss per budget, cost ratio, tokens/s, ETA."""
+
+    def __init__(self, log: RunLog, budget_names: tuple[str, ...], every_steps: int, console: Console) -> None:
+        self.log, self.names, self.every_steps = log, budget_names, every_steps
+        columns = (
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+        )
+        self.progress = Progress(*columns, console=console)
+        self._task: TaskID | None = None
+        self._meter: LossMeter | None = None
+        self._tokens, self._since = 0, time.perf_counter()
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Open the progress bar on rank 0."""
+        self._meter = LossMeter(max(1, len(self.names)), trainer.world)
+        self._since = time.perf_counter()
+        if trainer.world.is_main:
+            self.progress.start()
+            self._task = self.progress.add_task(
+                "training", total=trainer.total_steps, completed=trainer.step, status=""
+            )
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        """Add the step; on log points reduce (all ranks) and write (rank 0)."""
+        assert self._meter is not None
+        self._meter.add(result.losses)
+        self._tokens += result.num_tokens
+        if trainer.step % self.every_steps and trainer.step != trainer.total_steps:
+            return
+        means = self._meter.read()  # waits for the device: the one place per log interval
+        now = time.perf_counter()
+        tokens_per_s = self._tokens / max(now - self._since, 1e-9)
+        self._tokens, self._since = 0, now
+        row: dict[str, float | str] = {
+            "phase": result.place.phase.name,
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+            "tokens_per_s": tokens_per_s,
+        }
+        row |= self._loss_values(means) | self._router_values(trainer, result)
+        self.log.write(trainer.step, row)
+        if self._task is not None:
+            self.progress.update(
+                self._task,
+                completed=trainer.step,
+                description=result.place.phase.name,
+                status=self._status(means, row, tokens_per_s),
+            )
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Close the bar and the files."""
+        if self._task is not None:
+            self.progress.stop()
+        self.log.close()
+
+    def _loss_values(self, means: list[MeanLoss]) -> dict[str, float]:
+        values = {}
+        for name, mean in zip(self.names, means, strict=True):
+            if mean.num_tokens:
+                values[f"train/{name}/kl"] = mean.kl
+                values[f"train/{name}/cross_entropy"] = mean.cross_entropy
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _router_values(self, trainer: Trainer, result: StepResult) -> dict[str, float]:
+        from elastic.train.callbacks import chosen_subnets
+
+        source = trainer.gates
+        if source is None:
+            return {}
+        values = {
+            "temperature": result.place.temperature,
+            "logit_scale": result.place.logit_scale,
+            "router_learning_rate": result.router_learning_rate or 0.0,
+        }
+        subnets = chosen_subnets(trainer)
+        for budget in source.budgets:
+            used = subnet_cost(source.space.parent, subnets[budget.name], source.deployment)[budget.metric]
+            values[f"router/{budget.name}/cost_ratio"] = float(used) / budget.target
+        if result.budget_losses is not None:
+            for budget, loss in zip(source.budgets, result.budget_losses.tolist(), strict=True):
+                values[f"router/{budget.name}/budget_loss"] = loss
+        return values
+
+    def _status(self, means: list[MeanLoss], row: Mapping[str, float | str], tokens_per_s: float) -> str:
+        parts = []
+        for name, mean in zip(self.names, means, strict=True):
+            if mean.cross_entropy is not None:
+                ratio = row.get(f"router/{name}/cost_ratio")
+                cost = f" x{ratio:.2f}" if isinstance(ratio, float) else ""
+                parts.append(f"{name} {mean.cross_entropy:.3f}{cost}")
+        return "  ".join([*parts, f"{tokens_per_s:,.0f} tok/s"])

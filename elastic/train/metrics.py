@@ -1,0 +1,62 @@
+"""Sums of losses per budget, kept on the device and reduced only where they are read."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elastic.train.parallel import World
+from elastic.train.pipeline import MicroBatchLoss
+
+_COLUMNS = ("kl", "cross_entropy", "num_tokens")
+
+
+@dataclass(frozen=True)
+class MeanLoss:
+    """Means over tokens; None where nothing of the kind was seen."""
+
+    kl: float | None
+    cross_entropy: float | None
+    num_tokens: int
+
+    @property
+    def perplexity(self) -> float | None:
+        """Return exp(cross-entropy)."""
+        return None if self.cross_entropy is None else math.exp(min(self.cross_entropy, 700.0))
+
+
+class LossMeter:
+    """Accumulates MicroBatchLoss sums, one row per budget; row 0 alone for a run without budgets."""
+
+    def __init__(self, num_rows: int, world: World) -> None:
+        self.world = world
+        # fp64: sums over many tokens, and equal whatever order replicas are added in.
+        self.sums = torch.zeros(num_rows, len(_COLUMNS), dtype=torch.float64, device=world.device)
+
+    def add(self, losses: Sequence[MicroBatchLoss], row: int | None = None) -> None:
+        """Add the losses of some micro-batches without waiting for the device; `row` overrides their budget."""
+        for loss in losses:
+            index = row if row is not None else loss.budget or 0
+            for column, value in enumerate((loss.kl, loss.cross_entropy, loss.num_tokens)):
+                if value is not None:
+                    self.sums[index, column] += value
+
+    def read(self, reset: bool = True) -> list[MeanLoss]:
+        """Reduce over all ranks (every rank must call) and return the means. Waits for the device."""
+        total = self._once_per_token(self.sums)
+        torch.distributed.all_reduce(total)
+        if reset:
+            self.sums.zero_()
+        means = []
+        for kl, cross_entropy, num_tokens in total.tolist():
+            seen = num_tokens > 0
+            means.append(
+                MeanLoss(kl / num_tokens if seen else None, cross_entropy / num_tokens if seen else None, int(num_tokens))
+            )
+        return means
+
+    def _once_per_token(self, sums: Tensor) -> Tensor:
+        """Keep the sums of one tensor-parallel rank per token; earlier pipeline stages hold none."""
+        return sums * float(self.world.groups.tp.rank() == 0)

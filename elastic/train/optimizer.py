@@ -1,0 +1,65 @@
+"""Optimizers: Megatron-Core's Adam for the model, torch's AdamW for the router."""
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from elastic.modules.model import ElasticModel
+from elastic.train.config_sections import OptimConfig
+from elastic.train.parallel import World
+
+
+def wrap_for_training(model: ElasticModel, optim: OptimConfig) -> DistributedDataParallel:
+    """Wrap one stage in Megatron-Core's data-parallel gradient buffers, reduced in fp32."""
+    return DistributedDataParallel(
+        model.config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=optim.overlap_grad_reduce,
+            use_distributed_optimizer=optim.use_distributed_optimizer,
+            check_for_nan_in_grad=False,
+        ),
+        model,
+    )
+
+
+def build_optimizer(wrapped: DistributedDataParallel, optim: OptimConfig, world: World) -> MegatronOptimizer:
+    """Build the model's optimizer; apex or Transformer Engine provide the fused Adam on a GPU, torch elsewhere."""
+    half = world.layout.dtype is torch.bfloat16
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=0.0,  # set before every step from the phase's schedule
+        adam_beta1=optim.adam_beta1,
+        adam_beta2=optim.adam_beta2,
+        adam_eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        clip_grad=optim.clip_grad,
+        bf16=half,
+        params_dtype=world.layout.dtype,
+        use_distributed_optimizer=optim.use_distributed_optimizer,
+        log_num_zeros_in_grad=False,
+    )
+    optimizer = get_megatron_optimizer(config, [wrapped])
+    wrapped.config.finalize_model_grads_func = finalize_model_grads
+    wrapped.config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def build_router_optimizer(router: nn.Module, optim: OptimConfig) -> Optimizer:
+    """Build the router's own AdamW; its weights are replicated on every rank."""
+    return AdamW(
+        router.parameters(),
+        lr=0.0,
+        betas=(optim.adam_beta1, optim.adam_beta2),
+        eps=optim.eps,
+        weight_decay=optim.router_weight_decay,
+    )
+
+
+def set_learning_rate(optimizer: Optimizer | MegatronOptimizer, learning_rate: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+

@@ -1,0 +1,140 @@
+"""Run micro-batches through Megatron-Core's pipeline schedule: the teacher's pass, the student's pass, evaluation.
+
+Shapes: B micro-batch sequences, S sequence, s this context-parallel rank's share, D hidden, d kept width, N = s*B tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from elastic.distill.kl import distillation_loss, parallel_hidden
+from elastic.modules.forward import context_parallel_slice
+from elastic.modules.model import ElasticModel
+from elastic.space.gates import Gates
+from elastic.train.config_sections import DistillConfig
+from elastic.train.parallel import World
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one micro-batch needs: tokens and labels [B, s], its gates (None: the whole parent), the teacher's states."""
+
+    tokens: Tensor
+    labels: Tensor
+    gates: Gates | None = None
+    teacher_hidden: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MicroBatchLoss:
+    """Sums over the tokens this rank saw, fp32; on the last pipeline stage only. `budget` as in Gates."""
+
+    budget: int | None
+    num_tokens: int
+    kl: Tensor | None
+    cross_entropy: Tensor | None
+
+
+class PipelineRunner:
+    """Drives student and teacher stages of this rank; the loss is taken from final hidden states (DESIGN 6)."""
+
+    def __init__(
+        self, world: World, student: nn.Module, loss: DistillConfig, teacher: ElasticModel | None = None
+    ) -> None:
+        """Take the student as the schedule runs it (wrapped or bare) and an optional frozen teacher."""
+        self.world, self.student, self.teacher, self.loss = world, student, teacher, loss
+        self.student_model: ElasticModel = getattr(student, "module", student)  # under the data-parallel wrapper
+
+    def micro_batch(self, tokens: Tensor, labels: Tensor, gates: Gates | None = None) -> MicroBatch:
+        """Take this context-parallel rank's share of full sequences [B, S] and move it to the device."""
+        cp = self.world.groups.cp
+        tokens, labels = (
+            context_parallel_slice(t, cp.rank(), cp.size()).to(self.world.device, non_blocking=True)
+            for t in (tokens, labels)
+        )
+        return MicroBatch(tokens, labels, gates)
+
+    def with_teacher(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Run the teacher over all micro-batches first and leave its hidden states with them on the last stage."""
+        if self.teacher is None:
+            return list(micro_batches)
+        with torch.no_grad():
+            hidden = self._schedule(self.teacher, micro_batches, forward_only=True, loss=_keep_hidden, keep=True)
+        if not self.world.is_last_stage:
+            return list(micro_batches)
+        return [replace(batch, teacher_hidden=states) for batch, states in zip(micro_batches, hidden, strict=True)]
+
+    def forward_backward(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatchLoss]:
+        """Run the student forward and backward; gradients are summed over ranks and divided by all tokens."""
+        return self._schedule(self.student, micro_batches, forward_only=False, loss=self._student_loss)
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatchLoss]:
+        """Run the student forward only and report the cross-entropy."""
+        return self._schedule(self.student_model, micro_batches, forward_only=True, loss=self._evaluation_loss)
+
+    def _schedule(
+        self, model: nn.Module, micro_batches: Sequence[MicroBatch], *, forward_only: bool, loss: Any, keep: bool = False
+    ) -> list[Any]:
+        gated = model is not self.teacher
+
+        def forward_step(batches: Any, stage: nn.Module, *_args: Any) -> tuple[Tensor, Any]:
+            batch = next(batches)
+            return stage(batch.tokens, batch.gates if gated else None), partial(loss, batch)
+
+        batch_size, local_tokens = micro_batches[0].tokens.shape
+        was_training = model.training
+        model.train(not forward_only)
+        outputs = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=[model],
+            num_microbatches=len(micro_batches),
+            seq_length=local_tokens * self.world.groups.cp.size(),
+            micro_batch_size=batch_size,
+            forward_only=forward_only,
+            collect_non_loss_data=keep,
+        )
+        model.train(was_training)
+        return outputs
+
+    def _student_loss(self, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, MicroBatchLoss]:
+        """Return (sum of the loss over this rank's tokens, their number, report) as the schedule wants it."""
+        teacher_hidden, teacher_head = None, None
+        if batch.teacher_hidden is not None:
+            assert self.teacher is not None
+            teacher_hidden, teacher_head = self._tokens(batch.teacher_hidden), self.teacher.head_weight()
+        terms = distillation_loss(
+            self._tokens(hidden),
+            self.student_model.head_weight(batch.gates),
+            teacher_hidden,
+            teacher_head,
+            batch.labels.transpose(0, 1).reshape(-1),
+            None,
+            kl_weight=self.loss.kl_weight if self.teacher is not None else 0.0,
+            cross_entropy_weight=self.loss.cross_entropy_weight,
+            temperature=self.loss.temperature,
+            num_chunks=self.loss.num_chunks,
+            tp_group=self.world.groups.tp,
+            report_cross_entropy=True,
+        )
+        budget = None if batch.gates is None else batch.gates.budget
+        num_tokens = batch.labels.numel()
+        report = MicroBatchLoss(budget, num_tokens, terms.kl, terms.cross_entropy)
+        return terms.total, torch.tensor(num_tokens, dtype=torch.int, device=hidden.device), report
+
+    def _evaluation_loss(self, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, MicroBatchLoss]:
+        return self._student_loss(replace(batch, teacher_hidden=None), hidden)
+
+    def _tokens(self, hidden: Tensor) -> Tensor:
+        return parallel_hidden(hidden, self.world.layout.sequence, self.world.groups.tp)
+
+
+def _keep_hidden(batch: MicroBatch, hidden: Tensor, non_loss_data: bool = True) -> Tensor:
+    """Hand the final hidden states through the schedule as they are."""
+    return hidden.detach()

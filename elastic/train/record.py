@@ -1,0 +1,108 @@
+"""The record beside every checkpoint: what the weights are, in JSON, so that a later verb needs no config."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from elastic.space.axes import Axis, AxisChoices, Space
+from elastic.space.budget import Budget
+from elastic.space.cost import Deployment, Metric
+from elastic.space.pattern import LayerPattern
+from elastic.space.shape import ModelShape
+
+RECORD_FILE = "record.json"
+
+
+class RecordError(ValueError):
+    """A checkpoint whose record is missing, unreadable, or of another model than asked for."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a router chooses from: budgets, their deployment conditions, the router's width."""
+
+    axes: Mapping[Axis, AxisChoices]
+    budgets: tuple[Budget, ...]
+    deployment: Deployment
+    router_width: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """Sizes and nesting of the weights in a checkpoint.
+
+    `kind`: parent (unordered), permuted_parent (nested), elastic (nested and trained), submodel (cut out).
+    `data` names the prepared folder the model was trained on, so that its tokenizer is found again.
+    """
+
+    kind: str
+    shape: ModelShape
+    lanes: int = 1
+    depth_ranking: tuple[int, ...] = ()
+    data: str | None = None
+    family: Family | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def space(self) -> Space:
+        """Return the space of subnets; the parent alone where no family was trained."""
+        axes = {} if self.family is None else self.family.axes
+        return Space(self.shape, axes, lanes=self.lanes, depth_ranking=self.depth_ranking)
+
+    def write(self, folder: Path) -> None:
+        """Write the record into a checkpoint folder."""
+        content = asdict(self)
+        content["shape"]["pattern"] = str(self.shape.pattern)
+        (folder / RECORD_FILE).write_text(json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Record":
+        """Read a checkpoint's record; raises RecordError when it is missing or not readable."""
+        path = folder / RECORD_FILE
+        if not path.is_file():
+            raise RecordError(f"{folder} holds no {RECORD_FILE}: it is not a checkpoint of this project")
+        try:
+            return _from_json(json.loads(path.read_text()))
+        except (KeyError, TypeError, ValueError) as error:
+            raise RecordError(f"{path} is damaged or of another version: {error!r}") from error
+
+
+def check_same_shape(expected: ModelShape, found: ModelShape, where: Path) -> None:
+    """Raise RecordError listing every size in which a checkpoint differs from the config."""
+    fields = [name for name in asdict(expected) if name != "pattern"]
+    differences = [
+        f"{name}: config {getattr(expected, name)}, checkpoint {getattr(found, name)}"
+        for name in fields
+        if getattr(expected, name) != getattr(found, name)
+    ]
+    if str(expected.pattern) != str(found.pattern):
+        differences.append(f"pattern: config {expected.pattern}, checkpoint {found.pattern}")
+    if differences:
+        raise RecordError(f"{where} holds another model than section `model` states. " + "; ".join(differences))
+
+
+def shape_from_json(content: Mapping[str, Any]) -> ModelShape:
+    """Rebuild a shape from `asdict` with its pattern as text."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+    return ModelShape(**{**values, "pattern": LayerPattern.parse(content["pattern"])})
+
+
+def _from_json(content: dict[str, Any]) -> Record:
+    family = content["family"]
+    return Record(
+        kind=content["kind"],
+        shape=shape_from_json(content["shape"]),
+        lanes=content["lanes"],
+        depth_ranking=tuple(content["depth_ranking"]),
+        data=content["data"],
+        provenance=content["provenance"],
+        family=None
+        if family is None
+        else Family(
+            axes={Axis(a): AxisChoices(tuple(c["choices"]), c["per_layer"]) for a, c in family["axes"].items()},
+            budgets=tuple(Budget(b["name"], Metric(b["metric"]), b["target"]) for b in family["budgets"]),
+            deployment=Deployment(**family["deployment"]),
+            router_width=family["router_width"],
+        ),
+    )

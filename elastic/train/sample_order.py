@@ -1,0 +1,73 @@
+"""Order samples: a permutation of the chunks for every epoch, computed per sample and never stored."""
+
+import hashlib
+import math
+import struct
+from dataclasses import dataclass
+
+NUM_ROUNDS = 8
+_MASK = (1 << 64) - 1
+
+
+def mixed_seed(seed: int, *salts: int) -> int:
+    """Derive a 63-bit seed from a seed and salts (phase, sequence length); different salts are unrelated streams."""
+    text = ":".join(str(part) for part in (seed, *salts))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=b"elastic-salts").digest()) >> 1
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """Map an unbounded sample index to a chunk: every epoch of `num_chunks` indices visits every chunk once.
+
+    A Feistel network over a grid of rows x columns >= num_chunks places, keyed by (seed, epoch, num_chunks); places
+    beyond the last chunk are sent round again until they land inside. It is a pure function of its fields and the
+    index, so resuming, or asking from another number of ranks, needs no state.
+    """
+
+    num_chunks: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.num_chunks < 1:
+            raise ValueError(f"num_chunks = {self.num_chunks}: must be at least 1; give more data")
+
+    def epoch(self, sample_index: int) -> int:
+        """Return which epoch a sample index belongs to, counted from 0."""
+        return sample_index // self.num_chunks
+
+    def chunk(self, sample_index: int) -> int:
+        """Return the chunk, 0..num_chunks-1, that sample `sample_index` >= 0 reads."""
+        if sample_index < 0:
+            raise ValueError(f"sample_index = {sample_index}: must not be negative")
+        epoch, place = divmod(sample_index, self.num_chunks)
+        rows = math.isqrt(self.num_chunks - 1) + 1
+        columns = -(-self.num_chunks // rows)
+        keys = self._keys(epoch)
+        place = _permute(place, rows, columns, keys)
+        while place >= self.num_chunks:
+            place = _permute(place, rows, columns, keys)
+        return place
+
+    def _keys(self, epoch: int) -> tuple[int, ...]:
+        text = f"{self.seed}:{epoch}:{self.num_chunks}"
+        digest = hashlib.blake2b(text.encode(), digest_size=8 * NUM_ROUNDS, person=b"elastic-order").digest()
+        return struct.unpack(f"<{NUM_ROUNDS}Q", digest)
+
+
+def _permute(place: int, rows: int, columns: int, keys: tuple[int, ...]) -> int:
+    """Permute 0..rows*columns-1: each round shifts one coordinate by a keyed hash of the other, which is invertible."""
+    column, row = divmod(place, rows)
+    for number, key in enumerate(keys):
+        if number % 2 == 0:
+            row = (row + _hash(key, column)) % rows
+        else:
+            column = (column + _hash(key, row)) % columns
+    return column * rows + row
+
+
+def _hash(key: int, value: int) -> int:
+    """Mix a value and a key into 64 bits (the finalizer of splitmix64)."""
+    mixed = (key + value * 0x9E3779B97F4A7C15) & _MASK
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK
+    return mixed ^ (mixed >> 31)

@@ -1,0 +1,45 @@
+"""Import NeMo's hydra_runner without the noise its import makes. Only recipes import this module."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["hydra_runner"]
+
+
+@contextmanager
+def held_back_output() -> Iterator[None]:
+    """Keep everything written to stdout and stderr away from the screen; show it after all if the block raises.
+
+    File descriptors are redirected, not sys.stderr: log handlers made inside the block must keep the real stream.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as held:
+        saved = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+        failed = True
+        try:
+            for descriptor in saved:
+                os.dup2(held.fileno(), descriptor)
+            yield
+            failed = False
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for descriptor, original in saved.items():
+                os.dup2(original, descriptor)
+                os.close(original)
+            if failed:
+                held.seek(0)
+                os.write(2, held.read())
+
+
+with held_back_output():
+    from nemo.core.config import hydra_runner
+    from nemo.utils import logging as nemo_logging
+
+# NeMo's logger would reformat every Python warning and report it as its own.
+nemo_logging.captureWarnings(False)
+nemo_logging.setLevel(nemo_logging.ERROR)

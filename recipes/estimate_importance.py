@@ -1,0 +1,19 @@
+"""Score a parent and write the permuted (nested) parent: `python recipes/estimate_importance.py key=value ...`, conf/estimate_importance.yaml."""
+
+from omegaconf import DictConfig
+from rich.console import Console
+
+from elastic.train.config import ImportanceConfig
+from elastic.train.run_importance import run_importance
+from recipes._common import load_config, run
+from recipes._nemo import hydra_runner
+
+
+@hydra_runner(config_path="../conf", config_name="estimate_importance")
+def main(cfg: DictConfig) -> None:
+    """Check the config and run."""
+    run_importance(load_config(cfg, ImportanceConfig), Console())
+
+
+if __name__ == "__main__":
+    run(main)

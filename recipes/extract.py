@@ -1,0 +1,19 @@
+"""Cut budgets out of a nested checkpoint into Hugging Face folders: `python recipes/extract.py key=value ...`, conf/extract.yaml."""
+
+from omegaconf import DictConfig
+from rich.console import Console
+
+from elastic.train.config import ExtractConfig
+from elastic.train.run_extract import run_extract
+from recipes._common import load_config, run
+from recipes._nemo import hydra_runner
+
+
+@hydra_runner(config_path="../conf", config_name="extract")
+def main(cfg: DictConfig) -> None:
+    """Check the config and run."""
+    run_extract(load_config(cfg, ExtractConfig), Console())
+
+
+if __name__ == "__main__":
+    run(main)

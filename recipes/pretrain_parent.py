@@ -1,0 +1,19 @@
+"""Train a parent from scratch: `python recipes/pretrain_parent.py key=value ...`, conf/pretrain_parent.yaml."""
+
+from omegaconf import DictConfig
+from rich.console import Console
+
+from elastic.train.config import PretrainConfig
+from elastic.train.run_training import run_pretrain
+from recipes._common import load_config, run
+from recipes._nemo import hydra_runner
+
+
+@hydra_runner(config_path="../conf", config_name="pretrain_parent")
+def main(cfg: DictConfig) -> None:
+    """Check the config and run."""
+    run_pretrain(load_config(cfg, PretrainConfig), Console())
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,131 @@
+"""The whole chain on a laptop: `make smoke`, two CPU cores, about 12 minutes, nothing downloaded.
+
+Prepares the Python standard library's sources as a corpus, trains a small parent, scores and permutes it, trains one
+nested family with three budgets, evaluates it, cuts all three out as Hugging Face folders, and leaves in runs/smoke:
+summary.json, family.png and every intermediate folder. Stopped half-way, the same command goes on where it stopped;
+`--fresh` starts over in a new folder name given by `--name`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.rule import Rule
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Smoke:
+    """Runs the verbs one after another as a user would, each in its own process."""
+
+    def __init__(self, folder: Path, processes: int, overrides: Sequence[str], console: Console) -> None:
+        self.folder, self.processes, self.overrides, self.console = folder, processes, overrides, console
+
+    def run(self, verb: str, version: str, arguments: Sequence[str] = (), *, distributed: bool = False) -> Path:
+        """Run one verb unless its folder says that it finished; returns the folder."""
+        target = self.folder / version
+        done = self.folder / f".{version}.done"
+        if done.exists():
+            self.console.print(f"{verb} {version}: already done, kept")
+            return target
+        self.console.print(Rule(f"{verb} -> {target}"))
+        launcher = [sys.executable]
+        if distributed and self.processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}"]
+        command = [*launcher, str(ROOT / "recipes" / f"{verb}.py"), *arguments, *self._shared(verb)]
+        started = time.perf_counter()
+        threads = 1 if distributed else self.processes
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+        finished = subprocess.run(command, env=environment, check=False)
+        if finished.returncode:
+            raise SystemExit(f"{verb} failed with code {finished.returncode}; mend the cause and run the same command")
+        done.write_text(f"{time.perf_counter() - started:.1f}\n")
+        return target
+
+    def place(self, version: str) -> list[str]:
+        """Return the overrides that send a verb's output to its folder."""
+        return [
+            f"exp_manager.exp_dir={self.folder.parent}",
+            f"exp_manager.name={self.folder.name}",
+            f"exp_manager.version={version}",
+        ]
+
+    def seconds(self) -> dict[str, float]:
+        """Return how long every finished verb took, whole process."""
+        return {path.name[1:-5]: float(path.read_text()) for path in sorted(self.folder.glob(".*.done"))}
+
+    def _shared(self, verb: str) -> list[str]:
+        prefix = f"{verb}:"
+        return [override.removeprefix(prefix) for override in self.overrides if override.startswith(prefix)]
+
+
+def chain(smoke: Smoke) -> dict[str, Any]:
+    """Run every verb and return the summary."""
+    data = smoke.run("prepare_data", "data", ["--config-name=smoke_data", f"output={smoke.folder / 'data'}"])
+    from_data = f"data.path={data}"
+    parent = smoke.run(
+        "pretrain_parent", "parent", ["--config-name=smoke_parent", from_data, *smoke.place("parent")], distributed=True
+    )
+    permuted = smoke.run(
+        "estimate_importance",
+        "permuted",
+        ["--config-name=smoke_importance", from_data, f"init_from.parent={parent}", *smoke.place("permuted")],
+    )
+    family = smoke.run(
+        "train_elastic",
+        "family",
+        ["--config-name=smoke_elastic", from_data, f"init_from.permuted_parent={permuted}", *smoke.place("family")],
+        distributed=True,
+    )
+    exports = smoke.run(
+        "extract", "exports", ["--config-name=smoke_extract", f"init_from.checkpoint={family}", *smoke.place("exports")]
+    )
+
+    def evaluate(version: str, checkpoint: Path, *more: str) -> list[dict[str, Any]]:
+        arguments = ["--config-name=smoke_evaluate", from_data, f"init_from.checkpoint={checkpoint}", *more]
+        folder = smoke.run("evaluate", version, [*arguments, *smoke.place(version)])
+        return json.loads((folder / "evaluation.json").read_text())["members"]
+
+    subnets = evaluate("evaluation_family", family)
+    untrained = evaluate("evaluation_untrained", permuted, f"init_from.router={family}")
+    parent_row = evaluate("evaluation_parent", parent)[0]
+    extraction = json.loads((exports / "extraction.json").read_text())["members"]
+    submodels = {
+        row["name"]: evaluate(f"evaluation_submodel_{row['name']}", Path(row["megatron"]))[0] for row in extraction
+    }
+    from recipes._smoke_report import build_summary
+
+    return build_summary(
+        parent_row, subnets, untrained, extraction, submodels, data=data, parent_dir=parent, seconds=smoke.seconds()
+    )
+
+
+def main() -> None:
+    """Parse the command line, run the chain, report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--exp-dir", type=Path, default=Path("runs"), help="where runs are written (default: runs)")
+    parser.add_argument("--name", default="smoke", help="folder name of this run (default: smoke)")
+    parser.add_argument("--processes", type=int, default=2, help="processes under torchrun (default: 2)")
+    parser.add_argument("overrides", nargs="*", help="verb:key=value, for example train_elastic:trainer.max_steps=20")
+    arguments = parser.parse_args()
+    console = Console()
+    folder = arguments.exp_dir / arguments.name
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = chain(Smoke(folder, arguments.processes, arguments.overrides, console))
+    from recipes._smoke_report import draw_family, summary_table
+
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    draw_family(summary, folder / "family.png")
+    console.print(summary_table(summary))
+    console.print(f"summary: {folder / 'summary.json'}   picture: {folder / 'family.png'}")
+
+
+if __name__ == "__main__":
+    main()

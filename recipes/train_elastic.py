@@ -1,0 +1,19 @@
+"""Train the family from a permuted parent: `python recipes/train_elastic.py key=value ...`, conf/train_elastic.yaml."""
+
+from omegaconf import DictConfig
+from rich.console import Console
+
+from elastic.train.config import ElasticConfig
+from elastic.train.run_training import run_elastic
+from recipes._common import load_config, run
+from recipes._nemo import hydra_runner
+
+
+@hydra_runner(config_path="../conf", config_name="train_elastic")
+def main(cfg: DictConfig) -> None:
+    """Check the config and run."""
+    run_elastic(load_config(cfg, ElasticConfig), Console())
+
+
+if __name__ == "__main__":
+    run(main)

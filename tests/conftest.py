@@ -1,0 +1,30 @@
+"""Settings that every test shares: one thread, fixed seeds, no compiler, GPU tests only where there is a GPU."""
+
+import os
+import random
+
+import numpy
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Megatron-Core's fused functions otherwise compile C++ at their first call.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Start each test from the same random state, whichever tests ran before."""
+    random.seed(1)
+    numpy.random.seed(1)
+    torch.manual_seed(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="marked gpu: no CUDA device on this machine"))

@@ -1,0 +1,118 @@
+"""Scores and rankings do not depend on how the parent is spread over ranks; nor does `forward_hidden`."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from elastic.compress.depth import rank_layers
+from elastic.compress.importance import collect_scores, make_ranking
+from elastic.modules.cpu_backend import use_cpu_backend
+from elastic.modules.forward import SequenceLengthError, context_parallel_slice, forward_hidden
+from elastic.modules.model import Layout, build_model
+from elastic.space.axes import Axis, AxisChoices, Space
+from elastic.space.gates import Gates
+from elastic.space.shape import ModelShape
+from elastic.train.parallel import join_world
+from tests.distributed.harness import run_distributed
+
+SHAPE = ModelShape.uniform(
+    "M-*M-",
+    vocab=48,
+    hidden=24,
+    ffn=32,
+    mamba_heads=8,
+    head_channels=6,
+    mamba_groups=2,
+    mamba_state=8,
+    conv_kernel=4,
+    attention_heads=6,
+    kv_heads=2,
+    attention_channels=8,
+)
+SPACE = Space(
+    SHAPE,
+    {Axis.HIDDEN: AxisChoices((24, 14)), Axis.MAMBA_CHANNEL: AxisChoices((6, 3)), Axis.DEPTH: AxisChoices((5, 2))},
+    lanes=4,
+)
+LENGTH_TOKENS = 16
+
+
+def _token_batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(SHAPE.vocab, (2, LENGTH_TOKENS), generator=generator) for _ in range(4)]
+
+
+def _estimate(layout: Layout) -> dict[str, Any]:
+    """Score the parent on this rank's share of the batches, and run one subnet."""
+    use_cpu_backend()
+    groups = join_world(layout, torch.device("cpu")).groups
+    model = build_model(SPACE, layout, init_std=0.3)
+    batches = _token_batches()
+    own = batches[groups.dp.rank() :: groups.dp.size()]
+    scores = collect_scores(model, SPACE, own)
+    iterative, one_shot = (rank_layers(model, SPACE, own, method) for method in ("iterative", "one_shot"))
+    subnet = Gates.slice(SPACE.subnet({Axis.HIDDEN: (1,), Axis.MAMBA_CHANNEL: (1,), Axis.DEPTH: (1,)}))
+    tokens = context_parallel_slice(batches[0], groups.cp.rank(), groups.cp.size())
+    tensors = scores.tensors(3) | {f"iterative.{name}": score for name, score in iterative.tensors().items()}
+    tensors |= {f"one_shot.{name}": score for name, score in one_shot.tensors().items()}
+    return {
+        "tensors": tensors,
+        "num_tokens": scores.num_tokens,
+        "rankings": [make_ranking(scores, SPACE, depth) for depth in (iterative, one_shot)],
+        "hidden": forward_hidden(model, tokens, subnet),
+        "place": (groups.tp.rank(), groups.pp.rank(), groups.cp.rank()),
+    }
+
+
+@pytest.fixture(scope="module")
+def one_process() -> dict[str, Any]:
+    return run_distributed(_estimate, 1, Layout())[0]
+
+
+LAYOUTS = {
+    "TP2": (2, Layout(tensor=2)),
+    "TP2+SP": (2, Layout(tensor=2, sequence=True)),
+    "PP2": (2, Layout(pipeline=2)),
+    "DP2": (2, Layout()),
+    "CP2": (2, Layout(context=2)),
+    "TP2xPP2+SP": (4, Layout(tensor=2, pipeline=2, sequence=True)),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_pitfall_22_scores_and_rankings_do_not_depend_on_the_layout(one_process: dict[str, Any], name: str) -> None:
+    world_size, layout = LAYOUTS[name]
+    ranks = run_distributed(_estimate, world_size, layout)
+    for rank in ranks:
+        assert rank["num_tokens"] == one_process["num_tokens"] == 4 * 2 * LENGTH_TOKENS
+        assert rank["tensors"].keys() == one_process["tensors"].keys()
+        for score, expected in one_process["tensors"].items():
+            torch.testing.assert_close(rank["tensors"][score], expected, rtol=1e-5, atol=0, equal_nan=True, msg=score)
+            same = torch.equal(rank["tensors"][score].nan_to_num(), ranks[0]["tensors"][score].nan_to_num())
+            assert same, f"{score} has other bits on another rank"
+        assert rank["rankings"] == one_process["rankings"]
+    _check_hidden(ranks, layout, one_process["hidden"])
+
+
+def _check_hidden(ranks: list[dict[str, Any]], layout: Layout, expected: Tensor) -> None:
+    """Compare each last-stage rank's final hidden states [S(/tp), B, d] with its tokens of the one-process run."""
+    for rank in ranks:
+        tp, pp, cp = rank["place"]
+        if pp < layout.pipeline - 1:
+            assert rank["hidden"] is None
+            continue
+        part = context_parallel_slice(expected.transpose(0, 1), cp, layout.context).transpose(0, 1)
+        if layout.sequence:
+            part = part.chunk(layout.tensor)[tp]
+        torch.testing.assert_close(rank["hidden"], part, rtol=1e-4, atol=1e-5)
+
+
+def test_context_parallel_ranks_share_the_sequence_evenly_under_a_causal_mask() -> None:
+    tokens = torch.arange(24).view(2, 12)
+    assert context_parallel_slice(tokens, 0, 3)[0].tolist() == [0, 1, 10, 11]
+    assert context_parallel_slice(tokens, 2, 3)[1].tolist() == [16, 17, 18, 19]
+    assert context_parallel_slice(tokens, 0, 1) is tokens
+    with pytest.raises(SequenceLengthError, match=r"multiple of 2 x parallel\.context = 8, nearest legal is 16"):
+        context_parallel_slice(tokens, 0, 4)

@@ -1,0 +1,241 @@
+"""Tiny elastic spaces and the models built from them, for every test that compares executions."""
+
+import contextlib
+import math
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from elastic.modules.attention import SdpaCoreAttention
+from elastic.modules.initialize import named_global_parameters
+from elastic.modules.model import ElasticModel, Layout, build_model, transformer_config
+from elastic.modules.segments import pipeline_pattern
+from elastic.modules.sharding import full_parameter_size, shard_tensor
+from elastic.modules.specs import Kernels, plain_stack_spec
+from elastic.modules.state_space import TorchStateSpace
+from elastic.space.axes import Axis, AxisChoices, Space
+from elastic.space.shape import ModelShape
+
+Choice = Mapping[Axis, tuple[int, ...]]
+A, C = Axis, AxisChoices
+
+_SIZES = dict(vocab=61, hidden=24, head_channels=6, mamba_state=8, conv_kernel=4, attention_channels=4)
+
+
+def shape_of(pattern: str, **sizes: object) -> ModelShape:
+    """Build a tiny shape: 24 hidden, 16 FFN neurons, 4 Mamba heads in 2 groups, 4 query heads on 2 KV heads."""
+    widths = dict(ffn=16, mamba_heads=4, mamba_groups=2, attention_heads=4, kv_heads=2)
+    return ModelShape.uniform(pattern, **(_SIZES | widths | sizes))  # type: ignore[arg-type]
+
+
+def _spaces() -> dict[str, Space]:
+    return {
+        "two groups, depth 7": Space(
+            shape_of("M-M*-M-"),
+            {
+                A.HIDDEN: C((24, 17, 10)),
+                A.FFN: C((16, 8), per_layer=True),
+                A.MAMBA_HEAD: C((4, 2)),
+                A.MAMBA_CHANNEL: C((6, 5, 3)),
+                A.ATTENTION_HEAD: C((4, 2)),
+                A.DEPTH: C((7, 5, 4)),
+            },
+            lanes=4,
+            depth_ranking=(0, 3, 1, 2, 4, 6, 5),
+        ),
+        "one group, tied head, depth 3": Space(
+            shape_of("M*-", mamba_groups=1, mamba_heads=3, kv_heads=1, head_channels=5, tied_embeddings=True),
+            {
+                A.HIDDEN: C((24, 13)),
+                A.FFN: C((16, 9, 5)),
+                A.MAMBA_HEAD: C((3, 2, 1)),
+                A.MAMBA_CHANNEL: C((5, 3)),
+                A.ATTENTION_HEAD: C((4, 3, 1)),
+                A.DEPTH: C((3, 2)),
+            },
+            lanes=1,
+            depth_ranking=(2, 0, 1),
+        ),
+        "four groups, five queries per KV head, depth 10": Space(
+            shape_of(
+                "MM-*M-*M--", mamba_groups=4, mamba_heads=24, ffn=32, attention_heads=10, kv_heads=2, conv_kernel=3
+            ),
+            {
+                A.HIDDEN: C((24, 19, 11)),
+                A.FFN: C((32, 24, 8), per_layer=True),
+                A.MAMBA_HEAD: C((24, 16, 8)),
+                A.MAMBA_CHANNEL: C((6, 4, 3)),
+                A.ATTENTION_HEAD: C((10, 6, 2), per_layer=True),
+                A.DEPTH: C((10, 8, 5)),
+            },
+            depth_ranking=(3, 0, 9, 4, 7, 1, 2, 6, 5, 8),
+        ),
+        "no attention": Space(
+            shape_of("M-MM-"),
+            {A.HIDDEN: C((24, 12)), A.FFN: C((16, 8), per_layer=True), A.MAMBA_HEAD: C((4, 2)), A.DEPTH: C((5, 3))},
+            depth_ranking=(4, 0, 2, 1, 3),
+        ),
+        "no FFN": Space(
+            shape_of("M*MM*M"),
+            {A.HIDDEN: C((24, 15)), A.MAMBA_HEAD: C((4, 2)), A.ATTENTION_HEAD: C((4, 2)), A.DEPTH: C((6, 3))},
+        ),
+        "no Mamba": Space(
+            shape_of("*-*-"),
+            {A.HIDDEN: C((24, 7)), A.FFN: C((16, 8), per_layer=True), A.ATTENTION_HEAD: C((4, 2)), A.DEPTH: C((4, 2))},
+        ),
+        # Stock transformers cannot hold Mamba heads that differ between layers; everything else can.
+        "Mamba heads per layer": Space(
+            shape_of("M-M*M", mamba_heads=6, head_channels=5),
+            {
+                A.HIDDEN: C((24, 16)),
+                A.FFN: C((16, 8)),
+                A.MAMBA_HEAD: C((6, 4, 2), per_layer=True),
+                A.MAMBA_CHANNEL: C((5, 4, 3)),
+                A.ATTENTION_HEAD: C((4, 2)),
+                A.DEPTH: C((5, 4)),
+            },
+        ),
+    }
+
+
+SPACES = _spaces()
+EVERY_AXIS = SPACES["Mamba heads per layer"]
+
+
+@contextlib.contextmanager
+def one_process() -> Iterator[None]:
+    """Provide Megatron-Core's process groups on a single gloo process of this interpreter."""
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+        try:
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+
+
+def lively_tensor(name: str, shape: ModelShape) -> Tensor:
+    """Draw the full value of a parameter so that every part of the model matters, fp32, from its name alone.
+
+    Larger than a training initialisation, and norm weights, D and biases are not constant, so that a missing
+    weight or a wrong divisor shows in the logits.
+    """
+    size = full_parameter_size(name, shape)
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    noise = torch.empty(size).normal_(generator=generator)
+    match name.rpartition(".")[2]:
+        case "A_log":
+            return 0.5 * noise
+        case "dt_bias":
+            return noise - 1.0
+        case "conv1d_weight" | "conv1d_bias":
+            return 0.5 * noise
+        case "D":
+            return 1.0 + 0.5 * noise
+        case _:
+            return 1.0 + 0.3 * noise if len(size) == 1 else noise / math.sqrt(size[-1])
+
+
+@torch.no_grad()
+def fill(model: torch.nn.Module, tensors: Mapping[str, Tensor], shape: ModelShape) -> None:
+    """Copy full tensors, by their global names, into this rank's parameters."""
+    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    for name, parameter in named_global_parameters(model):
+        parameter.copy_(shard_tensor(tensors[name], name, shape, rank, size))
+
+
+def build_lively(space: Space, layout: Layout | None = None, chunk_tokens: int = 4) -> ElasticModel:
+    """Build this rank's part of a parent with `lively_tensor` weights; a short scan chunk crosses chunk borders."""
+    layout = layout or Layout()
+    model = build_model(space, layout, kernels=Kernels(TorchStateSpace(chunk_tokens), SdpaCoreAttention))
+    names = [name for name, _ in named_global_parameters(model)]
+    fill(model, {name: lively_tensor(name, space.parent) for name in names}, space.parent)
+    return model
+
+
+def submodel_space(shape: ModelShape) -> Space:
+    """Return a space with nothing to choose: a standalone model of `shape`."""
+    return Space(shape, {}, lanes=1)
+
+
+def build_stock(shape: ModelShape, layout: Layout | None = None) -> HybridModel:
+    """Build Megatron-Core's own HybridModel with stock layers throughout; uninitialised."""
+    layout, groups = layout or Layout(), ProcessGroupCollection.use_mpu_process_groups()
+    return HybridModel(
+        transformer_config(shape, layout),
+        plain_stack_spec(Kernels.choose(), shape.conv_kernel),
+        vocab_size=shape.vocab,
+        max_sequence_length=1,
+        hybrid_layer_pattern=pipeline_pattern(shape, layout.pipeline),
+        pre_process=groups.pp.rank() == 0,
+        post_process=groups.pp.rank() == groups.pp.size() - 1,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        position_embedding_type="none",
+        pg_collection=groups,
+    )
+
+
+def smallest_choice(space: Space) -> dict[Axis, tuple[int, ...]]:
+    """Choose the narrowest width on every axis and slot: all axes reduced at once."""
+    return {axis: (len(space.axes[axis].choices) - 1,) * space.num_slots(axis) for axis in Axis}
+
+
+def choices_to_test(space: Space, count: int = 3, seed: int = 0) -> list[dict[Axis, tuple[int, ...]]]:
+    """Return the narrowest choice and `count` random ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return [smallest_choice(space), *(space.random_choice(generator) for _ in range(count))]
+
+
+def one_hot_weights(space: Space, choice: Choice, dtype: torch.dtype = torch.float32) -> dict[Axis, Tensor]:
+    """Return gate weights that are exactly 1 on the chosen widths, as leaves that want gradients."""
+    return {
+        axis: F.one_hot(torch.tensor(choice[axis]), len(space.axes[axis].choices)).to(dtype).requires_grad_()
+        for axis in space.elastic_axes()
+        if space.num_slots(axis)
+    }
+
+
+def soft_weights(space: Space, seed: int, dtype: torch.dtype = torch.float32) -> dict[Axis, Tensor]:
+    """Return random probabilities over the choices of every elastic axis and slot, as leaves."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
+    return {
+        axis: draw(space.num_slots(axis), len(space.axes[axis].choices)).softmax(-1).to(dtype).requires_grad_()
+        for axis in space.elastic_axes()
+    }
+
+
+def tokens_for(shape: ModelShape, batch: int = 2, length: int = 11) -> Tensor:
+    """Return random tokens [B, S]; 11 is no multiple of the test chunk of 4."""
+    return torch.randint(0, shape.vocab, (batch, length), generator=torch.Generator().manual_seed(7))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one execution computed: logits [B, S, V] and gradients by full parameter name (absent: zero)."""
+
+    logits: Tensor
+    gradients: Mapping[str, Tensor]
+
+
+def cotangent(logits: Tensor) -> Tensor:
+    """Return fixed weights of the logits, so that every logit matters differently to the loss."""
+    weights = torch.empty(logits.shape, dtype=torch.float64)
+    return weights.normal_(generator=torch.Generator().manual_seed(3)).to(logits.dtype)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference over the norm of `expected`."""
+    difference, scale = (actual - expected).double().norm().item(), expected.double().norm().item()
+    return difference / scale if scale > 0 else difference

@@ -1,0 +1,173 @@
+"""The PyTorch scan and convolution against a token-by-token recurrence in fp64 and against stock transformers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import NemotronHConfig
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
+
+from elastic.modules.state_space import StateSpaceBackend, TorchStateSpace
+from tests.parity.model_factory import relative_error
+from tests.parity.reference_model import depthwise_causal_conv, state_space_recurrence
+
+LENGTHS = [1, 3, 8, 13, 16, 37]
+GROUPS = [1, 2, 4]
+BATCH, HEADS_PER_GROUP, CHANNELS, STATE, CHUNK = 2, 3, 5, 7, 8
+
+
+@dataclass(frozen=True)
+class ScanInputs:
+    """Leaves of one scan: x [B,L,H,P], raw_dt [B,L,H] before softplus, a_log [H], b and c [B,L,G,N], d [H]."""
+
+    x: Tensor
+    raw_dt: Tensor
+    a_log: Tensor
+    b: Tensor
+    c: Tensor
+    d: Tensor
+
+    @classmethod
+    def draw(cls, length: int, groups: int, dtype: torch.dtype, seed: int = 0) -> "ScanInputs":
+        generator, heads = torch.Generator().manual_seed(seed), groups * HEADS_PER_GROUP
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+        return cls(
+            x=normal(BATCH, length, heads, CHANNELS),
+            raw_dt=normal(BATCH, length, heads),
+            a_log=normal(heads),
+            b=normal(BATCH, length, groups, STATE),
+            c=normal(BATCH, length, groups, STATE),
+            d=normal(heads),
+        )
+
+    def to(self, dtype: torch.dtype) -> "ScanInputs":
+        return ScanInputs(**{name: t.detach().to(dtype).requires_grad_() for name, t in vars(self).items()})
+
+    def run(self, scan: Any) -> tuple[Tensor, list[Tensor]]:
+        """Return the output and the gradients of a fixed weighting of it."""
+        y = scan(self.x, F.softplus(self.raw_dt), -torch.exp(self.a_log), self.b, self.c, self.d)
+        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        gradients = torch.autograd.grad(y, list(vars(self).values()), weights.to(y.dtype))
+        return y, list(gradients)
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_scan_equals_the_recurrence_in_fp64(length: int, groups: int) -> None:
+    inputs = ScanInputs.draw(length, groups, torch.float64)
+    y, gradients = inputs.run(TorchStateSpace(CHUNK).scan)
+    expected_y, expected_gradients = inputs.run(state_space_recurrence)
+    torch.testing.assert_close(y, expected_y, rtol=1e-10, atol=1e-10)
+    for actual, expected in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("groups", GROUPS)
+def test_scan_in_low_precision_stays_near_the_recurrence(groups: int, dtype: torch.dtype, tolerance: float) -> None:
+    inputs = ScanInputs.draw(37, groups, dtype)
+    y, gradients = inputs.run(TorchStateSpace(CHUNK).scan)
+    expected_y, expected_gradients = inputs.to(torch.float64).run(state_space_recurrence)
+    assert y.dtype is dtype
+    assert relative_error(y, expected_y) <= tolerance
+    for actual, expected in zip(gradients, expected_gradients, strict=True):
+        assert relative_error(actual, expected) <= 2 * tolerance
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 13, 64])
+def test_scan_does_not_depend_on_the_chunk(chunk: int) -> None:
+    inputs = ScanInputs.draw(13, 2, torch.float64)
+    torch.testing.assert_close(inputs.run(TorchStateSpace(chunk).scan), inputs.run(TorchStateSpace(5).scan))
+
+
+def test_scan_survives_decays_that_underflow() -> None:
+    """exp(dt A) of -1e4 is 0 in fp32: outputs and gradients stay finite, nothing is carried."""
+    inputs = ScanInputs.draw(37, 1, torch.float32)
+    strong = ScanInputs(**{**vars(inputs), "a_log": torch.full_like(inputs.a_log, 10.0).requires_grad_()})
+    y, gradients = strong.run(TorchStateSpace(CHUNK).scan)
+    assert all(torch.isfinite(t).all() for t in (y, *gradients))
+    assert relative_error(y, strong.to(torch.float64).run(state_space_recurrence)[0]) <= 2e-6
+
+
+@pytest.mark.parametrize("taps", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("length", [1, 2, 5, 13])
+def test_pitfall_06_convolution_equals_the_definition(length: int, taps: int) -> None:
+    """Any kernel size, not only 4, also longer than the sequence."""
+    generator = torch.Generator().manual_seed(0)
+    leaves = [
+        torch.randn(*size, generator=generator, dtype=torch.float64).requires_grad_()
+        for size in ((BATCH, length, 6), (6, taps), (6,))
+    ]
+    y, expected = TorchStateSpace().causal_conv(*leaves), F.silu(depthwise_causal_conv(*leaves))
+    torch.testing.assert_close(y, expected)
+    weights = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, leaves, weights), torch.autograd.grad(expected, leaves, weights)
+    )
+
+
+def _stock_mixer(groups: int, conv_kernel: int) -> NemotronHMamba2Mixer:
+    config = NemotronHConfig(
+        hybrid_override_pattern="M",
+        hidden_size=12,
+        mamba_num_heads=groups * HEADS_PER_GROUP,
+        mamba_head_dim=CHANNELS,
+        n_groups=groups,
+        ssm_state_size=STATE,
+        conv_kernel=conv_kernel,
+        chunk_size=CHUNK,
+        layer_norm_epsilon=1e-5,
+        time_step_min=0.0,
+        head_dim=4,
+    )
+    mixer = NemotronHMamba2Mixer(config, layer_idx=0)
+    with torch.no_grad():
+        for name, parameter in mixer.named_parameters():
+            parameter.normal_(std=1.0 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5)
+            if name in ("norm.weight", "D"):
+                parameter.add_(1.0)
+    return mixer.train()
+
+
+def _mixer_from_our_parts(p: dict[str, Tensor], u: Tensor, backend: StateSpaceBackend, groups: int) -> Tensor:
+    """Assemble the same mixer around the backend: what Megatron-Core's mixer does on one rank."""
+    heads = groups * HEADS_PER_GROUP
+    inner, gn = heads * CHANNELS, groups * STATE
+    z, conv_in, dt = (u @ p["in_proj.weight"].T).split([inner, inner + 2 * gn, heads], dim=-1)
+    conv = backend.causal_conv(conv_in, p["conv1d.weight"].squeeze(1), p["conv1d.bias"])
+    x, b, c = conv.split([inner, gn, gn], dim=-1)
+    y = backend.scan(
+        x.unflatten(-1, (heads, CHANNELS)),
+        F.softplus(dt + p["dt_bias"]),
+        -torch.exp(p["A_log"]),
+        b.unflatten(-1, (groups, STATE)),
+        c.unflatten(-1, (groups, STATE)),
+        p["D"],
+    )
+    grouped = (y.flatten(-2) * F.silu(z)).unflatten(-1, (groups, -1))
+    return (F.rms_norm(grouped, grouped.shape[-1:], eps=1e-5).flatten(-2) * p["norm.weight"]) @ p["out_proj.weight"].T
+
+
+@pytest.mark.parametrize(("groups", "conv_kernel"), [(1, 4), (2, 3), (4, 4)])
+@pytest.mark.parametrize("length", [1, 13, 16])
+def test_mixer_equals_stock_transformers(length: int, groups: int, conv_kernel: int) -> None:
+    mixer = _stock_mixer(groups, conv_kernel)
+    parameters = dict(mixer.named_parameters())
+    u = torch.randn(BATCH, length, 12, requires_grad=True)
+    leaves = [u, *parameters.values()]
+    ours, theirs = _mixer_from_our_parts(parameters, u, TorchStateSpace(CHUNK), groups), mixer(u)
+    assert relative_error(ours, theirs) <= 1e-5
+    weights = torch.randn_like(theirs)
+    for name, actual, expected in zip(
+        ["input", *parameters],
+        torch.autograd.grad(ours, leaves, weights),
+        torch.autograd.grad(theirs, leaves, weights),
+        strict=True,
+    ):
+        assert relative_error(actual, expected) <= 1e-4, name
