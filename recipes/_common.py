@@ -107,7 +107,8 @@ def set_up_process(compute: ComputeConfig) -> None:
     if compute.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is only deterministic with it
     torch.use_deterministic_algorithms(compute.deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time on every allocation
+    # A debugging aid that would cost time on every allocation.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def is_user_error(error: ValueError) -> bool:

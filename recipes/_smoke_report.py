@@ -57,7 +57,7 @@ def hugging_face_loss(folder: Path, data: Path, num_tokens: int, sequence_length
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
-    dataset = PackedSequences(TokenStream(data, "validation"), sequence_length, 0)
+    dataset = PackedSequences(TokenStream(data / "validation"), sequence_length, 0)
     total, count = 0.0, 0
     batches = validation_batches(
         dataset,

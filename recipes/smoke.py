@@ -68,7 +68,7 @@ class Smoke:
 
 def chain(smoke: Smoke) -> dict[str, Any]:
     """Run every verb and return the summary."""
-    data = smoke.run("prepare_data", "data", ["--config-name=smoke_data", f"output={smoke.folder / 'data'}"])
+    data = smoke.run("prepare_data", "data", ["--config-name=smoke_data", f"output_dir={smoke.folder / 'data'}"])
     from_data = f"data.path={data}"
     parent = smoke.run(
         "pretrain_parent", "parent", ["--config-name=smoke_parent", from_data, *smoke.place("parent")], distributed=True

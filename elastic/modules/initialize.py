@@ -4,6 +4,7 @@ import hashlib
 import math
 
 import torch
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch import Tensor, nn
 
 from elastic.modules.sharding import full_parameter_size, shard_tensor
@@ -39,7 +40,7 @@ def initial_tensor(name: str, shape: ModelShape, seed: int, std: float) -> Tenso
 
 @torch.no_grad()
 def initialize_parameters(
-    model: nn.Module, shape: ModelShape, seed: int, std: float, tp_rank: int, tp_size: int
+    model: HybridModel, shape: ModelShape, seed: int, std: float, tp_rank: int, tp_size: int
 ) -> None:
     """Fill every parameter of an ElasticModel stage; `named_global_parameters` gives names with global layers."""
     for name, parameter in named_global_parameters(model):
@@ -47,13 +48,18 @@ def initialize_parameters(
         parameter.copy_(shard_tensor(full, name, shape, tp_rank, tp_size))
 
 
-def named_global_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """List parameters with global layer indices in their names, whatever the pipeline stage (PITFALLS 22)."""
+def named_global_parameters(model: HybridModel) -> list[tuple[str, nn.Parameter]]:
+    """List parameters with global layer indices in their names, whatever the pipeline stage (PITFALLS 22).
+
+    A tied head on a stage without the embedding is a second copy of it, and goes by the embedding's name.
+    """
     named = []
     for name, parameter in model.named_parameters():
         if name.startswith("decoder.layers."):
             local_layer_index, _, rest = name.removeprefix("decoder.layers.").partition(".")
             layer = model.get_submodule(f"decoder.layers.{local_layer_index}")
             name = f"decoder.layers.{layer.layer_number - 1}.{rest}"
+        elif name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+            name = "embedding.word_embeddings.weight"
         named.append((name, parameter))
     return named

@@ -180,7 +180,6 @@ class ExportConfig:
     hugging_face: bool = True
     megatron: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
-    compare_tokens: Count = 128
     max_logit_difference: PositiveOrZero = 1e-4
 
 

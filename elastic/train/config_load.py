@@ -249,10 +249,12 @@ def _check_range(limits: Range, value: Any, path: str, remedy: str) -> None:
     if limits.low is not None and limits.open_low and size <= limits.low:
         raise _IllegalValueError(Problem(path, value, f"must be above {limits.low:g}", remedy))
     if limits.low is not None and size < limits.low:
-        rule = f"must have at least {limits.low:g} entries" if is_list else f"must be at least {limits.low:g}"
+        rule = "must not be empty" if is_list else f"must be at least {limits.low:g}"
         raise _IllegalValueError(
             Problem(path, value, rule, remedy if is_list else f"nearest legal value is {limits.low:g}")
         )
+    if limits.high is not None and limits.open_high and size >= limits.high:
+        raise _IllegalValueError(Problem(path, value, f"must be below {limits.high:g}", remedy))
     if limits.high is not None and size > limits.high:
         rule = f"must be at most {limits.high:g}"
         raise _IllegalValueError(Problem(path, value, rule, f"nearest legal value is {limits.high:g}"))

@@ -6,11 +6,12 @@ from typing import Annotated
 
 @dataclass(frozen=True)
 class Range:
-    """Limits of one number, or of the length of a list; `open_low` excludes `low` itself."""
+    """Limits of one number, or of the length of a list; `open_low` and `open_high` exclude the limit itself."""
 
     low: float | None = None
     high: float | None = None
     open_low: bool = False
+    open_high: bool = False
 
 
 @dataclass(frozen=True)
@@ -25,5 +26,5 @@ CountOrZero = Annotated[int, Range(low=0)]
 Positive = Annotated[float, Range(low=0, open_low=True)]
 PositiveOrZero = Annotated[float, Range(low=0)]
 Share = Annotated[float, Range(low=0, high=1, open_low=True)]
-Decay = Annotated[float, Range(low=0, high=0.99999999)]
+Decay = Annotated[float, Range(low=0, high=1, open_high=True)]
 Name = Annotated[str, Required("give it a name")]

@@ -108,7 +108,7 @@ def _whole_file(file: CorpusFile, limit: int) -> bytes | SkipReason:
     if file.size_bytes > limit:
         return SkipReason.TOO_LARGE
     with file.path.open("rb") as stream:
-        content = stream.read(limit + 1)
+        content = stream.read(file.size_bytes + 1)  # one more, so that a file that grows is noticed
     return SkipReason.TOO_LARGE if len(content) > limit else content
 
 

@@ -8,14 +8,14 @@ import sysconfig
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 STDLIB = "python:stdlib"
 
 
-class SkipReason(StrEnum):
+class SkipReason(Enum):
     """Why a file or a document is left out."""
 
     EMPTY = "empty"

@@ -44,6 +44,12 @@ class TokenStream:
         """Return how many tokens the stream holds."""
         return len(self._tokens)
 
+    @property
+    def vocab_size(self) -> int:
+        """Return the size of the vocabulary that wrote the tokens, before any padding of the model."""
+        assert self.manifest is not None, "a stream without data.json does not know its tokenizer"
+        return self.manifest.tokenizer.vocab_size
+
     def read(self, start: int, count: int) -> np.ndarray:
         """Return tokens [count] from position `start`, in the dtype of the file."""
         assert start >= 0 and start + count <= self.num_tokens, f"tokens {start}..{start + count} are not in the stream"
@@ -123,6 +129,11 @@ class Batch:
     tokens: torch.Tensor
     labels: torch.Tensor
     sample_ids: torch.Tensor
+
+    @property
+    def has_padding(self) -> bool:
+        """Tell whether some rows only fill up."""
+        return bool((self.sample_ids == PADDING_SAMPLE).any())
 
     def token_weights(self) -> torch.Tensor:
         """Return fp32 weights [B, S]: 1 for tokens that count, 0 for rows that fill up."""

@@ -34,5 +34,5 @@ def evaluate_subnets(
     meter = LossMeter(len(gates), world)
     for row, choice in enumerate(gates.values()):
         for batch in batches:
-            meter.add(runner.evaluate([runner.micro_batch(batch.tokens, batch.labels, choice)]), row=row)
+            meter.add(runner.evaluate([runner.micro_batch(batch, choice)]), row=row)
     return dict(zip(gates, meter.read(), strict=True))

@@ -76,7 +76,6 @@ def model_layout(parallel: ParallelConfig, compute: ComputeConfig) -> Layout:
 @contextmanager
 def world(layout: Layout, timeout_s: float = 600.0) -> Iterator[World]:
     """Initialise torch.distributed and Megatron-Core's groups from torchrun's environment; alone without it."""
-    use_cpu_backend()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
@@ -97,6 +96,7 @@ def world(layout: Layout, timeout_s: float = 600.0) -> Iterator[World]:
 
 def join_world(layout: Layout, device: torch.device) -> World:
     """Build Megatron-Core's groups for `layout` over the processes that torch.distributed already connects."""
+    use_cpu_backend()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,

@@ -12,20 +12,26 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from elastic.distill.kl import distillation_loss, parallel_hidden
+from elastic.distill.kl import distillation_loss
+from elastic.distill.vocab_parallel import parallel_hidden
 from elastic.modules.forward import context_parallel_slice
 from elastic.modules.model import ElasticModel
 from elastic.space.gates import Gates
-from elastic.train.config_sections import DistillConfig
+from elastic.train.config_elastic import DistillConfig
+from elastic.train.data import Batch
 from elastic.train.parallel import World
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one micro-batch needs: tokens and labels [B, s], its gates (None: the whole parent), the teacher's states."""
+    """What one micro-batch needs: tokens and labels [B, s], its gates (None: the whole parent), the teacher's states.
+
+    `token_weights` [B, s] is 0 for a row that only fills a batch up; None counts every token.
+    """
 
     tokens: Tensor
     labels: Tensor
+    token_weights: Tensor | None = None
     gates: Gates | None = None
     teacher_hidden: Tensor | None = None
 
@@ -35,7 +41,7 @@ class MicroBatchLoss:
     """Sums over the tokens this rank saw, fp32; on the last pipeline stage only. `budget` as in Gates."""
 
     budget: int | None
-    num_tokens: int
+    num_tokens: Tensor | int
     kl: Tensor | None
     cross_entropy: Tensor | None
 
@@ -50,14 +56,15 @@ class PipelineRunner:
         self.world, self.student, self.teacher, self.loss = world, student, teacher, loss
         self.student_model: ElasticModel = getattr(student, "module", student)  # under the data-parallel wrapper
 
-    def micro_batch(self, tokens: Tensor, labels: Tensor, gates: Gates | None = None) -> MicroBatch:
-        """Take this context-parallel rank's share of full sequences [B, S] and move it to the device."""
+    def micro_batch(self, batch: Batch, gates: Gates | None = None) -> MicroBatch:
+        """Take this context-parallel rank's share of a batch of whole sequences and move it to the device."""
         cp = self.world.groups.cp
-        tokens, labels = (
-            context_parallel_slice(t, cp.rank(), cp.size()).to(self.world.device, non_blocking=True)
-            for t in (tokens, labels)
-        )
-        return MicroBatch(tokens, labels, gates)
+
+        def share(t: Tensor) -> Tensor:
+            return context_parallel_slice(t, cp.rank(), cp.size()).to(self.world.device, non_blocking=True)
+
+        weights = share(batch.token_weights()) if batch.has_padding else None
+        return MicroBatch(share(batch.tokens), share(batch.labels), weights, gates)
 
     def with_teacher(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Run the teacher over all micro-batches first and leave its hidden states with them on the last stage."""
@@ -114,8 +121,8 @@ class PipelineRunner:
             self.student_model.head_weight(batch.gates),
             teacher_hidden,
             teacher_head,
-            batch.labels.transpose(0, 1).reshape(-1),
-            None,
+            batch.labels.t().reshape(-1),
+            None if batch.token_weights is None else batch.token_weights.t().reshape(-1),
             kl_weight=self.loss.kl_weight if self.teacher is not None else 0.0,
             cross_entropy_weight=self.loss.cross_entropy_weight,
             temperature=self.loss.temperature,
@@ -124,9 +131,10 @@ class PipelineRunner:
             report_cross_entropy=True,
         )
         budget = None if batch.gates is None else batch.gates.budget
-        num_tokens = batch.labels.numel()
-        report = MicroBatchLoss(budget, num_tokens, terms.kl, terms.cross_entropy)
-        return terms.total, torch.tensor(num_tokens, dtype=torch.int, device=hidden.device), report
+        counted = torch.tensor(batch.labels.numel(), dtype=torch.int, device=hidden.device)
+        if batch.token_weights is not None:
+            counted = batch.token_weights.sum().int()
+        return terms.total, counted, MicroBatchLoss(budget, counted, terms.kl, terms.cross_entropy)
 
     def _evaluation_loss(self, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, MicroBatchLoss]:
         return self._student_loss(replace(batch, teacher_hidden=None), hidden)

@@ -6,7 +6,7 @@ sample for the tokenizer; the second encodes and writes. No document list is eve
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +141,7 @@ def _build(config: PrepareConfig, settings: dict[str, Any], source: dict[str, An
         settings=settings,
         source=source,
         num_documents=scan.tally.kept,
-        skipped={str(reason): count for reason, count in sorted(scan.tally.skipped.items())},
+        skipped=_by_name(scan.tally),
         stopped_at_max_bytes=scan.tally.stopped_at_max_bytes,
         documents_sha256=scan.documents_sha256,
         tokenizer=TokenizerRecord(
@@ -178,7 +178,7 @@ def _scan(corpus: Corpus, config: PrepareConfig, source_bytes: int) -> Scan:
             sample.append(document.text[:SAMPLE_DOCUMENT_CHARACTERS])
             sample_bytes += min(document.num_bytes, 4 * SAMPLE_DOCUMENT_CHARACTERS)
     if not tally.kept:
-        raise DataError(f"data: no usable document in {', '.join(corpus.paths)} ({_skipped(tally)})")
+        raise DataError(f"data: no usable document in {', '.join(corpus.paths)}; skipped: {_counts(_by_name(tally))}")
     threshold = _split_threshold(nominal, lowest, highest)
     # Few large documents may all miss the sample; the tokenizer still needs one that is not validation.
     return Scan(tally, threshold, digest.hexdigest(), sample or [surely_training])
@@ -238,12 +238,14 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _skipped(tally: Tally) -> str:
-    counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(tally.skipped.items()))
-    return f"skipped: {counts or 'nothing'}"
+def _by_name(tally: Tally) -> dict[str, int]:
+    return dict(sorted((reason.value, count) for reason, count in tally.skipped.items()))
+
+
+def _counts(skipped: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in skipped.items()) or "nothing"
 
 
 def _summary(manifest: Manifest) -> str:
     splits = ", ".join(f"{name} {split.num_tokens:,} tokens" for name, split in manifest.splits.items())
-    skipped = ", ".join(f"{count:,} {reason}" for reason, count in manifest.skipped.items())
-    return f"{manifest.num_documents:,} documents, {splits}, skipped: {skipped or 'nothing'}"
+    return f"{manifest.num_documents:,} documents, {splits}, skipped: {_counts(manifest.skipped)}"

@@ -13,7 +13,7 @@ from elastic.space.cost import subnet_cost
 from elastic.space.gates import Gates
 from elastic.space.subnet import Subnet
 from elastic.train.config import EvaluateConfig
-from elastic.train.config_sections import DistillConfig
+from elastic.train.config_elastic import DistillConfig
 from elastic.train.data import PackedSequences, TokenStream
 from elastic.train.evaluation import evaluate_subnets
 from elastic.train.family import OpenFamily, open_family
@@ -27,7 +27,7 @@ EVALUATION_FILE = "evaluation.json"
 
 def run_evaluate(config: EvaluateConfig, console: Console) -> Path:
     """Evaluate and write evaluation.json; returns the run folder."""
-    held_out = TokenStream(Path(config.data.path), "validation")
+    held_out = TokenStream(Path(config.data.path) / "validation")
     with world(model_layout(config.parallel, config.trainer)) as here:
         folder, _ = open_run_folder(config.exp_manager, asdict(config), here)
         source = config.init_from

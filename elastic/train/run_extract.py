@@ -19,12 +19,12 @@ from elastic.space.cost import shape_cost
 from elastic.space.gates import Gates
 from elastic.train.checkpoint import Trainable, save_checkpoint
 from elastic.train.config import ExtractConfig
+from elastic.train.manifest import read_manifest
 from elastic.train.family import Member, OpenFamily, open_family
 from elastic.train.parallel import DTYPES, World, model_layout, world
 from elastic.train.record import Record
 from elastic.train.run_evaluate import subnet_summary
 from elastic.train.run_folder import open_run_folder, write_json
-from elastic.train.tokenizer import special_token_ids
 
 EXTRACTION_FILE = "extraction.json"
 
@@ -75,8 +75,10 @@ def _export_hugging_face(
         hidden = family.model.eval()(tokens, gates)
         return (hidden @ family.model.head_weight(gates).t()).float().transpose(0, 1)
 
-    tokenizer = None if data is None else Path(data) / "tokenizer"
-    settings = HfSettings() if tokenizer is None else HfSettings(**special_token_ids(tokenizer))
+    tokenizer, settings = None, HfSettings()
+    if data is not None:
+        tokenizer, end_of_text = Path(data), read_manifest(Path(data)).tokenizer.eos_id
+        settings = HfSettings(bos_token_id=None, eos_token_id=end_of_text, pad_token_id=end_of_text)
     card = CardInfo(
         title=f"{config.exp_manager.name} {member.name}",
         parent=family.space.parent,

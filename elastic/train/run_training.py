@@ -16,7 +16,7 @@ from elastic.train.callbacks import SaveCheckpoints, StopOnSignal, Validate
 from elastic.train.checkpoint import Trainable, load_checkpoint, resolve_checkpoint
 from elastic.train.config import ElasticConfig, PretrainConfig, TrainConfig, total_steps, with_vocab
 from elastic.train.config_rules import check_parallel_world
-from elastic.train.config_sections import DistillConfig
+from elastic.train.config_elastic import DistillConfig
 from elastic.train.data import PackedSequences, TokenStream
 from elastic.train.logging import LogSteps, RunLog, ScalarWriter, WandbWriter
 from elastic.train.optimizer import build_optimizer, build_router_optimizer, wrap_for_training
@@ -30,7 +30,7 @@ from elastic.train.trainer import Trainer
 
 def run_pretrain(config: PretrainConfig, console: Console) -> Path:
     """Train a parent from scratch with cross-entropy; returns the run folder."""
-    stream = TokenStream(Path(config.data.path), "train")
+    stream = TokenStream(Path(config.data.path) / "train")
     config = with_vocab(config, stream.vocab_size)
     with world(model_layout(config.parallel, config.trainer)) as here:
         space = Space(config.parent_shape(), {}, lanes=1)
@@ -43,7 +43,7 @@ def run_pretrain(config: PretrainConfig, console: Console) -> Path:
 
 def run_elastic(config: ElasticConfig, console: Console) -> Path:
     """Train the family from the permuted parent, which is also the frozen teacher; returns the run folder."""
-    stream = TokenStream(Path(config.data.path), "train")
+    stream = TokenStream(Path(config.data.path) / "train")
     config = with_vocab(config, stream.vocab_size)
     start = resolve_checkpoint(config.init_from.permuted_parent)
     parent = Record.read(start)
@@ -120,7 +120,7 @@ def _fit(
     if trainer.world.is_main and settings.create_wandb_logger:
         extra = (WandbWriter(folder, settings.name, settings.version, trainer.config),)
     log = RunLog(folder if trainer.world.is_main else None, tensorboard=settings.create_tensorboard_logger, extra=extra)
-    held_out = TokenStream(stream.folder, "validation")
+    held_out = TokenStream(stream.prefix.with_name("validation"))
     trainer.callbacks = [
         StopOnSignal(),
         Validate(

@@ -86,7 +86,7 @@ class Trainer:
         # 1. A budget for every micro-batch, and the router's gates for it.
         draw = None if self.gates is None else self.gates.draw(place, len(batches), self.world.data_rank)
         choices = [None] * len(batches) if draw is None else draw.gates
-        work = [self.runner.micro_batch(b.tokens, b.labels, g) for b, g in zip(batches, choices, strict=True)]
+        work = [self.runner.micro_batch(batch, gates) for batch, gates in zip(batches, choices, strict=True)]
         # 2. The teacher's hidden states, then the student forward and backward under its gates.
         work = self.runner.with_teacher(work)
         self.wrapped.zero_grad_buffer()

@@ -91,13 +91,13 @@ def _forget(tensors: _Tensors) -> None:
     tensors.student_hidden.grad = tensors.student_head.grad = None
 
 
-def _time_ms(run: Callable[[], None], tensors: _Tensors, device: torch.device) -> float:
+def _time_ms(variant: Callable[[], None], tensors: _Tensors, device: torch.device) -> float:
     """Return the wall time of one forward and backward pass."""
     _forget(tensors)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
-    run()
+    variant()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return 1e3 * (time.perf_counter() - started)
@@ -112,11 +112,11 @@ def measure(case: KlCase, num_turns: int, device: torch.device) -> list[dict[str
         "plain": partial(_plain, tensors),
     }
     peaks: dict[str, int] = {}
-    for name, run_variant in variants.items():  # also the warm-up
-        run_variant()
+    for name, variant in variants.items():  # also the warm-up
+        variant()
         _forget(tensors)
-        peaks[name] = peak_extra_bytes(run_variant, device)
-    turns = [{name: _time_ms(run, tensors, device) for name, run in variants.items()} for _ in range(num_turns)]
+        peaks[name] = peak_extra_bytes(variant, device)
+    turns = [{name: _time_ms(variant, tensors, device) for name, variant in variants.items()} for _ in range(num_turns)]
     return [
         {
             "benchmark": "kl",

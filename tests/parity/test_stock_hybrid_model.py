@@ -1,6 +1,7 @@
 """The parent's checkpoint names are Megatron-Core's own: a stock HybridModel reads an elastic checkpoint and back."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,8 @@ from torch import Tensor
 
 from elastic.modules.cpu_backend import use_cpu_backend
 from elastic.modules.initialize import named_global_parameters
-from elastic.modules.model import Layout
+from elastic.modules.model import ElasticModel, Layout
 from elastic.space.axes import Axis, AxisChoices, Space
-from elastic.space.shape import ModelShape
 from tests.distributed.harness import run_distributed
 from tests.parity.model_factory import (
     build_lively,
@@ -30,6 +30,29 @@ from tests.parity.model_factory import (
 PATTERN = "M-M*-M-"
 
 
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint: which model saves it, at which layout; the other model reads it on one process."""
+
+    name: str
+    saved_by: str
+    layout: Layout = Layout()  # noqa: RUF009
+    tied: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.layout.tensor * self.layout.pipeline
+
+
+CASES = [
+    Case("elastic at one process", "elastic"),
+    Case("stock at one process", "stock"),
+    Case("elastic, tied head, at PP2", "elastic", Layout(pipeline=2), tied=True),
+    Case("stock at TP2", "stock", Layout(tensor=2)),
+    Case("elastic at TP2 x PP2", "elastic", Layout(tensor=2, pipeline=2)),
+]
+
+
 def _space(tied: bool = False) -> Space:
     shape = shape_of(PATTERN, vocab=60, tied_embeddings=tied)
     choices = {Axis.HIDDEN: AxisChoices((24, 12)), Axis.FFN: AxisChoices((16, 8), per_layer=True)}
@@ -42,102 +65,67 @@ def process_groups() -> Iterator[None]:
         yield
 
 
-def _save(model: torch.nn.Module, folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
-    if torch.distributed.get_world_size() > 1:
+def _model(kind: str, tied: bool, layout: Layout | None = None) -> HybridModel:
+    """Build this rank's part of the elastic or of the stock model, both with the same lively weights."""
+    space = _space(tied)
+    if kind == "elastic":
+        return build_lively(space, layout)
+    stock = build_stock(space.parent, layout)
+    fill(stock, {name: lively_tensor(name, space.parent) for name, _ in named_global_parameters(stock)}, space.parent)
+    return stock
+
+
+def _save_ranks(cases: list[Case], folder: str) -> None:
+    """Save from processes of their own, where torch is adapted to a machine without a GPU."""
+    use_cpu_backend()
+    for case in cases:
+        parallel_state.initialize_model_parallel(case.layout.tensor, case.layout.pipeline)
+        sharded = _model(case.saved_by, case.tied, case.layout).sharded_state_dict(
+            metadata=ensure_metadata_has_dp_cp_group(None)
+        )
+        path = Path(folder) / case.name
+        path.mkdir(exist_ok=True)
         torch.distributed.barrier()
-    dist_checkpointing.save(model.sharded_state_dict(metadata=ensure_metadata_has_dp_cp_group(None)), str(folder))
+        dist_checkpointing.save(sharded, str(path))
+        parallel_state.destroy_model_parallel()
 
 
-def _load_strictly(model: torch.nn.Module, folder: Path) -> None:
-    """Load so that a missing, unexpected or wrongly sized tensor on either side raises."""
-    sharded = model.sharded_state_dict(metadata=ensure_metadata_has_dp_cp_group(None))
-    loaded = dist_checkpointing.load(sharded, str(folder), strict="raise_all")
-    model.load_state_dict(loaded, strict=True)
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save every case, all of one world size in one run."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for world_size in sorted({case.world_size for case in CASES}):
+        run_distributed(_save_ranks, world_size, [c for c in CASES if c.world_size == world_size], str(folder))
+    return folder
 
 
-def _stock_logits(model: HybridModel, tokens: Tensor) -> Tensor:
-    return model(tokens, position_ids=None, attention_mask=None)
-
-
-def _elastic_logits(space: Space, folder: Path | None = None) -> Tensor:
-    model = build_lively(space)
-    if folder is not None:
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.fill_(float("nan"))
-        _load_strictly(model, folder)
-    return (model(tokens_for(space.parent)) @ model.head_weight().T).transpose(0, 1)
-
-
-def _blank_stock(shape: ModelShape) -> HybridModel:
-    """Build a stock model whose every weight would spoil the logits unless the checkpoint replaces it."""
-    model = build_stock(shape)
+def _load_strictly(model: HybridModel, folder: str) -> None:
+    """Load so that a missing, unexpected or wrongly sized tensor on either side raises, and none is left as it was."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
-    return model
+    sharded = model.sharded_state_dict(metadata=ensure_metadata_has_dp_cp_group(None))
+    model.load_state_dict(dist_checkpointing.load(sharded, folder, strict="raise_all"), strict=True)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_stock_model_reads_an_elastic_checkpoint(tied: bool, tmp_path: Path) -> None:
-    space = _space(tied)
-    _save(build_lively(space), tmp_path / "elastic")
-    stock = _blank_stock(space.parent)
-    _load_strictly(stock, tmp_path / "elastic")
-    actual = _stock_logits(stock, tokens_for(space.parent))
-    assert relative_error(actual, _elastic_logits(space)) <= 1e-5
+def _logits(model: HybridModel, tokens: Tensor) -> Tensor:
+    if isinstance(model, ElasticModel):
+        return (model(tokens) @ model.head_weight().T).transpose(0, 1)
+    return model(tokens, position_ids=None, attention_mask=None)
 
 
-def test_elastic_model_reads_a_stock_checkpoint(tmp_path: Path) -> None:
-    space = _space()
-    stock = build_stock(space.parent)
-    # Other weights than build_lively's, so that only loading can bring them in.
-    fill(
-        stock,
-        {name: lively_tensor(f"other {name}", space.parent) for name, _ in named_global_parameters(stock)}
-        if False
-        else {name: 0.9 * lively_tensor(name, space.parent) for name, _ in named_global_parameters(stock)},
-        space.parent,
-    )
-    _save(stock, tmp_path / "stock")
-    expected = _stock_logits(stock, tokens_for(space.parent))
-    assert relative_error(_elastic_logits(space, tmp_path / "stock"), expected) <= 1e-5
-    assert relative_error(_elastic_logits(space), expected) > 0.01
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_pitfall_22_each_reads_the_others_checkpoint_of_any_layout(case: Case, checkpoints: Path) -> None:
+    """Layers keep their global numbers and every block of a sharded dimension finds its place again."""
+    tokens = tokens_for(_space(case.tied).parent)
+    loaded = _model("stock" if case.saved_by == "elastic" else "elastic", case.tied)
+    _load_strictly(loaded, str(checkpoints / case.name))
+    assert relative_error(_logits(loaded, tokens), _logits(_model(case.saved_by, case.tied), tokens)) <= 1e-5
 
 
 def test_names_and_sizes_are_those_of_the_stock_model() -> None:
-    space = _space()
-    elastic, stock = build_lively(space), build_stock(space.parent)
+    elastic, stock = _model("elastic", False), _model("stock", False)
     sizes = [{name: tuple(p.shape) for name, p in model.named_parameters()} for model in (elastic, stock)]
-    assert sizes[0] == sizes[1]
-    keys = [
-        {entry.key: entry.global_shape for entry in _tensors(model.sharded_state_dict())} for model in (elastic, stock)
-    ]
-    assert keys[0] == keys[1] and keys[0]
-
-
-def _tensors(sharded: dict) -> Iterator[dist_checkpointing.ShardedTensor]:
-    for entry in sharded.values():
-        built = entry.build() if hasattr(entry, "build") else entry
-        entries = built if isinstance(built, list) else [built]
-        yield from (one for one in entries if isinstance(one, dist_checkpointing.ShardedTensor))
-
-
-def _save_elastic_rank(folder: str, tensor: int, pipeline: int, tied: bool) -> None:
-    use_cpu_backend()
-    parallel_state.initialize_model_parallel(tensor, pipeline)
-    _save(build_lively(_space(tied), Layout(tensor=tensor, pipeline=pipeline)), Path(folder))
-
-
-@pytest.mark.parametrize(("tensor", "pipeline", "tied"), [(2, 1, False), (1, 2, True), (2, 2, False)])
-def test_pitfall_22_stock_model_reads_a_checkpoint_of_another_layout(
-    tensor: int, pipeline: int, tied: bool, tmp_path: Path
-) -> None:
-    """Layers keep their global numbers and every block of a sharded row dimension finds its place again."""
-    run_distributed(_save_elastic_rank, tensor * pipeline, str(tmp_path / "sharded"), tensor, pipeline, tied)
-    space = _space(tied)
-    stock = _blank_stock(space.parent)
-    _load_strictly(stock, tmp_path / "sharded")
-    actual = _stock_logits(stock, tokens_for(space.parent))
-    assert relative_error(actual, _elastic_logits(space)) <= 1e-5
+    assert sizes[0] == sizes[1] and sizes[0]
+    buffers = set(elastic.state_dict()) - set(stock.state_dict())
+    assert not buffers, "mask tables must stay out of checkpoints"

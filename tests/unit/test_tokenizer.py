@@ -31,7 +31,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def strange_texts() -> list[str]:
     generator = random.Random(0)
     anything = [chr(point) for point in range(0x110000) if not 0xD800 <= point < 0xE000]
-    texts = ["", " ", "\r\n\t\r", "\0\x01\x7f\x80\xff", "e\u0301 é", "👩‍👩‍👧 🇳🇴", "\ufeffmark", "\u2028\u0085", "  two  ", "'s 'll"]
+    texts = [
+        "",
+        " ",
+        "\r\n\t\r",
+        "\0\x01\x7f\x80\xff",
+        "e\u0301 é",
+        "👩‍👩‍👧 🇳🇴",
+        "\ufeffmark",
+        "\u2028\u0085",
+        "  two  ",
+        "'s 'll",
+    ]
     return texts + ["".join(generator.choices(anything, k=200)) for _ in range(50)]
 
 
@@ -117,7 +128,9 @@ def test_one_endless_word_does_not_stop_training(tmp_path: Path) -> None:
 def test_copy_takes_no_code_and_no_pointer_to_code(folder: Path, tmp_path: Path) -> None:
     given, copied = tmp_path / "given", tmp_path / "copied"
     copy_tokenizer(folder, given)
-    config = json.loads((given / "tokenizer_config.json").read_text()) | {"auto_map": {"AutoTokenizer": ["evil.T", None]}}
+    config = json.loads((given / "tokenizer_config.json").read_text()) | {
+        "auto_map": {"AutoTokenizer": ["evil.T", None]}
+    }
     (given / "tokenizer_config.json").write_text(json.dumps(config))
     (given / "evil.py").write_text("raise SystemExit")
     (given / "chat_template.jinja").write_text("{{ messages }}")

@@ -1,0 +1,403 @@
+"""The chunked distillation loss against plain `log_softmax` in fp64, its memory, and what it refuses."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from elastic.distill.kl import DistillationError, LossTerms, distillation_loss
+from recipes.benchmarks import kl as benchmark
+from recipes.benchmarks.memory import peak_extra_bytes
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one call: hidden states [N, d] and [N, D], heads [V, d] and [V, D], labels [N], token weights [N]."""
+
+    student_hidden: Tensor
+    student_head: Tensor
+    teacher_hidden: Tensor
+    teacher_head: Tensor
+    labels: Tensor
+    token_weights: Tensor | None
+
+    @classmethod
+    def draw(
+        cls,
+        num_tokens: int,
+        vocab: int,
+        width: int,
+        teacher_width: int,
+        dtype: torch.dtype = torch.float32,
+        weighted: bool = True,
+        scale: float = 1.0,
+    ) -> "Case":
+        """Draw random inputs with logits of about `scale`; every third token weighs nothing."""
+        generator = torch.Generator().manual_seed(num_tokens * vocab + width)
+
+        def normal(rows: int, columns: int, size: float) -> Tensor:
+            return (size * torch.randn(rows, columns, generator=generator, dtype=torch.float64)).to(dtype)
+
+        weights = torch.rand(num_tokens, generator=generator) * (torch.arange(num_tokens) % 3 != 2)
+        return cls(
+            normal(num_tokens, width, scale),
+            normal(vocab, width, width**-0.5),
+            normal(num_tokens, teacher_width, scale),
+            normal(vocab, teacher_width, teacher_width**-0.5),
+            torch.randint(vocab, (num_tokens,), generator=generator),
+            weights if weighted else None,
+        )
+
+    def leaves(self) -> "Case":
+        """Return a copy whose student tensors collect gradients."""
+        return replace(
+            self,
+            student_hidden=self.student_hidden.detach().clone().requires_grad_(),
+            student_head=self.student_head.detach().clone().requires_grad_(),
+        )
+
+
+def loss_of(
+    case: Case,
+    kl_weight: float = 1.0,
+    cross_entropy_weight: float = 0.0,
+    temperature: float = 1.0,
+    num_chunks: int = 1,
+    report_cross_entropy: bool = False,
+) -> LossTerms:
+    return distillation_loss(
+        case.student_hidden,
+        case.student_head,
+        case.teacher_hidden,
+        case.teacher_head,
+        case.labels,
+        case.token_weights,
+        kl_weight=kl_weight,
+        cross_entropy_weight=cross_entropy_weight,
+        temperature=temperature,
+        num_chunks=num_chunks,
+        tp_group=None,
+        report_cross_entropy=report_cross_entropy,
+    )
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the definition gives in fp64, all tokens at once."""
+
+    total: Tensor
+    kl: Tensor
+    cross_entropy: Tensor
+    hidden_grad: Tensor
+    head_grad: Tensor
+
+    @classmethod
+    def of(cls, case: Case, kl_weight: float, cross_entropy_weight: float, temperature: float) -> "Reference":
+        hidden = case.student_hidden.detach().double().requires_grad_()
+        head = case.student_head.detach().double().requires_grad_()
+        student = hidden @ head.t()
+        teacher = case.teacher_hidden.double() @ case.teacher_head.double().t()
+        weights = torch.ones(len(hidden)) if case.token_weights is None else case.token_weights
+        log_p = torch.log_softmax(teacher / temperature, dim=-1)
+        log_q = torch.log_softmax(student / temperature, dim=-1)
+        kl = (weights.double() * temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)).sum()
+        label_log = torch.log_softmax(student, dim=-1)[torch.arange(len(hidden)), case.labels]
+        cross_entropy = -(weights.double() * label_log).sum()
+        total = kl_weight * kl + cross_entropy_weight * cross_entropy
+        hidden_grad, head_grad = torch.autograd.grad(total, (hidden, head))
+        return cls(total.detach(), kl.detach(), cross_entropy.detach(), hidden_grad, head_grad)
+
+
+def relative_error(actual: Tensor | None, expected: Tensor) -> float:
+    """Return |actual - expected| / |expected|, in the norm over all elements."""
+    assert actual is not None
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+SHAPES = [(10, 37, 8, 8), (23, 128, 16, 24), (64, 500, 12, 32)]  # tokens, vocabulary, student's and teacher's width
+TERMS = [(1.0, 0.0), (1.0, 0.3), (0.0, 1.0), (0.7, 0.3)]  # weights of KL and cross-entropy
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.7])
+@pytest.mark.parametrize("num_chunks", [1, 3, 4, 7])
+def test_equals_the_fp64_definition(
+    shape: tuple[int, int, int, int], terms: tuple[float, float], temperature: float, num_chunks: int
+) -> None:
+    case = Case.draw(*shape, scale=3.0, weighted=num_chunks != 3).leaves()
+    expected = Reference.of(case, *terms, temperature)
+    actual = loss_of(case, *terms, temperature, num_chunks, report_cross_entropy=True)
+    (2.5 * actual.total).backward()
+    assert actual.total.dtype == torch.float32
+    assert relative_error(actual.total.detach(), expected.total) < 1e-6
+    assert relative_error(actual.kl, expected.kl) < 1e-6
+    assert relative_error(actual.cross_entropy, expected.cross_entropy) < 1e-6
+    assert relative_error(case.student_hidden.grad, 2.5 * expected.hidden_grad) < 1e-5
+    assert relative_error(case.student_head.grad, 2.5 * expected.head_grad) < 1e-5
+
+
+@pytest.mark.parametrize("num_chunks", [1, 5])
+def test_cross_entropy_alone_needs_no_teacher(num_chunks: int) -> None:
+    case = Case.draw(23, 128, 16, 24).leaves()
+    expected = Reference.of(case, 0.0, 0.8, 2.0)
+    actual = distillation_loss(
+        case.student_hidden,
+        case.student_head,
+        None,
+        None,
+        case.labels,
+        case.token_weights,
+        kl_weight=0.0,
+        cross_entropy_weight=0.8,
+        temperature=2.0,
+        num_chunks=num_chunks,
+        tp_group=None,
+    )
+    actual.total.backward()
+    assert actual.kl is None
+    assert relative_error(actual.total.detach(), expected.total) < 1e-6
+    assert relative_error(actual.cross_entropy, expected.cross_entropy) < 1e-6
+    assert relative_error(case.student_hidden.grad, expected.hidden_grad) < 1e-5
+    assert relative_error(case.student_head.grad, expected.head_grad) < 1e-5
+
+
+def test_head_may_be_a_strided_prefix_of_a_wider_one() -> None:
+    case = Case.draw(12, 40, 6, 10).leaves()
+    wide_head = torch.randn(40, 10)
+    wide_head[:, :6] = case.student_head.detach()
+    wide_head.requires_grad_()
+    sliced = replace(case, student_head=wide_head[:, :6])
+    loss_of(sliced, num_chunks=5).total.backward()
+    expected = Reference.of(case, 1.0, 0.0, 1.0)
+    assert wide_head.grad is not None
+    assert relative_error(wide_head.grad[:, :6], expected.head_grad) < 1e-5
+    assert not wide_head.grad[:, 6:].any()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("with_teacher", [True, False])
+def test_gradcheck_in_fp64(temperature: float, with_teacher: bool) -> None:
+    case = Case.draw(5, 9, 3, 4, dtype=torch.float64).leaves()
+
+    def total(hidden: Tensor, head: Tensor) -> Tensor:
+        return distillation_loss(
+            hidden,
+            head,
+            case.teacher_hidden if with_teacher else None,
+            case.teacher_head if with_teacher else None,
+            case.labels,
+            case.token_weights,
+            kl_weight=0.6 if with_teacher else 0.0,
+            cross_entropy_weight=0.3,
+            temperature=temperature,
+            num_chunks=2,
+            tp_group=None,
+        ).total
+
+    assert torch.autograd.gradcheck(total, (case.student_hidden, case.student_head))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("num_chunks", [1, 4])
+def test_student_equal_to_teacher_gives_exactly_zero(dtype: torch.dtype, num_chunks: int) -> None:
+    # Not just small: Adam blows rounding noise up to full-size steps.
+    teacher = Case.draw(11, 50, 8, 8, dtype=dtype, scale=5.0)
+    case = replace(teacher, student_hidden=teacher.teacher_hidden, student_head=teacher.teacher_head).leaves()
+    for temperature in (1.0, 3.0):
+        terms = loss_of(case, temperature=temperature, num_chunks=num_chunks)
+        terms.total.backward()
+        assert terms.total.item() == 0
+        assert case.student_hidden.grad is not None and not case.student_hidden.grad.any()
+        assert case.student_head.grad is not None and not case.student_head.grad.any()
+
+
+@pytest.mark.parametrize("shift", [-30.0, 300.0])
+def test_a_constant_added_to_a_tokens_logits_changes_nothing(shift: float) -> None:
+    case = Case.draw(9, 60, 7, 7)
+    ones, offsets = torch.ones(60, 1), torch.linspace(0.5, 1.0, 9).unsqueeze(1) * shift
+    shifted = replace(
+        case,
+        student_hidden=torch.cat([case.student_hidden, offsets], 1),
+        student_head=torch.cat([case.student_head, ones], 1),
+        teacher_hidden=torch.cat([case.teacher_hidden, -offsets], 1),
+        teacher_head=torch.cat([case.teacher_head, ones], 1),
+    ).leaves()
+    plain, moved = loss_of(case, 1.0, 0.3, 2.0), loss_of(shifted, 1.0, 0.3, 2.0)
+    torch.testing.assert_close(moved.total.detach(), plain.total, rtol=1e-4, atol=0)
+    moved.total.backward()
+    grad = shifted.student_hidden.grad
+    assert grad is not None
+    # The loss does not move along the constant: the sum of its gradient over the vocabulary is 0.
+    assert grad[:, -1].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 4.0])
+def test_extreme_logits_stay_finite(temperature: float) -> None:
+    case = Case.draw(8, 33, 4, 4, scale=1e4).leaves()
+    terms = loss_of(case, 1.0, 0.3, temperature, num_chunks=3)
+    terms.total.backward()
+    expected = Reference.of(case, 1.0, 0.3, temperature)
+    assert relative_error(terms.total.detach(), expected.total) < 1e-5
+    for grad in (case.student_hidden.grad, case.student_head.grad):
+        assert grad is not None and torch.isfinite(grad).all()
+
+
+def test_bf16_gradients_round_the_difference_of_the_softmaxes_not_its_parts() -> None:
+    # Student and teacher nearly agree: p and q rounded to bf16 one by one would drown q - p.
+    torch.manual_seed(0)
+    # Logits that bf16 holds exactly, so that only the loss's own rounding is seen.
+    logits = torch.randn(32, 64).mul(2).bfloat16()
+    near = (logits.float() * (1 + 2**-6 * torch.randint(-1, 2, (32, 64)))).bfloat16()
+    identity = torch.eye(64, dtype=torch.bfloat16)
+    case = Case(near, identity, logits, identity, torch.zeros(32, dtype=torch.long), None).leaves()
+    loss_of(case, num_chunks=4).total.backward()
+    expected = Reference.of(case, 1.0, 0.0, 1.0)
+    assert relative_error(case.student_hidden.grad, expected.hidden_grad) < 2**-8
+    p, q = (side.float().softmax(-1).bfloat16() for side in (logits, near))
+    assert relative_error(q - p, expected.hidden_grad) > 2**-8
+    assert case.student_head.grad is not None and case.student_head.grad.dtype == torch.bfloat16
+    assert relative_error(case.student_head.grad, expected.head_grad) < 2**-6
+
+
+def test_incoming_gradient_is_not_rounded_to_bf16() -> None:
+    case = Case.draw(16, 40, 8, 8, dtype=torch.bfloat16).leaves()
+    scale = 1 / 515  # 515 tokens: bf16 would be off by 0.2%, the same way for every parameter
+    loss_of(case).total.backward()
+    plain = [case.student_hidden.grad, case.student_head.grad]
+    case.student_hidden.grad = case.student_head.grad = None
+    (scale * loss_of(case).total).backward()
+    for before, after in zip(plain, [case.student_hidden.grad, case.student_head.grad], strict=True):
+        assert before is not None and after is not None
+        assert float(after.double().abs().sum() / before.double().abs().sum() / scale - 1) == pytest.approx(0, abs=7e-4)
+
+
+def test_backward_twice_gives_the_gradient_twice() -> None:
+    case = Case.draw(10, 37, 8, 8).leaves()
+    total = loss_of(case, num_chunks=3).total
+    (first,) = torch.autograd.grad(3.0 * total, case.student_head, retain_graph=True)
+    kept = first.clone()
+    first.zero_()  # as a collective that works in place would
+    (second,) = torch.autograd.grad(3.0 * total, case.student_head)
+    torch.testing.assert_close(second, kept, rtol=0, atol=0)
+
+
+def test_frozen_parts_get_no_gradient_and_evaluation_computes_none() -> None:
+    case = Case.draw(64, 256, 4, 4).leaves()
+    frozen_head = replace(case, student_head=case.student_head.detach())
+    loss_of(frozen_head, 1.0, 0.3).total.backward()
+    expected = Reference.of(case, 1.0, 0.3, 1.0)
+    assert relative_error(case.student_hidden.grad, expected.hidden_grad) < 1e-5
+
+    calls = []
+
+    class Products(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            calls.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Products():
+        terms = loss_of(case, 1.0, 0.3, num_chunks=2)
+    assert not terms.total.requires_grad
+    assert relative_error(terms.total, expected.total) < 1e-6
+    assert sum("mm" in call for call in calls) == 4, "two chunks, student's and teacher's logits, nothing more"
+
+
+def test_cross_entropy_is_reported_without_weight_when_asked() -> None:
+    case = Case.draw(10, 37, 8, 8)
+    assert loss_of(case).cross_entropy is None
+    for temperature in (1.0, 2.0):
+        reported = loss_of(case, temperature=temperature, report_cross_entropy=True)
+        expected = Reference.of(case, 1.0, 0.0, temperature)
+        assert relative_error(reported.cross_entropy, expected.cross_entropy) < 1e-6
+        assert relative_error(reported.total, expected.kl) < 1e-6
+
+
+def test_labels_outside_the_vocabulary_count_only_where_weighted() -> None:
+    case = Case.draw(9, 37, 8, 8)
+    assert case.token_weights is not None and case.token_weights[2] == 0
+    padded = replace(case, labels=case.labels.index_fill(0, torch.tensor([2]), -100)).leaves()
+    terms = loss_of(padded, 1.0, 0.3)
+    terms.total.backward()
+    expected = Reference.of(case, 1.0, 0.3, 1.0)
+    assert relative_error(terms.total.detach(), expected.total) < 1e-6
+    assert relative_error(padded.student_hidden.grad, expected.hidden_grad) < 1e-5
+    beyond = replace(case, labels=case.labels.index_fill(0, torch.tensor([0]), 37))
+    assert loss_of(beyond, 1.0, 0.3).total.isnan()
+
+
+def test_no_tokens_give_zero() -> None:
+    case = Case.draw(0, 12, 4, 4).leaves()
+    terms = loss_of(case, 1.0, 0.3, num_chunks=4)
+    terms.total.backward()
+    assert terms.total.item() == 0
+    assert case.student_head.grad is not None and not case.student_head.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_peak_memory_grows_with_the_chunk_not_with_the_sequence(dtype: torch.dtype, temperature: float) -> None:
+    num_tokens, vocab = 512, 2048
+    case = Case.draw(num_tokens, vocab, 16, 24, dtype=dtype).leaves()
+
+    def peak(num_chunks: int) -> int:
+        case.student_hidden.grad = case.student_head.grad = None
+        return peak_extra_bytes(
+            lambda: loss_of(case, 1.0, 0.3, temperature, num_chunks).total.backward(), torch.device("cpu")
+        )
+
+    buffer_bytes = 4 * num_tokens * vocab
+    unchunked = peak(1)
+    assert unchunked > buffer_bytes, "the measurement sees the logits"
+    assert unchunked < 3.2 * buffer_bytes
+    assert peak(4) <= 0.4 * unchunked
+    assert peak(16) <= 0.12 * unchunked
+
+
+def test_benchmark_reports_time_and_memory_of_every_variant() -> None:
+    case = benchmark.KlCase("tiny", 128, 512, 8, 12, torch.float32)
+    rows = {str(row["variant"]): row for row in benchmark.measure(case, 1, torch.device("cpu"))}
+    assert set(rows) == {"unchunked", "4 chunks", "16 chunks", "plain"}
+    ratio = rows["4 chunks"]["memory_ratio"]
+    assert isinstance(ratio, float) and ratio <= 0.4
+    assert all(isinstance(row["time_ms"], float) and row["time_ms"] > 0 for row in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_chunks": 0}, "num_chunks = 0: must be at least 1"),
+        ({"temperature": 0.0}, "temperature = 0.0: must be"),
+        ({"temperature": float("nan")}, "temperature = nan"),
+        ({"kl_weight": -1.0}, "kl_weight = -1.0"),
+        ({"cross_entropy_weight": float("inf")}, "cross_entropy_weight = inf"),
+        ({"labels": None, "cross_entropy_weight": 0.5}, "labels: missing, but cross_entropy_weight = 0.5"),
+        ({"labels": torch.zeros(5, dtype=torch.long)}, r"labels: shape \(5,\) must be \(6,\)"),
+        ({"labels": torch.zeros(6)}, "labels: dtype torch.float32"),
+        ({"token_weights": torch.ones(6, 1)}, r"token_weights: shape \(6, 1\) must be \(6,\)"),
+        ({"teacher_hidden": None, "teacher_head": None}, "teacher_hidden: missing, but kl_weight = 1.0"),
+        ({"teacher_head": None}, "one of them is missing"),
+        ({"teacher_hidden": torch.zeros(5, 4)}, r"teacher_hidden: shape \(5, 4\) must be \(6, 4\)"),
+        ({"teacher_head": torch.zeros(8, 4)}, r"teacher_head: shape \(8, 4\) must be \(9, 4\)"),
+        ({"student_head": torch.zeros(9, 5)}, "student_head: width 5 must equal student_hidden's, 3"),
+        ({"student_head": torch.zeros(9, 3).bfloat16()}, "student_head: dtype torch.bfloat16"),
+        ({"student_hidden": torch.zeros(2, 3, 3)}, "student_hidden: shape .* must have 2 dimensions"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, object], words: str) -> None:
+    arguments: dict[str, object] = {
+        "student_hidden": torch.zeros(6, 3),
+        "student_head": torch.zeros(9, 3),
+        "teacher_hidden": torch.zeros(6, 4),
+        "teacher_head": torch.zeros(9, 4),
+        "labels": torch.zeros(6, dtype=torch.long),
+        "token_weights": torch.ones(6),
+        "kl_weight": 1.0,
+        "cross_entropy_weight": 0.0,
+        "temperature": 1.0,
+        "num_chunks": 1,
+        "tp_group": None,
+    }
+    with pytest.raises(DistillationError, match=words):
+        distillation_loss(**(arguments | change))  # type: ignore[arg-type]
