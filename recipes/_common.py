@@ -75,6 +75,8 @@ def load_config[T](cfg: DictConfig, kind: type[T]) -> T:
         config = read_config(cfg, kind)
     except ConfigError as error:
         leave(str(error))
+    # Megatron-Core reports every parameter bucket and the whole optimizer config at INFO.
+    logging.getLogger("megatron").setLevel(logging.ERROR)
     if rank() > 0:
         logging.getLogger().setLevel(logging.WARNING)
     if isinstance(config, RunConfig):

@@ -1,4 +1,7 @@
-"""Import NeMo's hydra_runner without the noise its import makes. Only recipes import this module."""
+"""Import NeMo's hydra_runner without the noise that its and Megatron-Core's imports make.
+
+Every recipe imports this module first; nothing else does.
+"""
 
 import os
 import sys
@@ -37,6 +40,7 @@ def held_back_output() -> Iterator[None]:
 
 
 with held_back_output():
+    import elastic.modules.model  # noqa: F401 (brings in the rest of Megatron-Core, which warns of each absent package)
     from nemo.core.config import hydra_runner
     from nemo.utils import logging as nemo_logging
 

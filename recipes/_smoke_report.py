@@ -21,7 +21,7 @@ def build_summary(
     parent_dir: Path,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """Join the verbs' outputs into one row per budget, with the loss of the folder in stock transformers beside them."""
+    """Join the verbs' outputs into one row per budget; adds the loss of each folder in stock transformers."""
     cut = {row["name"]: row for row in untrained}
     exported = {row["name"]: row for row in extraction}
     num_sequences = parent["num_tokens"]

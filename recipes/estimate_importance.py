@@ -1,4 +1,7 @@
-"""Score a parent and write the permuted (nested) parent: `python recipes/estimate_importance.py key=value ...`, conf/estimate_importance.yaml."""
+"""Score a parent and write the permuted (nested) parent.
+
+`python recipes/estimate_importance.py key=value ...`, conf/estimate_importance.yaml.
+"""
 
 from omegaconf import DictConfig
 from rich.console import Console

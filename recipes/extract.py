@@ -1,4 +1,7 @@
-"""Cut budgets out of a nested checkpoint into Hugging Face folders: `python recipes/extract.py key=value ...`, conf/extract.yaml."""
+"""Cut budgets out of a nested checkpoint into Hugging Face folders.
+
+`python recipes/extract.py key=value ...`, conf/extract.yaml.
+"""
 
 from omegaconf import DictConfig
 from rich.console import Console

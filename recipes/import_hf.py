@@ -1,4 +1,7 @@
-"""Turn a stock nemotron_h folder into a Megatron-Core checkpoint: `python recipes/import_hf.py key=value ...`, conf/import_hf.yaml."""
+"""Turn a stock nemotron_h folder into a Megatron-Core checkpoint.
+
+`python recipes/import_hf.py key=value ...`, conf/import_hf.yaml.
+"""
 
 from omegaconf import DictConfig
 from rich.console import Console

@@ -13,7 +13,6 @@ from torch import Tensor
 from elastic.compress.hf_config import export_shape
 from elastic.compress.slicing import TensorSource, cut_parameter, parameter_names, parameter_size, reader
 from elastic.space.nesting import Cut, DimKind, kept_indices, parameter_dims, split_parameter_name
-from elastic.space.pattern import LayerKind
 from elastic.space.shape import ModelShape
 
 PREFIX = "backbone."
@@ -214,14 +213,8 @@ def _padding_cut(name: str, shape: ModelShape, padded: ModelShape) -> Cut | None
     layer_index, _ = split_parameter_name(name)
     if layer_index is None or shape.width(layer_index) == padded.width(layer_index):
         return None
-    widths = (padded.width(layer_index), shape.width(layer_index))
-    kind = shape.pattern.kinds[layer_index]
-    return Cut(
-        shape=padded,
-        hidden=shape.hidden,
-        head_channels=shape.head_channels,
-        ffn=widths if kind is LayerKind.MLP else (0, 0),
-        attention_heads=widths if kind is LayerKind.ATTENTION else (0, 0),
+    return Cut.of_layer(
+        padded, layer_index, shape.width(layer_index), hidden=shape.hidden, head_channels=shape.head_channels
     )
 
 

@@ -66,24 +66,23 @@ def layer_cut(parent: ModelShape, subnet: Subnet, layer_index: int | None, lanes
 
     Raises SubnetError if an FFN width, the parent's or the chosen one, cannot be dealt into `lanes`.
     """
-    widths = dict.fromkeys(LayerKind, (0, 0))
+    kept = 0
     if layer_index is not None:
-        kind = parent.pattern.kinds[layer_index]
-        widths[kind] = (parent.width(layer_index), subnet.width(parent, layer_index))
-    wrong = [width for width in widths[LayerKind.MLP] if width % lanes]
-    if wrong:
+        kept = subnet.width(parent, layer_index)
+        is_ffn = parent.pattern.kinds[layer_index] is LayerKind.MLP
+        wrong = [width for width in (parent.width(layer_index), kept) if is_ffn and width % lanes]
+    if layer_index is not None and wrong:
         nearest = max(lanes, round(wrong[0] / lanes) * lanes)
         raise SubnetError(
             f"subnet: ffn = {wrong[0]} of layer {layer_index} must be a multiple of lanes = {lanes}; "
             f"nearest legal is {nearest}"
         )
-    return Cut(
-        shape=parent,
+    return Cut.of_layer(
+        parent,
+        layer_index,
+        kept,
         hidden=subnet.hidden,
         head_channels=subnet.head_channels,
-        ffn=widths[LayerKind.MLP],
-        mamba_heads=widths[LayerKind.MAMBA],
-        attention_heads=widths[LayerKind.ATTENTION],
         lanes=lanes,
         tensor_parallel=tensor_parallel,
     )

@@ -130,7 +130,7 @@ class _ChunkedLoss(torch.autograd.Function):
             if teacher_hidden is not None and teacher_head is not None:
                 teacher = _logits(teacher_hidden[chunk], teacher_head).to(dtype)
             sums += chunk_loss(logits, teacher, None if labels is None else labels[chunk], weights[chunk], settings)
-            del teacher  # before the products allocate
+            del teacher  # spent, and the products may need room
             if settings.with_grad:
                 # Now the gradient of the logits: a difference of softmaxes taken in fp32, only then rounded.
                 logits = logits.to(hidden.dtype)
@@ -138,7 +138,6 @@ class _ChunkedLoss(torch.autograd.Function):
                 torch.mm(logits, student_head, out=hidden_grad[chunk])
             if head_grad is not None:
                 _add_product(head_grad, logits.t(), hidden)
-            del logits  # before the next chunk's exist
         ctx.save_for_backward(hidden_grad, head_grad)
         ctx.dtypes = student_hidden.dtype, student_head.dtype
         total = settings.kl_weight * sums[0] + settings.cross_entropy_weight * sums[1]

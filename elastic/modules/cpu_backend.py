@@ -71,7 +71,7 @@ class _CudaTypeNames(TorchFunctionMode):
 def _adapt_current_device() -> None:
     """Asked by DistributedDataParallel and the schedules when they allocate."""
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment,return-value]
-    torch.cuda.set_device = lambda _device: None
+    torch.cuda.set_device = lambda device: None
 
 
 def _adapt_streams() -> None:
@@ -84,7 +84,7 @@ def _adapt_streams() -> None:
 
 def _adapt_synchronize() -> None:
     """Asked by pipeline communication after each exchange."""
-    torch.cuda.synchronize = lambda _device=None: None
+    torch.cuda.synchronize = lambda device=None: None
 
 
 def _adapt_cuda_literals() -> None:

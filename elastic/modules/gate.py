@@ -67,7 +67,9 @@ def residual(x: Tensor, y: Tensor, gate: LayerGate) -> Tensor:
 class GateResolver(nn.Module):
     """Turns a micro-batch's Gates into per-layer gates; owns the 0/1 mask tables, built once."""
 
-    def __init__(self, space: Space, layer_indices: tuple[int, ...], tensor_parallel: int, device: torch.device) -> None:
+    def __init__(
+        self, space: Space, layer_indices: tuple[int, ...], tensor_parallel: int, device: torch.device | None
+    ) -> None:
         super().__init__()
         self.space, self.layer_indices, self.tensor_parallel = space, layer_indices, tensor_parallel
         shape = space.parent
@@ -82,7 +84,9 @@ class GateResolver(nn.Module):
             choices = space.axes[axis].choices
             if axis is Axis.DEPTH:
                 kept = [set(space.kept_layers(depth)) for depth in choices]
-                table = torch.tensor([[float(layer in layers) for layer in range(len(shape.pattern))] for layers in kept])
+                table = torch.tensor(
+                    [[float(layer in layers) for layer in range(len(shape.pattern))] for layers in kept]
+                )
             else:
                 count, length = repeats[axis]
                 local = count // tensor_parallel if axis in KIND_OF_AXIS else count
@@ -111,7 +115,15 @@ class GateResolver(nn.Module):
         for layer_index in self.layer_indices:
             full = shape.width(layer_index)
             kept = full if subnet is None else subnet.width(shape, layer_index)
-            cut = self._cut(layer_index, full, kept, width, p)
+            cut = Cut.of_layer(
+                shape,
+                layer_index,
+                kept,
+                hidden=width,
+                head_channels=p,
+                lanes=self.space.lanes,
+                tensor_parallel=self.tensor_parallel,
+            )
             depth, skipped, inner = None, False, WidthGate(kept)
             if gates.execution is Execution.SLICE:
                 skipped = subnet is not None and layer_index not in subnet.kept_layers
@@ -131,18 +143,6 @@ class GateResolver(nn.Module):
         # Elementwise in fp32 rather than a matrix product: no reduced-precision units round the mask.
         vector = (weights[:, None] * self.get_buffer(f"{axis}_table")).sum(dim=0)
         return WidthGate((weights * self.get_buffer(f"{axis}_widths")).sum(), vector)
-
-    def _cut(self, layer_index: int, full: int, kept: int, hidden: int, channels: int) -> Cut:
-        kind = self.space.parent.pattern.kinds[layer_index]
-        name = {LayerKind.MAMBA: "mamba_heads", LayerKind.MLP: "ffn", LayerKind.ATTENTION: "attention_heads"}[kind]
-        return Cut(
-            shape=self.space.parent,
-            hidden=hidden,
-            head_channels=channels,
-            lanes=self.space.lanes,
-            tensor_parallel=self.tensor_parallel,
-            **{name: (full, kept)},
-        )
 
     def _check(self, gates: Gates) -> None:
         if gates.execution is Execution.SLICE:

@@ -20,12 +20,15 @@ class ElasticColumnParallelLinear(ColumnParallelLinear):
         super().__init__(*args, **kwargs)
         self.rows, self.columns = rows, columns
 
+    def kept_weight(self, cut: Cut) -> Tensor:
+        """Return the part of this rank's weight that a cut computes with: [kept rows, kept columns]."""
+        return take(take(self.weight, 1, cut.layout(self.columns)), 0, cut.layout(self.rows))
+
     def forward_cut(self, x: Tensor, cut: Cut) -> Tensor:
         """Map [S(/tp), B, kept columns] to [S, B, kept rows of this rank]."""
-        weight = take(take(self.weight, 1, cut.layout(self.columns)), 0, cut.layout(self.rows))
         return self._forward_impl(
             input=x,
-            weight=weight,
+            weight=self.kept_weight(cut),
             bias=None,
             gradient_accumulation_fusion=False,
             allreduce_dgrad=self.allreduce_dgrad,
@@ -41,12 +44,15 @@ class ElasticRowParallelLinear(RowParallelLinear):
         super().__init__(*args, **kwargs)
         self.rows, self.columns = rows, columns
 
+    def kept_weight(self, cut: Cut) -> Tensor:
+        """Return the part of this rank's weight that a cut computes with: [kept rows, kept columns]."""
+        return take(take(self.weight, 0, cut.layout(self.rows)), 1, cut.layout(self.columns))
+
     def forward_cut(self, x: Tensor, cut: Cut) -> Tensor:
         """Map [S, B, kept columns of this rank] to [S(/tp), B, kept rows]."""
-        weight = take(take(self.weight, 0, cut.layout(self.rows)), 1, cut.layout(self.columns))
         partial = self._forward_impl(
             input=x,
-            weight=weight,
+            weight=self.kept_weight(cut),
             bias=None,
             gradient_accumulation_fusion=False,
             allreduce_dgrad=False,

@@ -44,7 +44,12 @@ class PortableMambaMixer(MambaMixer):
     ) -> None:
         MegatronModule.__init__(self, config)
         self.state_space = state_space
-        self.d_model, self.d_conv, self.layer_number, self.pp_layer_offset = d_model, d_conv, layer_number, pp_layer_offset
+        self.d_model, self.d_conv, self.layer_number, self.pp_layer_offset = (
+            d_model,
+            d_conv,
+            layer_number,
+            pp_layer_offset,
+        )
         self.pg_collection, self.tp_group = pg_collection, pg_collection.tp
         self.D_has_hdim, self.rmsnorm, self.norm_before_gate, self.use_mem_eff_path = False, True, False, True
         self.d_state, self.headdim = config.mamba_state_dim, config.mamba_head_dim
@@ -122,14 +127,14 @@ class PortableMambaMixer(MambaMixer):
             D_has_hdim=False,
         )
 
-    def _ssm_training(self, zxBCdt: Tensor, packed_seq_params: Any = None) -> Tensor:  # noqa: N803
+    def _ssm_training(self, zxBCdt: Tensor, packed_seq_params: Any = None) -> Tensor:
         """Run the stock call: state space, then the gated norm over all channels."""
         if packed_seq_params is not None:
             raise ValueError("packed sequences are not supported: the state would leak from document to document")
         y = self.cp.post_conv_ssm(self._state_space(zxBCdt, self.cp))
         return self.norm(y, self.ngroups_local_tp, self.d_inner // self.ngroups)
 
-    def _state_space(self, zxBCdt: Tensor, cp: MambaContextParallel) -> Tensor:  # noqa: N803
+    def _state_space(self, zxBCdt: Tensor, cp: MambaContextParallel) -> Tensor:
         """Convolve, scan and gate: [S, B, z x B C dt] -> silu(z) * scan, [S, B, i]."""
         state = cp.ngroups_local_tpcp * self.d_state
         inner, heads = cp.d_inner_local_tpcp, cp.nheads_local_tpcp

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from elastic.space.nesting import Cut, DimKind, DimLayout, parameter_dims, split_parameter_name
-from elastic.space.pattern import LayerKind
 from elastic.space.shape import ModelShape
 
 _REPLICATED = (DimKind.HIDDEN, DimKind.WHOLE)
@@ -15,12 +14,8 @@ _REPLICATED = (DimKind.HIDDEN, DimKind.WHOLE)
 def parameter_layouts(name: str, shape: ModelShape) -> tuple[DimLayout | None, ...]:
     """Return the layout of every dimension of a full parameter; None for a dimension that is never cut."""
     layer_index, _ = split_parameter_name(name)
-    widths = {}
-    if layer_index is not None:
-        width = shape.width(layer_index)
-        fields = {LayerKind.MAMBA: "mamba_heads", LayerKind.MLP: "ffn", LayerKind.ATTENTION: "attention_heads"}
-        widths = {fields[shape.pattern.kinds[layer_index]]: (width, width)}
-    cut = Cut(shape=shape, hidden=shape.hidden, head_channels=shape.head_channels, **widths)
+    width = 0 if layer_index is None else shape.width(layer_index)
+    cut = Cut.of_layer(shape, layer_index, width, hidden=shape.hidden, head_channels=shape.head_channels)
     return tuple(None if kind is DimKind.WHOLE else cut.layout(kind) for kind in parameter_dims(name))
 
 

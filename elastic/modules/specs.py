@@ -97,7 +97,9 @@ def plain_stack_spec(kernels: Kernels, conv_kernel: int = 4) -> ModuleSpec:
         layers=(MambaLayer, TransformerLayer, MLPLayer),
         norm=ElasticRMSNorm,
         mixer=mixer,
-        attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention),
+        attention=ModuleSpec(
+            module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+        ),
         mlp=partial(MLP.as_mlp_submodule, submodules=mlp),
     )
 

@@ -49,7 +49,7 @@ class ElasticStack(HybridStack):
         for layer_index in layer_indices:
             kind = space.parent.pattern.kinds[layer_index]
             common = dict(layer_number=layer_index + 1, pg_collection=pg_collection)
-            specs = {
+            specs: dict[LayerKind, tuple[Any, dict[str, Any]]] = {
                 LayerKind.MAMBA: (submodules.mamba_layer, dict(pp_layer_offset=pp_layer_offset)),
                 LayerKind.MLP: (submodules.mlp_layer, dict(add_layer_offset=False)),
                 LayerKind.ATTENTION: (

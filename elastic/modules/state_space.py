@@ -1,7 +1,7 @@
 """State-space backends: the causal convolution and the Mamba-2 scan, in plain PyTorch or with mamba-ssm's kernels.
 
 Shapes: B batch, L length, C chunks of Q tokens, G groups, R heads of a group, H = G*R heads, P channels, N state.
-The scan is eq. of "Transformers are SSMs" (arXiv 2405.21060): S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t + D x_t.
+The scan ("Transformers are SSMs", arXiv 2405.21060): S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t + D x_t.
 """
 
 from typing import Protocol

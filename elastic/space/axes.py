@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 import torch
 
@@ -119,9 +120,11 @@ class Space:
             return tuple(self.axes[axis].choices[index] for index in indices)
 
         def per_layer(axis: Axis) -> tuple[int, ...]:
-            count = len(self.parent.pattern.layers_of(KIND_OF_AXIS[axis]))
+            own = getattr(self.parent, WIDTH_FIELD[KIND_OF_AXIS[axis]])
+            if not self.is_elastic(axis):
+                return own  # the parent's own widths may differ between layers
             chosen_widths = widths(axis)
-            return tuple(chosen_widths[self.slot(axis, ordinal)] for ordinal in range(count))
+            return tuple(chosen_widths[self.slot(axis, ordinal)] for ordinal in range(len(own)))
 
         return Subnet(
             hidden=widths(Axis.HIDDEN)[0],
@@ -148,7 +151,7 @@ class Space:
             return [f"{axis}: no choices given; list at least the full width {full}"]
         if choices[0] != full:
             problems.append(f"{axis}: the first choice is {choices[0]}, it must be the full width {full}")
-        if any(later >= earlier for earlier, later in zip(choices, choices[1:], strict=False)):
+        if any(later >= earlier for earlier, later in pairwise(choices)):
             problems.append(f"{axis}: choices {list(choices)} must be strictly descending")
         smallest = 1 if full else 0
         for choice in choices:
@@ -162,5 +165,7 @@ class Space:
             problems.append(f"{axis}: one choice serves all layers, per_layer is not allowed")
         if axis in KIND_OF_AXIS and len(set(getattr(self.parent, WIDTH_FIELD[KIND_OF_AXIS[axis]]))) > 1:
             if len(choices) > 1:
-                problems.append(f"{axis}: the parent's own widths differ between layers, so this axis cannot be elastic")
+                problems.append(
+                    f"{axis}: the parent's own widths differ between layers, so this axis cannot be elastic"
+                )
         return problems

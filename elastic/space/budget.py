@@ -27,7 +27,7 @@ class Budget:
         if not 0 < ratio <= 1:
             raise BudgetError(f"budget {name}: ratio = {ratio} must be above 0 and at most 1")
         full = subnet_cost(parent, Subnet.full(parent), deployment)[metric]
-        return cls(name, metric, ratio * full)
+        return cls(name, metric, ratio * float(full))
 
     def __post_init__(self) -> None:
         if self.target <= 0:

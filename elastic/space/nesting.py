@@ -17,6 +17,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from elastic.space.pattern import LayerKind
 from elastic.space.shape import ModelShape
 
 
@@ -126,6 +127,33 @@ class Cut:
     attention_heads: tuple[int, int] = (0, 0)
     lanes: int = 1
     tensor_parallel: int = 1
+
+    @classmethod
+    def of_layer(
+        cls,
+        shape: ModelShape,
+        layer_index: int | None,
+        kept: int,
+        *,
+        hidden: int,
+        head_channels: int,
+        lanes: int = 1,
+        tensor_parallel: int = 1,
+    ) -> "Cut":
+        """Cut one layer of `shape` to `kept` neurons or heads; `layer_index` None: parameters outside the layers."""
+        widths = dict.fromkeys(LayerKind, (0, 0))
+        if layer_index is not None:
+            widths[shape.pattern.kinds[layer_index]] = (shape.width(layer_index), kept)
+        return cls(
+            shape=shape,
+            hidden=hidden,
+            head_channels=head_channels,
+            ffn=widths[LayerKind.MLP],
+            mamba_heads=widths[LayerKind.MAMBA],
+            attention_heads=widths[LayerKind.ATTENTION],
+            lanes=lanes,
+            tensor_parallel=tensor_parallel,
+        )
 
     def layout(self, kind: DimKind) -> DimLayout:
         """Return the layout of one dimension on one tensor-parallel rank."""

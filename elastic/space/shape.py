@@ -1,6 +1,7 @@
 """Sizes of one hybrid model, parent or submodel: every width of every layer in one frozen object."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from elastic.space.pattern import LayerKind, LayerPattern
 
@@ -33,7 +34,7 @@ class ModelShape:
     norm_epsilon: float = 1e-5
 
     @classmethod
-    def uniform(cls, pattern: str, *, ffn: int, mamba_heads: int, attention_heads: int, **sizes) -> "ModelShape":
+    def uniform(cls, pattern: str, *, ffn: int, mamba_heads: int, attention_heads: int, **sizes: Any) -> "ModelShape":
         """Build a shape whose layers of one kind share a width; `sizes` are the remaining fields."""
         parsed = LayerPattern.parse(pattern)
         return cls(

@@ -115,9 +115,7 @@ def chosen_subnets(trainer: Trainer) -> dict[str, Subnet]:
     source = trainer.gates
     if source is None:
         return {"parent": Subnet.full(trainer.record.shape)}
-    return {
-        budget.name: decide(source.router, source.space, index) for index, budget in enumerate(source.budgets)
-    }
+    return {budget.name: decide(source.router, source.space, index) for index, budget in enumerate(source.budgets)}
 
 
 def chosen_gates(trainer: Trainer) -> dict[str, Gates | None]:

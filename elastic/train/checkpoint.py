@@ -1,4 +1,4 @@
-"""Checkpoints: Megatron-Core's distributed format for model and optimizer, safetensors for the router, JSON for the rest.
+"""Checkpoints: Megatron-Core's format for model and optimizer, safetensors for the router, JSON for the rest.
 
     checkpoints/step_00000100/      written as step_00000100.writing, then renamed: a folder by this name is whole
         *.distcp, metadata.json     model and optimizer, readable at any parallel layout
@@ -77,7 +77,9 @@ def resolve_checkpoint(path: str | Path) -> Path:
     return found[-1]
 
 
-def save_checkpoint(folder: Path, trained: Trainable, record: Record, state: TrainingState | None, world: World) -> None:
+def save_checkpoint(
+    folder: Path, trained: Trainable, record: Record, state: TrainingState | None, world: World
+) -> None:
     """Write one checkpoint aside and rename it when every rank has finished; refuses to replace an existing one."""
     writing = folder.with_name(folder.name + ".writing")
     if world.is_main:
@@ -101,7 +103,9 @@ def save_checkpoint(folder: Path, trained: Trainable, record: Record, state: Tra
 def load_checkpoint(folder: Path, into: Trainable) -> TrainingState | None:
     """Load whatever `into` holds, strictly, from any parallel layout; returns the training state if there is one."""
     sharded = _sharded_state(into, is_loading=True)
-    loaded = dist_checkpointing.load(sharded, str(folder), strict="raise_all" if into.optimizer else "assume_ok_unexpected")
+    loaded = dist_checkpointing.load(
+        sharded, str(folder), strict="raise_all" if into.optimizer else "assume_ok_unexpected"
+    )
     missing, unexpected = into.model.load_state_dict(loaded["model"], strict=False)
     wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
     if wrong:

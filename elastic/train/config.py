@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
+from elastic.router.phases import Curriculum
 from elastic.space.axes import Space
 from elastic.space.budget import Budget
 from elastic.space.cost import Deployment
+from elastic.space.gates import Execution
 from elastic.space.pattern import LayerKind
 from elastic.space.shape import WIDTH_FIELD, ModelShape
 from elastic.space.subnet import Subnet
@@ -17,6 +19,7 @@ from elastic.train.config_elastic import DistillConfig, ElasticPhaseConfig, Elas
 from elastic.train.config_sections import (
     ComputeConfig,
     DataConfig,
+    DataFolder,
     ExpManagerConfig,
     ImportanceSection,
     ModelConfig,
@@ -41,11 +44,14 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelRunConfig(RunConfig):
-    """A run over a parent whose sizes the config states."""
+class TrainConfig(RunConfig):
+    """What both training verbs have beyond that; the other verbs find the model's sizes beside its weights."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    exp_manager: TrainExpManagerConfig = field(default_factory=TrainExpManagerConfig)
 
     def parent_shape(self) -> ModelShape:
         """Return the parent's shape; raises ValueError while model.vocab is null."""
@@ -53,19 +59,21 @@ class ModelRunConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(ModelRunConfig):
-    """What both training verbs have beyond that."""
-
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    exp_manager: TrainExpManagerConfig = field(default_factory=TrainExpManagerConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
 class PretrainConfig(TrainConfig):
     """recipes/pretrain_parent.py: train a parent from scratch."""
 
     curriculum: Annotated[tuple[PhaseConfig, ...], Range(low=1)] = (PhaseConfig(name="pretrain", steps=100),)
+
+    def curriculum_phases(self) -> Curriculum:
+        """Return the phases in the form the loop takes."""
+        return Curriculum(tuple(phase.phase() for phase in self.curriculum))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationData:
+    """The prepared data whose training split the scores are collected on."""
+
+    path: DataFolder = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +84,13 @@ class ParentInput:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportanceConfig(ModelRunConfig):
-    """recipes/estimate_importance.py: scores, rankings, permuted parent."""
+class ImportanceConfig(RunConfig):
+    """recipes/estimate_importance.py: scores, rankings, permuted parent. `lanes` deals its FFN neurons."""
 
     init_from: ParentInput = field(default_factory=ParentInput)
+    data: CalibrationData = field(default_factory=CalibrationData)
     importance: ImportanceSection = field(default_factory=ImportanceSection)
+    lanes: Count = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +116,11 @@ class ElasticConfig(TrainConfig):
     def deployment(self) -> Deployment:
         """Return the conditions under which deployment bytes and FLOPs are counted."""
         return self.elastic.deployment.deployment()
+
+    def curriculum_phases(self) -> Curriculum:
+        """Return the phases in the form the loop takes, weights in the order of the budgets."""
+        names = [budget.name for budget in self.elastic.budgets]
+        return Curriculum(tuple(phase.elastic_phase(names) for phase in self.curriculum))
 
     def budgets(self) -> tuple[Budget, ...]:
         """Return the budgets in absolute units, in the order of the config."""
@@ -170,7 +185,7 @@ class EvaluateConfig(FamilyConfig):
 
     data: DataConfig = field(default_factory=DataConfig)
     sequence_length: Annotated[int, Range(low=2)] = 256
-    execution: Literal["mask", "slice"] = "slice"
+    execution: Execution = Execution.SLICE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +220,7 @@ class ImportConfig(RunConfig):
     source: Annotated[str, Required("a Hugging Face folder with config.json and safetensors files")] = ""
 
 
-def with_vocab[T: ModelRunConfig](config: T, tokenizer_tokens: int) -> T:
+def with_vocab[T: TrainConfig](config: T, tokenizer_tokens: int) -> T:
     """Return the config with a null model.vocab filled in from the tokenizer, padded to model.vocab_multiple."""
     if config.model.vocab is not None:
         return config

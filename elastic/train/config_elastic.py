@@ -1,13 +1,17 @@
 """Sections of the family: space, budgets, router, curriculum phases and distillation."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
+from elastic.router.draw import Mode
+from elastic.router.phases import Phase
+from elastic.router.schedules import LearningRate, Linear
 from elastic.space.axes import Axis, AxisChoices, Space
 from elastic.space.budget import Budget
 from elastic.space.cost import Deployment, Metric
+from elastic.space.gates import Execution
 from elastic.space.shape import ModelShape
 from elastic.train.config_types import Count, CountOrZero, Name, Positive, PositiveOrZero, Range, Required, Share
 
@@ -94,7 +98,7 @@ class RouterConfig:
     """Form of the routers, one per axis, and the weight of their budget loss (FACTS 1.3)."""
 
     hidden_width: Count = 256
-    mode: Literal["soft", "straight_through"] = "soft"
+    mode: Mode = Mode.SOFT
     budget_loss_weight: PositiveOrZero = 1.0
     draws_per_step: Count | None = None
 
@@ -122,6 +126,10 @@ class LearningRateConfig:
     warmup_steps: CountOrZero = 0
     schedule: Literal["constant", "cosine"] = "constant"
 
+    def learning_rate(self) -> LearningRate:
+        """Return the schedule in the form the loop takes."""
+        return LearningRate(self.peak, self.min, self.warmup_steps, cosine=self.schedule == "cosine")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
@@ -142,6 +150,16 @@ class PhaseConfig:
         assert self.tokens is not None, "config_rules lets exactly one of steps and tokens through"
         return math.ceil(self.tokens / (self.sequence_length * self.global_batch))
 
+    def phase(self) -> Phase:
+        """Return the phase of a run without budgets."""
+        return Phase(
+            name=self.name,
+            sequence_length=self.sequence_length,
+            global_batch=self.global_batch,
+            num_steps=self.num_steps,
+            learning_rate=self.lr.learning_rate(),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ElasticPhaseConfig(PhaseConfig):
@@ -155,7 +173,20 @@ class ElasticPhaseConfig(PhaseConfig):
     temperature: tuple[Positive, Positive] = (1.0, 0.05)
     logit_scale: tuple[Positive, Positive] = (1.0, 10.0)
     router_frozen: bool = False
-    execution: Literal["mask", "slice"] = "mask"
+    execution: Execution = Execution.MASK
+
+    def elastic_phase(self, budget_names: Sequence[str]) -> Phase:
+        """Return the phase with its weights in the order of the budgets."""
+        weights = self.budget_weights or dict.fromkeys(budget_names, 1.0)
+        return replace(
+            self.phase(),
+            budget_weights=tuple(weights.get(name, 0.0) for name in budget_names),
+            router_learning_rate=self.router_lr.learning_rate(),
+            temperature=Linear(*self.temperature),
+            logit_scale=Linear(*self.logit_scale),
+            router_frozen=self.router_frozen,
+            execution=self.execution,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,26 +1,28 @@
 """Configs and the file system: inputs that must exist, and a run folder that must be free."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from elastic.space.shape import ModelShape
 from elastic.train.config import (
     ElasticConfig,
     EvaluateConfig,
     ExtractConfig,
     ImportanceConfig,
     ImportConfig,
-    ModelRunConfig,
     RunConfig,
     TrainConfig,
     with_vocab,
 )
 from elastic.train.config_load import ConfigError, Problem, load_with_problems
 from elastic.train.config_rules import rule_problems
-from elastic.train.config_rules_layout import Cluster
+from elastic.train.config_rules_layout import Cluster, layout_problems, nearest_divisor
 from elastic.train.manifest import DataError, read_manifest
 from elastic.train.prepare_config import PrepareConfig
+from elastic.train.record import Record, RecordError
 
 
 def load_run[T](kind: type[T], values: Mapping[str, Any], cluster: Cluster, *, is_main: bool) -> T:
@@ -38,6 +40,8 @@ def load_run[T](kind: type[T], values: Mapping[str, Any], cluster: Cluster, *, i
         except DataError as error:
             files += (Problem("model.vocab", None, str(error), "or set model.vocab"),)
     problems += rule_problems(config, cluster, unreliable) + files
+    if not unreliable and not files:
+        problems += tuple(checkpoint_problems(config))
     if is_main and isinstance(config, RunConfig) and "exp_manager" not in unreliable:
         problems += tuple(output_problems(config))
     if isinstance(config, PrepareConfig) and not unreliable:
@@ -49,14 +53,14 @@ def load_run[T](kind: type[T], values: Mapping[str, Any], cluster: Cluster, *, i
 
 def filled_in(config: Any) -> Any:
     """Return the config with a null model.vocab taken from the prepared data; raises DataError."""
-    if not isinstance(config, ModelRunConfig) or config.model.vocab is not None:
+    if not isinstance(config, TrainConfig) or config.model.vocab is not None:
         return config
     return with_vocab(config, read_manifest(Path(config.data.path)).tokenizer.vocab_size)
 
 
 def input_paths(config: object) -> Iterator[tuple[str, str | None]]:
     """List (field, path) of every file or folder a verb reads; a path may be null."""
-    if isinstance(config, ModelRunConfig | EvaluateConfig | ExtractConfig):
+    if isinstance(config, TrainConfig | ImportanceConfig | EvaluateConfig | ExtractConfig):
         yield "data.path", config.data.path
     if isinstance(config, ImportConfig):
         yield "source", config.source
@@ -71,6 +75,52 @@ def input_problems(config: object) -> Iterator[Problem]:
         if path is not None and not Path(path).exists():
             parent = next((folder for folder in Path(path).parents if folder.exists()), Path())
             yield Problem(name, path, "does not exist", f"the nearest folder that exists is {parent}")
+
+
+def checkpoint_problems(config: object) -> Iterator[Problem]:
+    """Yield a problem for a checkpoint that cannot be opened, or whose model does not split over the ranks."""
+    match config:
+        case ImportanceConfig():
+            name, path = "init_from.parent", config.init_from.parent
+        case ElasticConfig():
+            name, path = "init_from.permuted_parent", config.init_from.permuted_parent
+        case EvaluateConfig() | ExtractConfig():
+            name, path = "init_from.checkpoint", config.init_from.checkpoint
+        case _:
+            return
+    from elastic.train.checkpoint import CheckpointError, resolve_checkpoint  # Megatron-Core takes seconds to import
+
+    try:
+        record = Record.read(resolve_checkpoint(path))
+    except (CheckpointError, RecordError) as error:
+        yield Problem(name, path, str(error), "give a run folder of an earlier verb, or one checkpoint in it")
+        return
+    match config:
+        case ImportanceConfig():
+            yield from _lane_problems(record.shape, config.lanes)
+            yield from layout_problems(record.shape, config.parallel, config.lanes)
+        case ElasticConfig():
+            yield from _nesting_problems(config, record, name, path)
+        case EvaluateConfig() | ExtractConfig():
+            yield from layout_problems(record.shape, config.parallel, record.lanes if record.lanes > 1 else None)
+
+
+def _lane_problems(parent: ModelShape, lanes: int) -> Iterator[Problem]:
+    """FFN neurons are dealt to lanes of equal size."""
+    width = math.gcd(*parent.ffn)
+    if width % lanes:
+        remedy = f"nearest legal value is {nearest_divisor(lanes, width)}"
+        yield Problem("lanes", lanes, f"must divide the parent's FFN width = {width}", remedy)
+
+
+def _nesting_problems(config: ElasticConfig, record: Record, name: str, path: str) -> Iterator[Problem]:
+    """The family is trained from a permuted parent, with the lanes it was permuted for."""
+    if record.kind not in ("permuted_parent", "elastic"):
+        rule = f"holds a {record.kind}, whose channels are not in the order of their importance"
+        yield Problem(name, path, rule, "give what recipes/estimate_importance.py wrote")
+    elif record.lanes != config.elastic.space.lanes:
+        rule = f"must be the lanes the parent was permuted for = {record.lanes}"
+        yield Problem("elastic.space.lanes", config.elastic.space.lanes, rule, f"nearest legal value is {record.lanes}")
 
 
 def output_problems(config: RunConfig) -> Iterator[Problem]:

@@ -11,13 +11,12 @@ from elastic.train import config_rules_elastic as elastic_rules
 from elastic.train import config_rules_layout as layout_rules
 from elastic.train.config import (
     ElasticConfig,
+    EvaluateConfig,
     ExtractConfig,
     FamilyConfig,
     ImportanceConfig,
-    ModelRunConfig,
     PretrainConfig,
     RunConfig,
-    TrainConfig,
 )
 from elastic.train.config_load import ConfigError, Problem, load_with_problems
 from elastic.train.config_rules_layout import Cluster
@@ -36,22 +35,21 @@ class Rule:
 TRAINING = (PretrainConfig, ElasticConfig)
 RULES = (
     Rule(RunConfig, ("parallel",), layout_rules.check_world),
-    Rule(ModelRunConfig, ("model",), layout_rules.check_pattern, later_rules_need_it=True),
-    Rule(ModelRunConfig, ("model",), layout_rules.check_sizes, later_rules_need_it=True),
-    Rule((PretrainConfig, ImportanceConfig), ("model", "parallel"), layout_rules.check_tensor),
-    Rule(ModelRunConfig, ("model", "parallel"), layout_rules.check_pipeline),
-    Rule(ModelRunConfig, ("model", "parallel"), layout_rules.check_context),
-    Rule(ModelRunConfig, ("data", "parallel"), layout_rules.check_validation_batches),
-    Rule(ImportanceConfig, ("model", "importance"), layout_rules.check_importance_lanes),
+    Rule(TRAINING, ("model",), layout_rules.check_pattern, later_rules_need_it=True),
+    Rule(TRAINING, ("model",), layout_rules.check_sizes, later_rules_need_it=True),
+    Rule(PretrainConfig, ("model", "parallel"), layout_rules.check_layout),
+    Rule(ElasticConfig, ("model", "elastic", "parallel"), layout_rules.check_layout),
+    Rule((*TRAINING, EvaluateConfig), ("data", "parallel"), layout_rules.check_validation),
+    Rule(EvaluateConfig, ("sequence_length", "parallel"), layout_rules.check_evaluation_length),
     Rule(ImportanceConfig, ("importance", "parallel"), layout_rules.check_importance),
-    Rule(TrainConfig, ("optim",), layout_rules.check_optimizer),
-    Rule(TrainConfig, ("exp_manager",), layout_rules.check_exp_manager),
+    Rule(TRAINING, ("optim",), layout_rules.check_optimizer),
+    Rule(TRAINING, ("exp_manager",), layout_rules.check_exp_manager),
     Rule(TRAINING, ("curriculum", "parallel"), elastic_rules.check_phases),
     Rule(TRAINING, ("curriculum", "data", "parallel"), elastic_rules.check_phase_batches),
+    Rule(ElasticConfig, ("curriculum", "elastic", "data", "parallel"), elastic_rules.check_draws),
     Rule(TRAINING, ("curriculum", "trainer"), elastic_rules.check_max_steps),
     Rule(ElasticConfig, ("curriculum", "elastic", "optim"), elastic_rules.check_elastic_phases),
     Rule(ElasticConfig, ("elastic",), elastic_rules.check_budget_fields),
-    Rule(ElasticConfig, ("model", "elastic", "parallel"), elastic_rules.check_tensor_lanes),
     Rule(ElasticConfig, ("model", "elastic"), elastic_rules.check_space, later_rules_need_it=True),
     Rule(ElasticConfig, ("model", "elastic", "parallel"), elastic_rules.check_context_choices),
     Rule(ElasticConfig, ("model", "elastic"), elastic_rules.check_budgets),

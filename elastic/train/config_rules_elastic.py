@@ -1,11 +1,14 @@
 """Rules of the curriculum, the space of subnets, the budgets and the distillation; each yields Problems."""
 
 import difflib
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from elastic.router.draw import smallest_subnet
 from elastic.space.axes import Axis, Space, SpaceError
 from elastic.space.budget import BudgetError, check_reachable
+from elastic.space.gates import Execution
 from elastic.space.pattern import LayerKind
 from elastic.space.shape import ModelShape
 from elastic.train.config import ElasticConfig, ExtractConfig, FamilyConfig, PretrainConfig, total_steps
@@ -14,9 +17,10 @@ from elastic.train.config_load import Problem, show
 from elastic.train.config_rules_layout import (
     Cluster,
     batch_problems,
+    data_parallel,
     multiple_problem,
+    nearest_divisor,
     sequence_problems,
-    tensor_problems,
 )
 
 Training = PretrainConfig | ElasticConfig
@@ -54,7 +58,24 @@ def check_phases(config: Training, cluster: Cluster) -> Iterator[Problem]:
 def check_phase_batches(config: Training, cluster: Cluster) -> Iterator[Problem]:
     """Each phase's global batch fills whole micro-batches on every replica."""
     for index, phase in enumerate(config.curriculum):
-        yield from batch_problems(f"curriculum.{index}.global_batch", phase.global_batch, config, cluster)
+        path, micro_batch = f"curriculum.{index}.global_batch", ("data.micro_batch", config.data.micro_batch)
+        yield from batch_problems(path, phase.global_batch, micro_batch, config.parallel, cluster)
+
+
+def check_draws(config: ElasticConfig, cluster: Cluster) -> Iterator[Problem]:
+    """Every budget drawn in a step must serve equally many micro-batches of each replica."""
+    draws = config.elastic.router.draws_per_step
+    per_micro_batch = config.data.micro_batch * data_parallel(config.parallel, cluster)
+    if draws is None or any(phase.global_batch % per_micro_batch for phase in config.curriculum):
+        return
+    micro_batches = {phase.name: phase.global_batch // per_micro_batch for phase in config.curriculum}
+    broken = [f"{count} in {name}" for name, count in micro_batches.items() if count % draws]
+    if broken:
+        rule = f"must divide the micro-batches of one replica and step, {', '.join(broken)}"
+        nearest = nearest_divisor(draws, math.gcd(*micro_batches.values()))
+        yield Problem(
+            "elastic.router.draws_per_step", draws, rule, f"nearest legal value is {nearest}, null follows them"
+        )
 
 
 def check_max_steps(config: Training, cluster: Cluster) -> Iterator[Problem]:
@@ -98,10 +119,10 @@ def check_elastic_phases(config: ElasticConfig, cluster: Cluster) -> Iterator[Pr
         if end > start:
             rule, remedy = "the Gumbel temperature must not rise", f"nearest legal value is [{start:g}, {start:g}]"
             yield Problem(f"{path}.temperature", [start, end], rule, remedy)
-        if phase.execution == "slice" and not phase.router_frozen:
+        if phase.execution is Execution.SLICE and not phase.router_frozen:
             rule = f"a sliced forward gives the router no gradient, so it needs {path}.router_frozen = true"
             yield Problem(f"{path}.execution", "slice", rule, "nearest legal value is mask")
-        if phase.execution == "slice" and config.optim.overlap_grad_reduce:
+        if phase.execution is Execution.SLICE and config.optim.overlap_grad_reduce:
             rule = f"a skipped layer gets no gradient, so its bucket is never ready in {path}.execution = slice"
             yield Problem("optim.overlap_grad_reduce", True, rule, "nearest legal value is false")
 
@@ -140,11 +161,6 @@ def _example_choices(parent: ModelShape, lanes: int, axis: Axis) -> list[int]:
     return sorted({full} | {width for width in smaller if width <= full}, reverse=True)
 
 
-def check_tensor_lanes(config: ElasticConfig, cluster: Cluster) -> Iterator[Problem]:
-    """A tensor-parallel rank owns whole groups and whole lanes, so subnets do not depend on its size."""
-    yield from tensor_problems(config.model, config.parallel, config.elastic.space.lanes)
-
-
 def check_context_choices(config: ElasticConfig, cluster: Cluster) -> Iterator[Problem]:
     """Every choice of Mamba heads must spread over tensor x context ranks."""
     ranks, chosen = config.parallel.tensor * config.parallel.context, config.elastic.space.mamba_head
@@ -167,8 +183,7 @@ def check_budgets(config: ElasticConfig, cluster: Cluster) -> Iterator[Problem]:
     if config.model.vocab is None:
         return
     space, deployment = config.space(), config.deployment()
-    last = {axis: (len(space.axes[axis].choices) - 1,) * space.num_slots(axis) for axis in Axis}
-    smallest = space.subnet(last)
+    smallest = smallest_subnet(space)
     for index, section in enumerate(config.elastic.budgets):
         if (section.target is None) == (section.ratio is None):
             continue

@@ -5,9 +5,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from elastic.space.pattern import LayerKind, LayerPattern, PatternError
-from elastic.train.config import ImportanceConfig, ModelRunConfig, RunConfig, TrainConfig
+from elastic.space.shape import ModelShape
+from elastic.train.config import (
+    ElasticConfig,
+    EvaluateConfig,
+    ImportanceConfig,
+    PretrainConfig,
+    RunConfig,
+    TrainConfig,
+)
 from elastic.train.config_load import Problem
-from elastic.train.config_sections import ModelConfig, ParallelConfig
+from elastic.train.config_sections import ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -40,15 +48,15 @@ def data_parallel(parallel: ParallelConfig, cluster: Cluster) -> int:
     return 1 if cluster.num_processes % parallel.model_size else cluster.num_processes // parallel.model_size
 
 
-def check_pattern(config: ModelRunConfig, cluster: Cluster) -> Iterator[Problem]:
+def check_pattern(config: TrainConfig, cluster: Cluster) -> Iterator[Problem]:
     """The layer pattern must parse, by the one parser."""
     try:
         LayerPattern.parse(config.model.pattern)
     except PatternError as error:
-        yield Problem("model.pattern", config.model.pattern, str(error), "write a pattern like M-M*-")
+        yield Problem("model.pattern", config.model.pattern, str(error).rstrip("."), "write a pattern like M-M*-")
 
 
-def check_sizes(config: ModelRunConfig, cluster: Cluster) -> Iterator[Problem]:
+def check_sizes(config: TrainConfig, cluster: Cluster) -> Iterator[Problem]:
     """Heads must fill whole groups."""
     model = config.model
     yield from multiple_problem("model.mamba_heads", model.mamba_heads, model.mamba_groups, "model.mamba_groups")
@@ -71,26 +79,36 @@ def check_world(config: RunConfig, cluster: Cluster) -> Iterator[Problem]:
         yield Problem("parallel.sequence", True, rule, "nearest legal value is false")
 
 
-def tensor_divisors(model: ModelConfig, lanes: int | None) -> dict[str, int]:
-    """Return the sizes a tensor-parallel size must divide, by their field."""
-    kinds = LayerPattern.parse(model.pattern).kinds
-    sizes = {}
-    if LayerKind.MAMBA in kinds:
-        sizes["model.mamba_groups"] = model.mamba_groups
-    if LayerKind.ATTENTION in kinds:
-        sizes["model.kv_heads"] = model.kv_heads
-    if LayerKind.MLP in kinds:
-        sizes |= {"model.ffn": model.ffn} if lanes is None else {"elastic.space.lanes": lanes}
-    if model.vocab is None:
-        sizes["model.vocab_multiple"] = model.vocab_multiple
-    else:
-        sizes["model.vocab"] = model.vocab
-    return sizes
+def check_layout(config: TrainConfig, cluster: Cluster) -> Iterator[Problem]:
+    """The model must split over the ranks of a replica; a nested one by lanes, any other FFN anywhere."""
+    model = config.model
+    lanes = config.elastic.space.lanes if isinstance(config, ElasticConfig) else None
+    vocab_field = "model.vocab" if model.vocab is not None else "model.vocab_multiple"
+    shape = model.shape(model.vocab_multiple)
+    yield from layout_problems(shape, config.parallel, lanes, vocab_field)
 
 
-def tensor_problems(model: ModelConfig, parallel: ParallelConfig, lanes: int | None) -> Iterator[Problem]:
+def layout_problems(
+    shape: ModelShape, parallel: ParallelConfig, lanes: int | None, vocab_field: str = "model.vocab"
+) -> Iterator[Problem]:
+    """Yield what keeps a model of `shape` from splitting over tensor, pipeline and context ranks."""
+    yield from _tensor_problems(shape, parallel, lanes, vocab_field)
+    yield from _pipeline_problems(shape.pattern, parallel)
+    yield from _context_problems(shape, parallel)
+
+
+def _tensor_problems(
+    shape: ModelShape, parallel: ParallelConfig, lanes: int | None, vocab_field: str
+) -> Iterator[Problem]:
     """A tensor-parallel rank owns whole groups, KV heads, lanes and vocabulary rows."""
-    sizes = tensor_divisors(model, lanes)
+    kinds = shape.pattern.kinds
+    sizes = {vocab_field: shape.vocab}
+    if LayerKind.MAMBA in kinds:
+        sizes["model.mamba_groups"] = shape.mamba_groups
+    if LayerKind.ATTENTION in kinds:
+        sizes["model.kv_heads"] = shape.kv_heads
+    if LayerKind.MLP in kinds:
+        sizes |= {"model.ffn": math.gcd(*shape.ffn)} if lanes is None else {"lanes": lanes}
     broken = [f"{field} = {size}" for field, size in sizes.items() if size % parallel.tensor]
     if broken:
         nearest = nearest_divisor(parallel.tensor, math.gcd(*sizes.values()))
@@ -98,21 +116,9 @@ def tensor_problems(model: ModelConfig, parallel: ParallelConfig, lanes: int | N
         yield Problem("parallel.tensor", parallel.tensor, rule, f"nearest legal value is {nearest}")
 
 
-def check_tensor(config: ModelRunConfig, cluster: Cluster) -> Iterator[Problem]:
-    """The tensor-parallel rule of a model that is not nested: its FFN splits anywhere."""
-    yield from tensor_problems(config.model, config.parallel, None)
-
-
-def check_importance_lanes(config: ImportanceConfig, cluster: Cluster) -> Iterator[Problem]:
-    """FFN neurons are dealt to lanes of equal size."""
-    if LayerKind.MLP in LayerPattern.parse(config.model.pattern).kinds:
-        yield from multiple_problem("model.ffn", config.model.ffn, config.importance.lanes, "importance.lanes")
-
-
-def check_pipeline(config: ModelRunConfig, cluster: Cluster) -> Iterator[Problem]:
+def _pipeline_problems(pattern: LayerPattern, parallel: ParallelConfig) -> Iterator[Problem]:
     """Layers must split evenly over pipeline stages, or the pattern says where with |."""
-    pattern, stages = LayerPattern.parse(config.model.pattern), config.parallel.pipeline
-    marked = len(pattern.segments)
+    stages, marked = parallel.pipeline, len(pattern.segments)
     if marked > 1 and stages not in (1, marked):
         rule = f"must be the {marked} stages the | in model.pattern mark"
         yield Problem("parallel.pipeline", stages, rule, f"nearest legal value is {marked}")
@@ -121,12 +127,11 @@ def check_pipeline(config: ModelRunConfig, cluster: Cluster) -> Iterator[Problem
         yield Problem("parallel.pipeline", stages, f"must divide the number of layers = {len(pattern)}", remedy)
 
 
-def check_context(config: ModelRunConfig, cluster: Cluster) -> Iterator[Problem]:
-    """Context parallelism spreads Mamba heads and groups over tensor x context ranks."""
-    model, parallel = config.model, config.parallel
-    if LayerKind.MAMBA not in LayerPattern.parse(model.pattern).kinds or model.mamba_groups % parallel.tensor:
+def _context_problems(shape: ModelShape, parallel: ParallelConfig) -> Iterator[Problem]:
+    """Context parallelism spreads the Mamba heads and groups of a tensor-parallel rank over its ranks."""
+    if LayerKind.MAMBA not in shape.pattern.kinds or shape.mamba_groups % parallel.tensor:
         return
-    groups, heads = model.mamba_groups // parallel.tensor, model.mamba_heads // parallel.tensor
+    groups, heads = shape.mamba_groups // parallel.tensor, math.gcd(*shape.mamba_heads) // parallel.tensor
     if groups % parallel.context and parallel.context % groups:
         rule = f"must divide, or be a multiple of, the Mamba groups of one tensor-parallel rank = {groups}"
         nearest = nearest_divisor(parallel.context, groups)
@@ -146,30 +151,39 @@ def sequence_problems(path: str, length: int, parallel: ParallelConfig) -> Itera
     yield from multiple_problem(path, length, multiple, "what parallel.context and parallel.sequence split it into")
 
 
-def batch_problems(path: str, sequences: int, config: ModelRunConfig, cluster: Cluster) -> Iterator[Problem]:
-    """A number of sequences must fill whole micro-batches on every replica."""
-    replicas = data_parallel(config.parallel, cluster)
-    what = f"data.micro_batch x data-parallel size = {config.data.micro_batch} x {replicas}"
-    yield from multiple_problem(path, sequences, config.data.micro_batch * replicas, what)
+def batch_problems(
+    path: str, sequences: int, micro_batch: tuple[str, int], parallel: ParallelConfig, cluster: Cluster
+) -> Iterator[Problem]:
+    """A number of sequences must fill whole micro-batches, given as (field, value), on every replica."""
+    replicas, (field, size) = data_parallel(parallel, cluster), micro_batch
+    what = f"{field} x data-parallel size = {size} x {replicas}"
+    yield from multiple_problem(path, sequences, size * replicas, what)
 
 
-def check_validation_batches(config: ModelRunConfig, cluster: Cluster) -> Iterator[Problem]:
+def check_validation(config: PretrainConfig | ElasticConfig | EvaluateConfig, cluster: Cluster) -> Iterator[Problem]:
     """Held-out sequences fill whole micro-batches."""
-    yield from batch_problems("data.validation_sequences", config.data.validation_sequences, config, cluster)
+    data = config.data
+    micro_batch = ("data.micro_batch", data.micro_batch)
+    path = "data.validation_sequences"
+    yield from batch_problems(path, data.validation_sequences, micro_batch, config.parallel, cluster)
+
+
+def check_evaluation_length(config: EvaluateConfig, cluster: Cluster) -> Iterator[Problem]:
+    """Evaluated sequences split over the ranks."""
+    yield from sequence_problems("sequence_length", config.sequence_length, config.parallel)
 
 
 def check_importance(config: ImportanceConfig, cluster: Cluster) -> Iterator[Problem]:
     """Calibration sequences fill whole micro-batches; the layers are scored on some of them."""
-    section = config.importance
-    replicas = data_parallel(config.parallel, cluster)
-    what = f"importance.micro_batch x data-parallel size = {section.micro_batch} x {replicas}"
+    section, parallel = config.importance, config.parallel
+    micro_batch = ("importance.micro_batch", section.micro_batch)
     for name, sequences in (("num_sequences", section.num_sequences), ("depth_sequences", section.depth_sequences)):
-        yield from multiple_problem(f"importance.{name}", sequences, section.micro_batch * replicas, what)
+        yield from batch_problems(f"importance.{name}", sequences, micro_batch, parallel, cluster)
     if section.depth_sequences > section.num_sequences:
         rule = f"must be at most importance.num_sequences = {section.num_sequences}"
         remedy = f"nearest legal value is {section.num_sequences}"
         yield Problem("importance.depth_sequences", section.depth_sequences, rule, remedy)
-    yield from sequence_problems("importance.sequence_length", section.sequence_length, config.parallel)
+    yield from sequence_problems("importance.sequence_length", section.sequence_length, parallel)
 
 
 def check_optimizer(config: TrainConfig, cluster: Cluster) -> Iterator[Problem]:

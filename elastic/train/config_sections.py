@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 from elastic.space.shape import ModelShape
 from elastic.train.config_types import Count, Decay, Name, Positive, PositiveOrZero, Range, Required
 
+DataFolder = Annotated[str, Required("the folder recipes/prepare_data.py wrote")]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -65,24 +67,20 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ImportanceSection:
-    """Calibration data of the scores, and how layers are scored (FACTS 1.1).
-
-    `depth_sequences` of them score the layers. `lanes` deals the FFN neurons of the permuted parent.
-    """
+    """Size of the calibration, and how layers are scored on `depth_sequences` of it (FACTS 1.1)."""
 
     num_sequences: Count = 64
     sequence_length: Annotated[int, Range(low=2)] = 256
     micro_batch: Count = 4
     depth: Literal["iterative", "one_shot", "none"] = "iterative"
     depth_sequences: Count = 16
-    lanes: Count = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Prepared data folder, and how many sequences are taken at once and held out."""
 
-    path: Annotated[str, Required("the folder recipes/prepare_data.py wrote")] = ""
+    path: DataFolder = ""
     micro_batch: Count = 1
     validation_sequences: Count = 64
 

@@ -20,13 +20,14 @@ def sum_gate_gradients(flat: Tensor, entries: Iterable[tuple[Axis, int]], world:
     """Sum `flat` over one replica, equal on all its ranks; `entries` lists (axis, number of values) in flat's order."""
     counted_here = world.layout.sequence or world.groups.tp.rank() == 0
     weights = [
-        torch.full((size,), float(counted_here or axis not in STREAM_AXES), device=flat.device) for axis, size in entries
+        torch.full((size,), float(counted_here or axis not in STREAM_AXES), device=flat.device)
+        for axis, size in entries
     ]
     return world.sum_over_replica(flat * torch.cat(weights))
 
 
 def sum_router_gradients(parameters: Iterable[torch.nn.Parameter], world: World) -> None:
-    """Sum the router's gradients over replicas, in one exchange over all ranks so that every rank gets the same bits."""
+    """Sum the router's gradients over replicas, in one exchange over all ranks: equal bits everywhere."""
     groups = world.groups
     speaks = groups.tp.rank() == 0 and groups.pp.rank() == 0 and groups.cp.rank() == 0
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -53,7 +53,9 @@ class LossMeter:
         for kl, cross_entropy, num_tokens in total.tolist():
             seen = num_tokens > 0
             means.append(
-                MeanLoss(kl / num_tokens if seen else None, cross_entropy / num_tokens if seen else None, int(num_tokens))
+                MeanLoss(
+                    kl / num_tokens if seen else None, cross_entropy / num_tokens if seen else None, int(num_tokens)
+                )
             )
         return means
 

@@ -62,4 +62,3 @@ def set_learning_rate(optimizer: Optimizer | MegatronOptimizer, learning_rate: f
     """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-

@@ -1,4 +1,4 @@
-"""Training batches of a curriculum: every phase reads the token stream at its own sequence length and in its own order."""
+"""Training batches of a curriculum: every phase reads the stream at its own length and in its own order."""
 
 from elastic.router.phases import Curriculum, Place
 from elastic.train.data import Batch, PackedSequences, TokenStream, micro_batch

@@ -1,6 +1,6 @@
 """Run micro-batches through Megatron-Core's pipeline schedule: the teacher's pass, the student's pass, evaluation.
 
-Shapes: B micro-batch sequences, S sequence, s this context-parallel rank's share, D hidden, d kept width, N = s*B tokens.
+Shapes: B sequences, S sequence, s this context-parallel rank's share, D hidden, d kept width, N = s*B tokens.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
@@ -54,7 +55,9 @@ class PipelineRunner:
     ) -> None:
         """Take the student as the schedule runs it (wrapped or bare) and an optional frozen teacher."""
         self.world, self.student, self.teacher, self.loss = world, student, teacher, loss
-        self.student_model: ElasticModel = getattr(student, "module", student)  # under the data-parallel wrapper
+        bare = student.module if isinstance(student, DistributedDataParallel) else student
+        assert isinstance(bare, ElasticModel)
+        self.student_model = bare
 
     def micro_batch(self, batch: Batch, gates: Gates | None = None) -> MicroBatch:
         """Take this context-parallel rank's share of a batch of whole sequences and move it to the device."""
@@ -86,7 +89,13 @@ class PipelineRunner:
         return self._schedule(self.student_model, micro_batches, forward_only=True, loss=self._evaluation_loss)
 
     def _schedule(
-        self, model: nn.Module, micro_batches: Sequence[MicroBatch], *, forward_only: bool, loss: Any, keep: bool = False
+        self,
+        model: nn.Module,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        forward_only: bool,
+        loss: Any,
+        keep: bool = False,
     ) -> list[Any]:
         gated = model is not self.teacher
 
@@ -123,7 +132,7 @@ class PipelineRunner:
             teacher_head,
             batch.labels.t().reshape(-1),
             None if batch.token_weights is None else batch.token_weights.t().reshape(-1),
-            kl_weight=self.loss.kl_weight if self.teacher is not None else 0.0,
+            kl_weight=0.0 if teacher_hidden is None else self.loss.kl_weight,
             cross_entropy_weight=self.loss.cross_entropy_weight,
             temperature=self.loss.temperature,
             num_chunks=self.loss.num_chunks,

@@ -84,7 +84,9 @@ def check_same_shape(expected: ModelShape, found: ModelShape, where: Path) -> No
 
 def shape_from_json(content: Mapping[str, Any]) -> ModelShape:
     """Rebuild a shape from `asdict` with its pattern as text."""
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
+    }
     return ModelShape(**{**values, "pattern": LayerPattern.parse(content["pattern"])})
 
 

@@ -19,8 +19,8 @@ from elastic.space.cost import shape_cost
 from elastic.space.gates import Gates
 from elastic.train.checkpoint import Trainable, save_checkpoint
 from elastic.train.config import ExtractConfig
-from elastic.train.manifest import read_manifest
 from elastic.train.family import Member, OpenFamily, open_family
+from elastic.train.manifest import read_manifest
 from elastic.train.parallel import DTYPES, World, model_layout, world
 from elastic.train.record import Record
 from elastic.train.run_evaluate import subnet_summary
@@ -85,7 +85,10 @@ def _export_hugging_face(
         subnet=member.subnet,
         budget=member.budget,
         deployment=family.deployment,
-        provenance={"nested checkpoint": family.checkpoint.name, **{k: str(v) for k, v in family.record.provenance.items()}},
+        provenance={
+            "nested checkpoint": family.checkpoint.name,
+            **{k: str(v) for k, v in family.record.provenance.items()},
+        },
     )
     options = ExportOptions(
         dtype=DTYPES[config.export.precision], settings=settings, tokenizer_folder=tokenizer, overwrite=False
@@ -118,7 +121,8 @@ def _export_megatron(family: OpenFamily, member: Member, run_folder: Path, here:
 
 def _line(member: Member, report: ExportReport) -> str:
     difference = (
-        "every stored value checked" if report.max_abs_logit_diff is None
+        "every stored value checked"
+        if report.max_abs_logit_diff is None
         else f"largest logit difference {report.max_abs_logit_diff:.1e}"
     )
     return f"{member.name}: {report.params:,} parameters -> {report.folder} ({report.verification}; {difference})"

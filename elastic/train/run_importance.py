@@ -58,7 +58,12 @@ def run_importance(config: ImportanceConfig, console: Console) -> Path:
         if here.is_main:
             save_ranking(folder / RANKING_FILE, ranking, _score_tensors(scores, depth, space), provenance)
         permuted = Record(
-            "permuted_parent", record.shape, config.lanes, ranking.depth, config.data.path, provenance=provenance
+            "permuted_parent",
+            record.shape,
+            config.lanes,
+            ranking.depth,
+            config.data.path,
+            provenance=provenance,
         )
         save_checkpoint(checkpoint_folder(folder, 0), Trainable(model), permuted, None, here)
         if here.is_main:

@@ -1,6 +1,5 @@
 """The two training verbs: a parent from scratch, and the family."""
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,15 +7,15 @@ from typing import Any
 from rich.console import Console
 
 from elastic.modules.model import ElasticModel, build_model
-from elastic.router.draw import GateSource
+from elastic.router.draw import GateSource, Mode
 from elastic.router.phases import Curriculum
 from elastic.router.router import Router
 from elastic.space.axes import Space
 from elastic.train.callbacks import SaveCheckpoints, StopOnSignal, Validate
 from elastic.train.checkpoint import Trainable, load_checkpoint, resolve_checkpoint
-from elastic.train.config import ElasticConfig, PretrainConfig, TrainConfig, total_steps, with_vocab
-from elastic.train.config_rules import check_parallel_world
+from elastic.train.config import ElasticConfig, PretrainConfig, TrainConfig, with_vocab
 from elastic.train.config_elastic import DistillConfig
+from elastic.train.curriculum import build_curriculum
 from elastic.train.data import PackedSequences, TokenStream
 from elastic.train.logging import LogSteps, RunLog, ScalarWriter, WandbWriter
 from elastic.train.optimizer import build_optimizer, build_router_optimizer, wrap_for_training
@@ -37,7 +36,7 @@ def run_pretrain(config: PretrainConfig, console: Console) -> Path:
         model = build_model(space, here.layout, seed=config.seed, init_std=config.model.init_std)
         record = Record("parent", space.parent, data=config.data.path)
         loss = DistillConfig(kl_weight=0.0, cross_entropy_weight=1.0, num_chunks=1)
-        trainer = _trainer(config, stream, here, model, None, record, config.curriculum_phases(), loss)
+        trainer = _trainer(config, stream, here, model, None, record, build_curriculum(config.curriculum), loss)
         return _fit(trainer, config, stream, (), console)
 
 
@@ -57,13 +56,13 @@ def run_elastic(config: ElasticConfig, console: Console) -> Path:
         teacher.requires_grad_(False)
         router_config = config.elastic.router
         family = Family(space.axes, config.budgets(), config.deployment(), router_config.hidden_width)
-        phases = config.curriculum_phases()
+        phases = build_curriculum(config.curriculum, family.budgets)
         gates = GateSource(
             router=Router(space, len(family.budgets), family.router_width, seed=config.seed).to(here.device),
             space=space,
             budgets=family.budgets,
             deployment=family.deployment,
-            mode=router_config.mode,
+            mode=Mode(router_config.mode),
             budget_loss_weight=router_config.budget_loss_weight,
             draws_per_step=router_config.draws_per_step,
             seed=config.seed,
@@ -93,15 +92,13 @@ def _trainer(
         runner=PipelineRunner(here, wrapped, loss, teacher),
         wrapped=wrapped,
         optimizer=build_optimizer(wrapped, config.optim, here),
-        data=PhaseData(
-            stream, curriculum, micro_batch_size=config.data.micro_batch, seed=config.seed, world=here
-        ),
+        data=PhaseData(stream, curriculum, micro_batch_size=config.data.micro_batch, seed=config.seed, world=here),
         curriculum=curriculum,
         record=record,
         run_folder=folder,
         seed=config.seed,
         config=resolved,
-        total_steps=total_steps(config.curriculum, config.trainer.max_steps),
+        total_steps=min(curriculum.total_steps, config.trainer.max_steps or curriculum.total_steps),
         gates=gates,
         router_optimizer=None if gates is None else build_router_optimizer(gates.router, config.optim),
     )

@@ -46,7 +46,9 @@ def sizes() -> tuple[Size, ...]:
 def widths(full: int, num_choices: int, multiple: int) -> tuple[int, ...]:
     """Return evenly spaced choices from `full` down to half of it, multiples of `multiple`."""
     step = full / 2 / max(1, num_choices - 1)
-    return tuple(sorted({round((full - index * step) / multiple) * multiple for index in range(num_choices)}, reverse=True))
+    return tuple(
+        sorted({round((full - index * step) / multiple) * multiple for index in range(num_choices)}, reverse=True)
+    )
 
 
 def elastic_space(shape: ModelShape, num_choices: int) -> Space:
@@ -79,7 +81,7 @@ def closest_subnet(space: Space, ratio: float) -> Subnet:
     """Return the subnet with every width scaled alike whose parameters come closest to `ratio` of the parent's."""
     full = shape_cost(space.parent).params
     scaled = (_scaled(space.parent, percent / 100) for percent in range(30, 101))
-    return min(scaled, key=lambda subnet: abs(subnet_cost(space.parent, subnet).params / full - ratio))
+    return min(scaled, key=lambda subnet: abs(float(subnet_cost(space.parent, subnet).params) / float(full) - ratio))
 
 
 def _scaled(shape: ModelShape, share: float) -> Subnet:
@@ -151,7 +153,9 @@ def _measure(size: Size, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]
     seconds = alternate(cases, rounds)
     pairs: list[tuple[str, str, float | None]] = [("mask 3", "plain", 1.10), ("mask 5", "plain", 1.10)]
     pairs += [("mask 3", "ungated", None), ("mask 5", "ungated", None)]
-    pairs += [(f"slice {r}", f"submodel {r}", 1.10) for r in (0.7, 0.45)] + [(f"slice {r}", "plain", None) for r in (0.7, 0.45)]
+    pairs += [(f"slice {r}", f"submodel {r}", 1.10) for r in (0.7, 0.45)] + [
+        (f"slice {r}", "plain", None) for r in (0.7, 0.45)
+    ]
     precision = "fp32" if dtype is torch.float32 else "bf16"
     return [
         {

@@ -77,11 +77,16 @@ def elastic_step(case: LayoutCase) -> dict[str, Any]:
     """Run teacher and student over the global batch; return this rank's losses and gradients."""
     here = join_world(case.layout, torch.device("cpu"))
     space = tiny_space()
-    student, teacher = build_model(space, case.layout, seed=1, init_std=0.3), build_model(space, case.layout, seed=2, init_std=0.3)
+    student, teacher = (
+        build_model(space, case.layout, seed=1, init_std=0.3),
+        build_model(space, case.layout, seed=2, init_std=0.3),
+    )
     teacher.requires_grad_(False)
     wrapped = wrap_for_training(student, OptimConfig())
     optimizer = build_optimizer(wrapped, OptimConfig(clip_grad=1.0), here)
-    runner = PipelineRunner(here, wrapped, DistillConfig(cross_entropy_weight=0.3, temperature=1.5, num_chunks=3), teacher)
+    runner = PipelineRunner(
+        here, wrapped, DistillConfig(cross_entropy_weight=0.3, temperature=1.5, num_chunks=3), teacher
+    )
     local = range(GLOBAL_BATCH // (MICRO_BATCH * here.data_size))
     numbers = [index * here.data_size + here.data_rank for index in local]
     work = [runner.micro_batch(batch(g), mixed_gates(space, g)) for g in numbers]
@@ -89,7 +94,9 @@ def elastic_step(case: LayoutCase) -> dict[str, Any]:
     wrapped.zero_grad_buffer()
     losses = runner.forward_backward(work)
     gate_gradients = {
-        g: {axis.value: _gate_gradient(micro.gates, axis, here) for axis in (micro.gates.weights if micro.gates else ())}
+        g: {
+            axis.value: _gate_gradient(micro.gates, axis, here) for axis in (micro.gates.weights if micro.gates else ())
+        }
         for g, micro in zip(numbers, work, strict=True)
     }
     gradients = {name: parameter.main_grad.clone() for name, parameter in named_global_parameters(student)}

@@ -134,12 +134,13 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 def _wait(folder: Path, ranks: Sequence[BaseProcess], deadline_s: float) -> None:
     """Return when every rank has ended, a moment after one has failed, or just after the deadline."""
-    running = {process.sentinel: rank for rank, process in enumerate(ranks)}
+    running = {rank: process.sentinel for rank, process in enumerate(ranks)}
     # A rank ends itself at the deadline and writes where it stood; the second more is for that.
     until_s = deadline_s + 1.0
     while running and (left_s := until_s - time.monotonic()) > 0:
-        for sentinel in connection.wait(list(running), timeout=left_s):
-            rank = running.pop(int(sentinel))  # type: ignore[call-overload]
+        ended = connection.wait(running.values(), timeout=left_s)
+        for rank in [rank for rank, sentinel in running.items() if sentinel in ended]:
+            del running[rank]
             if not (folder / f"result_{rank}").exists():
                 until_s = min(until_s, time.monotonic() + GRACE_S)
 

@@ -24,6 +24,7 @@ from elastic.modules.sharding import full_parameter_size, shard_tensor
 from elastic.modules.specs import Kernels, plain_stack_spec
 from elastic.modules.state_space import TorchStateSpace
 from elastic.space.axes import Axis, AxisChoices, Space
+from elastic.space.gates import Gates
 from elastic.space.shape import ModelShape
 
 Choice = Mapping[Axis, tuple[int, ...]]
@@ -148,17 +149,21 @@ def lively_tensor(name: str, shape: ModelShape) -> Tensor:
 
 
 @torch.no_grad()
-def fill(model: torch.nn.Module, tensors: Mapping[str, Tensor], shape: ModelShape) -> None:
+def fill(model: HybridModel, tensors: Mapping[str, Tensor], shape: ModelShape) -> None:
     """Copy full tensors, by their global names, into this rank's parameters."""
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     for name, parameter in named_global_parameters(model):
         parameter.copy_(shard_tensor(tensors[name], name, shape, rank, size))
 
 
-def build_lively(space: Space, layout: Layout | None = None, chunk_tokens: int = 4) -> ElasticModel:
-    """Build this rank's part of a parent with `lively_tensor` weights; a short scan chunk crosses chunk borders."""
-    layout = layout or Layout()
-    model = build_model(space, layout, kernels=Kernels(TorchStateSpace(chunk_tokens), SdpaCoreAttention))
+def small_chunks() -> Kernels:
+    """Return the CPU kernels with a scan chunk of 4 tokens, so that short test sequences cross chunk borders."""
+    return Kernels(TorchStateSpace(chunk_tokens=4), SdpaCoreAttention)
+
+
+def build_lively(space: Space, layout: Layout | None = None) -> ElasticModel:
+    """Build this rank's part of a parent with `lively_tensor` weights."""
+    model = build_model(space, layout or Layout(), kernels=small_chunks())
     names = [name for name, _ in named_global_parameters(model)]
     fill(model, {name: lively_tensor(name, space.parent) for name in names}, space.parent)
     return model
@@ -174,7 +179,7 @@ def build_stock(shape: ModelShape, layout: Layout | None = None) -> HybridModel:
     layout, groups = layout or Layout(), ProcessGroupCollection.use_mpu_process_groups()
     return HybridModel(
         transformer_config(shape, layout),
-        plain_stack_spec(Kernels.choose(), shape.conv_kernel),
+        plain_stack_spec(small_chunks(), shape.conv_kernel),
         vocab_size=shape.vocab,
         max_sequence_length=1,
         hybrid_layer_pattern=pipeline_pattern(shape, layout.pipeline),
@@ -239,3 +244,15 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Return the norm of the difference over the norm of `expected`."""
     difference, scale = (actual - expected).double().norm().item(), expected.double().norm().item()
     return difference / scale if scale > 0 else difference
+
+
+def logits_of(model: ElasticModel, tokens: Tensor, gates: Gates | None) -> Tensor:
+    """Return logits [B, S, V] of a whole model on one process."""
+    return (model(tokens, gates) @ model.head_weight(gates).T).transpose(0, 1)
+
+
+def outcome_of(logits: Tensor, leaves: Mapping[str, Tensor]) -> Outcome:
+    """Push the fixed cotangent back; a leaf that is not reached has gradient None, recorded as zeros."""
+    gradients = torch.autograd.grad(logits, list(leaves.values()), cotangent(logits), allow_unused=True)
+    filled = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves.values(), gradients, strict=True)]
+    return Outcome(logits.detach(), dict(zip(leaves, filled, strict=True)))

@@ -62,9 +62,7 @@ def _mamba(p: Mapping[str, Tensor], u: Tensor, space: Space, head_mask: Tensor, 
     groups, state, channels = shape.mamba_groups, shape.mamba_state, shape.head_channels
     inner, gn = heads * channels, groups * state
     z, x, b, c, dt = (u @ p["mixer.in_proj.weight"].T).split([inner, inner, gn, gn, heads], dim=-1)
-    conv = depthwise_causal_conv(
-        torch.cat([x, b, c], dim=-1), p["mixer.conv1d_weight"][:, 0], p["mixer.conv1d_bias"]
-    )
+    conv = depthwise_causal_conv(torch.cat([x, b, c], dim=-1), p["mixer.conv1d_weight"][:, 0], p["mixer.conv1d_bias"])
     x, b, c = (conv * torch.sigmoid(conv)).split([inner, gn, gn], dim=-1)
     dt = torch.log1p(torch.exp(dt + p["mixer.dt_bias"]))
     y = state_space_recurrence(
@@ -115,12 +113,8 @@ def _layer(
         return lambda n, choice: n % (width // repeats) < choice // repeats
 
     if kind == "M":
-        heads = mixed_mask(
-            space, weights, Axis.MAMBA_HEAD, slot(Axis.MAMBA_HEAD), width, within(shape.mamba_groups)
-        )
-        channels = mixed_mask(
-            space, weights, Axis.MAMBA_CHANNEL, 0, shape.head_channels, lambda n, choice: n < choice
-        )
+        heads = mixed_mask(space, weights, Axis.MAMBA_HEAD, slot(Axis.MAMBA_HEAD), width, within(shape.mamba_groups))
+        channels = mixed_mask(space, weights, Axis.MAMBA_CHANNEL, 0, shape.head_channels, lambda n, choice: n < choice)
         return _mamba(p, u, space, heads, channels)
     if kind == "*":
         heads = mixed_mask(
@@ -138,9 +132,7 @@ def reference_logits(tensors: Mapping[str, Tensor], space: Space, weights: Weigh
     shape = space.parent
     hidden = mixed_mask(space, weights, Axis.HIDDEN, 0, shape.hidden, lambda n, choice: n < choice)
     ranking = list(space.depth_ranking)
-    depth = mixed_mask(
-        space, weights, Axis.DEPTH, 0, len(ranking), lambda layer, choice: layer in ranking[:choice]
-    )
+    depth = mixed_mask(space, weights, Axis.DEPTH, 0, len(ranking), lambda layer, choice: layer in ranking[:choice])
     x = tensors["embedding.word_embeddings.weight"][tokens] * hidden
     seen = {"M": 0, "*": 0, "-": 0}
     widths = {"M": shape.mamba_heads, "*": shape.attention_heads, "-": shape.ffn}

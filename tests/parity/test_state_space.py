@@ -107,9 +107,7 @@ def test_pitfall_06_convolution_equals_the_definition(length: int, taps: int) ->
     y, expected = TorchStateSpace().causal_conv(*leaves), F.silu(depthwise_causal_conv(*leaves))
     torch.testing.assert_close(y, expected)
     weights = torch.randn(y.shape, generator=generator, dtype=torch.float64)
-    torch.testing.assert_close(
-        torch.autograd.grad(y, leaves, weights), torch.autograd.grad(expected, leaves, weights)
-    )
+    torch.testing.assert_close(torch.autograd.grad(y, leaves, weights), torch.autograd.grad(expected, leaves, weights))
 
 
 def _stock_mixer(groups: int, conv_kernel: int) -> NemotronHMamba2Mixer:

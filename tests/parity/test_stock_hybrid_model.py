@@ -1,7 +1,7 @@
 """The parent's checkpoint names are Megatron-Core's own: a stock HybridModel reads an elastic checkpoint and back."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -36,7 +36,7 @@ class Case:
 
     name: str
     saved_by: str
-    layout: Layout = Layout()  # noqa: RUF009
+    layout: Layout = field(default_factory=Layout)
     tied: bool = False
 
     @property

@@ -12,6 +12,7 @@ import pytest
 
 from elastic.space.axes import Axis
 from elastic.space.cost import Metric, shape_cost
+from elastic.space.gates import Execution
 from elastic.train.config import (
     ElasticConfig,
     EvaluateConfig,
@@ -30,6 +31,7 @@ from elastic.train.config_rules import check, load_and_check
 from elastic.train.config_rules_layout import Cluster
 from elastic.train.config_sections import ModelConfig
 from elastic.train.prepare_config import PrepareConfig
+from elastic.train.record import Record
 
 ROOT = Path(__file__).parents[2]
 VERBS = (PretrainConfig, ImportanceConfig, ElasticConfig, EvaluateConfig, ExtractConfig, ImportConfig, PrepareConfig)
@@ -258,7 +260,7 @@ BAD: tuple[tuple[type, dict[str, object], int, str], ...] = (
         {"model.pattern": "ME*"},
         1,
         "model.pattern = \"ME*\": layer pattern 'ME*': character 'E' at position 1 is not one of M - * (and | between "
-        "pipeline stages). Mixture-of-experts and multi-token-prediction layers are not supported.; write a pattern "
+        "pipeline stages). Mixture-of-experts and multi-token-prediction layers are not supported; write a pattern "
         "like M-M*-",
     ),
     # the parallel layout
@@ -292,7 +294,7 @@ BAD: tuple[tuple[type, dict[str, object], int, str], ...] = (
         ElasticConfig,
         {"parallel.tensor": 2, "elastic.space.lanes": 1},
         2,
-        "parallel.tensor = 2: must divide elastic.space.lanes = 1; nearest legal value is 1",
+        "parallel.tensor = 2: must divide lanes = 1; nearest legal value is 1",
     ),
     (
         PretrainConfig,
@@ -357,10 +359,11 @@ BAD: tuple[tuple[type, dict[str, object], int, str], ...] = (
         "importance.depth_sequences = 128: must be at most importance.num_sequences = 64; nearest legal value is 64",
     ),
     (
-        ImportanceConfig,
-        {"importance.lanes": 7},
-        1,
-        "model.ffn = 256: must be a multiple of importance.lanes = 7; nearest legal value is 259",
+        EvaluateConfig,
+        {"sequence_length": 30, "parallel.context": 4},
+        4,
+        "sequence_length = 30: must be a multiple of what parallel.context and parallel.sequence split it into = 8; "
+        "nearest legal value is 32",
     ),
     # optimizer and run folder
     (
@@ -485,6 +488,13 @@ BAD: tuple[tuple[type, dict[str, object], int, str], ...] = (
         1,
         'elastic.budgets.1.name = "full": names must differ, this one stands 2 times; choose another, for example '
         "full_2",
+    ),
+    (
+        ElasticConfig,
+        {"elastic.router.draws_per_step": 3, "data.micro_batch": 2},
+        2,
+        "elastic.router.draws_per_step = 3: must divide the micro-batches of one replica and step, 2 in short, 2 in "
+        "long; nearest legal value is 2, null follows them",
     ),
     (
         ElasticConfig,
@@ -659,41 +669,90 @@ def test_budget_weights_and_router_defaults_are_the_published_ones() -> None:
     assert BudgetConfig(name="b", ratio=0.5).metric is Metric.PARAMS
 
 
-def test_inputs_that_do_not_exist_and_a_run_folder_in_use_are_named(tmp_path: Path) -> None:
-    run = tmp_path / "name" / "version_0"
+def run_values(kind: type, folder: Path) -> dict[str, Any]:
+    """Return a legal config of a verb whose run folder, folder/name/version_0, is in use already."""
+    run = folder / "name" / "version_0"
     run.mkdir(parents=True)
     (run / "metrics.jsonl").touch()
-    manager = {"exp_manager.exp_dir": str(tmp_path), "exp_manager.name": "name"}
-    missing = str(tmp_path / "a" / "b")
-    changes = manager | {"init_from.checkpoint": missing, "data.path": str(tmp_path)}
-    values = values_of(EvaluateConfig, changes)
+    changes: dict[str, object] = {
+        "exp_manager.exp_dir": str(folder),
+        "exp_manager.name": "name",
+        "data.path": str(folder),
+    }
+    return values_of(kind, changes | ({"model.vocab": 512} if kind is PretrainConfig else {}))
+
+
+def written_record(folder: Path, kind: str = "permuted_parent", mamba_groups: int = 2) -> str:
+    """Make `folder` look like a checkpoint with 8 lanes."""
+    folder.mkdir()
+    Record(kind, ModelConfig(vocab=512, mamba_groups=mamba_groups).shape(), lanes=8).write(folder)
+    return str(folder)
+
+
+def test_inputs_that_do_not_exist_and_a_run_folder_in_use_are_named(tmp_path: Path) -> None:
+    values = run_values(EvaluateConfig, tmp_path)
+    put(values, "init_from.checkpoint", str(tmp_path / "a" / "b"))
     with pytest.raises(ConfigError) as caught:
         load_run(EvaluateConfig, values, Cluster(), is_main=True)
-    folder, version = sorted(caught.value.problems, key=lambda problem: problem.field, reverse=True)[::-1]
-    assert (folder.field, folder.value) == ("exp_manager.version", "version_0")
-    assert "nearest free name is version_1" in folder.remedy and "overwrite=true" in folder.remedy
-    assert (version.field, version.value) == ("init_from.checkpoint", missing)
-    assert version.remedy.endswith(str(tmp_path))
+    missing, in_use = caught.value.problems
+    assert (missing.field, missing.value) == ("init_from.checkpoint", str(tmp_path / "a" / "b"))
+    assert missing.remedy.endswith(str(tmp_path))
+    assert (in_use.field, in_use.value) == ("exp_manager.version", "version_0")
+    assert "nearest free name is version_1" in in_use.remedy and "overwrite=true" in in_use.remedy
     # Another rank may look after the main process has made the folder: it must not take it for somebody else's.
-    values["init_from"]["checkpoint"] = str(tmp_path)
+    put(values, "init_from.checkpoint", written_record(tmp_path / "checkpoint"))
     load_run(EvaluateConfig, values, Cluster(), is_main=False)
     put(values, "exp_manager.overwrite", True)
     load_run(EvaluateConfig, values, Cluster(), is_main=True)
 
 
+def test_checkpoint_that_is_none_or_does_not_split_over_the_ranks_is_named(tmp_path: Path) -> None:
+    values = values_of(ImportanceConfig, {"data.path": str(tmp_path), "init_from.parent": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"init_from\.parent = .* is neither a checkpoint nor a run folder"):
+        load_run(ImportanceConfig, values, Cluster(), is_main=False)
+    put(values, "init_from.parent", written_record(tmp_path / "parent", mamba_groups=4))
+    put(values, "parallel.tensor", 4)
+    put(values, "lanes", 12)
+    with pytest.raises(ConfigError) as caught:
+        load_run(ImportanceConfig, values, Cluster(4), is_main=False)
+    assert [str(problem) for problem in caught.value.problems] == [
+        "lanes = 12: must divide the parent's FFN width = 256; nearest legal value is 8",
+        "parallel.tensor = 4: must divide model.kv_heads = 2; nearest legal value is 2",
+    ]
+
+
+def test_family_needs_a_parent_permuted_for_its_lanes(tmp_path: Path) -> None:
+    folders = {"data.path": str(tmp_path), "exp_manager.exp_dir": str(tmp_path)}
+    values = values_of(ElasticConfig, folders)
+    put(values, "init_from.permuted_parent", written_record(tmp_path / "raw", "parent"))
+    with pytest.raises(
+        ConfigError, match=r"permuted_parent = .*holds a parent, .* give what recipes/estimate_importance"
+    ):
+        load_run(ElasticConfig, values, Cluster(), is_main=True)
+    put(values, "init_from.permuted_parent", written_record(tmp_path / "permuted"))
+    load_run(ElasticConfig, values, Cluster(), is_main=True)
+    put(values, "elastic.space.lanes", 4)
+    with pytest.raises(ConfigError, match=r"elastic\.space\.lanes = 4: .*; nearest legal value is 8"):
+        load_run(ElasticConfig, values, Cluster(), is_main=True)
+
+
+def test_curriculum_reaches_the_loop_in_the_order_of_the_budgets() -> None:
+    changes = {"curriculum.0.budget_weights": {"small": 2}, "curriculum.0.lr": {"peak": 3.0, "min": 1.0}}
+    changes["curriculum.0.lr"] |= {"warmup_steps": 2, "schedule": "cosine"}
+    config = load_and_check(ElasticConfig, values_of(ElasticConfig, changes), Cluster())
+    short, long = config.curriculum_phases().phases
+    assert (short.budget_weights, long.budget_weights) == ((0.0, 2.0), (1.0, 1.0))
+    assert (short.execution, long.execution) == (Execution.MASK, Execution.SLICE)
+    assert (short.router_frozen, long.router_frozen) == (False, True)
+    assert [short.learning_rate.at(step, short.num_steps) for step in (0, 1, 2, 9)] == [1.5, 3.0, 3.0, 1.0]
+    assert (short.temperature.at(1.0), short.logit_scale.at(1.0)) == pytest.approx((0.05, 10.0))
+    assert config.curriculum_phases().total_steps == total_steps(config.curriculum, None)
+    (pretrain,) = PretrainConfig().curriculum_phases().phases
+    assert (pretrain.num_steps, pretrain.budget_weights) == (100, ())
+
+
 def test_a_training_run_may_go_on_in_its_folder(tmp_path: Path) -> None:
-    run = tmp_path / "name" / "version_0"
-    run.mkdir(parents=True)
-    (run / "metrics.jsonl").touch()
-    values = values_of(
-        PretrainConfig,
-        {
-            "exp_manager.exp_dir": str(tmp_path),
-            "exp_manager.name": "name",
-            "data.path": str(tmp_path),
-            "model.vocab": 512,
-        },
-    )
+    values = run_values(PretrainConfig, tmp_path)
     load_run(PretrainConfig, values, Cluster(), is_main=True)
     put(values, "exp_manager.resume_if_exists", False)
     with pytest.raises(ConfigError, match="resume_if_exists=true"):

@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +86,7 @@ def remove_index(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut_data, cut_index, swap_splits, swap_equal_size, remove_index])
-def test_truncated_swapped_or_missing_file_is_refused(copy: Path, damage) -> None:  # type: ignore[no-untyped-def]
+def test_truncated_swapped_or_missing_file_is_refused(copy: Path, damage: Callable[[Path], None]) -> None:
     TokenStream(copy / "train")
     damage(copy)
     with pytest.raises(DataError, match=r"train\.(bin|idx)"):
@@ -93,7 +94,7 @@ def test_truncated_swapped_or_missing_file_is_refused(copy: Path, damage) -> Non
 
 
 @pytest.mark.parametrize("damage", [cut_data, cut_index, remove_index])
-def test_damage_is_refused_without_a_manifest_too(copy: Path, damage) -> None:  # type: ignore[no-untyped-def]
+def test_damage_is_refused_without_a_manifest_too(copy: Path, damage: Callable[[Path], None]) -> None:
     (copy / "data.json").unlink()
     with pytest.raises(DataError, match=r"no data\.json"):
         TokenStream(copy / "train")

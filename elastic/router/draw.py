@@ -1,0 +1,134 @@
+"""From the router to the gates of a step's micro-batches, and the gradients back. Not part of the sharded graph."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from elastic.router.budget_loss import budget_loss
+from elastic.router.gumbel import choice_probabilities, gumbel_noise
+from elastic.router.phases import Place
+from elastic.router.router import Router
+from elastic.router.sampler import budget_of, check_draws, draw_budgets
+from elastic.space.axes import Axis, Space
+from elastic.space.budget import Budget
+from elastic.space.cost import Deployment
+from elastic.space.gates import Execution, Gates
+from elastic.space.subnet import Subnet
+
+
+class Mode(StrEnum):
+    """What masks are made of while the router trains."""
+
+    SOFT = "soft"
+    STRAIGHT_THROUGH = "straight_through"
+
+
+@dataclass
+class Draw:
+    """The gates of one step on one replica, and the router's graph behind them."""
+
+    gates: list[Gates]
+    sources: list[Mapping[Axis, Tensor]] = field(default_factory=list)
+    budget_losses: Tensor | None = None
+    budget_loss_weight: float = 0.0
+
+    def entries(self) -> list[tuple[Axis, int]]:
+        """List (axis, number of values) in the order of `flat_gradients`."""
+        return [(axis, leaf.numel()) for gates in self.gates for axis, leaf in gates.weights.items()]
+
+    def flat_gradients(self) -> Tensor:
+        """Join the leaves' gradients of all micro-batches; zeros where this rank had none."""
+        leaves = [leaf for gates in self.gates for leaf in gates.weights.values()]
+        return torch.cat([(torch.zeros_like(t) if t.grad is None else t.grad).reshape(-1) for t in leaves])
+
+    def push(self, flat: Tensor, budget_loss_scale: float = 1.0) -> None:
+        """Send summed gate gradients, in the order of `entries`, and the budget loss through the router."""
+        sources = [source for per_axis in self.sources for source in per_axis.values()]
+        parts = flat.split([source.numel() for source in sources])
+        gradients: list[Tensor] = [part.view_as(source) for part, source in zip(parts, sources, strict=True)]
+        assert self.budget_losses is not None
+        total = self.budget_losses.sum() * (self.budget_loss_weight * budget_loss_scale)
+        torch.autograd.backward([*sources, total], [*gradients, torch.ones_like(total)])
+
+
+@dataclass
+class GateSource:
+    """Draws budgets and gates for the steps of a run; everything random is a function of (seed, step, micro-batch)."""
+
+    router: Router
+    space: Space
+    budgets: tuple[Budget, ...]
+    deployment: Deployment
+    mode: Mode
+    budget_loss_weight: float
+    draws_per_step: int | None
+    seed: int
+
+    def draw(self, place: Place, num_micro_batches: int, replica: int, replicas: int) -> Draw:
+        """Return the gates of this replica's micro-batches at one step."""
+        phase, in_step = place.phase, num_micro_batches * replicas
+        draws = self.draws_per_step or num_micro_batches
+        check_draws(draws, in_step, replicas)
+        drawn = draw_budgets(phase.budget_weights, self.seed, place.step, draws)
+        numbers = [index * replicas + replica for index in range(num_micro_batches)]
+        budgets = [budget_of(drawn, number, in_step) for number in numbers]
+        if phase.router_frozen:
+            return Draw([self._frozen(budget, phase.execution) for budget in budgets])
+        logits = self.router()
+        draw = Draw([], budget_loss_weight=self.budget_loss_weight)
+        noise_free = {
+            axis: choice_probabilities(values, None, place.logit_scale, place.temperature)
+            for axis, values in logits.items()
+        }
+        draw.budget_losses = budget_loss(self.space, self.budgets, noise_free, self.deployment)
+        for number, budget in zip(numbers, budgets, strict=True):
+            source = {axis: self._weights(values[budget], axis, place, number) for axis, values in logits.items()}
+            leaves = {axis: weights.detach().clone().requires_grad_() for axis, weights in source.items()}
+            draw.sources.append(source)
+            draw.gates.append(Gates.mask(leaves, budget))
+        return draw
+
+    def _weights(self, logits: Tensor, axis: Axis, place: Place, number: int) -> Tensor:
+        """Return weights [slots, K] over the choices: soft, or exactly one-hot with the soft gradient."""
+        noise = gumbel_noise(self.seed, place.step, number, axis, (logits.shape[0], logits.shape[1])).to(logits.device)
+        soft = choice_probabilities(logits, noise, place.logit_scale, place.temperature)
+        return soft if self.mode == Mode.SOFT else _StraightThrough.apply(soft)
+
+    def _frozen(self, budget: int, execution: Execution) -> Gates:
+        if execution is Execution.SLICE:
+            return Gates.slice(decide(self.router, self.space, budget), budget)
+        with torch.no_grad():
+            return Gates.mask({axis: _one_hot(values[budget]) for axis, values in self.router().items()}, budget)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """One-hot of the likeliest choice forward, identity backward; exactly 0 and 1, unlike hard + soft - soft."""
+
+    @staticmethod
+    def forward(ctx: object, soft: Tensor) -> Tensor:
+        return _one_hot(soft)
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def _one_hot(values: Tensor) -> Tensor:
+    """Return the one-hot of the largest entry; of equal ones the first, which is the widest choice."""
+    return torch.nn.functional.one_hot(values.argmax(dim=-1), values.shape[-1]).to(torch.float32)
+
+
+@torch.no_grad()
+def decide(router: Router, space: Space, budget: int) -> Subnet:
+    """Return the subnet a router chooses for a budget: argmax, no noise, ties to the wider choice."""
+    chosen = {axis: tuple(values[budget].argmax(dim=-1).tolist()) for axis, values in router().items()}
+    return space.subnet(chosen)
+
+
+def smallest_subnet(space: Space) -> Subnet:
+    """Return the subnet of all smallest choices."""
+    last: dict[Axis, Sequence[int]] = {axis: (len(space.axes[axis].choices) - 1,) * space.num_slots(axis) for axis in Axis}
+    return space.subnet({axis: tuple(indices) for axis, indices in last.items()})

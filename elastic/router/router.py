@@ -1,0 +1,34 @@
+"""The router: one small network per elastic axis, from a one-hot budget to logits over the choices."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from elastic.router.streams import stream
+from elastic.space.axes import Axis, Space
+
+
+class Router(nn.Module):
+    """one-hot budget -> Linear -> LeakyReLU -> Linear per axis (FACTS 1.3), in fp32, replicated on every rank."""
+
+    def __init__(self, space: Space, num_budgets: int, hidden_width: int = 256, seed: int = 0) -> None:
+        super().__init__()
+        self.num_budgets = num_budgets
+        self.sizes = {axis: (space.num_slots(axis), len(space.axes[axis].choices)) for axis in space.elastic_axes()}
+        self.networks = nn.ModuleDict()
+        for axis, (slots, choices) in self.sizes.items():
+            first, last = nn.Linear(num_budgets, hidden_width), nn.Linear(hidden_width, slots * choices)
+            generator = stream(seed, f"router/{axis}")
+            for layer in (first, last):
+                bound = 1.0 / math.sqrt(layer.in_features)
+                nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
+                nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+            self.networks[axis.value] = nn.Sequential(first, nn.LeakyReLU(), last)
+
+    def forward(self) -> dict[Axis, Tensor]:
+        """Return logits [budgets, slots, K] for every elastic axis and all budgets at once."""
+        one_hot = torch.eye(self.num_budgets, device=next(self.parameters()).device)
+        return {
+            axis: self.networks[axis.value](one_hot).view(self.num_budgets, *size) for axis, size in self.sizes.items()
+        }

@@ -1,0 +1,44 @@
+"""Which budget each micro-batch trains: stratified to the phase's weights, balanced over replicas."""
+
+from collections.abc import Sequence
+
+import torch
+
+from elastic.router.streams import stream
+
+
+class SamplerError(ValueError):
+    """Weights or counts that no balanced draw exists for."""
+
+
+def draw_budgets(weights: Sequence[float], seed: int, step: int, num_draws: int) -> tuple[int, ...]:
+    """Draw `num_draws` budgets for one step, a pure function of its arguments.
+
+    Systematic sampling: budget b appears within one of num_draws * weight_b times, on average exactly; then shuffled.
+    """
+    generator = stream(seed, "budget", step)
+    shares = torch.tensor(weights, dtype=torch.float64)
+    edges = torch.cumsum(shares / shares.sum(), dim=0)
+    edges[-1] = 1.0
+    offset = torch.rand((), generator=generator, dtype=torch.float64)
+    points = (offset + torch.arange(num_draws)) / num_draws
+    budgets = torch.searchsorted(edges, points, right=True).clamp(max=len(weights) - 1)
+    return tuple(budgets[torch.randperm(num_draws, generator=generator)].tolist())
+
+
+def budget_of(budgets: Sequence[int], global_index: int, num_micro_batches: int) -> int:
+    """Return the budget of global micro-batch `global_index` (over replicas) of `num_micro_batches` in the step.
+
+    Draws cover equal runs of consecutive global micro-batches, so a replica count that divides a run's length gives
+    every replica the same budget at the same time, and the assignment does not depend on that count.
+    """
+    return budgets[global_index * len(budgets) // num_micro_batches]
+
+
+def check_draws(num_draws: int, num_micro_batches: int, replicas: int) -> None:
+    """Raise SamplerError unless replicas share every draw evenly."""
+    if num_micro_batches % num_draws or (num_micro_batches // num_draws) % replicas:
+        raise SamplerError(
+            f"router.draws_per_step = {num_draws}: the {num_micro_batches} micro-batches of a step do not fall into that "
+            f"many equal runs of a multiple of {replicas} replicas; {num_micro_batches // replicas} is legal"
+        )
