@@ -40,9 +40,10 @@ def held_back_output() -> Iterator[None]:
 
 
 with held_back_output():
-    import elastic.modules.model  # noqa: F401 (brings in the rest of Megatron-Core, which warns of each absent package)
     from nemo.core.config import hydra_runner
     from nemo.utils import logging as nemo_logging
+
+    import elastic.modules.model  # noqa: F401 (brings in the rest of Megatron-Core, which warns of each absent package)
 
 # NeMo's logger would reformat every Python warning and report it as its own.
 nemo_logging.captureWarnings(False)

@@ -3,13 +3,14 @@
 `python recipes/estimate_importance.py key=value ...`, conf/estimate_importance.yaml.
 """
 
+from recipes._nemo import hydra_runner  # isort: skip (first, it holds back what NeMo and Megatron print on import)
+
 from omegaconf import DictConfig
 from rich.console import Console
 
 from elastic.train.config import ImportanceConfig
 from elastic.train.run_importance import run_importance
 from recipes._common import load_config, run
-from recipes._nemo import hydra_runner
 
 
 @hydra_runner(config_path="../conf", config_name="estimate_importance")

@@ -1,12 +1,13 @@
 """Report deterministic loss and cost per budget: `python recipes/evaluate.py key=value ...`, conf/evaluate.yaml."""
 
+from recipes._nemo import hydra_runner  # isort: skip (first, it holds back what NeMo and Megatron print on import)
+
 from omegaconf import DictConfig
 from rich.console import Console
 
 from elastic.train.config import EvaluateConfig
 from elastic.train.run_evaluate import run_evaluate
 from recipes._common import load_config, run
-from recipes._nemo import hydra_runner
 
 
 @hydra_runner(config_path="../conf", config_name="evaluate")

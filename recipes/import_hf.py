@@ -3,13 +3,14 @@
 `python recipes/import_hf.py key=value ...`, conf/import_hf.yaml.
 """
 
+from recipes._nemo import hydra_runner  # isort: skip (first, it holds back what NeMo and Megatron print on import)
+
 from omegaconf import DictConfig
 from rich.console import Console
 
 from elastic.train.config import ImportConfig
 from elastic.train.run_import import run_import
 from recipes._common import load_config, run
-from recipes._nemo import hydra_runner
 
 
 @hydra_runner(config_path="../conf", config_name="import_hf")

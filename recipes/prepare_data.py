@@ -3,13 +3,14 @@
 `python recipes/prepare_data.py key=value ...`, conf/prepare_data.yaml.
 """
 
+from recipes._nemo import hydra_runner  # isort: skip (first, it holds back what NeMo and Megatron print on import)
+
 from omegaconf import DictConfig
 from rich.console import Console
 
 from elastic.train.prepare import prepare
 from elastic.train.prepare_config import PrepareConfig
 from recipes._common import load_config, run
-from recipes._nemo import hydra_runner
 
 
 @hydra_runner(config_path="../conf", config_name="prepare_data")

@@ -1,12 +1,13 @@
 """Train a parent from scratch: `python recipes/pretrain_parent.py key=value ...`, conf/pretrain_parent.yaml."""
 
+from recipes._nemo import hydra_runner  # isort: skip (first, it holds back what NeMo and Megatron print on import)
+
 from omegaconf import DictConfig
 from rich.console import Console
 
 from elastic.train.config import PretrainConfig
 from elastic.train.run_training import run_pretrain
 from recipes._common import load_config, run
-from recipes._nemo import hydra_runner
 
 
 @hydra_runner(config_path="../conf", config_name="pretrain_parent")

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ class Smoke:
     def __init__(self, folder: Path, processes: int, overrides: Sequence[str], console: Console) -> None:
         self.folder, self.processes, self.overrides, self.console = folder, processes, overrides, console
 
-    def run(self, verb: str, version: str, arguments: Sequence[str] = (), *, distributed: bool = False) -> Path:
+    def run(
+        self, verb: str, version: str, arguments: Sequence[str] = (), *, distributed: bool = False, threads: int = 1
+    ) -> Path:
         """Run one verb unless its folder says that it finished; returns the folder."""
         target = self.folder / version
         done = self.folder / f".{version}.done"
@@ -41,7 +44,6 @@ class Smoke:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}"]
         command = [*launcher, str(ROOT / "recipes" / f"{verb}.py"), *arguments, *self._shared(verb)]
         started = time.perf_counter()
-        threads = 1 if distributed else self.processes
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
         finished = subprocess.run(command, env=environment, check=False)
         if finished.returncode:
@@ -68,7 +70,9 @@ class Smoke:
 
 def chain(smoke: Smoke) -> dict[str, Any]:
     """Run every verb and return the summary."""
-    data = smoke.run("prepare_data", "data", ["--config-name=smoke_data", f"output_dir={smoke.folder / 'data'}"])
+    data = smoke.run(
+        "prepare_data", "data", ["--config-name=smoke_data", f"output_dir={smoke.folder / 'data'}"], threads=2
+    )
     from_data = f"data.path={data}"
     parent = smoke.run(
         "pretrain_parent", "parent", ["--config-name=smoke_parent", from_data, *smoke.place("parent")], distributed=True
@@ -77,6 +81,7 @@ def chain(smoke: Smoke) -> dict[str, Any]:
         "estimate_importance",
         "permuted",
         ["--config-name=smoke_importance", from_data, f"init_from.parent={parent}", *smoke.place("permuted")],
+        threads=smoke.processes,
     )
     family = smoke.run(
         "train_elastic",
@@ -93,17 +98,27 @@ def chain(smoke: Smoke) -> dict[str, Any]:
         folder = smoke.run("evaluate", version, [*arguments, *smoke.place(version)])
         return json.loads((folder / "evaluation.json").read_text())["members"]
 
-    subnets = evaluate("evaluation_family", family)
-    untrained = evaluate("evaluation_untrained", permuted, f"init_from.router={family}")
-    parent_row = evaluate("evaluation_parent", parent)[0]
     extraction = json.loads((exports / "extraction.json").read_text())["members"]
-    submodels = {
-        row["name"]: evaluate(f"evaluation_submodel_{row['name']}", Path(row["megatron"]))[0] for row in extraction
-    }
+    # Independent of each other: as many at a time as there are processes.
+    with ThreadPoolExecutor(smoke.processes) as pool:
+        subnets = pool.submit(evaluate, "evaluation_family", family)
+        untrained = pool.submit(evaluate, "evaluation_untrained", permuted, f"init_from.router={family}")
+        parent_rows = pool.submit(evaluate, "evaluation_parent", parent)
+        submodels = {
+            row["name"]: pool.submit(evaluate, f"evaluation_submodel_{row['name']}", Path(row["megatron"]))
+            for row in extraction
+        }
     from recipes._smoke_report import build_summary
 
     return build_summary(
-        parent_row, subnets, untrained, extraction, submodels, data=data, parent_dir=parent, seconds=smoke.seconds()
+        parent_rows.result()[0],
+        subnets.result(),
+        untrained.result(),
+        extraction,
+        {name: rows.result()[0] for name, rows in submodels.items()},
+        data=data,
+        parent_dir=parent,
+        seconds=smoke.seconds(),
     )
 
 

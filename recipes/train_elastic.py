@@ -1,12 +1,13 @@
 """Train the family from a permuted parent: `python recipes/train_elastic.py key=value ...`, conf/train_elastic.yaml."""
 
+from recipes._nemo import hydra_runner  # isort: skip (first, it holds back what NeMo and Megatron print on import)
+
 from omegaconf import DictConfig
 from rich.console import Console
 
 from elastic.train.config import ElasticConfig
 from elastic.train.run_training import run_elastic
 from recipes._common import load_config, run
-from recipes._nemo import hydra_runner
 
 
 @hydra_runner(config_path="../conf", config_name="train_elastic")

@@ -1,12 +1,11 @@
 """The one place that adapts torch to a machine without a GPU, so that Megatron-Core's data-parallel wrapper, optimizer
 and pipeline schedules run on gloo.
 
-Megatron-Core asks `torch.cuda` for the current device, streams and random state even where no kernel needs them. Each
+Megatron-Core asks `torch.cuda` for the current device and stream even where no kernel needs them. Each
 adaptation below names who asks; `tests/unit/test_cpu_backend.py` takes them away one at a time and shows that
 something breaks. `torch.cuda.is_available()` is never touched.
 """
 
-import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,28 +15,6 @@ from torch.overrides import TorchFunctionMode
 CPU = torch.device("cpu")
 
 
-class _NoStream:
-    """Stands in for a CUDA stream or event: work on the CPU is already in order."""
-
-    def __init__(self, *_args: Any, **_kwargs: Any) -> None: ...
-
-    def wait_stream(self, _stream: Any) -> None: ...
-
-    def wait_event(self, _event: Any) -> None: ...
-
-    def wait(self, *_args: Any) -> None: ...
-
-    def record(self, *_args: Any) -> None: ...
-
-    def record_event(self, *_args: Any) -> "_NoStream":
-        return _NoStream()
-
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-
 def _is_cuda(device: Any) -> bool:
     return (isinstance(device, str) and device.startswith("cuda")) or (
         isinstance(device, torch.device) and device.type == "cuda"
@@ -45,16 +22,14 @@ def _is_cuda(device: Any) -> bool:
 
 
 class _CudaLiteralsOnCpu(TorchFunctionMode):
-    """Turns ``device="cuda"`` literals into the CPU (gradient clipping, token counts, tensor exchange)."""
+    """Turns ``device="cuda"`` and ``.cuda()`` into the CPU (gradient clipping, token counts, a tied head's copy)."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = CPU
+        kwargs = kwargs or {}
         if func is torch.Tensor.cuda:
             return args[0]
-        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
-            args = (args[0], CPU, *args[2:])
+        if _is_cuda(kwargs.get("device")):
+            kwargs = kwargs | {"device": CPU}
         return func(*args, **kwargs)
 
 
@@ -70,20 +45,16 @@ class _CudaTypeNames(TorchFunctionMode):
 
 def _adapt_current_device() -> None:
     """Asked by DistributedDataParallel and the schedules when they allocate."""
-    torch.cuda.current_device = lambda: CPU  # type: ignore[assignment,return-value]
-    torch.cuda.set_device = lambda device: None
+    torch.cuda.current_device = _Installed()  # type: ignore[assignment]
 
 
-def _adapt_streams() -> None:
-    """Asked by gradient reduction and by the optimizer's gradient copy."""
-    torch.cuda.current_stream = lambda _device=None: _NoStream()  # type: ignore[assignment,return-value]
-    torch.cuda.stream = lambda _stream: contextlib.nullcontext()  # type: ignore[assignment,return-value]
-    torch.cuda.Stream = _NoStream  # type: ignore[assignment,misc]
-    torch.cuda.Event = _NoStream  # type: ignore[assignment,misc]
+def _adapt_current_stream() -> None:
+    """Asked by the gradient reduction, which only waits on it for CUDA graphs."""
+    torch.cuda.current_stream = lambda device=None: None  # type: ignore[assignment,return-value]
 
 
 def _adapt_synchronize() -> None:
-    """Asked by pipeline communication after each exchange."""
+    """Asked by pipeline communication after each exchange, and before a checkpoint is written."""
     torch.cuda.synchronize = lambda device=None: None
 
 
@@ -97,7 +68,7 @@ def _adapt_type_names() -> None:
 
 ADAPTATIONS: dict[str, Callable[[], None]] = {
     "current_device": _adapt_current_device,
-    "streams": _adapt_streams,
+    "current_stream": _adapt_current_stream,
     "synchronize": _adapt_synchronize,
     "cuda_literals": _adapt_cuda_literals,
     "type_names": _adapt_type_names,
@@ -107,19 +78,15 @@ ADAPTATIONS: dict[str, Callable[[], None]] = {
 def use_cpu_backend(without: Iterable[str] = ()) -> None:
     """Install the adaptations in this process, once; does nothing where a GPU is present.
 
-    `without` leaves some out by name, for the test that shows they are needed. With dropout 0 nothing random happens
-    in the forward pass, so Megatron-Core's tensor-parallel random states are told to stay out of the way.
+    `without` leaves some out by name, for the test that shows they are needed.
     """
     if torch.cuda.is_available() or isinstance(torch.cuda.current_device, _Installed):
         return
+    left_out = set(without)
+    assert left_out <= ADAPTATIONS.keys(), f"unknown adaptations: {left_out - ADAPTATIONS.keys()}"
     for name, adapt in ADAPTATIONS.items():
-        if name not in set(without):
+        if name not in left_out:
             adapt()
-    if "current_device" not in set(without):
-        torch.cuda.current_device = _Installed()  # type: ignore[assignment]
-    from megatron.core.tensor_parallel.random import initialize_rng_tracker
-
-    initialize_rng_tracker(inference_rng_tracker=True)
 
 
 class _Installed:

@@ -7,6 +7,7 @@ import torch
 from megatron.core.activations import squared_relu
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -106,6 +107,9 @@ def build_model(
 ) -> ElasticModel:
     """Build this rank's part of the parent and initialise it from `seed`; process groups must exist."""
     groups = ProcessGroupCollection.use_mpu_process_groups()
+    # Dropout is 0, so nothing random happens in a forward pass: Megatron-Core's tensor-parallel random states, which
+    # its embedding asks for under sequence parallelism, are told to stay out of the way.
+    initialize_rng_tracker(inference_rng_tracker=True)
     shape = space.parent
     model = ElasticModel(
         transformer_config(shape, layout),

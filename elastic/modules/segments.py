@@ -15,7 +15,7 @@ def pipeline_pattern(shape: ModelShape, stages: int) -> str:
     stage's forward FLOPs exceed the smallest possible maximum, the head counted on the last stage.
     """
     pattern = shape.pattern
-    if len(pattern.segments) > 1:
+    if len(pattern.segments) > 1 and stages > 1:
         if len(pattern.segments) != stages:
             raise PipelineError(
                 f"parallel.pipeline = {stages}: the layer pattern is cut by hand into {len(pattern.segments)} stages; "

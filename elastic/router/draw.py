@@ -1,6 +1,6 @@
 """From the router to the gates of a step's micro-batches, and the gradients back. Not part of the sharded graph."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -17,6 +17,9 @@ from elastic.space.budget import Budget
 from elastic.space.cost import Deployment
 from elastic.space.gates import Execution, Gates
 from elastic.space.subnet import Subnet
+
+NUM_COST_DRAWS = 8  # ours
+COST_STREAM = -1  # where a micro-batch's number stands in the noise streams of the gates
 
 
 class Mode(StrEnum):
@@ -79,17 +82,27 @@ class GateSource:
             return Draw([self._frozen(budget, phase.execution) for budget in budgets])
         logits = self.router()
         draw = Draw([], budget_loss_weight=self.budget_loss_weight)
-        noise_free = {
-            axis: choice_probabilities(values, None, place.logit_scale, place.temperature)
-            for axis, values in logits.items()
-        }
-        draw.budget_losses = budget_loss(self.space, self.budgets, noise_free, self.deployment)
+        draw.budget_losses = self._budget_losses(logits, place)
         for number, budget in zip(numbers, budgets, strict=True):
             source = {axis: self._weights(values[budget], axis, place, number) for axis, values in logits.items()}
             leaves = {axis: weights.detach().clone().requires_grad_() for axis, weights in source.items()}
             draw.sources.append(source)
             draw.gates.append(Gates.mask(leaves, budget))
         return draw
+
+    def _budget_losses(self, logits: Mapping[Axis, Tensor], place: Place) -> Tensor:
+        """Return the budget loss [budgets] of the choices the layers see, a mean over noise draws of its own stream.
+
+        All budgets count at every step, drawn or not: the cost needs no data. With the noise of the gates, and not on
+        noise-free probabilities, a slot cannot rest half-way between two widths and be rounded off target at the end.
+        """
+        noisy = {}
+        for axis, values in logits.items():
+            budgets, slots, choices = values.shape
+            size = (NUM_COST_DRAWS * budgets * slots, choices)
+            noise = gumbel_noise(self.seed, place.step, COST_STREAM, axis, size).view(-1, *values.shape)
+            noisy[axis] = choice_probabilities(values, noise.to(values.device), place.logit_scale, place.temperature)
+        return budget_loss(self.space, self.budgets, noisy, self.deployment).mean(dim=0)
 
     def _weights(self, logits: Tensor, axis: Axis, place: Place, number: int) -> Tensor:
         """Return weights [slots, K] over the choices: soft, or exactly one-hot with the soft gradient."""
@@ -130,5 +143,4 @@ def decide(router: Router, space: Space, budget: int) -> Subnet:
 
 def smallest_subnet(space: Space) -> Subnet:
     """Return the subnet of all smallest choices."""
-    last: dict[Axis, Sequence[int]] = {axis: (len(space.axes[axis].choices) - 1,) * space.num_slots(axis) for axis in Axis}
-    return space.subnet({axis: tuple(indices) for axis, indices in last.items()})
+    return space.subnet({axis: (len(space.axes[axis].choices) - 1,) * space.num_slots(axis) for axis in Axis})

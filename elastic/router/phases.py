@@ -1,7 +1,7 @@
 """Curriculum phases: what changes from one part of a run to the next, and where in it a step falls."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from elastic.router.schedules import LearningRate, Linear
 from elastic.space.gates import Execution
@@ -17,9 +17,9 @@ class Phase:
     num_steps: int
     learning_rate: LearningRate
     budget_weights: tuple[float, ...] = ()
-    router_learning_rate: LearningRate = LearningRate(0.0)
-    temperature: Linear = Linear(1.0, 1.0)
-    logit_scale: Linear = Linear(1.0, 1.0)
+    router_learning_rate: LearningRate = field(default_factory=lambda: LearningRate(0.0))
+    temperature: Linear = field(default_factory=lambda: Linear(1.0, 1.0))
+    logit_scale: Linear = field(default_factory=lambda: Linear(1.0, 1.0))
     router_frozen: bool = True
     execution: Execution = Execution.MASK
 

@@ -39,6 +39,6 @@ def check_draws(num_draws: int, num_micro_batches: int, replicas: int) -> None:
     """Raise SamplerError unless replicas share every draw evenly."""
     if num_micro_batches % num_draws or (num_micro_batches // num_draws) % replicas:
         raise SamplerError(
-            f"router.draws_per_step = {num_draws}: the {num_micro_batches} micro-batches of a step do not fall into that "
-            f"many equal runs of a multiple of {replicas} replicas; {num_micro_batches // replicas} is legal"
+            f"router.draws_per_step = {num_draws}: the {num_micro_batches} micro-batches of a step do not fall into "
+            f"that many equal runs of a multiple of {replicas} replicas; {num_micro_batches // replicas} is legal"
         )

@@ -166,14 +166,16 @@ class Cut:
         group_state = Block((groups * state,), (groups * state,))
         dt = Block((groups, full_heads), (groups, heads))
         query, key_or_value = Block((full_queries, a), (queries, a)), Block((a,), (a,))
-        lane = Block((self.ffn[0] // self.lanes,), (self.ffn[1] // self.lanes,))
+        # An FFN that is not cut needs no lanes: one run per rank.
+        lanes = tp if self.ffn[0] == self.ffn[1] else self.lanes
+        lane = Block((self.ffn[0] // lanes,), (self.ffn[1] // lanes,))
         match kind:
             case DimKind.HIDDEN:
                 return DimLayout((Block((shape.hidden,), (self.hidden,)),))
             case DimKind.VOCAB:
                 return DimLayout((Block((shape.vocab // tp,), (shape.vocab // tp,)),))
             case DimKind.FFN:
-                return DimLayout((lane,), outer=self.lanes // tp)
+                return DimLayout((lane,), outer=lanes // tp)
             case DimKind.IN_PROJ:
                 return DimLayout((inner, inner, group_state, group_state, dt))
             case DimKind.CONV:

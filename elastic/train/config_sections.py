@@ -74,6 +74,7 @@ class ImportanceSection:
     micro_batch: Count = 4
     depth: Literal["iterative", "one_shot", "none"] = "iterative"
     depth_sequences: Count = 16
+    max_removed_layers: Count | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,6 @@ sample for the tokenizer; the second encodes and writes. No document list is eve
 """
 
 import hashlib
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -44,8 +43,6 @@ BATCH_BYTES = 4 << 20
 BATCH_DOCUMENTS = 4096
 SAMPLE_DOCUMENT_CHARACTERS = 1 << 20
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Prepared:
@@ -81,11 +78,9 @@ def prepare(config: PrepareConfig) -> Prepared:
     source = describe_files(config.paths, config.suffixes, config.exclude_folders)
     existing = _existing(folder, settings, source, config.overwrite)
     if existing is not None:
-        logger.info("already prepared: %s", folder)
         return Prepared(folder, existing, already_prepared=True)
     with written_aside(folder, replace=config.overwrite) as aside:
         manifest = _build(config, settings, source, aside)
-    logger.info("prepared %s: %s", folder, _summary(manifest))
     return Prepared(folder, manifest, already_prepared=False)
 
 
@@ -244,8 +239,3 @@ def _by_name(tally: Tally) -> dict[str, int]:
 
 def _counts(skipped: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in skipped.items()) or "nothing"
-
-
-def _summary(manifest: Manifest) -> str:
-    splits = ", ".join(f"{name} {split.num_tokens:,} tokens" for name, split in manifest.splits.items())
-    return f"{manifest.num_documents:,} documents, {splits}, skipped: {_counts(manifest.skipped)}"

@@ -93,7 +93,8 @@ def _rank_layers(
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        return rank_layers(model, space, batches, method, progress=show)
+        stop_after = config.importance.max_removed_layers
+        return rank_layers(model, space, batches, method, stop_after=stop_after, progress=show)
 
 
 def _score_tensors(scores: Scores, depth: DepthScores | None, space: Space) -> dict[str, Tensor]:

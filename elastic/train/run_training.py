@@ -15,7 +15,6 @@ from elastic.train.callbacks import SaveCheckpoints, StopOnSignal, Validate
 from elastic.train.checkpoint import Trainable, load_checkpoint, resolve_checkpoint
 from elastic.train.config import ElasticConfig, PretrainConfig, TrainConfig, with_vocab
 from elastic.train.config_elastic import DistillConfig
-from elastic.train.curriculum import build_curriculum
 from elastic.train.data import PackedSequences, TokenStream
 from elastic.train.logging import LogSteps, RunLog, ScalarWriter, WandbWriter
 from elastic.train.optimizer import build_optimizer, build_router_optimizer, wrap_for_training
@@ -36,7 +35,7 @@ def run_pretrain(config: PretrainConfig, console: Console) -> Path:
         model = build_model(space, here.layout, seed=config.seed, init_std=config.model.init_std)
         record = Record("parent", space.parent, data=config.data.path)
         loss = DistillConfig(kl_weight=0.0, cross_entropy_weight=1.0, num_chunks=1)
-        trainer = _trainer(config, stream, here, model, None, record, build_curriculum(config.curriculum), loss)
+        trainer = _trainer(config, stream, here, model, None, record, config.curriculum_phases(), loss)
         return _fit(trainer, config, stream, (), console)
 
 
@@ -48,7 +47,7 @@ def run_elastic(config: ElasticConfig, console: Console) -> Path:
     parent = Record.read(start)
     check_same_shape(config.parent_shape(), parent.shape, start)
     with world(model_layout(config.parallel, config.trainer)) as here:
-        space = Space(parent.shape, config.elastic.space.axes(), parent.lanes, parent.depth_ranking)
+        space = Space(config.parent_shape(), config.elastic.space.axes(), parent.lanes, parent.depth_ranking)
         student = build_model(space, here.layout, seed=config.seed)
         teacher = build_model(space, here.layout, seed=config.seed)
         for model in (student, teacher):
@@ -56,7 +55,7 @@ def run_elastic(config: ElasticConfig, console: Console) -> Path:
         teacher.requires_grad_(False)
         router_config = config.elastic.router
         family = Family(space.axes, config.budgets(), config.deployment(), router_config.hidden_width)
-        phases = build_curriculum(config.curriculum, family.budgets)
+        phases = config.curriculum_phases()
         gates = GateSource(
             router=Router(space, len(family.budgets), family.router_width, seed=config.seed).to(here.device),
             space=space,

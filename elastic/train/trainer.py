@@ -84,7 +84,8 @@ class Trainer:
         place = self.curriculum.at(self.step)
         batches = self.data.micro_batches(place)
         # 1. A budget for every micro-batch, and the router's gates for it.
-        draw = None if self.gates is None else self.gates.draw(place, len(batches), self.world.data_rank, self.world.data_size)
+        replica, replicas = self.world.data_rank, self.world.data_size
+        draw = None if self.gates is None else self.gates.draw(place, len(batches), replica, replicas)
         choices = [None] * len(batches) if draw is None else draw.gates
         work = [self.runner.micro_batch(batch, gates) for batch, gates in zip(batches, choices, strict=True)]
         # 2. The teacher's hidden states, then the student forward and backward under its gates.
