@@ -3,7 +3,7 @@
 Prepares the Python standard library's sources as a corpus, trains a small parent, scores and permutes it, trains one
 nested family with three budgets, evaluates it, cuts all three out as Hugging Face folders, and leaves in runs/smoke:
 summary.json, family.png and every intermediate folder. Stopped half-way, the same command goes on where it stopped;
-`--fresh` starts over in a new folder name given by `--name`.
+`--name` starts another in a folder of its own.
 """
 
 import argparse

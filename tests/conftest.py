@@ -28,3 +28,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="marked gpu: no CUDA device on this machine"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the golden losses be rewritten on purpose."""
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/*.txt from this run")

@@ -64,7 +64,7 @@ def distillation_loss(
     backward pass only scales them; they are not computed where none are wanted. Teacher and token weights get none.
 
     With `tp_group` the gradient of student_hidden is this rank's PARTIAL sum over its part of the vocabulary: pass the
-    hidden states through `vocab_parallel.parallel_hidden`, whose backward adds the ranks up. The head's is complete.
+    hidden states through `modules.head.parallel_hidden`, whose backward adds the ranks up. The head's is complete.
 
     Raises DistillationError for shapes, dtypes or settings that do not fit.
     """

@@ -1,6 +1,6 @@
 """The vocabulary split over the ranks of a tensor-parallel group.
 
-S sequence, B batch, D hidden, V vocabulary, v this rank's part of it, n tokens of one chunk.
+V vocabulary, v this rank's part of it, n tokens of one chunk.
 """
 
 from collections.abc import Sequence
@@ -8,10 +8,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
 from torch import Tensor
 
 
@@ -43,18 +39,3 @@ class VocabShard:
         local = labels.long() - self.start
         here = (local >= 0) & (local < self.size)
         return local.where(here, 0), here
-
-
-def parallel_hidden(hidden: Tensor, sequence_parallel: bool, tp_group: dist.ProcessGroup | None) -> Tensor:
-    """Flatten [S, B, D] hidden states to [S * B, D] for a loss whose head is split over the vocabulary.
-
-    With sequence parallelism, `hidden` is [S / tp, B, D] and is gathered. The backward pass sums the ranks' partial
-    gradients (all-reduce, or reduce-scatter with sequence parallelism), which is what `distillation_loss` needs.
-    Token (s, b) lands in row s * B + b: labels [B, S] must be given as `labels.t().reshape(-1)`.
-    """
-    if tp_group is not None and tp_group.size() > 1:
-        if sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tp_group)
-        else:
-            hidden = copy_to_tensor_model_parallel_region(hidden, group=tp_group)
-    return hidden.flatten(0, 1)

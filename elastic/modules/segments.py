@@ -11,8 +11,8 @@ class PipelineError(ValueError):
 def pipeline_pattern(shape: ModelShape, stages: int) -> str:
     """Return the layer pattern with `|` between stages, Megatron-Core's notation.
 
-    Segments written in the pattern are kept and must number `stages`; otherwise layers are dealt out so that no
-    stage's forward FLOPs exceed the smallest possible maximum, the head counted on the last stage.
+    Segments written in the pattern are kept and must number `stages` (one stage needs none); otherwise layers are
+    dealt out so that no stage's forward FLOPs exceed the smallest possible maximum, the head counted on the last stage.
     """
     pattern = shape.pattern
     if len(pattern.segments) > 1 and stages > 1:

@@ -92,7 +92,11 @@ class MambaSsmStateSpace:
 
     def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Convolve with causal-conv1d, which wants channels before length."""
-        return self._conv(x.transpose(1, 2), weight.contiguous(), bias, activation="silu").transpose(1, 2)
+        x = x.transpose(1, 2)
+        if any(size % 8 for size in (x.shape[1], x.stride(0), x.stride(2))):
+            # Its kernel for rows of channels moves 8 channels at a time; the other one wants rows of tokens.
+            x = x.contiguous()
+        return self._conv(x, weight.contiguous(), bias, activation="silu").transpose(1, 2)
 
     def scan(self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
         """Scan with mamba-ssm's chunked kernel; dt is already positive, so its own softplus stays off."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from elastic.train.parallel import World
 from elastic.train.pipeline import MicroBatchLoss
 
-_COLUMNS = ("kl", "cross_entropy", "num_tokens")
+_COLUMNS = ("kl", "cross_entropy", "kl_tokens", "num_tokens")  # no teacher, no kl: its tokens are counted apart
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class LossMeter:
         """Add the losses of some micro-batches without waiting for the device; `row` overrides their budget."""
         for loss in losses:
             index = row if row is not None else loss.budget or 0
-            for column, value in enumerate((loss.kl, loss.cross_entropy, loss.num_tokens)):
+            kl_tokens = None if loss.kl is None else loss.num_tokens
+            for column, value in enumerate((loss.kl, loss.cross_entropy, kl_tokens, loss.num_tokens)):
                 if value is not None:
                     self.sums[index, column] += value
 
@@ -50,11 +51,12 @@ class LossMeter:
         if reset:
             self.sums.zero_()
         means = []
-        for kl, cross_entropy, num_tokens in total.tolist():
-            seen = num_tokens > 0
+        for kl, cross_entropy, kl_tokens, num_tokens in total.tolist():
             means.append(
                 MeanLoss(
-                    kl / num_tokens if seen else None, cross_entropy / num_tokens if seen else None, int(num_tokens)
+                    kl=kl / kl_tokens if kl_tokens else None,
+                    cross_entropy=cross_entropy / num_tokens if num_tokens else None,
+                    num_tokens=int(num_tokens),
                 )
             )
         return means

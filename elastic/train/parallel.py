@@ -75,23 +75,26 @@ def model_layout(parallel: ParallelConfig, compute: ComputeConfig) -> Layout:
 
 @contextmanager
 def world(layout: Layout, timeout_s: float = 600.0) -> Iterator[World]:
-    """Initialise torch.distributed and Megatron-Core's groups from torchrun's environment; alone without it."""
+    """Initialise torch.distributed and Megatron-Core's groups from torchrun's environment; alone without it.
+
+    Processes that torch.distributed connects already are used as they are, and stay connected afterwards.
+    """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    timeout = datetime.timedelta(seconds=timeout_s)
-    backend = "nccl" if cuda else "gloo"
-    if "RANK" in os.environ:
-        torch.distributed.init_process_group(backend, timeout=timeout)
-    else:
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    connected = torch.distributed.is_initialized()
+    if not connected:
+        alone = {} if "RANK" in os.environ else dict(store=torch.distributed.HashStore(), rank=0, world_size=1)
+        torch.distributed.init_process_group(
+            "nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=timeout_s), **alone
+        )
     try:
         yield join_world(layout, device)
     finally:
         parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
+        if not connected:
+            torch.distributed.destroy_process_group()
 
 
 def join_world(layout: Layout, device: torch.device) -> World:

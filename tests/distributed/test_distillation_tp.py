@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from elastic.distill.kl import distillation_loss
-from elastic.distill.vocab_parallel import parallel_hidden
+from elastic.modules.head import parallel_hidden
 from elastic.modules.cpu_backend import use_cpu_backend
 from tests.distributed.harness import run_distributed
 

@@ -114,10 +114,10 @@ EVERY_AXIS = SPACES["Mamba heads per layer"]
 
 
 @contextlib.contextmanager
-def one_process() -> Iterator[None]:
-    """Provide Megatron-Core's process groups on a single gloo process of this interpreter."""
+def one_process(backend: str = "gloo") -> Iterator[None]:
+    """Provide Megatron-Core's process groups on a single process, this interpreter."""
     with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
         parallel_state.initialize_model_parallel()
         try:
             yield
@@ -161,9 +161,9 @@ def small_chunks() -> Kernels:
     return Kernels(TorchStateSpace(chunk_tokens=4), SdpaCoreAttention)
 
 
-def build_lively(space: Space, layout: Layout | None = None) -> ElasticModel:
+def build_lively(space: Space, layout: Layout | None = None, kernels: Kernels | None = None) -> ElasticModel:
     """Build this rank's part of a parent with `lively_tensor` weights."""
-    model = build_model(space, layout or Layout(), kernels=small_chunks())
+    model = build_model(space, layout or Layout(), kernels=kernels or small_chunks())
     names = [name for name, _ in named_global_parameters(model)]
     fill(model, {name: lively_tensor(name, space.parent) for name in names}, space.parent)
     return model

@@ -57,6 +57,7 @@ def test_pattern_is_written_with_boundaries() -> None:
 def test_boundaries_written_by_hand_are_kept() -> None:
     by_hand = shape("M|-M*-|M-*")
     assert pipeline_pattern(by_hand, 3) == "M|-M*-|M-*"
+    assert pipeline_pattern(by_hand, 1) == "M-M*-M-*", "one process can open what three stages trained"
     with pytest.raises(PipelineError, match=r"cut by hand into 3 stages; use parallel\.pipeline=3"):
         pipeline_pattern(by_hand, 2)
 

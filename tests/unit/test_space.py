@@ -138,7 +138,7 @@ def test_an_axis_whose_layers_differ_in_the_parent_cannot_be_elastic() -> None:
         Space(uneven, {Axis.FFN: AxisChoices((32, 16))})
 
 
-def test_pitfall_14_an_axis_that_is_not_named_stays_full() -> None:
+def test_an_axis_that_is_not_named_stays_full() -> None:
     space = Space(shape(), {})
     assert space.elastic_axes() == () and set(space.axes) == set(Axis)
     assert space.subnet({}) == Subnet.full(space.parent) and space.subnet({}).shape(space.parent) == space.parent

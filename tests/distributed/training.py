@@ -1,0 +1,129 @@
+"""Tiny training runs for tests: a made-up corpus, a parent, its permuted copy, and the family, on any layout."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from elastic.train.config import ElasticConfig, ImportanceConfig, PretrainConfig
+from elastic.train.config_load import load
+from elastic.train.prepare import prepare
+from elastic.train.prepare_config import PrepareConfig
+from elastic.train.run_importance import run_importance
+from elastic.train.run_training import run_elastic, run_pretrain
+
+MODEL = dict(
+    pattern="M-M*-", vocab=None, vocab_multiple=32, hidden=64, ffn=128, mamba_heads=8, head_channels=8, mamba_groups=4,
+    mamba_state=16, attention_heads=8, kv_heads=4, attention_channels=16,
+)  # fmt: skip
+SPACE = dict(
+    lanes=8,
+    hidden=dict(choices=[64, 48, 32]),
+    ffn=dict(choices=[128, 96, 64, 32], per_layer=True),
+    mamba_head=dict(choices=[8, 4]),
+    mamba_channel=dict(choices=[8, 6]),
+    attention_head=dict(choices=[8, 4]),
+    depth=dict(choices=[5, 4, 3]),
+)
+BUDGETS = [dict(name="full", ratio=1.0), dict(name="half", ratio=0.6)]
+CURRICULUM = [
+    dict(name="short", sequence_length=32, global_batch=8, steps=5, lr=dict(peak=1e-3), router_lr=dict(peak=1e-2)),
+    dict(
+        name="long", sequence_length=64, global_batch=8, steps=4, lr=dict(peak=5e-4), router_lr=dict(peak=0.0),
+        budget_weights=dict(full=0.25, half=0.75), router_frozen=True, execution="slice",
+    ),
+]  # fmt: skip
+# Four draws of two micro-batches each: the same budgets and noise with one and with two replicas.
+DRAWS_PER_STEP = 4
+
+
+def write_corpus(folder: Path) -> None:
+    """Write documents of made-up sentences, the same on every machine."""
+    words = "the a small large model layer head learns forgets keeps drops width depth of and to with from".split()
+    generator = torch.Generator().manual_seed(7)
+    folder.mkdir(parents=True)
+    for number in range(60):
+        picks = torch.randint(len(words), (200,), generator=generator).tolist()
+        (folder / f"{number:02d}.txt").write_text(" ".join(words[pick] for pick in picks) + "\n")
+
+
+def place(folder: Path, version: str) -> dict[str, Any]:
+    """Return the exp_manager section of a run."""
+    return dict(exp_dir=str(folder), name="run", version=version)
+
+
+def prepare_start(folder: Path) -> None:
+    """Make data, parent and permuted parent under `folder`; runs on one process."""
+    write_corpus(folder / "corpus")
+    prepare(
+        PrepareConfig(
+            output_dir=str(folder / "data"), paths=[str(folder / "corpus")], suffixes=[".txt"], vocab_size=300,
+            validation_ratio=0.2,
+        )  # fmt: skip
+    )
+    data = dict(path=str(folder / "data"), micro_batch=1, validation_sequences=4)
+    trainer = dict(log_every_n_steps=5, val_check_interval=100, checkpoint_every_n_steps=100)
+    pretrain = dict(
+        model=MODEL, data=data, trainer=trainer, exp_manager=place(folder, "parent"),
+        curriculum=[dict(name="pretrain", sequence_length=32, global_batch=8, steps=20, lr=dict(peak=3e-3))],
+    )  # fmt: skip
+    run_pretrain(load(PretrainConfig, pretrain), Console(quiet=True))
+    importance = dict(
+        init_from=dict(parent=str(folder / "run" / "parent")), data=dict(path=str(folder / "data")), lanes=8,
+        importance=dict(num_sequences=8, sequence_length=32, micro_batch=4, depth="one_shot", depth_sequences=4),
+        exp_manager=place(folder, "permuted"),
+    )  # fmt: skip
+    run_importance(load(ImportanceConfig, importance), Console(quiet=True))
+
+
+def elastic_values(folder: Path, version: str, **overrides: Any) -> dict[str, Any]:
+    """Return the values of a tiny elastic run; `overrides` replace or extend whole sections."""
+    sections: dict[str, Any] = dict(
+        model=MODEL,
+        data=dict(path=str(folder / "data"), micro_batch=1, validation_sequences=4),
+        init_from=dict(permuted_parent=str(folder / "run" / "permuted")),
+        elastic=dict(space=SPACE, budgets=BUDGETS, router=dict(draws_per_step=DRAWS_PER_STEP, hidden_width=16)),
+        curriculum=CURRICULUM,
+        trainer=dict(log_every_n_steps=1, val_check_interval=100, checkpoint_every_n_steps=3),
+        exp_manager=place(folder, version),
+    )
+    for name, values in overrides.items():
+        sections[name] = {**sections.get(name, {}), **values} if isinstance(values, dict) else values
+    return sections
+
+
+def train(values: dict[str, Any]) -> None:
+    """Run the main job in the calling process, rank or not."""
+    run_elastic(load(ElasticConfig, values), Console(quiet=True))
+
+
+def train_and_be_killed(values: dict[str, Any], checkpoint: str, after_row: int) -> None:
+    """Train, and SIGKILL this process once `checkpoint` is whole and a later row has been logged."""
+    manager = values["exp_manager"]
+    folder = Path(manager["exp_dir"]) / manager["name"] / manager["version"]
+
+    def watch() -> None:
+        while True:
+            logged = (folder / "metrics.jsonl").read_text() if (folder / "metrics.jsonl").exists() else ""
+            if (folder / "checkpoints" / checkpoint).exists() and f'"step": {after_row},' in logged:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.002)
+
+    threading.Thread(target=watch, daemon=True).start()
+    train(values)
+
+
+def rows(folder: Path, version: str) -> dict[int, dict[str, float]]:
+    """Return the logged rows by step, the last one where a step was logged twice, without wall-clock values."""
+    found: dict[int, dict[str, float]] = {}
+    for line in (folder / "run" / version / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        kept = {name: value for name, value in row.items() if name not in ("step", "tokens_per_s", "phase")}
+        found.setdefault(row["step"], {}).update(kept)
+    return found

@@ -1,0 +1,236 @@
+"""The router, its budget loss, and the gates it draws."""
+
+import pytest
+import torch
+
+from elastic.router.budget_loss import budget_loss, expected_widths
+from elastic.router.draw import GateSource, Mode, decide, smallest_subnet
+from elastic.router.gumbel import choice_probabilities
+from elastic.router.phases import Curriculum, Phase
+from elastic.router.router import Router
+from elastic.router.schedules import LearningRate, Linear
+from elastic.space.axes import Axis, AxisChoices, Space
+from elastic.space.budget import Budget
+from elastic.space.cost import Deployment, Metric, shape_cost, subnet_cost
+from elastic.space.gates import Execution
+from elastic.space.shape import ModelShape
+
+DEPLOYMENT = Deployment(length_tokens=1024)
+
+
+def space():
+    shape = ModelShape.uniform(
+        "M-M*-M-M*-M-", vocab=1024, hidden=128, ffn=512, mamba_heads=16, head_channels=16, mamba_groups=4,
+        mamba_state=16, conv_kernel=4, attention_heads=8, kv_heads=2, attention_channels=16,
+    )  # fmt: skip
+    choices = {
+        Axis.HIDDEN: AxisChoices((128, 112, 96, 80)),
+        Axis.FFN: AxisChoices((512, 448, 384, 320, 256, 192, 128), per_layer=True),
+        Axis.MAMBA_HEAD: AxisChoices((16, 12, 8)),
+        Axis.MAMBA_CHANNEL: AxisChoices((16, 14, 12)),
+        Axis.ATTENTION_HEAD: AxisChoices((8, 6, 4), per_layer=True),
+        Axis.DEPTH: AxisChoices((12, 11, 10, 9)),
+    }
+    return Space(shape, choices, depth_ranking=(0, 2, 5, 7, 10, 1, 8, 3, 4, 6, 11, 9))
+
+
+def budgets(where, ratios=(1.0, 0.7, 0.45), metric=Metric.PARAMS):
+    return tuple(Budget.from_ratio(f"b{ratio}", metric, ratio, where.parent, DEPLOYMENT) for ratio in ratios)
+
+
+def source(mode=Mode.SOFT, where=None, seed=0, draws=None):
+    where = where or space()
+    router = Router(where, 3, hidden_width=32, seed=seed)
+    return GateSource(router, where, budgets(where), DEPLOYMENT, mode, 1.0, draws, seed)
+
+
+def place(frozen=False, execution=Execution.MASK, step=0, temperature=0.5):
+    phase = Phase(
+        "test", 32, 8, 50, LearningRate(1e-3), (1.0, 1.0, 1.0), LearningRate(1e-2), Linear(temperature, temperature),
+        Linear(1.0, 1.0), frozen, execution,
+    )  # fmt: skip
+    return Curriculum((phase,)).at(step)
+
+
+@pytest.mark.parametrize("metric", list(Metric))
+def test_pitfall_10_the_full_model_at_its_own_budget_costs_nothing(metric):
+    where = space()
+    full = {
+        axis: torch.nn.functional.one_hot(
+            torch.zeros(1, where.num_slots(axis), dtype=torch.long), len(c.choices)
+        ).float()
+        for axis, c in where.axes.items()
+        if where.is_elastic(axis)
+    }
+    assert budget_loss(where, budgets(where, (1.0,), metric), full, DEPLOYMENT).item() == 0.0
+
+
+@pytest.mark.parametrize("metric", list(Metric))
+def test_pitfall_8_every_elastic_axis_hears_the_budget(metric):
+    where = space()
+    logits = {axis: values.detach().requires_grad_() for axis, values in Router(where, 1).forward().items()}
+    probabilities = {axis: choice_probabilities(values, None, 1.0, 1.0) for axis, values in logits.items()}
+    budget_loss(where, budgets(where, (0.5,), metric), probabilities, DEPLOYMENT).sum().backward()
+    for axis, values in logits.items():
+        assert values.grad.abs().amax() > 0, axis
+
+
+def test_expected_cost_of_a_certain_choice_is_the_subnets_cost():
+    where, generator = space(), torch.Generator().manual_seed(0)
+    for _ in range(20):
+        chosen = where.random_choice(generator)
+        sure = {
+            axis: torch.nn.functional.one_hot(torch.tensor([chosen[axis]]), len(where.axes[axis].choices)).float()
+            for axis in where.elastic_axes()
+        }
+        wanted = subnet_cost(where.parent, where.subnet(chosen), DEPLOYMENT).params
+        loss = budget_loss(where, (Budget("b", Metric.PARAMS, wanted),), sure, DEPLOYMENT)
+        assert loss.item() < 1e-6
+
+
+def test_expected_widths_keep_leading_dimensions():
+    where = space()
+    probabilities = {
+        axis: torch.full(
+            (2, 3, where.num_slots(axis), len(where.axes[axis].choices)), 1 / len(where.axes[axis].choices)
+        )
+        for axis in where.elastic_axes()
+    }
+    widths = expected_widths(where, probabilities)
+    assert widths.hidden.shape == (2, 3)
+    assert widths.hidden[0, 0] == pytest.approx(104.0)
+    assert len(widths.keep) == 12 and widths.keep[9][0, 0] == pytest.approx(0.25)
+
+
+def test_soft_gates_are_leaves_that_sum_to_one_and_differ_between_micro_batches():
+    draw = source().draw(place(), 4, 0, 1)
+    for gates in draw.gates:
+        for axis, leaf in gates.weights.items():
+            assert leaf.is_leaf and leaf.requires_grad and leaf.dtype == torch.float32
+            torch.testing.assert_close(leaf.sum(-1), torch.ones(leaf.shape[0])), axis
+    assert not torch.equal(draw.gates[0].weights[Axis.FFN], draw.gates[1].weights[Axis.FFN])
+
+
+def test_pitfall_18_straight_through_gates_are_exactly_one_hot_with_the_soft_gradient():
+    hard, soft = source(Mode.STRAIGHT_THROUGH), source(Mode.SOFT)
+    one, other = hard.draw(place(), 2, 0, 1), soft.draw(place(), 2, 0, 1)
+    for gates, smooth in zip(one.gates, other.gates, strict=True):
+        for axis, leaf in gates.weights.items():
+            assert set(leaf.unique().tolist()) <= {0.0, 1.0} and (leaf.sum(-1) == 1).all()
+            assert torch.equal(leaf.argmax(-1), smooth.weights[axis].argmax(-1))
+    flat = torch.randn(one.flat_gradients().shape)
+    one.push(flat)
+    other.push(flat)
+    for own, reference in zip(hard.router.parameters(), soft.router.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, reference.grad)
+
+
+def test_gradients_pushed_through_gates_equal_one_graph():
+    """Leaves cut the graph in two; the chain rule across the cut must give the uncut gradient."""
+    cut, whole = source(), source()
+    draw = cut.draw(place(), 3, 0, 1)
+    targets = [{axis: torch.randn_like(leaf) for axis, leaf in gates.weights.items()} for gates in draw.gates]
+    for gates, target in zip(draw.gates, targets, strict=True):
+        sum((leaf * target[axis]).square().sum() for axis, leaf in gates.weights.items()).backward()
+    draw.push(draw.flat_gradients())
+    uncut = whole.draw(place(), 3, 0, 1)
+    loss = uncut.budget_losses.sum()
+    for graph, target in zip(uncut.sources, targets, strict=True):
+        loss = loss + sum((value * target[axis]).square().sum() for axis, value in graph.items())
+    loss.backward()
+    for own, reference in zip(cut.router.parameters(), whole.router.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, reference.grad)
+
+
+def test_gates_depend_on_the_global_micro_batch_not_on_the_replica_count():
+    alone = source(draws=2).draw(place(), 4, 0, 1).gates
+    for replica in range(2):
+        for index, gates in enumerate(source(draws=2).draw(place(), 2, replica, 2).gates):
+            same = alone[index * 2 + replica]
+            assert gates.budget == same.budget
+            assert all(torch.equal(leaf, same.weights[axis]) for axis, leaf in gates.weights.items())
+
+
+def test_pitfall_27_decisions_have_no_noise():
+    router, where = source().router, space()
+    assert decide(router, where, 1) == decide(router, where, 1)
+    frozen = source().draw(place(frozen=True, execution=Execution.SLICE), 3, 0, 1)
+    again = source().draw(place(frozen=True, execution=Execution.SLICE, step=7), 3, 0, 1)
+    by_budget = {gates.budget: gates.subnet for gates in again.gates}
+    assert all(by_budget[gates.budget] == gates.subnet for gates in frozen.gates)
+    assert frozen.gates[0].subnet == decide(source().router, where, frozen.gates[0].budget)
+
+
+def test_frozen_masks_are_the_decision_without_gradient():
+    draw = source().draw(place(frozen=True), 3, 0, 1)
+    for gates in draw.gates:
+        logits = source().router()
+        for axis, weights in gates.weights.items():
+            assert not weights.requires_grad
+            assert torch.equal(weights.argmax(-1), logits[axis][gates.budget].argmax(-1))
+
+
+def test_ties_go_to_the_wider_choice():
+    where = space()
+    router = Router(where, 3, hidden_width=8)
+    for parameter in router.parameters():
+        torch.nn.init.zeros_(parameter)
+    assert decide(router, where, 2).hidden == 128 and len(decide(router, where, 2).kept_layers) == 12
+    assert smallest_subnet(where).hidden == 80
+
+
+def test_initial_router_depends_on_the_seed_alone():
+    torch.manual_seed(1)
+    one = Router(space(), 3, seed=4).state_dict()
+    torch.manual_seed(2)
+    other = Router(space(), 3, seed=4).state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert any(not torch.equal(one[name], value) for name, value in Router(space(), 3, seed=5).state_dict().items())
+
+
+def _anneal(seed, task, steps=150, weight=3.0):
+    """Train a router on the budget loss and, optionally, a made-up task loss that prefers later layers."""
+    gates = source(seed=seed)
+    gates.budget_loss_weight = weight
+    phase = Phase(
+        "anneal", 32, 12, steps, LearningRate(0.0), (1, 1, 1), LearningRate(1e-2, warmup_steps=10), Linear(1.0, 0.05),
+        Linear(1.0, 10.0), False, Execution.MASK,
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(gates.router.parameters(), lr=1e-2, weight_decay=0.0, betas=(0.9, 0.98))
+    curriculum = Curriculum((phase,))
+    for step in range(steps):
+        here = curriculum.at(step)
+        draw = gates.draw(here, 3, 0, 1)
+        if task:
+            for micro in draw.gates:
+                sum(_task(gates.space, axis, leaf) for axis, leaf in micro.weights.items()).mul(task / 3).backward()
+        optimizer.zero_grad()
+        draw.push(draw.flat_gradients())
+        for group in optimizer.param_groups:
+            group["lr"] = here.router_learning_rate
+        optimizer.step()
+    chosen = [decide(gates.router, gates.space, index) for index in range(3)]
+    used = [subnet_cost(gates.space.parent, subnet).params for subnet in chosen]
+    return chosen, [cost / budget.target for cost, budget in zip(used, gates.budgets, strict=True)]
+
+
+def _task(where, axis, leaf):
+    share = (leaf * torch.tensor(where.axes[axis].choices).float()).sum(-1) / where.full_width(axis)
+    importance = torch.linspace(0.2, 1.8, len(share)) / len(share) if len(share) > 1 else torch.ones(1)
+    return (importance * (1 - share) ** 2).sum()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_router_meets_its_budgets_by_its_own_choice(seed):
+    _, ratios = _anneal(seed, task=0.0)
+    assert all(abs(ratio - 1) < 0.03 for ratio in ratios), ratios
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_router_spends_a_budget_where_the_task_wants_it(seed):
+    chosen, ratios = _anneal(seed, task=0.5)
+    assert all(abs(ratio - 1) < 0.05 for ratio in ratios), ratios
+    ffn = chosen[2].ffn
+    assert len(set(ffn)) > 1 and sum(ffn[-2:]) > sum(ffn[:2]), ffn
+    full = shape_cost(space().parent).params
+    assert subnet_cost(space().parent, chosen[0]).params == full
