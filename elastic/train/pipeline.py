@@ -14,8 +14,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from elastic.distill.kl import distillation_loss
-from elastic.modules.head import parallel_hidden
 from elastic.modules.forward import context_parallel_slice
+from elastic.modules.head import parallel_hidden
 from elastic.modules.model import ElasticModel
 from elastic.space.gates import Gates
 from elastic.train.config_elastic import DistillConfig

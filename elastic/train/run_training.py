@@ -1,5 +1,6 @@
 """The two training verbs: a parent from scratch, and the family."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from elastic.train.phase_data import PhaseData
 from elastic.train.pipeline import PipelineRunner
 from elastic.train.record import Family, Record, check_same_shape
 from elastic.train.run_folder import open_run_folder
-from elastic.train.trainer import Trainer
+from elastic.train.trainer import Callback, Trainer
 
 
 def run_pretrain(config: PretrainConfig, console: Console) -> Path:
@@ -39,8 +40,11 @@ def run_pretrain(config: PretrainConfig, console: Console) -> Path:
         return _fit(trainer, config, stream, (), console)
 
 
-def run_elastic(config: ElasticConfig, console: Console) -> Path:
-    """Train the family from the permuted parent, which is also the frozen teacher; returns the run folder."""
+def run_elastic(config: ElasticConfig, console: Console, callbacks: Sequence[Callback] = ()) -> Path:
+    """Train the family from the permuted parent, which is also the frozen teacher; returns the run folder.
+
+    `callbacks` of the caller run after the run's own.
+    """
     stream = TokenStream(Path(config.data.path) / "train")
     config = with_vocab(config, stream.vocab_size)
     start = resolve_checkpoint(config.init_from.permuted_parent)
@@ -68,6 +72,7 @@ def run_elastic(config: ElasticConfig, console: Console) -> Path:
         )
         record = Record("elastic", space.parent, space.lanes, space.depth_ranking, config.data.path, family)
         trainer = _trainer(config, stream, here, student, teacher, record, phases, config.distill, gates)
+        trainer.callbacks = list(callbacks)
         return _fit(trainer, config, stream, tuple(budget.name for budget in family.budgets), console)
 
 
@@ -128,6 +133,7 @@ def _fit(
         ),
         SaveCheckpoints(config.trainer.checkpoint_every_n_steps, settings.keep_last_checkpoints),
         LogSteps(log, budget_names or ("parent",), config.trainer.log_every_n_steps, console),
+        *trainer.callbacks,
     ]
     trainer.fit()
     if trainer.world.is_main and trainer.stop_reason is not None:

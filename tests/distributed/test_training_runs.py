@@ -4,10 +4,31 @@ import shutil
 
 import pytest
 import torch
+from rich.console import Console
+from safetensors.torch import load_file
 
+from elastic.modules.model import Layout, build_model
+from elastic.router.router import Router
+from elastic.space.gates import Gates
+from elastic.train.callbacks import NoCallback, chosen_subnets
 from elastic.train.checkpoint import list_checkpoints
+from elastic.train.config import ElasticConfig
+from elastic.train.config_elastic import DistillConfig
+from elastic.train.config_load import load
+from elastic.train.metrics import LossMeter
+from elastic.train.parallel import join_world
+from elastic.train.pipeline import PipelineRunner
+from elastic.train.run_training import run_elastic
+from tests.distributed.elastic_step import MICRO_BATCH, SEQUENCE, LayoutCase, batch, tiny_space
 from tests.distributed.harness import DistributedRunError, run_distributed
-from tests.distributed.training import elastic_values, prepare_start, rows, train, train_and_be_killed
+from tests.distributed.training import (
+    elastic_values,
+    prepare_start,
+    rows,
+    tiny_run_space,
+    train,
+    train_and_be_killed,
+)
 
 FOUR = dict(tensor=2, pipeline=2, sequence=True, recompute="full")
 
@@ -54,7 +75,7 @@ def test_killed_after_a_checkpoint_resumes_to_the_last_digit(start, uninterrupte
         run_distributed(train_and_be_killed, 1, values, "step_00000003", 4)
     before = rows(start, "killed")
     assert 4 in before and 9 not in before
-    assert [path.name for path in list_checkpoints(start / "run" / "killed")][0] == "step_00000003"
+    assert list_checkpoints(start / "run" / "killed")[0].name == "step_00000003"
     run_distributed(train, 1, values)
     assert rows(start, "killed") == uninterrupted
 
@@ -68,19 +89,50 @@ def test_two_killed_replicas_resume_to_the_last_digit(start):
     assert rows(start, "killed_pair") == rows(start, "pair")
 
 
-def router_bits(values):
-    """Train, then return this rank's router weights: every rank holds a replica."""
-    from pathlib import Path
+class KeepRouter(NoCallback):
+    """Takes the router's weights and the subnets it chose off every rank at the end of a run."""
 
-    from safetensors.torch import load_file
-
-    train(values)
-    manager = values["exp_manager"]
-    newest = list_checkpoints(Path(manager["exp_dir"]) / manager["name"] / manager["version"])[-1]
-    return load_file(newest / "router.safetensors")
+    def on_end(self, trainer):
+        self.weights = {name: tensor.clone() for name, tensor in trainer.gates.router.state_dict().items()}
+        self.subnets = [(subnet.hidden, subnet.ffn, subnet.kept_layers) for subnet in chosen_subnets(trainer).values()]
 
 
-def test_the_router_is_trained_and_saved_once_for_all_ranks(start, uninterrupted):
-    saved = router_bits(elastic_values(start, "uninterrupted", trainer=dict(max_steps=9)))
-    assert any(name.startswith("adam/") for name in saved)
-    assert all(torch.isfinite(tensor).all() for tensor in saved.values())
+def train_and_keep_router(values):
+    kept = KeepRouter()
+    run_elastic(load(ElasticConfig, values), Console(quiet=True), [kept])
+    return kept.weights, kept.subnets
+
+
+def test_pitfall_15_16_all_ranks_hold_the_same_router_and_decide_alike(start):
+    values = elastic_values(start, "router", parallel=FOUR, trainer=dict(max_steps=5))
+    ranks = run_distributed(train_and_keep_router, 4, values)
+    weights, subnets = ranks[0]
+    for other, other_subnets in ranks[1:]:
+        assert other_subnets == subnets
+        assert all(torch.equal(other[name], tensor) for name, tensor in weights.items())
+    saved = load_file(list_checkpoints(start / "run" / "router")[-1] / "router.safetensors")
+    assert all(torch.equal(saved[f"router/{name}"], tensor) for name, tensor in weights.items())
+    initial = Router(tiny_run_space(), 2, 16, seed=1234).state_dict()
+    assert any(not torch.equal(initial[name], tensor) for name, tensor in weights.items()), "it never trained"
+
+
+def losses_by_label():
+    """Return mean KL by budget row when student and teacher are the same model and one micro-batch runs a subnet."""
+    space = tiny_space()
+    case = LayoutCase("one", Layout())
+    here = join_world(case.layout, torch.device("cpu"))
+    student, teacher = (build_model(space, case.layout, seed=1, init_std=0.3) for _ in range(2))
+    runner = PipelineRunner(here, student, DistillConfig(), teacher)
+    small = space.subnet({axis: (1,) * space.num_slots(axis) for axis in space.elastic_axes()})
+    choices = [Gates.slice(small, budget=1), Gates.slice(space.subnet({}), budget=0)]
+    work = runner.with_teacher([runner.micro_batch(batch(g), gates) for g, gates in enumerate(choices)])
+    meter = LossMeter(2, here)
+    meter.add(runner.forward_backward(work))
+    return [(mean.kl, mean.num_tokens) for mean in meter.read()]
+
+
+def test_pitfall_24_losses_are_filed_under_the_budget_that_was_drawn():
+    """A label guessed from a loss of zero would call the subnet full whenever the student equals the teacher."""
+    ((full_kl, full_tokens), (small_kl, small_tokens)) = run_distributed(losses_by_label, 1)[0]
+    assert abs(full_kl) < 1e-9 < 1e-3 < small_kl
+    assert full_tokens == small_tokens == SEQUENCE * MICRO_BATCH

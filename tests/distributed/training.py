@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from elastic.space.axes import Space
 from elastic.train.config import ElasticConfig, ImportanceConfig, PretrainConfig
+from elastic.train.config_elastic import SpaceConfig
 from elastic.train.config_load import load
+from elastic.train.config_sections import ModelConfig
 from elastic.train.prepare import prepare
 from elastic.train.prepare_config import PrepareConfig
 from elastic.train.run_importance import run_importance
@@ -45,7 +48,7 @@ DRAWS_PER_STEP = 4
 
 def write_corpus(folder: Path) -> None:
     """Write documents of made-up sentences, the same on every machine."""
-    words = "the a small large model layer head learns forgets keeps drops width depth of and to with from".split()
+    words = ["the", "small", "large", "model", "layer", "head", "learns", "forgets", "keeps", "width", "of", "and"]
     generator = torch.Generator().manual_seed(7)
     folder.mkdir(parents=True)
     for number in range(60):
@@ -63,7 +66,10 @@ def prepare_start(folder: Path) -> None:
     write_corpus(folder / "corpus")
     prepare(
         PrepareConfig(
-            output_dir=str(folder / "data"), paths=[str(folder / "corpus")], suffixes=[".txt"], vocab_size=300,
+            output_dir=str(folder / "data"),
+            paths=[str(folder / "corpus")],
+            suffixes=[".txt"],
+            vocab_size=300,
             validation_ratio=0.2,
         )  # fmt: skip
     )
@@ -96,6 +102,11 @@ def elastic_values(folder: Path, version: str, **overrides: Any) -> dict[str, An
     for name, values in overrides.items():
         sections[name] = {**sections.get(name, {}), **values} if isinstance(values, dict) else values
     return sections
+
+
+def tiny_run_space() -> Space:
+    """Return the space of the tiny runs, layers in their own order."""
+    return load(SpaceConfig, SPACE).space(load(ModelConfig, {**MODEL, "vocab": 320}).shape())
 
 
 def train(values: dict[str, Any]) -> None:

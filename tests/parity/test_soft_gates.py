@@ -90,3 +90,19 @@ def test_pitfall_23_recompute_sees_its_own_micro_batch() -> None:
         outcomes.append(leaves)
     for one, other in zip(*outcomes, strict=True):
         assert one is not None and torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", ["mask", "slice"])
+def test_bf16_stays_near_fp32(kind: str) -> None:
+    """Activations are bf16 throughout, gates and their gradients fp32, norms and states wide enough."""
+    runs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model, weights = build_lively(EVERY_AXIS, Layout(dtype=dtype)), soft_weights(EVERY_AXIS, seed=8)
+        gates = Gates.mask(weights) if kind == "mask" else Gates.slice(EVERY_AXIS.subnet(smallest_choice(EVERY_AXIS)))
+        logits = logits_of(model, tokens_for(EVERY_AXIS.parent), gates)
+        assert logits.dtype is dtype
+        runs.append(outcome_of(logits, {str(axis): weight for axis, weight in weights.items()}))
+    assert relative_error(runs[1].logits, runs[0].logits) <= 0.03
+    assert all(gradient.dtype is torch.float32 for gradient in runs[1].gradients.values())
+    together = [torch.cat([gradient.flatten() for gradient in run.gradients.values()]) for run in runs]
+    assert relative_error(together[1], together[0]) <= 0.15
