@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -85,7 +86,9 @@ def world(layout: Layout, timeout_s: float = 600.0) -> Iterator[World]:
         torch.cuda.set_device(device)
     connected = torch.distributed.is_initialized()
     if not connected:
-        alone = {} if "RANK" in os.environ else dict(store=torch.distributed.HashStore(), rank=0, world_size=1)
+        alone: dict[str, Any] = (
+            {} if "RANK" in os.environ else dict(store=torch.distributed.HashStore(), rank=0, world_size=1)
+        )
         torch.distributed.init_process_group(
             "nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=timeout_s), **alone
         )

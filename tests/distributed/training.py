@@ -71,7 +71,7 @@ def prepare_start(folder: Path) -> None:
             suffixes=[".txt"],
             vocab_size=300,
             validation_ratio=0.2,
-        )  # fmt: skip
+        )
     )
     data = dict(path=str(folder / "data"), micro_batch=1, validation_sequences=4)
     trainer = dict(log_every_n_steps=5, val_check_interval=100, checkpoint_every_n_steps=100)
