@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from elastic.router.budget_loss import budget_loss
-from elastic.router.gumbel import choice_probabilities, gumbel_noise
+from elastic.router.gumbel import choice_entropy, choice_probabilities, gumbel_noise
 from elastic.router.phases import Place
 from elastic.router.router import Router
 from elastic.router.sampler import budget_of, check_draws, draw_budgets
@@ -36,7 +36,7 @@ class Draw:
     gates: list[Gates]
     sources: list[Mapping[Axis, Tensor]] = field(default_factory=list)
     budget_losses: Tensor | None = None
-    budget_loss_weight: float = 0.0
+    router_loss: Tensor | None = None
 
     def entries(self) -> list[tuple[Axis, int]]:
         """List (axis, number of values) in the order of `flat_gradients`."""
@@ -47,13 +47,13 @@ class Draw:
         leaves = [leaf for gates in self.gates for leaf in gates.weights.values()]
         return torch.cat([(torch.zeros_like(t) if t.grad is None else t.grad).reshape(-1) for t in leaves])
 
-    def push(self, flat: Tensor, budget_loss_scale: float = 1.0) -> None:
-        """Send summed gate gradients, in the order of `entries`, and the budget loss through the router."""
+    def push(self, flat: Tensor, router_loss_scale: float = 1.0) -> None:
+        """Send summed gate gradients, in the order of `entries`, and the router's own loss through the router."""
         sources = [source for per_axis in self.sources for source in per_axis.values()]
         parts = flat.split([source.numel() for source in sources])
         gradients: list[Tensor] = [part.view_as(source) for part, source in zip(parts, sources, strict=True)]
-        assert self.budget_losses is not None
-        total = self.budget_losses.sum() * (self.budget_loss_weight * budget_loss_scale)
+        assert self.router_loss is not None
+        total = self.router_loss * router_loss_scale
         torch.autograd.backward([*sources, total], [*gradients, torch.ones_like(total)])
 
 
@@ -67,6 +67,7 @@ class GateSource:
     deployment: Deployment
     mode: Mode
     budget_loss_weight: float
+    entropy_weight: float
     draws_per_step: int | None
     seed: int
 
@@ -81,8 +82,9 @@ class GateSource:
         if phase.router_frozen:
             return Draw([self._frozen(budget, phase.execution) for budget in budgets])
         logits = self.router()
-        draw = Draw([], budget_loss_weight=self.budget_loss_weight)
-        draw.budget_losses = self._budget_losses(logits, place)
+        draw = Draw([], budget_losses=self._budget_losses(logits, place))
+        undecided = self.entropy_weight * (1.0 - place.progress) * choice_entropy(logits, place.logit_scale)
+        draw.router_loss = self.budget_loss_weight * (draw.budget_losses.sum() - undecided)
         for number, budget in zip(numbers, budgets, strict=True):
             source = {axis: self._weights(values[budget], axis, place, number) for axis, values in logits.items()}
             leaves = {axis: weights.detach().clone().requires_grad_() for axis, weights in source.items()}

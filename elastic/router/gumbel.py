@@ -1,5 +1,7 @@
 """Gumbel noise and the softmax that turns logits into choice probabilities. K choices, slots as in Space."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -18,3 +20,16 @@ def choice_probabilities(logits: Tensor, noise: Tensor | None, scale: float, tem
     """Return softmax((scale * logits + noise) / temperature) over the last dimension, fp32."""
     scaled = logits.float() * scale
     return torch.softmax((scaled if noise is None else scaled + noise) / temperature, dim=-1)
+
+
+def choice_entropy(logits: Mapping[Axis, Tensor], scale: float) -> Tensor:
+    """Return the entropy of the noise-free choices, summed over axes, budgets and slots, in nats, fp32.
+
+    Rewarded early in a phase and no more at its end (ours): a router that is certain of most slots while the
+    temperature still falls cannot correct its cost by the width of one slot later.
+    """
+    total = torch.zeros((), device=next(iter(logits.values())).device)
+    for values in logits.values():
+        log_probabilities = torch.log_softmax(values.float() * scale, dim=-1)
+        total = total - (log_probabilities.exp() * log_probabilities).sum()
+    return total

@@ -95,11 +95,12 @@ class BudgetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """Form of the routers, one per axis, and the weight of their budget loss (FACTS 1.3)."""
+    """Form of the routers, one per axis, and the weights of their own losses (FACTS 1.3; the entropy is ours)."""
 
     hidden_width: Count = 256
     mode: Mode = Mode.SOFT
     budget_loss_weight: PositiveOrZero = 1.0
+    entropy_weight: PositiveOrZero = 0.02
     draws_per_step: Count | None = None
 
 

@@ -67,6 +67,7 @@ def run_elastic(config: ElasticConfig, console: Console, callbacks: Sequence[Cal
             deployment=family.deployment,
             mode=Mode(router_config.mode),
             budget_loss_weight=router_config.budget_loss_weight,
+            entropy_weight=router_config.entropy_weight,
             draws_per_step=router_config.draws_per_step,
             seed=config.seed,
         )

@@ -121,7 +121,7 @@ class Trainer:
         # The task loss is a mean over the tokens of the global batch; gate gradients are sums over one replica.
         flat = sum_gate_gradients(draw.flat_gradients(), draw.entries(), self.world) / place.phase.tokens_per_step
         self.router_optimizer.zero_grad(set_to_none=False)
-        draw.push(flat, budget_loss_scale=1.0 / self.world.data_size)
+        draw.push(flat, router_loss_scale=1.0 / self.world.data_size)
         sum_router_gradients(self.gates.router.parameters(), self.world)
         set_learning_rate(self.router_optimizer, place.router_learning_rate)
         self.router_optimizer.step()

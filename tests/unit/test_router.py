@@ -41,7 +41,7 @@ def budgets(where, ratios=(1.0, 0.7, 0.45), metric=Metric.PARAMS):
 def source(mode=Mode.SOFT, where=None, seed=0, draws=None):
     where = where or space()
     router = Router(where, 3, hidden_width=32, seed=seed)
-    return GateSource(router, where, budgets(where), DEPLOYMENT, mode, 1.0, draws, seed)
+    return GateSource(router, where, budgets(where), DEPLOYMENT, mode, 1.0, 0.02, draws, seed)
 
 
 def place(frozen=False, execution=Execution.MASK, step=0, temperature=0.5):
@@ -134,7 +134,7 @@ def test_gradients_pushed_through_gates_equal_one_graph():
         sum((leaf * target[axis]).square().sum() for axis, leaf in gates.weights.items()).backward()
     draw.push(draw.flat_gradients())
     uncut = whole.draw(place(), 3, 0, 1)
-    loss = uncut.budget_losses.sum()
+    loss = uncut.router_loss
     for graph, target in zip(uncut.sources, targets, strict=True):
         loss = loss + sum((value * target[axis]).square().sum() for axis, value in graph.items())
     loss.backward()
@@ -220,7 +220,7 @@ def _task(where, axis, leaf):
     return (importance * (1 - share) ** 2).sum()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", range(4))
 def test_the_router_meets_its_budgets_by_its_own_choice(seed):
     _, ratios = _anneal(seed, task=0.0)
     assert all(abs(ratio - 1) < 0.03 for ratio in ratios), ratios
