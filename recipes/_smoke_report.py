@@ -78,16 +78,16 @@ def hugging_face_loss(folder: Path, data: Path, num_tokens: int, sequence_length
 
 def summary_table(summary: dict[str, Any]) -> Table:
     """Render one row per model of the family."""
-    table = Table(title="one run, a family")
-    headings = ("model", "parameters", "of target", "loss", "cut out", "transformers", "cut, untrained", "gain")
+    table = Table(title="one run, a family: held-out loss")
+    headings = ("model", "params", "of target", "loss", "cut out", "in HF", "untrained", "gain")
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+        table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
     parent = summary["parent"]
-    table.add_row("parent", f"{parent['params']:,}", "-", f"{parent['loss']:.4f}", "-", "-", "-", "-")
+    table.add_row("parent", f"{parent['params'] / 1e6:.3f}M", "-", f"{parent['loss']:.4f}", "-", "-", "-", "-")
     for row in summary["family"]:
         table.add_row(
             row["name"],
-            f"{row['params']:,}",
+            f"{row['params'] / 1e6:.3f}M",
             f"{row['target_ratio']:.1%}",
             f"{row['loss_subnet']:.4f}",
             f"{row['loss_submodel']:.4f}",
@@ -114,7 +114,7 @@ def draw_family(summary: dict[str, Any], path: Path) -> None:
     left.plot(millions, [row["loss_subnet"] for row in rows], "o-", color="C0", label="family, one run")
     left.plot([parent["params"] / 1e6], [parent["loss"]], "*", color="C3", markersize=14, label="parent")
     for row, x in zip(rows, millions, strict=True):
-        left.annotate(row["name"], (x, row["loss_subnet"]), textcoords="offset points", xytext=(4, -12))
+        left.annotate(row["name"], (x, row["loss_subnet"]), textcoords="offset points", xytext=(6, 6))
     left.set(
         xlabel="parameters (millions)",
         ylabel="held-out loss (nats per token)",
@@ -128,7 +128,7 @@ def draw_family(summary: dict[str, Any], path: Path) -> None:
         right.bar(np.arange(depth) + (index - (len(rows) - 1) / 2) * bar, row["subnet"]["ffn"], bar, label=row["name"])
     right.set(xlabel="FFN layer", ylabel="neurons", title="FFN width the router chose")
     right.set_xticks(range(depth))
-    right.legend()
+    right.legend(loc="lower right", framealpha=0.95)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

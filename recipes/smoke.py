@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.rule import Rule
 
 ROOT = Path(__file__).resolve().parent.parent
+# Libraries announce missing GPU kernels and deprecations in every process of the chain.
+QUIET = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 class Smoke:
@@ -44,7 +46,7 @@ class Smoke:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}"]
         command = [*launcher, str(ROOT / "recipes" / f"{verb}.py"), *arguments, *self._shared(verb)]
         started = time.perf_counter()
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, **QUIET, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
         finished = subprocess.run(command, env=environment, check=False)
         if finished.returncode:
             raise SystemExit(f"{verb} failed with code {finished.returncode}; mend the cause and run the same command")

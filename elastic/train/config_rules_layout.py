@@ -117,14 +117,14 @@ def _tensor_problems(
 
 
 def _pipeline_problems(pattern: LayerPattern, parallel: ParallelConfig) -> Iterator[Problem]:
-    """Layers must split evenly over pipeline stages, or the pattern says where with |."""
+    """Every stage needs a layer; the pattern may say where to cut with |, otherwise stages get equal work."""
     stages, marked = parallel.pipeline, len(pattern.segments)
     if marked > 1 and stages not in (1, marked):
         rule = f"must be the {marked} stages the | in model.pattern mark"
         yield Problem("parallel.pipeline", stages, rule, f"nearest legal value is {marked}")
-    elif marked == 1 and len(pattern) % stages:
-        remedy = f"nearest legal value is {nearest_divisor(stages, len(pattern))}, or mark stages with | in the pattern"
-        yield Problem("parallel.pipeline", stages, f"must divide the number of layers = {len(pattern)}", remedy)
+    elif marked == 1 and stages > len(pattern):
+        rule = f"must be at most the number of layers = {len(pattern)}"
+        yield Problem("parallel.pipeline", stages, rule, f"nearest legal value is {len(pattern)}")
 
 
 def _context_problems(shape: ModelShape, parallel: ParallelConfig) -> Iterator[Problem]:

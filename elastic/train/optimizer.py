@@ -42,6 +42,9 @@ def build_optimizer(wrapped: DistributedDataParallel, optim: OptimConfig, world:
         log_num_zeros_in_grad=False,
     )
     optimizer = get_megatron_optimizer(config, [wrapped])
+    for group in optimizer.param_groups:
+        # Norms, biases, A_log, D and dt_bias are not decayed; Megatron-Core leaves this to its own scheduler.
+        group["weight_decay"] *= group["wd_mult"]
     wrapped.config.finalize_model_grads_func = finalize_model_grads
     wrapped.config.grad_scale_func = optimizer.scale_loss
     return optimizer

@@ -84,16 +84,16 @@ def subnet_summary(subnet: Subnet) -> dict[str, Any]:
 def evaluation_table(rows: list[dict[str, Any]]) -> Table:
     """Render the rows of evaluation.json."""
     table = Table(title="held-out loss per budget")
-    for heading in ("name", "target", "used", "parameters", "loss", "perplexity", "deployment"):
-        table.add_column(heading, justify="left" if heading == "name" else "right")
+    for heading in ("name", "target", "used", "params", "loss", "perplexity", "deployed"):
+        table.add_column(heading, justify="left" if heading == "name" else "right", no_wrap=True)
     for row in rows:
-        target = "-" if row["target"] is None else f"{row['target']:,.0f} {row['metric']}"
+        target = "-" if row["target"] is None else f"{row['target'] / 1e6:,.3f}M"
         used = "-" if row["cost_ratio"] is None else f"{row['cost_ratio']:.1%}"
         table.add_row(
             row["name"],
             target,
             used,
-            f"{row['params']:,}",
+            f"{row['params'] / 1e6:,.3f}M",
             f"{row['loss']:.4f}",
             f"{row['perplexity']:.2f}",
             f"{row['deploy_bytes'] / 2**20:,.1f} MiB",

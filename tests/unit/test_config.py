@@ -298,10 +298,9 @@ BAD: tuple[tuple[type, dict[str, object], int, str], ...] = (
     ),
     (
         PretrainConfig,
-        {"parallel.pipeline": 2},
-        2,
-        "parallel.pipeline = 2: must divide the number of layers = 5; nearest legal value is 1, or mark stages with | "
-        "in the pattern",
+        {"parallel.pipeline": 6},
+        6,
+        "parallel.pipeline = 6: must be at most the number of layers = 5; nearest legal value is 5",
     ),
     (
         PretrainConfig,
