@@ -82,9 +82,10 @@ class GateSource:
         if phase.router_frozen:
             return Draw([self._frozen(budget, phase.execution) for budget in budgets])
         logits = self.router()
-        draw = Draw([], budget_losses=self._budget_losses(logits, place))
+        budget_losses = self._budget_losses(logits, place)
         undecided = self.entropy_weight * (1.0 - place.progress) * choice_entropy(logits, place.logit_scale)
-        draw.router_loss = self.budget_loss_weight * (draw.budget_losses.sum() - undecided)
+        router_loss = self.budget_loss_weight * (budget_losses.sum() - undecided)
+        draw = Draw([], budget_losses=budget_losses, router_loss=router_loss)
         for number, budget in zip(numbers, budgets, strict=True):
             source = {axis: self._weights(values[budget], axis, place, number) for axis, values in logits.items()}
             leaves = {axis: weights.detach().clone().requires_grad_() for axis, weights in source.items()}
