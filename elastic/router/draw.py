@@ -80,7 +80,8 @@ class GateSource:
         numbers = [index * replicas + replica for index in range(num_micro_batches)]
         budgets = [budget_of(drawn, number, in_step) for number in numbers]
         if phase.router_frozen:
-            return Draw([self._frozen(budget, phase.execution) for budget in budgets])
+            frozen = {budget: self._frozen(budget, phase.execution) for budget in set(budgets)}
+            return Draw([frozen[budget] for budget in budgets])
         logits = self.router()
         budget_losses = self._budget_losses(logits, place)
         undecided = self.entropy_weight * (1.0 - place.progress) * choice_entropy(logits, place.logit_scale)
