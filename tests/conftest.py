@@ -2,6 +2,7 @@
 
 import os
 import random
+from pathlib import Path
 
 import numpy
 import pytest
@@ -33,3 +34,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let the golden losses be rewritten on purpose."""
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/*.txt from this run")
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepare a tiny corpus, a trained parent and its permuted copy once for all tests that train a family."""
+    from tests.distributed.harness import run_distributed
+    from tests.distributed.training import prepare_start
+
+    folder = tmp_path_factory.mktemp("chain")
+    run_distributed(prepare_start, 1, folder)
+    return folder

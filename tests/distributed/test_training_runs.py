@@ -23,7 +23,6 @@ from tests.distributed.elastic_step import MICRO_BATCH, SEQUENCE, LayoutCase, ba
 from tests.distributed.harness import DistributedRunError, run_distributed
 from tests.distributed.training import (
     elastic_values,
-    prepare_start,
     rows,
     tiny_run_space,
     train,
@@ -31,13 +30,6 @@ from tests.distributed.training import (
 )
 
 FOUR = dict(tensor=2, pipeline=2, sequence=True, recompute="full")
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("chain")
-    run_distributed(prepare_start, 1, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.harness import run_distributed
-from tests.distributed.training import CURRICULUM, elastic_values, prepare_start, rows, train
+from tests.distributed.training import CURRICULUM, elastic_values, rows, train
 
 GOLDEN = Path(__file__).with_name("elastic_20_steps.txt")
 COLUMNS = ("train/full/kl", "train/half/kl", "grad_norm", "router/half/budget_loss", "router/half/cost_ratio")
@@ -23,12 +23,11 @@ def table(found):
     return "\n".join(lines) + "\n"
 
 
-def test_losses_of_20_elastic_steps(tmp_path, request):
-    run_distributed(prepare_start, 1, tmp_path)
+def test_losses_of_20_elastic_steps(start, request):
     short, long = CURRICULUM
     curriculum = [{**short, "steps": 14}, {**long, "steps": 6}]
-    run_distributed(train, 1, elastic_values(tmp_path, "golden", curriculum=curriculum))
-    found = table(rows(tmp_path, "golden"))
+    run_distributed(train, 1, elastic_values(start, "golden", curriculum=curriculum))
+    found = table(rows(start, "golden"))
     if request.config.getoption("--update-golden"):
         GOLDEN.write_text(found)
     expected = GOLDEN.read_text()
