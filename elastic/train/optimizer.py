@@ -47,6 +47,8 @@ def build_optimizer(wrapped: DistributedDataParallel, optim: OptimConfig, world:
         group["weight_decay"] *= group["wd_mult"]
     wrapped.config.finalize_model_grads_func = finalize_model_grads
     wrapped.config.grad_scale_func = optimizer.scale_loss
+    if optim.overlap_grad_reduce:
+        wrapped.config.no_sync_func = wrapped.no_sync  # reduce with the last micro-batch only
     return optimizer
 
 
