@@ -93,7 +93,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
             f"{row['loss_submodel']:.4f}",
             f"{row['loss_hugging_face']:.4f}",
             f"{row['loss_pruned_untrained']:.4f}",
-            f"{row['gain_over_untrained']:+.4f}",
+            f"{row['gain_over_untrained']:+.3f}",
         )
     return table
 
