@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from elastic.compress.hf_config import export_shape
-from elastic.compress.slicing import TensorSource, cut_parameter, parameter_names, parameter_size, reader
-from elastic.space.nesting import Cut, DimKind, kept_indices, parameter_dims, split_parameter_name
+from elastic.compress.slicing import TensorSource, cut_parameter, parameter_names, reader
+from elastic.space.nesting import Cut, DimKind, kept_indices, parameter_dims, parameter_size, split_parameter_name
 from elastic.space.shape import ModelShape
 
 PREFIX = "backbone."

@@ -53,14 +53,6 @@ def parameter_names(shape: ModelShape) -> Iterator[str]:
         yield head
 
 
-def parameter_size(name: str, shape: ModelShape) -> tuple[int, ...]:
-    """Return the full size of one parameter; raises KeyError for a name the model does not have."""
-    cut = layer_cut(shape, Subnet.full(shape), split_parameter_name(name)[0], lanes=1)
-    # The convolution is depthwise: [channels, 1, taps] is the only parameter with dimensions that are never cut.
-    whole = iter((1, shape.conv_kernel))
-    return tuple(next(whole) if kind is DimKind.WHOLE else cut.layout(kind).full_size for kind in parameter_dims(name))
-
-
 def layer_cut(parent: ModelShape, subnet: Subnet, layer_index: int | None, lanes: int, tensor_parallel: int = 1) -> Cut:
     """Return what a subnet keeps of one parent layer; `layer_index` None is for parameters outside the layers.
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from elastic.modules.model import ElasticModel, set_input_tensor_of
+from elastic.modules.model import ElasticModel
 from elastic.modules.observe import Observer
 from elastic.space.gates import Gates
 
@@ -32,11 +32,11 @@ def forward_hidden(
     if not model.pre_process:
         stream = _empty_stream(model, tokens)
         dist.recv(stream, src=ranks[stages.rank() - 1], group=stages)
-        set_input_tensor_of(model, stream)
+        model.set_input_tensor(stream)
     # 2. Run this stage.
     output = model(tokens, gates, observer)
     if not model.pre_process:
-        set_input_tensor_of(model, None)  # the model must not keep the stream alive
+        model.set_input_tensor(None)  # the model must not keep the stream alive
     # 3. Hand it on.
     if model.post_process:
         return output

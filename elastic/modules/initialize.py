@@ -7,7 +7,8 @@ import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch import Tensor, nn
 
-from elastic.modules.sharding import full_parameter_size, shard_tensor
+from elastic.modules.sharding import shard_tensor
+from elastic.space.nesting import parameter_size
 from elastic.space.shape import ModelShape
 
 _OUTPUT_PROJECTIONS = ("mixer.out_proj.weight", "self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
@@ -22,7 +23,7 @@ def initial_tensor(name: str, shape: ModelShape, seed: int, std: float) -> Tenso
     """
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    size = full_parameter_size(name, shape)
+    size = parameter_size(name, shape)
     suffix = name.rpartition(".")[2]
     if suffix == "A_log":
         return torch.empty(size).uniform_(1.0, 16.0, generator=generator).log()

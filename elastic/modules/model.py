@@ -1,7 +1,6 @@
 """The elastic model: embedding, elastic stack, head. Shapes: S sequence, B batch, D hidden, V vocab, d kept width."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.activations import squared_relu
@@ -125,8 +124,3 @@ def build_model(
     )
     initialize_parameters(model, shape, seed, init_std, groups.tp.rank(), groups.tp.size())
     return model
-
-
-def set_input_tensor_of(model: Any, tensor: Tensor | None) -> None:
-    """Hand a stage the stream of the stage before it, outside a pipeline schedule."""
-    model.set_input_tensor(tensor)

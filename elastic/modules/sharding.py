@@ -5,24 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from elastic.space.nesting import Cut, DimKind, DimLayout, parameter_dims, split_parameter_name
+from elastic.space.nesting import DimKind, DimLayout, parameter_dims, parameter_layouts
 from elastic.space.shape import ModelShape
 
 _REPLICATED = (DimKind.HIDDEN, DimKind.WHOLE)
-
-
-def parameter_layouts(name: str, shape: ModelShape) -> tuple[DimLayout | None, ...]:
-    """Return the layout of every dimension of a full parameter; None for a dimension that is never cut."""
-    layer_index, _ = split_parameter_name(name)
-    width = 0 if layer_index is None else shape.width(layer_index)
-    cut = Cut.of_layer(shape, layer_index, width, hidden=shape.hidden, head_channels=shape.head_channels)
-    return tuple(None if kind is DimKind.WHOLE else cut.layout(kind) for kind in parameter_dims(name))
-
-
-def full_parameter_size(name: str, shape: ModelShape, conv_kernel: int | None = None) -> tuple[int, ...]:
-    """Return the size of a full parameter."""
-    whole = iter((1, conv_kernel or shape.conv_kernel))  # the convolution weight is [channels, 1, taps]
-    return tuple(next(whole) if layout is None else layout.full_size for layout in parameter_layouts(name, shape))
 
 
 def sharded_dim(name: str) -> int | None:

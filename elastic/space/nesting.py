@@ -192,6 +192,20 @@ class Cut:
                 raise ValueError("a WHOLE dimension has no layout; it is passed through")
 
 
+def parameter_layouts(name: str, shape: ModelShape) -> tuple[DimLayout | None, ...]:
+    """Return the layout of every dimension of a full parameter; None for a dimension that is never cut."""
+    layer_index, _ = split_parameter_name(name)
+    width = 0 if layer_index is None else shape.width(layer_index)
+    cut = Cut.of_layer(shape, layer_index, width, hidden=shape.hidden, head_channels=shape.head_channels)
+    return tuple(None if kind is DimKind.WHOLE else cut.layout(kind) for kind in parameter_dims(name))
+
+
+def parameter_size(name: str, shape: ModelShape) -> tuple[int, ...]:
+    """Return the full size of one parameter; raises KeyError for a name the model does not have."""
+    whole = iter((1, shape.conv_kernel))  # the depthwise convolution's weight is [channels, 1, taps]
+    return tuple(next(whole) if layout is None else layout.full_size for layout in parameter_layouts(name, shape))
+
+
 def take(tensor: Tensor, dim: int, layout: DimLayout) -> Tensor:
     """Keep the nested part of one dimension; differentiable, a view where the layout allows it.
 

@@ -6,10 +6,8 @@ from typing import Any
 
 import torch
 
-from elastic.router.draw import decide
-from elastic.space.gates import Execution, Gates
-from elastic.space.subnet import Subnet
 from elastic.train.checkpoint import checkpoint_folder, list_checkpoints, save_checkpoint
+from elastic.train.chosen import chosen_gates
 from elastic.train.data import PackedSequences
 from elastic.train.evaluation import evaluate_subnets
 from elastic.train.logging import RunLog
@@ -108,19 +106,3 @@ class Validate(NoCallback):
         )
         values = {f"validation/{name}/loss": loss.cross_entropy for name, loss in losses.items()}
         self.log.write(trainer.step, {name: value for name, value in values.items() if value is not None})
-
-
-def chosen_subnets(trainer: Trainer) -> dict[str, Subnet]:
-    """Return the subnet the router now chooses for every budget: argmax, no noise."""
-    source = trainer.gates
-    if source is None:
-        return {"parent": Subnet.full(trainer.record.shape)}
-    return {budget.name: decide(source.router, source.space, index) for index, budget in enumerate(source.budgets)}
-
-
-def chosen_gates(trainer: Trainer) -> dict[str, Gates | None]:
-    """Return slice-execution gates of every budget; None (the bare model) for a run without budgets."""
-    if trainer.gates is None:
-        return {"parent": None}
-    subnets = chosen_subnets(trainer)
-    return {name: Gates(Execution.SLICE, subnet, budget=index) for index, (name, subnet) in enumerate(subnets.items())}

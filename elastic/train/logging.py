@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from elastic.space.cost import subnet_cost
+from elastic.train.chosen import chosen_subnets
 from elastic.train.metrics import LossMeter, MeanLoss
 from elastic.train.trainer import StepResult, Trainer
 
@@ -145,8 +146,6 @@ class LogSteps:
         return {name: value for name, value in values.items() if value is not None}
 
     def _router_values(self, trainer: Trainer, result: StepResult) -> dict[str, float]:
-        from elastic.train.callbacks import chosen_subnets
-
         source = trainer.gates
         if source is None:
             return {}

@@ -12,10 +12,9 @@ from elastic.compress.slicing import submodel_tensors
 from elastic.modules.cpu_backend import use_cpu_backend
 from elastic.modules.initialize import named_global_parameters
 from elastic.modules.model import ElasticModel, Layout
-from elastic.modules.sharding import full_parameter_size
 from elastic.space.axes import Axis, AxisChoices, Space
 from elastic.space.gates import Gates
-from elastic.space.nesting import Cut, DimKind, take
+from elastic.space.nesting import Cut, DimKind, parameter_size, take
 from elastic.space.subnet import Subnet
 from tests.distributed.harness import run_distributed
 from tests.parity.model_factory import (
@@ -53,7 +52,7 @@ LENGTH = 12  # a multiple of every TP size, so that the sequence can be split
 
 def _element_numbers(name: str) -> Tensor:
     """Return a full parameter whose every element is its own number, exact in fp32."""
-    size = full_parameter_size(name, SPACE.parent)
+    size = parameter_size(name, SPACE.parent)
     return torch.arange(torch.Size(size).numel(), dtype=torch.float32).view(size)
 
 

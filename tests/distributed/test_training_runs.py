@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from elastic.modules.model import Layout, build_model
 from elastic.router.router import Router
 from elastic.space.gates import Gates
-from elastic.train.callbacks import NoCallback, chosen_subnets
+from elastic.train.callbacks import NoCallback
 from elastic.train.checkpoint import list_checkpoints
+from elastic.train.chosen import chosen_subnets
 from elastic.train.config import ElasticConfig
 from elastic.train.config_elastic import DistillConfig
 from elastic.train.config_load import load

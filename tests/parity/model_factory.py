@@ -20,11 +20,12 @@ from elastic.modules.attention import SdpaCoreAttention
 from elastic.modules.initialize import named_global_parameters
 from elastic.modules.model import ElasticModel, Layout, build_model, transformer_config
 from elastic.modules.segments import pipeline_pattern
-from elastic.modules.sharding import full_parameter_size, shard_tensor
+from elastic.modules.sharding import shard_tensor
 from elastic.modules.specs import Kernels, plain_stack_spec
 from elastic.modules.state_space import TorchStateSpace
 from elastic.space.axes import Axis, AxisChoices, Space
 from elastic.space.gates import Gates
+from elastic.space.nesting import parameter_size
 from elastic.space.shape import ModelShape
 
 Choice = Mapping[Axis, tuple[int, ...]]
@@ -132,7 +133,7 @@ def lively_tensor(name: str, shape: ModelShape) -> Tensor:
     Larger than a training initialisation, and norm weights, D and biases are not constant, so that a missing
     weight or a wrong divisor shows in the logits.
     """
-    size = full_parameter_size(name, shape)
+    size = parameter_size(name, shape)
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     noise = torch.empty(size).normal_(generator=generator)
     match name.rpartition(".")[2]:

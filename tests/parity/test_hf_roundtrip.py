@@ -13,8 +13,9 @@ from elastic.compress.export import load_hf_tensors
 from elastic.compress.hf_config import ExportError
 from elastic.compress.hf_names import HfTensorError, from_hf, hf_sizes, to_hf
 from elastic.compress.permutation import Ranking, permute_tensors
-from elastic.compress.slicing import parameter_names, parameter_size, submodel_tensors
+from elastic.compress.slicing import parameter_names, submodel_tensors
 from elastic.space.cost import shape_cost
+from elastic.space.nesting import parameter_size
 from elastic.space.pattern import LayerKind
 from elastic.space.shape import ModelShape
 from elastic.space.subnet import Subnet

@@ -8,10 +8,9 @@ from torch import Tensor
 from transformers import DynamicCache, NemotronHConfig, NemotronHForCausalLM
 
 from elastic.compress.hf_config import HfSettings, hf_config
-from elastic.modules.sharding import full_parameter_size
 from elastic.space.budget import Budget, BudgetError
 from elastic.space.cost import Deployment, Metric, Widths, cost, layer_params, shape_cost, subnet_cost
-from elastic.space.nesting import LAYER_PARAMETERS, LAYER_PREFIX, Cut, DimKind, parameter_dims
+from elastic.space.nesting import LAYER_PARAMETERS, LAYER_PREFIX, Cut, DimKind, parameter_dims, parameter_size
 from elastic.space.pattern import LayerKind
 from elastic.space.shape import WIDTH_FIELD, ModelShape
 from elastic.space.subnet import Subnet
@@ -101,7 +100,7 @@ def parameter_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     names += [] if shape.tied_embeddings else ["output_layer.weight"]
     for index, kind in enumerate(shape.pattern.kinds):
         names += [f"{LAYER_PREFIX}{index}.{name}" for name in LAYER_PARAMETERS if name.startswith(MODULES[kind])]
-    return {name: full_parameter_size(name, shape) for name in names}
+    return {name: parameter_size(name, shape) for name in names}
 
 
 @pytest.mark.parametrize(
@@ -245,7 +244,7 @@ def test_layout_table_and_cost_agree_on_every_parameter() -> None:
                 **{WIDTH_FIELD[kind]: (parent.width(layer_index), subnet.width(parent, layer_index))},
             )  # fmt: skip
             for name in (n for n in LAYER_PARAMETERS if n.startswith(MODULES[kind])):
-                own = full_parameter_size(f"{LAYER_PREFIX}{local}.{name}", shape)
+                own = parameter_size(f"{LAYER_PREFIX}{local}.{name}", shape)
                 kinds = parameter_dims(f"{LAYER_PREFIX}{layer_index}.{name}")
                 kept = [n if k is DimKind.WHOLE else cut.layout(k).kept_size for k, n in zip(kinds, own, strict=True)]
                 assert tuple(kept) == own

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from elastic.modules.sharding import full_parameter_size, parameter_layouts, shard_tensor
+from elastic.modules.sharding import shard_tensor
 from elastic.space.nesting import (
     LAYER_PARAMETERS,
     MODEL_PARAMETERS,
@@ -17,6 +17,8 @@ from elastic.space.nesting import (
     kept_indices,
     mask_table,
     parameter_dims,
+    parameter_layouts,
+    parameter_size,
     split_parameter_name,
     take,
 )
@@ -115,7 +117,7 @@ def test_pitfall_19_kept_rows_do_not_depend_on_tensor_parallelism(
         name = "decoder.layers.2.self_attention.linear_proj.weight"
     dims = parameter_dims(name)
     dim, shape = dims.index(kind), cut().shape
-    full = full_parameter_size(name, shape)
+    full = parameter_size(name, shape)
     rows = torch.arange(full[dim]).view(*(-1 if d == dim else 1 for d in range(len(full)))).expand(full)
     seen = []
     for rank in range(size):
@@ -150,7 +152,7 @@ def test_pitfall_06_layout_follows_any_groups_kernel_and_state(groups: int, conv
     kept = kept_indices(layout).tolist()
     first_heads = [head for head in range(16) if head % (16 // groups) == 0]
     assert kept == [3 * head + p for head in first_heads for p in range(3)] + list(range(48, 48 + 6 * groups))
-    assert full_parameter_size("decoder.layers.0.mixer.conv1d_weight", parent) == (48 + 6 * groups, 1, conv_kernel)
+    assert parameter_size("decoder.layers.0.mixer.conv1d_weight", parent) == (48 + 6 * groups, 1, conv_kernel)
 
 
 def test_smaller_widths_are_nested_in_larger_ones() -> None:

@@ -14,8 +14,8 @@ from elastic.compress.permutation import (
     permute_tensors,
     save_ranking,
 )
-from elastic.compress.slicing import parameter_names, parameter_size, submodel_tensors
-from elastic.space.nesting import LAYER_PARAMETERS
+from elastic.compress.slicing import parameter_names, submodel_tensors
+from elastic.space.nesting import LAYER_PARAMETERS, parameter_size
 from elastic.space.shape import ModelShape
 from elastic.space.subnet import Subnet
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from elastic.modules.sharding import full_parameter_size, shard_tensor, sharded_dim, unshard_tensors
+from elastic.modules.sharding import shard_tensor, sharded_dim, unshard_tensors
+from elastic.space.nesting import parameter_size
 from elastic.space.shape import ModelShape
 
 SHAPE = ModelShape.uniform(
@@ -34,13 +35,13 @@ REPLICATED = {name for name, size in SIZES.items() if size == (6,)}
 
 
 def numbered(name: str) -> torch.Tensor:
-    size = full_parameter_size(name, SHAPE)
+    size = parameter_size(name, SHAPE)
     return torch.arange(torch.Size(size).numel()).view(size)
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes_are_those_of_facts(name: str) -> None:
-    assert full_parameter_size(name, SHAPE) == SIZES[name]
+    assert parameter_size(name, SHAPE) == SIZES[name]
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
@@ -75,4 +76,4 @@ def test_query_heads_stay_with_their_key_and_value() -> None:
 
 def test_unknown_parameter_is_refused() -> None:
     with pytest.raises(KeyError):
-        full_parameter_size("decoder.layers.0.mixer.bias", SHAPE)
+        parameter_size("decoder.layers.0.mixer.bias", SHAPE)
