@@ -8,13 +8,12 @@ from elastic.compress.slicing import (
     layer_cut,
     layer_parameters,
     parameter_names,
-    parameter_size,
     submodel_source,
     submodel_tensors,
 )
 from elastic.space.axes import Axis, AxisChoices, Space
 from elastic.space.cost import shape_cost, subnet_cost
-from elastic.space.nesting import LAYER_PARAMETERS, MODEL_PARAMETERS
+from elastic.space.nesting import LAYER_PARAMETERS, MODEL_PARAMETERS, parameter_size
 from elastic.space.pattern import LayerKind
 from elastic.space.shape import ModelShape, ShapeError
 from elastic.space.subnet import Subnet, SubnetError
