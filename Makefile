@@ -14,6 +14,8 @@ export TORCHDYNAMO_DISABLE := 1
 endif
 smoke test: export HF_HUB_OFFLINE := 1
 test: export OMP_NUM_THREADS := 1
+benchmark: export PYTHONWARNINGS := ignore
+benchmark: export KINETO_LOG_LEVEL := 99
 
 .PHONY: help setup smoke test lint benchmark clean
 .DEFAULT_GOAL := help

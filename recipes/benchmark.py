@@ -1,6 +1,6 @@
 """Print the ratios this project is held to, each measured in one run, alternating: `make benchmark`.
 
-Hardware: two CPU cores. Time: about 15 minutes. `--only execution` or `--only kl` runs one part, `--rounds` sets how
+Hardware: two CPU cores. Time: about 6 minutes. `--only execution` or `--only kl` runs one part, `--rounds` sets how
 often every case runs.
 """
 
@@ -21,7 +21,7 @@ def execution_table(rows: list[dict[str, Any]]) -> Table:
     """Render the ratios of a training step (forward and backward)."""
     table = Table(title="time of a step, median of ratios within a round")
     for heading in ("what", "5M fp32", "5M bf16", "25M fp32", "25M bf16", "goal"):
-        table.add_column(heading, justify="left" if heading == "what" else "right")
+        table.add_column(heading, justify="left" if heading == "what" else "right", no_wrap=True)
     found = {(row["what"], row["model"], row["precision"]): row["ratio"] for row in rows}
     goals = {row["what"]: row["goal"] for row in rows}
     for what, goal in goals.items():
