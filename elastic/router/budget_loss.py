@@ -10,7 +10,8 @@ from torch import Tensor
 
 from elastic.space.axes import Axis, Space
 from elastic.space.budget import Budget
-from elastic.space.cost import Deployment, Widths, cost
+from elastic.space.cost import Deployment, Widths, cost, subnet_cost
+from elastic.space.subnet import Subnet
 
 
 def expected_widths(space: Space, probabilities: Mapping[Axis, Tensor]) -> Widths:
@@ -58,6 +59,20 @@ def budget_loss(
     columns = []
     for index, budget in enumerate(budgets):
         used = table[budget.metric]
-        own = used[..., index] if isinstance(used, Tensor) else torch.tensor(float(used))
-        columns.append((own / budget.target - 1.0).abs().float())
-    return torch.stack(columns, dim=-1)
+        # A metric that no elastic axis touches is a plain number, the same for all draws.
+        own = used[..., index] if isinstance(used, Tensor) else torch.tensor(float(used), dtype=torch.float64)
+        device = next(iter(probabilities.values())).device
+        columns.append((own.to(device) / budget.target - 1.0).abs().float())
+    return torch.stack(torch.broadcast_tensors(*columns), dim=-1)
+
+
+def cost_shares(space: Space, budgets: Sequence[Budget], deployment: Deployment) -> dict[Axis, Tensor]:
+    """Return the share of the parent's cost that each elastic axis alone can remove: [budgets], fp32, in its metric."""
+    full = subnet_cost(space.parent, Subnet.full(space.parent), deployment)
+    shares = {}
+    for axis in space.elastic_axes():
+        last = len(space.axes[axis].choices) - 1
+        smallest = subnet_cost(space.parent, space.subnet({axis: (last,) * space.num_slots(axis)}), deployment)
+        metrics = [budget.metric for budget in budgets]
+        shares[axis] = torch.tensor([1.0 - float(smallest[metric]) / float(full[metric]) for metric in metrics])
+    return shares

@@ -22,14 +22,17 @@ def choice_probabilities(logits: Tensor, noise: Tensor | None, scale: float, tem
     return torch.softmax((scaled if noise is None else scaled + noise) / temperature, dim=-1)
 
 
-def choice_entropy(logits: Mapping[Axis, Tensor], scale: float) -> Tensor:
-    """Return the entropy of the noise-free choices, summed over axes, budgets and slots, in nats, fp32.
+def choice_entropy(logits: Mapping[Axis, Tensor], scale: float, shares: Mapping[Axis, Tensor]) -> Tensor:
+    """Return the entropy of the noise-free choices in nats, fp32: mean over slots, sum over budgets and axes.
 
-    Rewarded early in a phase and no more at its end (ours): a router that is certain of most slots while the
-    temperature still falls cannot correct its cost by the width of one slot later.
+    Each axis counts by its share of the cost ([budgets], `cost_shares`). Rewarded early in a phase and no more at its
+    end (ours): a router that is certain of most slots while the temperature still falls cannot correct its cost by the
+    width of one slot later. The loss one slot can move shrinks with its share, so an unweighted sum over the slots of
+    a large parent would outweigh it and hold them all undecided until the end.
     """
     total = torch.zeros((), device=next(iter(logits.values())).device)
-    for values in logits.values():
+    for axis, values in logits.items():
         log_probabilities = torch.log_softmax(values.float() * scale, dim=-1)
-        total = total - (log_probabilities.exp() * log_probabilities).sum()
+        entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1)  # [budgets, slots]
+        total = total + (shares[axis].to(entropy.device) * entropy.mean(dim=-1)).sum()
     return total

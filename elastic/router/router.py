@@ -14,7 +14,7 @@ class Router(nn.Module):
 
     def __init__(self, space: Space, num_budgets: int, hidden_width: int = 256, seed: int = 0) -> None:
         super().__init__()
-        self.num_budgets = num_budgets
+        self.num_budgets, self.hidden_width = num_budgets, hidden_width
         self.sizes = {axis: (space.num_slots(axis), len(space.axes[axis].choices)) for axis in space.elastic_axes()}
         self.networks = nn.ModuleDict()
         for axis, (slots, choices) in self.sizes.items():
@@ -27,8 +27,13 @@ class Router(nn.Module):
             self.networks[axis.value] = nn.Sequential(first, nn.LeakyReLU(), last)
 
     def forward(self) -> dict[Axis, Tensor]:
-        """Return logits [budgets, slots, K] for every elastic axis and all budgets at once."""
+        """Return logits [budgets, slots, K] for every elastic axis and all budgets at once.
+
+        Divided by the root of the hidden width (ours): at the published learning rate of 1e-2 every step would else
+        move a logit by about 1, and the first steps would settle the choices before temperature and scale can.
+        """
         one_hot = torch.eye(self.num_budgets, device=next(self.parameters()).device)
         return {
-            axis: self.networks[axis.value](one_hot).view(self.num_budgets, *size) for axis, size in self.sizes.items()
+            axis: self.networks[axis.value](one_hot).view(self.num_budgets, *size) / math.sqrt(self.hidden_width)
+            for axis, size in self.sizes.items()
         }

@@ -100,7 +100,7 @@ class RouterConfig:
     hidden_width: Count = 256
     mode: Mode = Mode.SOFT
     budget_loss_weight: PositiveOrZero = 1.0
-    entropy_weight: PositiveOrZero = 0.02
+    entropy_weight: PositiveOrZero = 0.1
     draws_per_step: Count | None = None
 
 

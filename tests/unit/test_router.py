@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from elastic.router.budget_loss import budget_loss, expected_widths
+from elastic.router.budget_loss import budget_loss, cost_shares, expected_widths
 from elastic.router.draw import GateSource, Mode, decide, smallest_subnet
-from elastic.router.gumbel import choice_probabilities
+from elastic.router.gumbel import choice_entropy, choice_probabilities
 from elastic.router.phases import Curriculum, Phase
 from elastic.router.router import Router
 from elastic.router.schedules import LearningRate, Linear
@@ -41,7 +41,7 @@ def budgets(where, ratios=(1.0, 0.7, 0.45), metric=Metric.PARAMS):
 def source(mode=Mode.SOFT, where=None, seed=0, draws=None):
     where = where or space()
     router = Router(where, 3, hidden_width=32, seed=seed)
-    return GateSource(router, where, budgets(where), DEPLOYMENT, mode, 1.0, 0.02, draws, seed)
+    return GateSource(router, where, budgets(where), DEPLOYMENT, mode, 1.0, 0.1, draws, seed)
 
 
 def place(frozen=False, execution=Execution.MASK, step=0, temperature=0.5):
@@ -188,9 +188,9 @@ def test_initial_router_depends_on_the_seed_alone():
     assert any(not torch.equal(one[name], value) for name, value in Router(space(), 3, seed=5).state_dict().items())
 
 
-def _anneal(seed, task, steps=150, weight=3.0):
+def _anneal(seed, task, steps=150, weight=3.0, where=None):
     """Train a router on the budget loss and, optionally, a made-up task loss that prefers later layers."""
-    gates = source(seed=seed)
+    gates = source(where=where, seed=seed)
     gates.budget_loss_weight = weight
     phase = Phase(
         "anneal", 32, 12, steps, LearningRate(0.0), (1, 1, 1), LearningRate(1e-2, warmup_steps=10), Linear(1.0, 0.05),
@@ -234,3 +234,39 @@ def test_the_router_spends_a_budget_where_the_task_wants_it(seed):
     assert len(set(ffn)) > 1 and sum(ffn[-2:]) > sum(ffn[:2]), ffn
     full = shape_cost(space().parent).params
     assert subnet_cost(space().parent, chosen[0]).params == full
+
+
+def test_cost_shares_follow_the_metric_of_each_budget():
+    where = space()
+    both = budgets(where, (0.7,)) + budgets(where, (0.7,), Metric.DEPLOY_BYTES)
+    shares = cost_shares(where, both, DEPLOYMENT)
+    narrow = where.subnet({Axis.HIDDEN: (3,)})
+    for index, budget in enumerate(both):
+        full = shape_cost(where.parent, DEPLOYMENT)[budget.metric]
+        wanted = 1 - subnet_cost(where.parent, narrow, DEPLOYMENT)[budget.metric] / full
+        assert shares[Axis.HIDDEN][index].item() == pytest.approx(wanted, rel=1e-6)
+    assert set(shares) == set(where.elastic_axes()) and all((share > 0).all() for share in shares.values())
+
+
+def test_the_entropy_reward_does_not_grow_with_the_number_of_layers():
+    """Summed over slots it outweighs the cost that one slot of a 62-layer parent can move, and budgets are missed."""
+    few, shares = torch.randn(2, 3, 5), {Axis.FFN: torch.tensor([0.2, 0.3])}
+    many = few.repeat(1, 9, 1)
+    expected = choice_entropy({Axis.FFN: few}, 2.0, shares)
+    assert expected > 0
+    torch.testing.assert_close(choice_entropy({Axis.FFN: many}, 2.0, shares), expected)
+
+
+def test_budgets_are_met_with_many_slots():
+    """28 FFN layers, as in the 12B parent: each alone moves the cost by less than 1%."""
+    shape = ModelShape.uniform(
+        "M-M-M-M*" * 7 + "M-" * 7, vocab=1024, hidden=128, ffn=512, mamba_heads=16, head_channels=16, mamba_groups=4,
+        mamba_state=16, conv_kernel=4, attention_heads=8, kv_heads=2, attention_channels=16,
+    )  # fmt: skip
+    choices = {
+        Axis.HIDDEN: AxisChoices((128, 120, 112, 104, 96, 88, 80)),
+        Axis.FFN: AxisChoices((512, 448, 384, 320, 256, 192, 128), per_layer=True),
+        Axis.MAMBA_HEAD: AxisChoices((16, 12, 8)),
+    }
+    _, ratios = _anneal(0, task=0.5, where=Space(shape, choices))
+    assert all(abs(ratio - 1) < 0.02 for ratio in ratios), ratios
