@@ -24,7 +24,7 @@ def build_summary(
     """Join the verbs' outputs into one row per budget; adds the loss of each folder in stock transformers."""
     cut = {row["name"]: row for row in untrained}
     exported = {row["name"]: row for row in extraction}
-    num_sequences = parent["num_tokens"]
+    num_tokens = parent["num_tokens"]
     family = []
     for row in subnets:
         name, folder = row["name"], exported[row["name"]]["hugging_face"]
@@ -36,7 +36,7 @@ def build_summary(
                 "target_ratio": row["cost_ratio"],
                 "loss_subnet": row["loss"],
                 "loss_submodel": submodels[name]["loss"],
-                "loss_hugging_face": hugging_face_loss(Path(folder), data, num_sequences),
+                "loss_hugging_face": hugging_face_loss(Path(folder), data, num_tokens),
                 "loss_pruned_untrained": cut[name]["loss"],
                 "gain_over_untrained": cut[name]["loss"] - row["loss"],
                 "max_abs_logit_diff_hf": exported[name]["max_abs_logit_diff"],
@@ -45,9 +45,15 @@ def build_summary(
             }
         )
     return {
-        "parent": {"name": "parent", "params": parent["params"], "loss": parent["loss"], "run_dir": str(parent_dir)},
+        "parent": {
+            "name": "parent",
+            "target_params": None,  # nothing was asked of it and nothing is cut out of it
+            "params": parent["params"],
+            "loss_subnet": parent["loss"],
+            "run_dir": str(parent_dir),
+        },
         "family": family,
-        "held_out_tokens": num_sequences,
+        "held_out_tokens": num_tokens,
         "seconds": seconds,
     }
 
@@ -83,7 +89,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
     parent = summary["parent"]
-    table.add_row("parent", f"{parent['params'] / 1e6:.3f}M", "-", f"{parent['loss']:.4f}", "-", "-", "-", "-")
+    table.add_row("parent", f"{parent['params'] / 1e6:.3f}M", "-", f"{parent['loss_subnet']:.4f}", "-", "-", "-", "-")
     for row in summary["family"]:
         table.add_row(
             row["name"],
@@ -112,7 +118,7 @@ def draw_family(summary: dict[str, Any], path: Path) -> None:
         millions, [row["loss_pruned_untrained"] for row in rows], "s--", color="0.6", label="cut without training"
     )
     left.plot(millions, [row["loss_subnet"] for row in rows], "o-", color="C0", label="family, one run")
-    left.plot([parent["params"] / 1e6], [parent["loss"]], "*", color="C3", markersize=14, label="parent")
+    left.plot([parent["params"] / 1e6], [parent["loss_subnet"]], "*", color="C3", markersize=14, label="parent")
     for row, x in zip(rows, millions, strict=True):
         left.annotate(row["name"], (x, row["loss_subnet"]), textcoords="offset points", xytext=(6, 6))
     left.set(

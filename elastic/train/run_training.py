@@ -71,7 +71,8 @@ def run_elastic(config: ElasticConfig, console: Console, callbacks: Sequence[Cal
             draws_per_step=router_config.draws_per_step,
             seed=config.seed,
         )
-        record = Record("elastic", space.parent, space.lanes, space.depth_ranking, config.data.path, family)
+        provenance = {"permuted parent": str(start), "data": config.data.path}
+        record = Record("elastic", space.parent, space.lanes, space.depth_ranking, config.data.path, family, provenance)
         trainer = _trainer(config, stream, here, student, teacher, record, phases, config.distill, gates)
         trainer.callbacks = list(callbacks)
         return _fit(trainer, config, stream, tuple(budget.name for budget in family.budgets), console)

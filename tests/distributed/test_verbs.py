@@ -1,13 +1,14 @@
 """The verbs behind the main job, end to end on a tiny family: extract, import, evaluate, and their refusals."""
 
 import json
+from unittest import mock
 
 import pytest
 from rich.console import Console
 
 from elastic.space.axes import Axis
 from elastic.train.checkpoint import CheckpointError, resolve_checkpoint
-from elastic.train.config import EvaluateConfig, ExtractConfig, ImportConfig
+from elastic.train.config import EvaluateConfig, ExtractConfig, ImportanceConfig, ImportConfig
 from elastic.train.config_load import load
 from elastic.train.family import FamilyError
 from elastic.train.record import Record
@@ -15,6 +16,7 @@ from elastic.train.run_evaluate import run_evaluate
 from elastic.train.run_extract import run_extract
 from elastic.train.run_folder import RunFolderError
 from elastic.train.run_import import run_import
+from elastic.train.run_importance import PermutationError, run_importance
 from tests.distributed.harness import run_distributed
 from tests.distributed.training import elastic_values, place, train
 
@@ -114,3 +116,27 @@ def test_nothing_is_overwritten_and_wrong_inputs_are_named(start, family):
     with pytest.raises(Exception, match="neither a checkpoint nor a run folder") as refused:
         evaluate(start, "no_checkpoint", start / "nowhere")
     assert isinstance(refused.value.__cause__, CheckpointError)
+
+
+def _permute_wrongly(values):
+    """Run the importance verb with a permutation that reorders FFN rows but not the columns that read them."""
+
+    def wrong(tensor, name, *_):
+        return tensor.flip(0) if name.endswith("linear_fc1.weight") else tensor
+
+    with mock.patch("elastic.train.run_importance.permute_parameter", wrong):
+        run_importance(load(ImportanceConfig, values), Console(quiet=True))
+
+
+def test_a_permutation_that_moves_the_logits_writes_no_checkpoint(start):
+    values = dict(
+        init_from=dict(parent=str(start / "run" / "parent")),
+        data=dict(path=str(start / "data")),
+        importance=dict(num_sequences=4, sequence_length=32, micro_batch=4, depth="none"),
+        exp_manager=place(start, "wrong"),
+    )
+    with pytest.raises(Exception, match="logits of the permuted parent moved") as refused:
+        run_distributed(_permute_wrongly, 1, values)
+    assert isinstance(refused.value.__cause__, PermutationError)
+    assert not (start / "run" / "wrong" / "checkpoints").exists()
+    assert not (start / "run" / "wrong" / "ranking.safetensors").exists()
