@@ -125,7 +125,6 @@ def _fit(
     log = RunLog(folder if trainer.world.is_main else None, tensorboard=settings.create_tensorboard_logger, extra=extra)
     held_out = TokenStream(stream.prefix.with_name("validation"))
     trainer.callbacks = [
-        StopOnSignal(),
         Validate(
             [PackedSequences(held_out, phase.sequence_length, config.seed) for phase in trainer.curriculum.phases],
             log,
@@ -136,6 +135,7 @@ def _fit(
         SaveCheckpoints(config.trainer.checkpoint_every_n_steps, settings.keep_last_checkpoints),
         LogSteps(log, budget_names or ("parent",), config.trainer.log_every_n_steps, console),
         *trainer.callbacks,
+        StopOnSignal(),  # last: its handlers stay until the final checkpoint is written
     ]
     trainer.fit()
     if trainer.world.is_main and trainer.stop_reason is not None:

@@ -28,6 +28,7 @@ from tests.distributed.training import (
     tiny_run_space,
     train,
     train_and_be_killed,
+    train_and_be_told_to_stop,
 )
 
 FOUR = dict(tensor=2, pipeline=2, sequence=True, recompute="full")
@@ -80,6 +81,16 @@ def test_two_killed_replicas_resume_to_the_last_digit(start):
         run_distributed(train_and_be_killed, 2, values, "step_00000003", 4)
     run_distributed(train, 2, values)
     assert rows(start, "killed_pair") == rows(start, "pair")
+
+
+def test_a_signal_ends_the_run_with_a_checkpoint_and_the_same_command_goes_on(start, uninterrupted):
+    values = elastic_values(start, "told", trainer=dict(checkpoint_every_n_steps=100))
+    run_distributed(train_and_be_told_to_stop, 1, values, 2)
+    stopped_after = max(rows(start, "told"))
+    assert 2 <= stopped_after < 9
+    assert [path.name for path in list_checkpoints(start / "run" / "told")] == [f"step_{stopped_after:08d}"]
+    run_distributed(train, 1, values)
+    assert rows(start, "told") == uninterrupted
 
 
 class KeepRouter(NoCallback):

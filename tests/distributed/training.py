@@ -116,14 +116,25 @@ def train(values: dict[str, Any]) -> None:
 
 def train_and_be_killed(values: dict[str, Any], checkpoint: str, after_row: int) -> None:
     """Train, and SIGKILL this process once `checkpoint` is whole and a later row has been logged."""
+    _train_and_receive(values, signal.SIGKILL, after_row, checkpoint)
+
+
+def train_and_be_told_to_stop(values: dict[str, Any], after_row: int) -> None:
+    """Train, and send this process SIGUSR1 once a row has been logged; returns when the run has ended in order."""
+    _train_and_receive(values, signal.SIGUSR1, after_row, None)
+
+
+def _train_and_receive(values: dict[str, Any], number: signal.Signals, after_row: int, checkpoint: str | None) -> None:
     manager = values["exp_manager"]
     folder = Path(manager["exp_dir"]) / manager["name"] / manager["version"]
 
     def watch() -> None:
         while True:
             logged = (folder / "metrics.jsonl").read_text() if (folder / "metrics.jsonl").exists() else ""
-            if (folder / "checkpoints" / checkpoint).exists() and f'"step": {after_row},' in logged:
-                os.kill(os.getpid(), signal.SIGKILL)
+            saved = checkpoint is None or (folder / "checkpoints" / checkpoint).exists()
+            if saved and f'"step": {after_row},' in logged:
+                os.kill(os.getpid(), number)
+                return
             time.sleep(0.002)
 
     threading.Thread(target=watch, daemon=True).start()
