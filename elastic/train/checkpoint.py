@@ -25,14 +25,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from elastic.modules.model import ElasticModel
+from elastic.train.checkpoint_metadata import CheckpointError
 from elastic.train.parallel import World
 from elastic.train.record import RECORD_FILE, Record
 
 STATE_FILE, ROUTER_FILE, FOLDER = "state.json", "router.safetensors", "checkpoints"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, incomplete or does not fit."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +56,11 @@ def checkpoint_folder(run_folder: Path, step: int) -> Path:
     return run_folder / FOLDER / f"step_{step:08d}"
 
 
+def writing_folder(folder: Path) -> Path:
+    """Return where a checkpoint lies until it is whole."""
+    return folder.with_name(folder.name + ".writing")
+
+
 def list_checkpoints(run_folder: Path) -> list[Path]:
     """List the whole checkpoints of a run, oldest first."""
     return sorted(
@@ -81,7 +83,7 @@ def save_checkpoint(
     folder: Path, trained: Trainable, record: Record, state: TrainingState | None, world: World
 ) -> None:
     """Write one checkpoint aside and rename it when every rank has finished; refuses to replace an existing one."""
-    writing = folder.with_name(folder.name + ".writing")
+    writing = writing_folder(folder)
     if world.is_main:
         if folder.exists():
             raise CheckpointError(f"{folder} exists already and is not replaced; remove it or choose another folder")
