@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as torch_checkpoint
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, TensorStorageMetadata
 
@@ -44,7 +43,10 @@ class StoredTensors(Mapping[str, Tensor]):
         """Read one full parameter in the number format it is stored in."""
         tensor = torch.empty(parameter_size(name, self._shape), dtype=self.dtype(name))
         rows = {part.key: tensor.narrow(0, part.start, part.size[0]) for part in stored_parts(name, self._shape)}
-        torch_checkpoint.load(rows, storage_reader=self._reader, planner=DefaultLoadPlanner(), no_dist=True)
+        planner, metadata = DefaultLoadPlanner(), self._reader.read_metadata()
+        planner.set_up_planner(rows, metadata, is_coordinator=True)
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self._reader.read_data(planner.create_local_plan(), planner).wait()
         return tensor
 
     def __iter__(self) -> Iterator[str]:
