@@ -12,36 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic.compress.hf_config import (
-    ExportError,
-    HfConfigError,
-    HfSettings,
-    generation_config,
-    hf_config,
-    settings_from_hf_config,
-    shape_from_hf_config,
-)
-from elastic.compress.hf_names import FP32_SUFFIXES, HfTensorError, check_names, hf_sizes, stored_names, to_hf
+from elastic.compress.disk import DiskSpaceError, check_free_space
+from elastic.compress.hf_config import ExportError, HfSettings, generation_config, hf_config
+from elastic.compress.hf_dtypes import DtypeRule
+from elastic.compress.hf_folder import CONFIG_FILE, GENERATION_FILE, HfFolderError, open_hf_folder
+from elastic.compress.hf_names import HfTensorError, hf_sizes, to_hf
 from elastic.compress.logits import LogitDifference, probe_tokens
 from elastic.compress.model_card import CardInfo, deployed_params, model_card
 from elastic.compress.reload import ReloadError, reload_logits
 from elastic.compress.slicing import TensorSource
-from elastic.compress.tensor_files import TensorFileError, TensorFolder, TensorSpec, write_tensors
+from elastic.compress.tensor_files import TensorFolder, TensorSpec, write_tensors
+from elastic.compress.tensor_headers import TensorFileError
+from elastic.compress.tokenizer_files import TokenizerFileError, copy_tokenizer
 from elastic.space.cost import shape_cost
 from elastic.space.shape import ModelShape
-
-# Never code: a folder's own .py files stay behind.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 class Verification(StrEnum):
@@ -55,16 +39,20 @@ class Verification(StrEnum):
 class ExportOptions:
     """How a folder is written.
 
-    A_log and D are kept in `state_dtype`: training holds them in fp32 and inference engines compute with fp32, so
-    rounding them would only lose accuracy. `shard_bytes` bounds one weights file.
+    `dtype` is fp32 or bf16 for everything but A_log and D, which stay in fp32, or a rule: that of a source's folder
+    gives every tensor back as it came. `shard_bytes` bounds one weights file.
     """
 
-    dtype: torch.dtype = torch.bfloat16
-    state_dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | DtypeRule = torch.bfloat16
     settings: HfSettings = field(default_factory=HfSettings)
     tokenizer_folder: Path | None = None
     shard_bytes: int = 5_000_000_000
     overwrite: bool = False
+
+    @property
+    def rule(self) -> DtypeRule:
+        """Return the format of every tensor; raises DtypeError for other formats than fp32 and bf16."""
+        return self.dtype if isinstance(self.dtype, DtypeRule) else DtypeRule.trained(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -98,72 +86,35 @@ def export_folder(
     `tolerance` relative to the largest logit. Without it (a model too large to run) every stored value is read back
     and compared with its source instead. Raises ExportError.
     """
-    folder = Path(folder)
-    specs = _specs(shape, options)
+    folder, rule = Path(folder), options.rule
+    specs = {name: TensorSpec(size, rule.of(name)) for name, size in hf_sizes(shape).items()}
     _check_target(folder, sum(spec.num_bytes for spec in specs.values()), options.overwrite)
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         write_tensors(aside, specs, to_hf(source, shape), options.shard_bytes)
-        _write_json(aside / "config.json", hf_config(shape, options.settings, options.dtype))
-        _write_json(aside / "generation_config.json", generation_config(options.settings))
+        _write_json(aside / CONFIG_FILE, hf_config(shape, options.settings, rule.main))
+        _write_json(aside / GENERATION_FILE, generation_config(options.settings))
         copy_tokenizer(options.tokenizer_folder, aside, shape.vocab)
         report = _verify(aside, folder, source, shape, specs, reference_logits, tolerance)
-        text = model_card(card, shape, str(options.dtype).removeprefix("torch."), verification_text(report))
+        text = model_card(card, shape, str(rule.main).removeprefix("torch."), verification_text(report))
         (aside / "README.md").write_text(text)
         _move_into_place(aside, folder)
-    except (TensorFileError, HfTensorError, ReloadError) as error:
+    except (TensorFileError, TokenizerFileError, HfFolderError, HfTensorError, ReloadError) as error:
         raise ExportError(f"export to {folder}: {error}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return report
 
 
-def load_hf_config(folder: Path) -> tuple[ModelShape, HfSettings, dict[str, Any]]:
-    """Read sizes, settings and the raw config of a stock folder; raises HfConfigError."""
-    config = _read_json(Path(folder) / "config.json")
-    generation = Path(folder) / "generation_config.json"
-    settings = settings_from_hf_config(config, _read_json(generation) if generation.is_file() else None)
-    return shape_from_hf_config(config), settings, config
-
-
 def load_hf_tensors(folder: Path) -> tuple[ModelShape, TensorFolder]:
     """Open a stock folder for `from_hf`: its shape and a mapping that reads one tensor at a time.
 
-    Names and sizes are compared with the config before any value is read. Raises HfConfigError, TensorFileError or
-    HfTensorError. Nothing but JSON and safetensors is read; code in the folder is never run.
+    Short for `open_hf_folder`, for callers that need no more of it; raises HfFolderError.
     """
-    shape, _, _ = load_hf_config(folder)
-    tensors = TensorFolder(Path(folder))
-    sizes, stored = hf_sizes(shape), stored_names(tensors)
-    check_names(stored, shape)
-    wrong = [
-        f"{name} is {tensors.size(stored[name])}, the config says {sizes[name]}"
-        for name in stored
-        if tensors.size(stored[name]) != sizes[name]
-    ]
-    if wrong:
-        raise HfTensorError("Hugging Face tensors do not match the config: " + "; ".join(wrong[:4]))
-    return shape, tensors
-
-
-def copy_tokenizer(source: Path | None, folder: Path, vocab: int) -> None:
-    """Copy tokenizer files, never code; raises ExportError if there are none or the tokenizer exceeds `vocab`."""
-    if source is None:
-        return
-    found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if not found:
-        raise ExportError(f"tokenizer folder {source} holds none of {', '.join(TOKENIZER_FILES[:3])}, ...")
-    if (source / "tokenizer.json").is_file():
-        tokenizer = _read_json(source / "tokenizer.json")
-        added = [token["id"] for token in tokenizer.get("added_tokens", [])]
-        entries = tokenizer.get("model", {}).get("vocab", {})
-        largest = max([*added, *(entries.values() if isinstance(entries, dict) else [len(entries) - 1])], default=0)
-        if largest >= vocab:
-            raise ExportError(f"tokenizer {source} has token {largest}, the model's vocabulary is {vocab}")
-    for path in found:
-        shutil.copyfile(path, folder / path.name)
+    source = open_hf_folder(folder)
+    return source.shape, source.tensors
 
 
 def verification_text(report: ExportReport) -> str:
@@ -176,13 +127,6 @@ def verification_text(report: ExportReport) -> str:
     )
 
 
-def _specs(shape: ModelShape, options: ExportOptions) -> dict[str, TensorSpec]:
-    return {
-        name: TensorSpec(size, options.state_dtype if name.endswith(FP32_SUFFIXES) else options.dtype)
-        for name, size in hf_sizes(shape).items()
-    }
-
-
 def _verify(
     aside: Path,
     folder: Path,
@@ -193,10 +137,10 @@ def _verify(
     tolerance: float,
 ) -> ExportReport:
     params, deployed = int(shape_cost(shape).params), deployed_params(shape)
+    written = open_hf_folder(aside)  # held to the rules of any other folder
     if reference_logits is None:
-        _, stored = load_hf_tensors(aside)
         for name, tensor in to_hf(source, shape):
-            if not torch.equal(stored[name], tensor.to("cpu", specs[name].dtype)):
+            if not torch.equal(written.tensors[name], tensor.to("cpu", specs[name].dtype)):
                 raise ExportError(f"export to {folder}: {name} was not stored as given")
         return ExportReport(folder, params, deployed, Verification.TENSORS, None, None)
     tokens = probe_tokens(shape.vocab)
@@ -217,10 +161,10 @@ def _check_target(folder: Path, num_bytes: int, overwrite: bool) -> None:
         raise ExportError(f"{folder} is a file")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ExportError(f"folder {folder} is not empty; choose another one or set overwrite")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if free < num_bytes:
-        raise ExportError(f"not enough disk for {folder}: {num_bytes / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
+    try:
+        check_free_space(folder, num_bytes, "the exported weights")
+    except DiskSpaceError as error:
+        raise ExportError(str(error)) from error
 
 
 def _move_into_place(aside: Path, folder: Path) -> None:
@@ -232,16 +176,6 @@ def _move_into_place(aside: Path, folder: Path) -> None:
         shutil.rmtree(old)
     else:
         os.replace(aside, folder)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise HfConfigError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise HfConfigError(f"{path} must hold a JSON object")
-    return value
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

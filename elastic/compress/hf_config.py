@@ -1,4 +1,4 @@
-"""Write and read `config.json` of stock `nemotron_h`, by the export rules of FACTS 3."""
+"""Write `config.json` of stock `nemotron_h`, by the export rules of FACTS 3; `hf_config_read` reads it back."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -6,21 +6,14 @@ from typing import Any
 
 import torch
 
-from elastic.space.pattern import LayerKind, LayerPattern, PatternError
-from elastic.space.shape import ModelShape, ShapeError
+from elastic.compress.safe_files import shown
+from elastic.space.pattern import LayerKind
+from elastic.space.shape import ModelShape
 
 MODEL_TYPE = "nemotron_h"
 ARCHITECTURE = "NemotronHForCausalLM"
-_PATTERN_CHARACTER = {
-    "mamba": "M",
-    "linear_attention": "M",
-    "mlp": "-",
-    "attention": "*",
-    "full_attention": "*",
-    "moe": "E",
-}
 # Stock keys whose only value this project's layers compute; absent keys have this value by default.
-_FIXED: dict[str, Any] = {
+FIXED: dict[str, Any] = {
     "attention_bias": False,
     "attention_dropout": 0.0,
     "hidden_dropout": 0.0,
@@ -32,14 +25,26 @@ _FIXED: dict[str, Any] = {
     "use_bias": False,
     "use_conv_bias": True,
 }
-# Keys whose mere presence (unless null) means another model.
-_FORBIDDEN = {
-    "rope_scaling": "layers have no position embedding",
-    "rope_parameters": "layers have no position embedding",
-    "quantization_config": "weights must be plain; dequantise the folder first",
-    "llm_config": "this is a multimodal model",
-    "text_config": "this is a multimodal model",
-    "block_configs": "layers of one kind must share their sizes",
+# Keys that do not touch the function of loaded weights and travel from a source's config to an export's, with the
+# value that is written when the source has none (stock code's default).
+CARRIED: dict[str, Any] = {
+    # Nobody computes with it (inner size = mamba_num_heads * mamba_head_dim); older readers want it present.
+    "expand": 2,
+    "initializer_range": 0.02,
+    "num_logits_to_keep": 1,
+    "rescale_prenorm_residual": True,
+    "residual_in_fp32": False,
+    "time_step_floor": 1e-4,
+    "time_step_max": 0.1,
+    "use_cache": True,
+}
+# The same for keys that are written only if the source has them, with their type.
+CARRIED_IF_GIVEN: dict[str, type] = {"mamba_ssm_cache_dtype": str, "time_step_rank": int, "use_mamba_kernels": bool}
+# Widths of layer kinds that the pattern does not have: they size nothing, and travel so that a config stays equal.
+WIDTH_KEYS = {
+    LayerKind.MLP: "intermediate_size",
+    LayerKind.MAMBA: "mamba_num_heads",
+    LayerKind.ATTENTION: "num_attention_heads",
 }
 
 
@@ -53,21 +58,47 @@ class ExportError(ValueError):
 
 @dataclass(frozen=True)
 class HfSettings:
-    """What a config holds beside the sizes. `generation` extends generation_config.json, e.g. do_sample."""
+    """What a folder says beside the sizes.
+
+    `carried` holds what a source's config says of the keys of CARRIED, CARRIED_IF_GIVEN and of widths no layer has,
+    where that is not the default. Other keys are not kept: nobody can tell whether they stay true of a submodel.
+    `generation` is the source's generation_config.json as it is; None: written from the special tokens.
+    """
 
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
     pad_token_id: int | None = 0
     max_position_embeddings: int = 4096
     chunk_size: int = 128
-    generation: Mapping[str, Any] = field(default_factory=dict)
+    carried: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] | None = None
 
-    def token_ids(self) -> dict[str, int | list[int]]:
-        """Return the special tokens that are set, in JSON form."""
-        ids = {"bos_token_id": self.bos_token_id, "eos_token_id": self.eos_token_id, "pad_token_id": self.pad_token_id}
+    def token_ids(self) -> dict[str, int | list[int] | None]:
+        """Return the special tokens in JSON form. None is said, for stock code has other defaults than none."""
+        eos = self.eos_token_id
         return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in ids.items() if value is not None
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
+            "pad_token_id": self.pad_token_id,
         }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object from which `from_json` makes an equal value."""
+        return {
+            **self.token_ids(),
+            "max_position_embeddings": self.max_position_embeddings,
+            "chunk_size": self.chunk_size,
+            "carried": dict(self.carried),
+            "generation": None if self.generation is None else dict(self.generation),
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "HfSettings":
+        """Undo `to_json`; raises HfConfigError for another set of keys."""
+        if content.keys() != cls().to_json().keys():
+            raise HfConfigError(f"Hugging Face settings have other keys than expected: {shown(sorted(content))}")
+        eos = content["eos_token_id"]
+        return cls(**{**content, "eos_token_id": tuple(eos) if isinstance(eos, list) else eos})
 
 
 def export_shape(shape: ModelShape) -> ModelShape:
@@ -119,174 +150,53 @@ def hf_config(shape: ModelShape, settings: HfSettings, dtype: torch.dtype) -> di
     Raises ExportError if Mamba widths differ or a special token lies outside the vocabulary.
     """
     padded, token_ids = export_shape(shape), settings.token_ids()
-    for key, value in token_ids.items():
-        if any(not 0 <= token < shape.vocab for token in (value if isinstance(value, list) else [value])):
-            raise ExportError(f"{key} = {value} is outside the vocabulary of {shape.vocab}")
+    if problems := token_problems(token_ids, shape.vocab):
+        raise ExportError("; ".join(problems))
+    carried = settings.carried
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
-        **_FIXED,
+        **FIXED,
+        **{key: carried.get(key, default) for key, default in CARRIED.items()},
+        **{key: carried[key] for key in CARRIED_IF_GIVEN if key in carried},
         **token_ids,
         "chunk_size": settings.chunk_size,
         "conv_kernel": padded.conv_kernel,
-        # Nobody computes with it (inner size = mamba_num_heads * mamba_head_dim); older readers want it present.
-        "expand": 2,
         "head_dim": padded.attention_channels,
         "hidden_size": padded.hidden,
         "hybrid_override_pattern": str(padded.pattern),
-        "initializer_range": 0.02,
-        "intermediate_size": max(padded.ffn, default=0),
+        "intermediate_size": max(padded.ffn, default=carried.get("intermediate_size", 0)),
         "layer_norm_epsilon": padded.norm_epsilon,
         "mamba_head_dim": padded.head_channels,
-        "mamba_num_heads": max(padded.mamba_heads, default=padded.mamba_groups),
+        "mamba_num_heads": max(padded.mamba_heads, default=carried.get("mamba_num_heads", padded.mamba_groups)),
         "max_position_embeddings": settings.max_position_embeddings,
         "n_groups": padded.mamba_groups,
-        "num_attention_heads": max(padded.attention_heads, default=padded.kv_heads),
+        "num_attention_heads": max(padded.attention_heads, default=carried.get("num_attention_heads", padded.kv_heads)),
         "num_hidden_layers": len(padded.pattern),
         "num_key_value_heads": padded.kv_heads,
-        "num_logits_to_keep": 1,
-        "rescale_prenorm_residual": True,
-        "residual_in_fp32": False,
         "rms_norm_eps": padded.norm_epsilon,
         "ssm_state_size": padded.mamba_state,
         "tie_word_embeddings": padded.tied_embeddings,
-        "time_step_floor": 1e-4,
-        "time_step_max": 0.1,
         # Stock code clamps dt from below at this value; training never did.
         "time_step_min": 0.0,
         "torch_dtype": str(dtype).removeprefix("torch."),
-        "use_cache": True,
         "vocab_size": padded.vocab,
     }
 
 
 def generation_config(settings: HfSettings) -> dict[str, Any]:
-    """Return generation_config.json."""
-    return {"_from_model_config": not settings.generation, **settings.token_ids(), **settings.generation}
+    """Return generation_config.json: the source's as it is, or one that says no more than the special tokens."""
+    if settings.generation is not None:
+        return dict(settings.generation)
+    known = {key: value for key, value in settings.token_ids().items() if value is not None}
+    return {"_from_model_config": True, **known}
 
 
-def shape_from_hf_config(config: Mapping[str, Any]) -> ModelShape:
-    """Read the sizes out of a stock config; raises HfConfigError listing every problem with field and value."""
-    problems = _model_problems(config)
-    sizes = {key: _size(config, key, problems) for key in _SIZES}
-    epsilon = config.get("layer_norm_epsilon", config.get("rms_norm_eps"))
-    if not isinstance(epsilon, float):
-        problems.append(f"layer_norm_epsilon = {epsilon!r} must be a float")
-    pattern = _pattern(config, problems)
-    if problems:
-        raise HfConfigError("config.json: " + "; ".join(problems))
-    try:
-        return ModelShape.uniform(
-            pattern,
-            ffn=sizes["intermediate_size"],
-            mamba_heads=sizes["mamba_num_heads"],
-            attention_heads=sizes["num_attention_heads"],
-            vocab=sizes["vocab_size"],
-            hidden=sizes["hidden_size"],
-            head_channels=sizes["mamba_head_dim"],
-            mamba_groups=sizes["n_groups"],
-            mamba_state=sizes["ssm_state_size"],
-            conv_kernel=sizes["conv_kernel"],
-            kv_heads=sizes["num_key_value_heads"],
-            attention_channels=sizes["head_dim"],
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            norm_epsilon=epsilon,
-        )
-    except (PatternError, ShapeError) as error:
-        raise HfConfigError(f"config.json: {error}") from error
-
-
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "mamba_num_heads",
-    "mamba_head_dim",
-    "n_groups",
-    "ssm_state_size",
-    "conv_kernel",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
-
-
-def settings_from_hf_config(config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> HfSettings:
-    """Read special tokens and limits, and what `generation` (generation_config.json) adds to them."""
-    eos = config.get("eos_token_id", 2)
-    settings = HfSettings(
-        bos_token_id=config.get("bos_token_id", 1),
-        eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
-        pad_token_id=config.get("pad_token_id", 0),
-        max_position_embeddings=config.get("max_position_embeddings", 4096),
-        chunk_size=config.get("chunk_size", 128),
-    )
-    known = settings.token_ids()
-    added = {
-        key: value
-        for key, value in (generation or {}).items()
-        if key not in ("_from_model_config", "transformers_version") and known.get(key) != value
-    }
-    return replace(settings, generation=added)
-
-
-def import_warnings(config: Mapping[str, Any]) -> list[str]:
-    """List settings under which stock transformers computes something else than training, vLLM and this project."""
-    warnings = []
-    if (floor := config.get("time_step_min", 0.001)) > 0:
-        warnings.append(
-            f"time_step_min = {floor}: stock transformers clamps dt there, training and vLLM do not; logits of the "
-            f"stock folder may differ, exports carry 0.0"
-        )
-    if config.get("residual_in_fp32", False):
-        warnings.append("residual_in_fp32 = true is not kept; exports carry false")
-    return warnings
-
-
-def _model_problems(config: Mapping[str, Any]) -> list[str]:
-    problems = []
-    if config.get("model_type") != MODEL_TYPE:
-        problems.append(f"model_type = {config.get('model_type')!r} must be {MODEL_TYPE!r}")
-    for key, value in _FIXED.items():
-        if config.get(key, value) != value:
-            problems.append(f"{key} = {config[key]!r} is not supported, only {value!r}")
-    problems += [f"{key} is set: {why}" for key, why in _FORBIDDEN.items() if config.get(key) is not None]
-    if config.get("num_nextn_predict_layers", 0):
-        problems.append(
-            f"num_nextn_predict_layers = {config['num_nextn_predict_layers']}: multi-token-prediction layers are not "
-            f"supported"
-        )
-    return problems
-
-
-def _size(config: Mapping[str, Any], key: str, problems: list[str]) -> int:
-    value = config.get(key)
-    smallest = 0 if key == "intermediate_size" else 1
-    if type(value) is not int or value < smallest:
-        what = "missing" if key not in config else f"{value!r}"
-        problems.append(f"{key} is {what}, it must be one integer of at least {smallest}")
-        return smallest
-    return value
-
-
-def _pattern(config: Mapping[str, Any], problems: list[str]) -> str:
-    """Return the pattern from the classic string or from the newer list of layer types."""
-    text = config.get("hybrid_override_pattern")
-    if text is None:
-        types = config.get("layers_block_type", config.get("layer_types"))
-        if not isinstance(types, list) or not types:
-            problems.append("hybrid_override_pattern (or layers_block_type) is missing")
-            return ""
-        unknown = sorted({str(kind) for kind in types} - _PATTERN_CHARACTER.keys())
-        if unknown:
-            problems.append(f"layers_block_type holds unknown kinds {', '.join(unknown)}")
-            return ""
-        text = "".join(_PATTERN_CHARACTER[kind] for kind in types)
-    try:
-        length = len(LayerPattern.parse(text))
-    except PatternError as error:
-        problems.append(str(error))
-        return ""
-    if config.get("num_hidden_layers", length) != length:
-        problems.append(f"num_hidden_layers = {config['num_hidden_layers']}, but the pattern has {length} layers")
-    return text
+def token_problems(token_ids: Mapping[str, int | list[int] | None], vocab: int) -> list[str]:
+    """List the special tokens that lie outside the vocabulary."""
+    return [
+        f"{key} = {value} is outside the vocabulary of {vocab}"
+        for key, value in token_ids.items()
+        if value is not None
+        and any(not 0 <= token < vocab for token in (value if isinstance(value, list) else [value]))
+    ]

@@ -7,20 +7,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+from elastic.compress.safe_files import shown
+from elastic.compress.tensor_headers import StoredTensor, TensorFileError
+from elastic.compress.tensor_index import INDEX_FILE, SINGLE_FILE, scan_tensors
+
 _TYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-
-class TensorFileError(ValueError):
-    """A folder of tensors that is incomplete, damaged, unsafe to read, or not what was announced."""
 
 
 @dataclass(frozen=True)
@@ -113,76 +110,38 @@ def _header(shard: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
 class TensorFolder(Mapping[str, Tensor]):
     """Tensors of a Hugging Face folder by name; each is read from its file when asked for.
 
-    Only safetensors are read, because loading a pickle runs code from the file. Raises TensorFileError if there is
-    nothing safe to read, a shard is missing or damaged, or the index names a tensor its file does not hold.
+    Made from headers that were checked; the keys may call a tensor otherwise than its file does.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._files = _tensor_files(folder)
-        self._sizes: dict[str, tuple[int, ...]] = {}
-        for path in sorted(set(self._files.values())):
-            wanted = {name for name, file in self._files.items() if file == path}
-            with _open(path) as file:
-                held = set(file.keys())
-                if held != wanted:
-                    odd = ", ".join(sorted(held ^ wanted)[:4])
-                    raise TensorFileError(f"{path.name} and {INDEX_FILE} disagree about: {odd}")
-                self._sizes |= {name: tuple(file.get_slice(name).get_shape()) for name in held}
+    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
+        self._stored = dict(stored)
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Check index and headers of `folder`; raises TensorFileError naming every problem."""
+        scan = scan_tensors(Path(folder))
+        if scan.problems:
+            raise TensorFileError("; ".join(scan.problems[:10]))
+        return cls(scan.tensors)
 
     def __getitem__(self, name: str) -> Tensor:
-        # Opened for each tensor: an open file would keep every page it has read in memory.
-        with _open(self._files[name]) as file:
-            return file.get_tensor(name)
+        stored = self._stored[name]
+        try:
+            # Opened for each tensor: an open file would keep every page it has read in memory.
+            with safe_open(stored.path, framework="pt") as file:
+                return file.get_tensor(stored.name)
+        except (SafetensorError, OSError) as error:
+            raise TensorFileError(f"{shown(stored.path.name)} was sound, but cannot be read now: {error}") from error
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._stored)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._stored)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._files
+        return name in self._stored
 
     def size(self, name: str) -> tuple[int, ...]:
         """Return a tensor's size without reading its values."""
-        return self._sizes[name]
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise TensorFileError(f"{path.name} cannot be read, it is truncated or damaged: {error}") from error
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Map every tensor name to its file."""
-    if not folder.is_dir():
-        raise TensorFileError(f"{folder} is not a folder")
-    if (folder / INDEX_FILE).is_file():
-        return _indexed_files(folder)
-    single = folder / SINGLE_FILE
-    if not single.is_file():
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLE_SUFFIXES)
-        why = (
-            f"; {pickles[0]} is a pickle, which can run code when loaded; convert it to safetensors" if pickles else ""
-        )
-        raise TensorFileError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{why}")
-    with _open(single) as file:
-        return dict.fromkeys(file.keys(), single)
-
-
-def _indexed_files(folder: Path) -> dict[str, Path]:
-    try:
-        weight_map = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
-        entries = [(str(name), str(file)) for name, file in weight_map.items()]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise TensorFileError(f"{INDEX_FILE} is not a valid index: {error}") from error
-    if not entries:
-        raise TensorFileError(f"{INDEX_FILE} names no tensors")
-    for file in sorted({file for _, file in entries}):
-        if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
-            raise TensorFileError(f"{INDEX_FILE} points to {file!r}; only safetensors files beside it are read")
-        if not (folder / file).is_file():
-            raise TensorFileError(f"shard {file} is missing from {folder}")
-    return {name: folder / file for name, file in entries}
+        return self._stored[name].size

@@ -17,11 +17,12 @@ from elastic.compress.export import (
     ExportReport,
     Verification,
     export_folder,
-    load_hf_config,
     load_hf_tensors,
 )
-from elastic.compress.hf_config import ExportError, HfConfigError, HfSettings
-from elastic.compress.hf_names import HfTensorError, from_hf
+from elastic.compress.hf_config import ExportError, HfSettings
+from elastic.compress.hf_dtypes import DtypeRule
+from elastic.compress.hf_folder import HfFolderError, open_hf_folder
+from elastic.compress.hf_names import from_hf
 from elastic.compress.model_card import CardInfo
 from elastic.compress.reload import ReloadError, stock_logits
 from elastic.compress.slicing import submodel_tensors
@@ -148,7 +149,7 @@ def test_bf16_keeps_the_state_space_parameters_in_fp32(tmp_path: Path) -> None:
     assert torch.equal(stored["backbone.layers.0.mixer.A_log"], tensors["decoder.layers.0.mixer.A_log"])
     model = AutoModelForCausalLM.from_pretrained(report.folder, dtype="auto")
     assert model.dtype == torch.bfloat16
-    rounded = replace(ExportOptions(), state_dtype=torch.bfloat16, overwrite=True)
+    rounded = ExportOptions(dtype=DtypeRule(torch.bfloat16), overwrite=True)
     export_folder(tensors, SHAPE, report.folder, CardInfo("test"), rounded, None)
     assert {tensor.dtype for tensor in load_file(report.folder / "model.safetensors").values()} == {torch.bfloat16}
 
@@ -209,7 +210,7 @@ def test_tokenizer_files_come_along_and_code_stays(tmp_path: Path) -> None:
     folder = export(tmp_path / "model", options=options).folder
     assert json.loads((folder / "tokenizer.json").read_text()) == tokenizer
     assert (folder / "tokenizer_config.json").is_file() and not list(folder.glob("*.py"))
-    assert load_hf_config(folder)[1].eos_token_id == (2, 3)
+    assert open_hf_folder(folder).settings.eos_token_id == (2, 3)
     (source / "tokenizer.json").write_text(json.dumps(tokenizer | {"added_tokens": [{"id": 40}]}))
     with pytest.raises(ExportError, match="has token 40, the model's vocabulary is 40"):
         export(tmp_path / "other", options=options)
@@ -221,16 +222,16 @@ def test_a_folder_that_does_not_match_its_config_is_refused(tmp_path: Path) -> N
     weights = load_file(folder / "model.safetensors")
     bad = weights | {"backbone.norm_f.weight": torch.zeros(31)}
     save_file(bad, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(HfTensorError, match=r"backbone\.norm_f\.weight is \(31,\), the config says \(32,\)"):
+    with pytest.raises(HfFolderError, match=r"backbone\.norm_f\.weight is \(31,\), the config says \(32,\)"):
         load_hf_tensors(folder)
     del bad["backbone.norm_f.weight"]
     save_file(bad, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(HfTensorError, match=r"missing backbone\.norm_f\.weight"):
+    with pytest.raises(HfFolderError, match=r"missing: backbone\.norm_f\.weight"):
         load_hf_tensors(folder)
     with pytest.raises(ReloadError, match=r"missing_keys: model\.norm_f\.weight"):
         stock_logits(folder, torch.zeros(1, 4, dtype=torch.int64))
     (folder / "config.json").write_text("[]")
-    with pytest.raises(HfConfigError, match="must hold a JSON object"):
+    with pytest.raises(HfFolderError, match="must hold a JSON object"):
         load_hf_tensors(folder)
 
 

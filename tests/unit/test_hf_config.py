@@ -1,6 +1,7 @@
 """config.json follows the export rules, says what the shape says, and is read back with clear errors."""
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +17,8 @@ from elastic.compress.hf_config import (
     export_warnings,
     generation_config,
     hf_config,
-    import_warnings,
-    settings_from_hf_config,
-    shape_from_hf_config,
 )
+from elastic.compress.hf_config_read import import_warnings, settings_from_hf_config, shape_from_hf_config
 from elastic.space.shape import ModelShape
 
 NANO_12B = ModelShape.uniform(
@@ -104,9 +103,13 @@ def test_layers_of_one_kind_share_the_widest_width() -> None:
     "changes, message",
     [
         ({"model_type": "llama"}, "model_type = 'llama' must be 'nemotron_h'"),
-        ({"hybrid_override_pattern": "ME*-"}, "character 'E'.*Mixture-of-experts"),
-        ({"hybrid_override_pattern": None, "layers_block_type": ["mamba", "moe"]}, "Mixture-of-experts"),
-        ({"hybrid_override_pattern": None, "layers_block_type": ["mamba", "conv"]}, "unknown kinds conv"),
+        ({"hybrid_override_pattern": "ME*-"}, "layers 1 .character 'E'. are Mixture-of-experts.*dense parent"),
+        ({"hybrid_override_pattern": None, "layers_block_type": ["mamba", "moe"]}, "layers 1 .*Mixture-of-experts"),
+        ({"hybrid_override_pattern": None, "layers_block_type": ["mamba", "conv"]}, "kinds conv, first at layer 1"),
+        ({"hybrid_override_pattern": "M|M"}, "not one of M - "),
+        ({"hybrid_override_pattern": "M", "layers_block_type": ["mlp"]}, "'M' and layers_block_type .-. disagree"),
+        ({"hybrid_override_pattern": "M" * 1001}, "1,001 layers, more than any model's"),
+        ({"hybrid_override_pattern": ["M"]}, "must be text of M, - and"),
         ({"hybrid_override_pattern": None}, "hybrid_override_pattern .* is missing"),
         ({"num_nextn_predict_layers": 1}, "multi-token-prediction"),
         ({"num_hidden_layers": 61}, "num_hidden_layers = 61, but the pattern has 62"),
@@ -120,6 +123,18 @@ def test_layers_of_one_kind_share_the_widest_width() -> None:
         ({"quantization_config": {}}, "quantization_config is set"),
         ({"mamba_num_heads": 127}, "mamba_heads = 127 is not a multiple of mamba_groups = 8"),
         ({"layer_norm_epsilon": "small"}, "layer_norm_epsilon = 'small' must be a float"),
+        ({"rms_norm_eps": 1e-6}, "rms_norm_eps = 1e-06 must equal layer_norm_epsilon = 1e-05"),
+        ({"hidden_size": 2**60}, "hidden_size is 1152921504606846976, larger than any model's"),
+        ({"hidden_size": True}, "hidden_size is True, it must be one integer"),
+        ({"hidden_size": -1}, "hidden_size is -1, it must be one integer of at least 1"),
+        ({"vocab_size": "131072"}, "vocab_size is '131072', it must be one integer"),
+        ({"mamba_d_conv": 3}, "mamba_d_conv = 3 and conv_kernel = 4 mean the same and disagree"),
+        ({"architectures": ["NemotronHForSequenceClassification"]}, "must be .'NemotronHForCausalLM'."),
+        ({"chunk_size": 0}, "chunk_size = 0 must be one integer of at least 1"),
+        ({"eos_token_id": 200000}, "eos_token_id = 200000 is outside the vocabulary of 131072"),
+        ({"pad_token_id": "<pad>"}, "pad_token_id = <pad> must be an integer or null"),
+        ({"time_step_max": "0.1"}, "time_step_max = 0.1 must be float"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings = 1 must be true or false"),
     ],
 )
 def test_pitfall_05_other_models_are_refused_by_name(changes: dict[str, Any], message: str) -> None:
@@ -138,14 +153,32 @@ def test_all_problems_are_listed_at_once() -> None:
 
 def test_generation_settings_travel() -> None:
     published = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": [2, 11, 12], "pad_token_id": 0}
-    settings = settings_from_hf_config(config(), published | {"transformers_version": "4.51", "do_sample": True})
-    assert settings.generation == {"eos_token_id": [2, 11, 12], "do_sample": True}
-    written = generation_config(settings)
-    assert (written["eos_token_id"], written["bos_token_id"], written["do_sample"]) == ([2, 11, 12], 1, True)
+    published |= {"transformers_version": "4.51", "do_sample": True}
+    settings = settings_from_hf_config(config(), published)
+    assert generation_config(settings) == published
     assert hf_config(NANO_12B, settings, torch.bfloat16)["eos_token_id"] == 12
     with pytest.raises(ExportError, match="eos_token_id = 12 is outside the vocabulary of 8"):
         hf_config(NANO_12B.with_vocab(8), SETTINGS, torch.bfloat16)
-    assert "pad_token_id" not in generation_config(replace(SETTINGS, pad_token_id=None))
+    own = generation_config(replace(SETTINGS, pad_token_id=None))
+    assert own == {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 12}
+
+
+def test_settings_survive_json() -> None:
+    source = config(time_step_max=0.2, use_mamba_kernels=True, eos_token_id=[2, 12], bos_token_id=None)
+    settings = settings_from_hf_config(source, {"do_sample": True})
+    assert HfSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    assert hf_config(NANO_12B, settings, torch.bfloat16) == source
+    with pytest.raises(HfConfigError, match="other keys than expected"):
+        HfSettings.from_json({"bos_token_id": 1})
+
+
+def test_a_token_that_is_not_there_is_said_to_be_none() -> None:
+    """Stock code puts its own defaults, 1, 2 and 0, where a config says nothing."""
+    none = hf_config(NANO_12B, HfSettings(bos_token_id=None, pad_token_id=None), torch.float32)
+    stock = NemotronHConfig(**none)
+    assert (stock.bos_token_id, stock.eos_token_id, stock.pad_token_id) == (None, 2, None)
+    del none["bos_token_id"]
+    assert NemotronHConfig(**none).bos_token_id == 1
 
 
 def test_warnings_name_what_kernels_or_stock_code_do_differently() -> None:
@@ -157,3 +190,8 @@ def test_warnings_name_what_kernels_or_stock_code_do_differently() -> None:
     assert any("convolution channels = 634" in warning for warning in export_warnings(odd))
     assert any("time_step_min = 0.001" in warning for warning in import_warnings(config(time_step_min=0.001)))
     assert import_warnings(config()) == []
+    finite = import_warnings(config(time_step_limit=[0.0, 0.1], auto_map={}, mine=1, residual_in_fp32=True))
+    for part in ("time_step_limit = [0.0, 0.1] is not kept", "auto_map is ignored", "not kept: mine", "residual_in_fp"):
+        assert any(part in warning for warning in finite)
+    for limit in ([0.0, math.inf], [0.0, {"__float__": "Infinity"}], None):
+        assert import_warnings(config(time_step_limit=limit, n_routed_experts=8)) == []
