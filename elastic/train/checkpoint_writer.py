@@ -84,7 +84,7 @@ def save_streamed(
     source: TensorSource,
     *,
     identity: str,
-    add_files: Callable[[Path], None] = lambda folder: None,
+    add_files: Callable[[Path], object] = lambda folder: None,
     progress: Callable[[int], None] = lambda num_bytes: None,
 ) -> None:
     """Write a checkpoint of `record.shape`, each parameter read from `source` when its turn comes.

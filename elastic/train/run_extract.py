@@ -7,15 +7,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from elastic.compress.export import ExportOptions, ExportReport, export_folder
-from elastic.compress.hf_carried import Carried, read_carried
-from elastic.compress.hf_config import HfSettings, export_shape
-from elastic.compress.hf_dtypes import DtypeRule
+from elastic.compress.hf_carried import Carried, read_carried, write_carried
+from elastic.compress.hf_config import HfSettings
+from elastic.compress.hf_dtypes import DtypeRule, kind_of_tensor
 from elastic.compress.hf_names import hf_names
 from elastic.compress.model_card import CardInfo
-from elastic.compress.slicing import parameter_names, submodel_source
+from elastic.compress.slicing import parameter_names, parent_parameter, submodel_source
+from elastic.compress.tokenizer_files import find_tokenizer
 from elastic.train.checkpoint import checkpoint_folder
 from elastic.train.checkpoint_writer import save_streamed
 from elastic.train.config import ExtractConfig
@@ -26,7 +28,6 @@ from elastic.train.parallel import DTYPES
 from elastic.train.record import Record
 from elastic.train.run_evaluate import subnet_summary
 from elastic.train.run_folder import prepare_run_folder, write_json
-from elastic.train.run_import import transfer_progress
 
 EXTRACTION_FILE = "extraction.json"
 
@@ -45,17 +46,17 @@ def run_extract(config: ExtractConfig, console: Console) -> Path:
     for member in family.members:
         row: dict[str, Any] = {"name": member.name, "subnet": subnet_summary(member.subnet)}
         if config.export.hugging_face:
-            report = _export_hugging_face(family, member, folder / member.name, carried, config, console)
+            report = _export_hugging_face(family, member, folder / member.name, carried, config)
             row |= {
                 "hugging_face": str(report.folder),
                 "params": report.params,
                 "deployed_params": report.deployed_params,
-                "verification": str(report.verification),
-                "max_abs_logit_diff": report.max_abs_logit_diff,
+                "verification": str(report.outcome.verification),
+                "max_abs_logit_diff": report.outcome.max_abs_logit_diff,
             }
             console.print(_line(member, report))
         if config.export.megatron:
-            row["megatron"] = str(_export_megatron(family, member, folder / f"{member.name}_megatron", console))
+            row["megatron"] = str(_export_megatron(family, member, folder / f"{member.name}_megatron", carried))
         rows.append(row)
     write_json(folder / EXTRACTION_FILE, {"checkpoint": str(family.checkpoint), "members": rows})
     return folder
@@ -84,7 +85,7 @@ def _stored_formats(family: OpenFamily) -> DtypeRule:
     """Return the number formats of the checkpoint's parameters as a rule over the exported tensors."""
     stored, parent = family.tensors(), family.space.parent
     main = stored.dtype(next(iter(stored)))
-    exceptions = {}
+    exceptions: dict[str, torch.dtype] = {}
     for name in parameter_names(parent):
         if stored.dtype(name) != main:
             exceptions |= {kind_of_tensor(hf_name): stored.dtype(name) for hf_name in hf_names(name)}
@@ -124,14 +125,13 @@ def _export_hugging_face(
 
 def _export_megatron(family: OpenFamily, member: Member, run_folder: Path, carried: Carried) -> Path:
     """Write the submodel as a checkpoint of its own, which every verb opens like a parent."""
-    parent, shape = family.space.parent, member.subnet.shape(family.space.parent)
-    stored = family.tensors()
-    parent_names = dict(zip(parameter_names(shape), kept_parameter_names(parent, member.subnet), strict=True))
+    parent, stored = family.space.parent, family.tensors()
+    shape = member.subnet.shape(parent)
     record = Record("submodel", shape, data=family.record.data, provenance={"cut from": str(family.checkpoint)})
     save_streamed(
         checkpoint_folder(run_folder, 0),
         record,
-        {name: stored.dtype(parent_name) for name, parent_name in parent_names.items()},
+        {name: stored.dtype(parent_parameter(name, member.subnet)) for name in parameter_names(shape)},
         submodel_source(stored, parent, member.subnet, family.space.lanes),
         identity=f"{member.name} of {family.checkpoint}",
         add_files=lambda into: write_carried(carried, into),
@@ -145,4 +145,6 @@ def _line(member: Member, report: ExportReport) -> str:
         if report.outcome.max_abs_logit_diff is None
         else f"largest logit difference {report.outcome.max_abs_logit_diff:.1e}"
     )
-    return f"{member.name}: {report.params:,} parameters -> {report.folder} ({report.outcome.verification}; {difference})"
+    return (
+        f"{member.name}: {report.params:,} parameters -> {report.folder} ({report.outcome.verification}; {difference})"
+    )

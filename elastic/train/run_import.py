@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from elastic.compress.disk import check_free_space
-from elastic.compress.hf_folder import HfFolder, open_hf_folder, write_carried
+from elastic.compress.hf_carried import Carried, write_carried
+from elastic.compress.hf_folder import HfFolder, open_hf_folder
 from elastic.compress.hf_names import HF_HEAD, check_tied_head, hf_names, megatron_source
 from elastic.compress.slicing import parameter_names
 from elastic.train.checkpoint import checkpoint_folder, writing_folder
@@ -46,7 +47,7 @@ def run_import(config: ImportConfig, console: Console) -> Path:
             dtypes,
             megatron_source(source.tensors.__getitem__, shape),
             identity=_identity(source),
-            add_files=lambda into: write_carried(source, into),
+            add_files=lambda into: write_carried(Carried.of(source), into),
             progress=lambda num_bytes: bar.advance(task, num_bytes),
         )
     console.print(f"{source.path} -> {checkpoint}")
