@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from elastic.compress.disk import DiskSpaceError, check_free_space
 from elastic.compress.folder_check import CheckOutcome, FolderCheck
@@ -56,21 +58,28 @@ class ExportReport:
 
 
 def export_folder(
-    source: TensorSource, shape: ModelShape, folder: Path, card: CardInfo, options: ExportOptions, check: FolderCheck
+    source: TensorSource,
+    shape: ModelShape,
+    folder: Path,
+    card: CardInfo,
+    options: ExportOptions,
+    check: FolderCheck,
+    progress: Callable[[int, int], None] = lambda num_bytes, total: None,
 ) -> ExportReport:
     """Write `shape`'s tensors, given under Megatron-Core names, as a stock `nemotron_h` folder.
 
     Streams: one tensor in memory. Written aside and renamed once `check` has passed; a failed export leaves nothing
-    behind. Raises ExportError.
+    behind. `progress` is told the bytes of each tensor that is written, and of all. Raises ExportError.
     """
     folder, rule = Path(folder), options.rule
     specs = {name: TensorSpec(size, rule.of(name)) for name, size in hf_sizes(shape).items()}
-    _check_target(folder, sum(spec.num_bytes for spec in specs.values()), options.overwrite)
+    total = sum(spec.num_bytes for spec in specs.values())
+    _check_target(folder, total, options.overwrite)
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        write_tensors(aside, specs, to_hf(source, shape), options.shard_bytes)
+        write_tensors(aside, specs, _reported(to_hf(source, shape), specs, total, progress), options.shard_bytes)
         _write_json(aside / CONFIG_FILE, hf_config(shape, options.settings, rule.main))
         _write_json(aside / GENERATION_FILE, generation_config(options.settings))
         copy_tokenizer(options.tokenizer_folder, aside, shape.vocab)
@@ -83,6 +92,19 @@ def export_folder(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return ExportReport(folder, int(shape_cost(shape).params), deployed_params(shape), outcome)
+
+
+def _reported(
+    tensors: Iterator[tuple[str, Tensor]],
+    specs: Mapping[str, TensorSpec],
+    total: int,
+    progress: Callable[[int, int], None],
+) -> Iterator[tuple[str, Tensor]]:
+    """Hand each tensor on, and report it when the next is asked for: it is written then."""
+    for name, tensor in tensors:
+        yield name, tensor
+        del tensor  # before the next one is read
+        progress(specs[name].num_bytes, total)
 
 
 def load_hf_tensors(folder: Path) -> tuple[ModelShape, TensorFolder]:

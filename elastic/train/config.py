@@ -178,10 +178,14 @@ class FamilyInput:
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyConfig(VerbConfig):
-    """A verb that takes budgets out of a checkpoint: the model's sizes come with it."""
+    """A verb that takes budgets out of a checkpoint: the model's sizes come with it.
+
+    `budget_names` null takes all budgets, an empty list none. (`budgets` is a group of files, so Hydra would not let
+    the command line set a list of that name.)
+    """
 
     init_from: FamilyInput = field(default_factory=FamilyInput)
-    budgets: tuple[str, ...] | None = None
+    budget_names: tuple[str, ...] | None = None
     subnets: tuple[SubnetConfig, ...] = ()
 
 

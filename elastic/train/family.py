@@ -54,13 +54,14 @@ class OpenFamily:
 def open_family(
     checkpoint: str,
     router: str | None,
-    budgets: Sequence[str] | None,
+    budget_names: Sequence[str] | None,
     subnets: Sequence[SubnetConfig],
 ) -> OpenFamily:
     """Take weights from `checkpoint`, choices from `router`'s checkpoint (None: the same one).
 
-    `budgets` None takes all. Weights that come without a router have one member, the whole parent. Raises
-    FamilyError for an unknown budget, CheckpointError or RecordError for checkpoints that do not fit together.
+    `budget_names` None takes all, an empty list none. Weights that come without a router have one member, the whole
+    parent. Raises FamilyError for an unknown budget, CheckpointError or RecordError for checkpoints that do not fit
+    together.
     """
     folder = resolve_checkpoint(checkpoint)
     record = Record.read(folder)
@@ -70,21 +71,23 @@ def open_family(
     if chooser.depth_ranking != record.depth_ranking or chooser.lanes != record.lanes:
         raise FamilyError(f"{folder} and {chooser_folder} are nested differently; use the same permuted parent")
     space = chooser.space()
-    members = [*_budget_members(chooser, chooser_folder, space, budgets)]
+    members = [*_budget_members(chooser, chooser_folder, space, budget_names)]
     members += [Member(given.name, given.subnet(space.parent)) for given in subnets]
     deployment = Deployment() if chooser.family is None else chooser.family.deployment
     return OpenFamily(folder, record, space, deployment, tuple(members))
 
 
 def _budget_members(record: Record, folder: Path, space: Space, wanted: Sequence[str] | None) -> list[Member]:
+    if wanted is not None and not wanted:
+        return []
     if record.family is None:
         if wanted:
-            raise FamilyError(f"budgets = {list(wanted)}: {folder} has no router; leave budgets out or name a router")
+            raise FamilyError(f"budget_names = {list(wanted)}: {folder} has no router; leave them out or name a router")
         return [Member("parent", Subnet.full(space.parent))]
     known = {budget.name: index for index, budget in enumerate(record.family.budgets)}
     unknown = [name for name in wanted or () if name not in known]
     if unknown:
-        raise FamilyError(f"budgets = {unknown}: not in {folder}, which has {list(known)}")
+        raise FamilyError(f"budget_names = {unknown}: not in {folder}, which has {list(known)}")
     router = Router(space, len(known), record.family.router_width, seed=0)
     load_router(folder, router)
     return [

@@ -28,6 +28,7 @@ from elastic.train.parallel import DTYPES
 from elastic.train.record import Record
 from elastic.train.run_evaluate import subnet_summary
 from elastic.train.run_folder import prepare_run_folder, write_json
+from elastic.train.transfer import transfer_progress
 
 EXTRACTION_FILE = "extraction.json"
 
@@ -39,14 +40,14 @@ def run_extract(config: ExtractConfig, console: Console) -> Path:
     nested checkpoint before this returns, or, where memory does not allow it, every stored value with the parent's.
     """
     source = config.init_from
-    family = open_family(source.checkpoint, source.router, config.budgets, config.subnets)
+    family = open_family(source.checkpoint, source.router, config.budget_names, config.subnets)
     carried = _carried(family, config)
     folder, _ = prepare_run_folder(config.exp_manager, asdict(config))
     rows = []
     for member in family.members:
         row: dict[str, Any] = {"name": member.name, "subnet": subnet_summary(member.subnet)}
         if config.export.hugging_face:
-            report = _export_hugging_face(family, member, folder / member.name, carried, config)
+            report = _export_hugging_face(family, member, folder / member.name, carried, config, console)
             row |= {
                 "hugging_face": str(report.folder),
                 "params": report.params,
@@ -93,7 +94,7 @@ def _stored_formats(family: OpenFamily) -> DtypeRule:
 
 
 def _export_hugging_face(
-    family: OpenFamily, member: Member, folder: Path, carried: Carried, config: ExtractConfig
+    family: OpenFamily, member: Member, folder: Path, carried: Carried, config: ExtractConfig, console: Console
 ) -> ExportReport:
     parent, lanes = family.space.parent, family.space.lanes
     card = CardInfo(
@@ -113,14 +114,18 @@ def _export_hugging_face(
         tokenizer_folder=carried.tokenizer_folder,
         shard_bytes=config.export.shard_bytes,
     )
-    return export_folder(
-        submodel_source(family.tensors(), parent, member.subnet, lanes),
-        member.subnet.shape(parent),
-        folder,
-        card,
-        options,
-        choose_check(family, member, carried.dtypes, config.export.check, config.export.max_logit_difference),
-    )
+    check = choose_check(family, member, carried.dtypes, config.export.check, config.export.max_logit_difference)
+    with transfer_progress(console) as bar:
+        task = bar.add_task(f"writing {member.name}", total=None)
+        return export_folder(
+            submodel_source(family.tensors(), parent, member.subnet, lanes),
+            member.subnet.shape(parent),
+            folder,
+            card,
+            options,
+            check,
+            lambda num_bytes, total: bar.update(task, advance=num_bytes, total=total),
+        )
 
 
 def _export_megatron(family: OpenFamily, member: Member, run_folder: Path, carried: Carried) -> Path:

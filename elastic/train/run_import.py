@@ -4,7 +4,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from elastic.compress.disk import check_free_space
 from elastic.compress.hf_carried import Carried, write_carried
@@ -16,6 +15,7 @@ from elastic.train.checkpoint_writer import save_streamed, stored_bytes
 from elastic.train.config import ImportConfig
 from elastic.train.record import Record
 from elastic.train.run_folder import RunFolderError, prepare_run_folder
+from elastic.train.transfer import transfer_progress
 
 
 def run_import(config: ImportConfig, console: Console) -> Path:
@@ -52,12 +52,6 @@ def run_import(config: ImportConfig, console: Console) -> Path:
         )
     console.print(f"{source.path} -> {checkpoint}")
     return folder
-
-
-def transfer_progress(console: Console) -> Progress:
-    """Return a bar that counts bytes."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=console)
 
 
 def _identity(source: HfFolder) -> str:

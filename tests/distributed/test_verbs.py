@@ -89,7 +89,7 @@ def test_evaluation_is_the_same_masked_sliced_and_on_two_replicas(start, family)
 
 def test_a_subnet_given_by_hand_and_weights_with_anothers_router(start, family):
     subnets = [dict(name="thin", hidden=32, ffn=[64], kept_layers=[0, 1, 2])]
-    rows = evaluate(start, "by_hand", family, budgets=["half"], subnets=subnets)
+    rows = evaluate(start, "by_hand", family, budget_names=["half"], subnets=subnets)
     assert rows.keys() == {"half", "thin"} and rows["thin"]["subnet"]["kept_layers"] == [0, 1, 2]
     untrained = evaluate(start, "untrained", start / "run" / "permuted", init_from=dict(router=str(family)))
     assert untrained["half"]["subnet"] == rows["half"]["subnet"]
@@ -110,8 +110,8 @@ def test_nothing_is_overwritten_and_wrong_inputs_are_named(start, family):
     with pytest.raises(Exception, match="exists already") as refused:
         evaluate(start, "family", family)
     assert isinstance(refused.value.__cause__, RunFolderError)
-    with pytest.raises(Exception, match=r"budgets = \['third'\]") as refused:
-        evaluate(start, "unknown_budget", family, budgets=["third"])
+    with pytest.raises(Exception, match=r"budget_names = \['third'\]") as refused:
+        evaluate(start, "unknown_budget", family, budget_names=["third"])
     assert isinstance(refused.value.__cause__, FamilyError)
     with pytest.raises(Exception, match="neither a checkpoint nor a run folder") as refused:
         evaluate(start, "no_checkpoint", start / "nowhere")

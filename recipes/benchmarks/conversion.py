@@ -1,0 +1,90 @@
+"""Import and extract at the widths of the 12B parent: peak memory must not grow with the number of layers."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic.compress.hf_config import HfSettings, hf_config
+from elastic.compress.hf_dtypes import DtypeRule
+from elastic.compress.hf_names import hf_sizes
+from elastic.compress.tensor_files import TensorSpec, write_tensors
+from elastic.space.shape import ModelShape
+
+ROOT = Path(__file__).resolve().parents[2]
+PATTERNS = {8: "M-M*-M-M", 16: "M-M*-M-MM-M*-M-M"}
+WIDTHS = dict(
+    vocab=131072, hidden=5120, ffn=20480, mamba_heads=128, head_channels=80, mamba_groups=8, mamba_state=128,
+    conv_kernel=4, attention_heads=40, kv_heads=8, attention_channels=128,
+)  # fmt: skip
+# A cut along every width, about that of the 6B: hidden, FFN, Mamba heads and query heads.
+SUBNET = "{name: cut, hidden: 4096, ffn: [12800], mamba_heads: [112], attention_heads: [32]}"
+GIB = 2**30
+
+
+def random_folder(folder: Path, shape: ModelShape) -> int:
+    """Write a stock folder of random bf16 weights, tensor by tensor; returns its bytes."""
+    rule = DtypeRule(torch.bfloat16)
+    specs = {name: TensorSpec(size, rule.of(name)) for name, size in hf_sizes(shape).items()}
+
+    def values() -> Iterator[tuple[str, Tensor]]:
+        for name, spec in specs.items():
+            yield name, torch.empty(spec.size, dtype=spec.dtype).normal_(0.0, 0.02)
+
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(hf_config(shape, HfSettings(), torch.bfloat16)))
+    return write_tensors(folder, specs, values(), 5_000_000_000)
+
+
+def measured(verb: str, arguments: Sequence[str]) -> dict[str, float]:
+    """Run one verb in a process of its own; returns its wall seconds and the peak of its resident memory in GiB."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "recipes" / f"{verb}.py"), *arguments]
+    started = time.perf_counter()
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise RuntimeError(f"{' '.join(command)} left with code {child.returncode}")
+    return {"seconds": time.perf_counter() - started, "peak_gib": usage.ru_maxrss * 1024 / GIB}
+
+
+def run(where: Path | None = None) -> list[dict[str, Any]]:
+    """Import, cut and delete a model of 8 and of 16 layers under `where` (default: the folder for temporary files)."""
+    rows = []
+    for num_layers, pattern in PATTERNS.items():
+        with tempfile.TemporaryDirectory(dir=where) as scratch:
+            place = [f"exp_manager.exp_dir={scratch}", "exp_manager.name=run"]
+            source = Path(scratch) / "stock"
+            size = random_folder(source, ModelShape.uniform(pattern, **WIDTHS))
+            imported = measured("import_hf", [f"source={source}", *place, "exp_manager.version=parent"])
+            cut = measured(
+                "extract",
+                [
+                    f"init_from.checkpoint={scratch}/run/parent",
+                    f"subnets=[{SUBNET}]",
+                    "budget_names=[]",
+                    "export.check=values",
+                    *place,
+                    "exp_manager.version=cut",
+                ],
+            )
+        rows += [
+            {"what": what, "num_layers": num_layers, "folder_gib": size / GIB, **figures}
+            for what, figures in (("import_hf", imported), ("extract", cut))
+        ]
+    return rows
+
+
+def own_peak_gib() -> float:
+    """Return the peak resident memory of this process in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
