@@ -89,9 +89,14 @@ def _widest(widths: tuple[int, ...]) -> tuple[int, ...]:
     return (max(widths, default=0),) * len(widths)
 
 
-def export_warnings(shape: ModelShape) -> list[str]:
-    """List the sizes that stock code computes correctly but GPU kernels serve badly or refuse."""
-    padded = export_shape(shape)
+def export_warnings(shape: ModelShape, tensor_parallel: int = 1) -> list[str]:
+    """List the sizes that stock code computes correctly but GPU kernels serve badly or refuse.
+
+    Whole dimensions fill tiles of 64. One rank's share of them is judged by what kernels need: 8 convolution channels,
+    rows of in_proj that start at multiples of 8 (or the kernel's caller copies), 16 elements for FP8 products.
+    """
+    padded, ranks = export_shape(shape), tensor_parallel
+    on_each = f" on each of {ranks} tensor-parallel ranks" if ranks > 1 else ""
     warnings = []
     dims = {"hidden": padded.hidden}
     if padded.ffn:
@@ -100,15 +105,23 @@ def export_warnings(shape: ModelShape) -> list[str]:
         d_inner, state = padded.mamba_heads[0] * padded.head_channels, padded.mamba_groups * padded.mamba_state
         dims["mamba heads x channels"] = d_inner
         rows = {
-            "convolution channels": d_inner + 2 * state,
-            "in_proj rows": 2 * (d_inner + state) + padded.mamba_heads[0],
+            "convolution channels": (d_inner + 2 * state, "which the causal convolution kernel needs"),
+            "in_proj rows": (2 * (d_inner + state) + padded.mamba_heads[0], "so the convolution's input is copied"),
         }
         warnings += [
-            f"{name} = {size} is not a multiple of 8, which the causal convolution kernel needs"
-            for name, size in rows.items()
-            if size % 8
+            f"{name} = {size} is not a multiple of 8{on_each}, {consequence}"
+            for name, (size, consequence) in rows.items()
+            if size % (8 * ranks)
         ]
+        if padded.mamba_groups % ranks:
+            warnings.append(f"mamba groups = {padded.mamba_groups} do not split over {ranks} tensor-parallel ranks")
     warnings += [f"{name} = {size} is not a multiple of 64" for name, size in dims.items() if size % 64]
+    shared = [(name, size) for name, size in dims.items() if name != "hidden" and ranks > 1]
+    warnings += [
+        f"{name} = {size} is not a multiple of 16{on_each}, which FP8 kernels need"
+        for name, size in shared
+        if size % (16 * ranks)
+    ]
     return warnings
 
 
