@@ -65,7 +65,8 @@ def filled_in(config: Any) -> Any:
 def input_paths(config: object) -> Iterator[tuple[str, str | None]]:
     """List (field, path) of every file or folder a verb reads; a path may be null."""
     if isinstance(config, TrainConfig | ImportanceConfig | EvaluateConfig | ExtractConfig):
-        yield "data.path", config.data.path or None
+        is_read = not isinstance(config, CostConfig) or (config.model.vocab is None and config.data.path)
+        yield "data.path", config.data.path if is_read else None
     if isinstance(config, ImportConfig):
         yield "source", config.source
     if isinstance(config, ImportanceConfig | ElasticConfig | CostConfig | EvaluateConfig | ExtractConfig):
