@@ -172,6 +172,8 @@ def test_export_warnings_judge_one_ranks_share() -> None:
     assert ffn.startswith("ffn = 15680 is not a multiple of 16 on each of 8") and 15_680 // 8 % 16 == 8
     groups = export_warnings(replace(NANO_12B, mamba_groups=4), 8)
     assert groups == ["mamba groups = 4 do not split over 8 tensor-parallel ranks"]
-    # 64 x 71 = 4,544 inner channels are 568 = 16 x 35.5 on each rank, and 568 + 2 x 2 convolution channels = 8 x 71.5.
+    # 64 x 71 = 4,544 inner channels are 568 = 16 x 35.5 on each rank; 568 + 2 x 2 convolution channels = 8 x 71.5, and
+    # 2 x (568 + 2) + 8 rows of in_proj = 8 x 143.5.
     narrow = export_warnings(replace(NANO_12B, mamba_heads=(64,) * 28, head_channels=71, mamba_state=2), 8)
-    assert [text.partition(" = ")[0] for text in narrow] == ["convolution channels", "mamba heads x channels"]
+    names = ["convolution channels", "in_proj rows", "mamba heads x channels"]
+    assert [text.partition(" = ")[0] for text in narrow] == names

@@ -149,8 +149,8 @@ def test_every_choice_is_legal_for_the_kernels_at_every_tensor_parallel_size(ran
 
 
 def test_every_choice_splits_over_ranks_in_whole_groups_tiles_and_scales() -> None:
-    """Beyond what kernels need: one of 8 ranks' FFN and every inner dimension are whole groups of 128 (int4 scales),
-    heads spread over tensor 8 x context 2, and lanes, groups and KV heads over 8 ranks."""
+    """Beyond what kernels need: hidden and one of 8 ranks' FFN are whole groups of 128 (int4 scales), heads spread over
+    tensor 8 x context 2, and lanes, groups and KV heads over 8 ranks."""
     space = priced().space()
     parent, choices = space.parent, {axis: space.axes[axis].choices for axis in Axis}
     assert all(width % 128 == 0 for width in choices[Axis.HIDDEN])
