@@ -120,26 +120,34 @@ def _widest(widths: tuple[int, ...]) -> tuple[int, ...]:
     return (max(widths, default=0),) * len(widths)
 
 
-def export_warnings(shape: ModelShape) -> list[str]:
-    """List the sizes that stock code computes correctly but GPU kernels serve badly or refuse."""
-    padded = export_shape(shape)
+def export_warnings(shape: ModelShape, tensor_parallel: int = 1) -> list[str]:
+    """List the sizes that stock code computes correctly but GPU kernels serve badly or refuse.
+
+    Whole dimensions fill tiles of 64; of one rank's share, convolution channels and rows of in_proj are multiples of 8
+    (or the latter are copied), and what FP8 kernels multiply of 16.
+    """
+    padded, ranks = export_shape(shape), tensor_parallel
+    on_each = f" on each of {ranks} tensor-parallel ranks" if ranks > 1 else ""
     warnings = []
-    dims = {"hidden": padded.hidden}
-    if padded.ffn:
-        dims["ffn"] = padded.ffn[0]
+    split = {"ffn": padded.ffn[0]} if padded.ffn else {}
     if padded.mamba_heads:
         d_inner, state = padded.mamba_heads[0] * padded.head_channels, padded.mamba_groups * padded.mamba_state
-        dims["mamba heads x channels"] = d_inner
-        rows = {
-            "convolution channels": d_inner + 2 * state,
-            "in_proj rows": 2 * (d_inner + state) + padded.mamba_heads[0],
-        }
-        warnings += [
-            f"{name} = {size} is not a multiple of 8, which the causal convolution kernel needs"
-            for name, size in rows.items()
-            if size % 8
-        ]
-    warnings += [f"{name} = {size} is not a multiple of 64" for name, size in dims.items() if size % 64]
+        split["mamba heads x channels"] = d_inner
+        channels, rows = d_inner + 2 * state, 2 * (d_inner + state) + padded.mamba_heads[0]
+        if channels % (8 * ranks):
+            rule = f"is not a multiple of 8{on_each}, which the causal convolution kernel needs"
+            warnings.append(f"convolution channels = {channels} {rule}")
+        if rows % (8 * ranks):
+            warnings.append(
+                f"in_proj rows = {rows} is not a multiple of 8{on_each}, so the convolution's input is copied"
+            )
+        if padded.mamba_groups % ranks:
+            warnings.append(f"mamba groups = {padded.mamba_groups} do not split over {ranks} tensor-parallel ranks")
+    for name, size in {"hidden": padded.hidden, **split}.items():
+        if size % 64:
+            warnings.append(f"{name} = {size} is not a multiple of 64")
+        if ranks > 1 and name in split and size % (16 * ranks):
+            warnings.append(f"{name} = {size} is not a multiple of 16{on_each}, which FP8 kernels need")
     return warnings
 
 

@@ -145,8 +145,3 @@ def decide(router: Router, space: Space, budget: int) -> Subnet:
     """Return the subnet a router chooses for a budget: argmax, no noise, ties to the wider choice."""
     chosen = {axis: tuple(values[budget].argmax(dim=-1).tolist()) for axis, values in router().items()}
     return space.subnet(chosen)
-
-
-def smallest_subnet(space: Space) -> Subnet:
-    """Return the subnet of all smallest choices."""
-    return space.subnet({axis: (len(space.axes[axis].choices) - 1,) * space.num_slots(axis) for axis in Axis})

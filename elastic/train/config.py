@@ -107,10 +107,9 @@ class PermutedParentInput:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ElasticConfig(TrainConfig):
-    """recipes/train_elastic.py: the main job."""
+class ElasticRunConfig(TrainConfig):
+    """What describes a run of the main job, for the verbs that train it or price it."""
 
-    init_from: PermutedParentInput = field(default_factory=PermutedParentInput)
     elastic: ElasticSection = field(default_factory=ElasticSection)
     curriculum: Annotated[tuple[ElasticPhaseConfig, ...], Range(low=1)] = (ElasticPhaseConfig(name="train", steps=100),)
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -132,6 +131,36 @@ class ElasticConfig(TrainConfig):
         """Return the budgets in absolute units, in the order of the config."""
         parent, deployment = self.parent_shape(), self.deployment()
         return tuple(budget.budget(parent, deployment) for budget in self.elastic.budgets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElasticConfig(ElasticRunConfig):
+    """recipes/train_elastic.py: the main job."""
+
+    init_from: PermutedParentInput = field(default_factory=PermutedParentInput)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnreadDataConfig(DataConfig):
+    """The data section of a run that is only priced; a given folder says the vocabulary where model.vocab is null."""
+
+    path: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionalParentInput:
+    """The permuted parent whose depth ranking says which layers leave; null: the last ones."""
+
+    permuted_parent: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostConfig(ElasticRunConfig):
+    """recipes/cost.py: what a run of the main job can reach, from its own config; `output` null prints only."""
+
+    data: UnreadDataConfig = field(default_factory=UnreadDataConfig)
+    init_from: OptionalParentInput = field(default_factory=OptionalParentInput)
+    output: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

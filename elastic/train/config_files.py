@@ -8,7 +8,9 @@ from typing import Any
 
 from elastic.space.shape import ModelShape
 from elastic.train.config import (
+    CostConfig,
     ElasticConfig,
+    ElasticRunConfig,
     EvaluateConfig,
     ExtractConfig,
     ImportanceConfig,
@@ -55,16 +57,19 @@ def filled_in(config: Any) -> Any:
     """Return the config with a null model.vocab taken from the prepared data; raises DataError."""
     if not isinstance(config, TrainConfig) or config.model.vocab is not None:
         return config
+    if not config.data.path:
+        raise DataError("the vocabulary is that of the data, and no data.path is given")
     return with_vocab(config, read_manifest(Path(config.data.path)).tokenizer.vocab_size)
 
 
 def input_paths(config: object) -> Iterator[tuple[str, str | None]]:
     """List (field, path) of every file or folder a verb reads; a path may be null."""
     if isinstance(config, TrainConfig | ImportanceConfig | EvaluateConfig | ExtractConfig):
-        yield "data.path", config.data.path
+        is_read = not isinstance(config, CostConfig) or (config.model.vocab is None and config.data.path)
+        yield "data.path", config.data.path if is_read else None
     if isinstance(config, ImportConfig):
         yield "source", config.source
-    if isinstance(config, ImportanceConfig | ElasticConfig | EvaluateConfig | ExtractConfig):
+    if isinstance(config, ImportanceConfig | ElasticConfig | CostConfig | EvaluateConfig | ExtractConfig):
         for field in fields(config.init_from):
             yield f"init_from.{field.name}", getattr(config.init_from, field.name)
 
@@ -84,6 +89,8 @@ def checkpoint_problems(config: object) -> Iterator[Problem]:
             name, path = "init_from.parent", config.init_from.parent
         case ElasticConfig():
             name, path = "init_from.permuted_parent", config.init_from.permuted_parent
+        case CostConfig() if config.init_from.permuted_parent is not None:
+            name, path = "init_from.permuted_parent", config.init_from.permuted_parent
         case EvaluateConfig() | ExtractConfig():
             name, path = "init_from.checkpoint", config.init_from.checkpoint
         case _:
@@ -99,7 +106,7 @@ def checkpoint_problems(config: object) -> Iterator[Problem]:
         case ImportanceConfig():
             yield from _lane_problems(record.shape, config.lanes)
             yield from layout_problems(record.shape, config.parallel, config.lanes)
-        case ElasticConfig():
+        case ElasticConfig() | CostConfig():
             yield from _nesting_problems(config, record, name, path)
         case EvaluateConfig():
             yield from layout_problems(record.shape, config.parallel, record.lanes if record.lanes > 1 else None)
@@ -113,7 +120,7 @@ def _lane_problems(parent: ModelShape, lanes: int) -> Iterator[Problem]:
         yield Problem("lanes", lanes, f"must divide the parent's FFN width = {width}", remedy)
 
 
-def _nesting_problems(config: ElasticConfig, record: Record, name: str, path: str) -> Iterator[Problem]:
+def _nesting_problems(config: ElasticRunConfig, record: Record, name: str, path: str) -> Iterator[Problem]:
     """The family is trained from a permuted parent, with the lanes it was permuted for."""
     if record.kind not in ("permuted_parent", "elastic"):
         rule = f"holds a {record.kind}, whose channels are not in the order of their importance"
@@ -125,6 +132,8 @@ def _nesting_problems(config: ElasticConfig, record: Record, name: str, path: st
 
 def output_problems(config: VerbConfig) -> Iterator[Problem]:
     """Yield a problem if the run folder holds something that the config neither continues nor replaces."""
+    if isinstance(config, CostConfig):
+        return  # the folder is that of the run it prices
     manager = config.exp_manager
     folder = Path(manager.run_dir)
     if manager.overwrite or not folder.exists() or not any(folder.iterdir()) or _goes_on(config, folder):

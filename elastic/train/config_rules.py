@@ -10,7 +10,9 @@ from typing import Any
 from elastic.train import config_rules_elastic as elastic_rules
 from elastic.train import config_rules_layout as layout_rules
 from elastic.train.config import (
+    CostConfig,
     ElasticConfig,
+    ElasticRunConfig,
     EvaluateConfig,
     ExtractConfig,
     FamilyConfig,
@@ -34,11 +36,12 @@ class Rule:
 
 
 TRAINING = (PretrainConfig, ElasticConfig)
+# CostConfig describes a run it does not start: only rules of the model, the space and the budgets concern it.
 RULES = (
     Rule(RunConfig, ("parallel",), layout_rules.check_world),
     Rule((ImportConfig, ExtractConfig), (), layout_rules.check_one_process),
-    Rule(TRAINING, ("model",), layout_rules.check_pattern, later_rules_need_it=True),
-    Rule(TRAINING, ("model",), layout_rules.check_sizes, later_rules_need_it=True),
+    Rule((*TRAINING, CostConfig), ("model",), layout_rules.check_pattern, later_rules_need_it=True),
+    Rule((*TRAINING, CostConfig), ("model",), layout_rules.check_sizes, later_rules_need_it=True),
     Rule(PretrainConfig, ("model", "parallel"), layout_rules.check_layout),
     Rule(ElasticConfig, ("model", "elastic", "parallel"), layout_rules.check_layout),
     Rule((*TRAINING, EvaluateConfig), ("data", "parallel"), layout_rules.check_validation),
@@ -51,10 +54,10 @@ RULES = (
     Rule(ElasticConfig, ("curriculum", "elastic", "data", "parallel"), elastic_rules.check_draws),
     Rule(TRAINING, ("curriculum", "trainer"), elastic_rules.check_max_steps),
     Rule(ElasticConfig, ("curriculum", "elastic", "optim"), elastic_rules.check_elastic_phases),
-    Rule(ElasticConfig, ("elastic",), elastic_rules.check_budget_fields),
-    Rule(ElasticConfig, ("model", "elastic"), elastic_rules.check_space, later_rules_need_it=True),
+    Rule(ElasticRunConfig, ("elastic",), elastic_rules.check_budget_fields),
+    Rule(ElasticRunConfig, ("model", "elastic"), elastic_rules.check_space, later_rules_need_it=True),
     Rule(ElasticConfig, ("model", "elastic", "parallel"), elastic_rules.check_context_choices),
-    Rule(ElasticConfig, ("model", "elastic"), elastic_rules.check_budgets),
+    Rule(ElasticRunConfig, ("model", "elastic"), elastic_rules.check_budgets),
     Rule(ElasticConfig, ("distill",), elastic_rules.check_distill),
     Rule(ElasticConfig, ("distill", "curriculum", "data", "parallel"), elastic_rules.check_num_chunks),
     Rule(FamilyConfig, ("subnets",), elastic_rules.check_subnets),

@@ -5,13 +5,20 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from elastic.router.draw import smallest_subnet
 from elastic.space.axes import Axis, Space, SpaceError
 from elastic.space.budget import BudgetError, check_reachable
 from elastic.space.gates import Execution
 from elastic.space.pattern import LayerKind
+from elastic.space.reach import smallest_subnet
 from elastic.space.shape import ModelShape
-from elastic.train.config import ElasticConfig, ExtractConfig, FamilyConfig, PretrainConfig, total_steps
+from elastic.train.config import (
+    ElasticConfig,
+    ElasticRunConfig,
+    ExtractConfig,
+    FamilyConfig,
+    PretrainConfig,
+    total_steps,
+)
 from elastic.train.config_elastic import BudgetConfig, LearningRateConfig, PhaseConfig
 from elastic.train.config_load import Problem, show
 from elastic.train.config_rules_layout import (
@@ -127,12 +134,12 @@ def check_elastic_phases(config: ElasticConfig, cluster: Cluster) -> Iterator[Pr
             yield Problem("optim.overlap_grad_reduce", True, rule, "nearest legal value is false")
 
 
-def parent_shape(config: ElasticConfig) -> ModelShape:
+def parent_shape(config: ElasticRunConfig) -> ModelShape:
     """Return the parent's shape; a vocabulary still unknown counts as one multiple."""
     return config.model.shape(config.model.vocab_multiple)
 
 
-def check_space(config: ElasticConfig, cluster: Cluster) -> Iterator[Problem]:
+def check_space(config: ElasticRunConfig, cluster: Cluster) -> Iterator[Problem]:
     """Choices are what the nested layout allows; each axis is tried alone so that each gets its own message."""
     parent, section = parent_shape(config), config.elastic.space
     if LayerKind.MLP in parent.pattern.kinds and config.model.ffn % section.lanes:
@@ -171,14 +178,14 @@ def check_context_choices(config: ElasticConfig, cluster: Cluster) -> Iterator[P
         yield from multiple_problem(path, choice, ranks, "parallel.tensor x parallel.context")
 
 
-def check_budget_fields(config: ElasticConfig, cluster: Cluster) -> Iterator[Problem]:
+def check_budget_fields(config: ElasticRunConfig, cluster: Cluster) -> Iterator[Problem]:
     """Budgets have names of their own, and one way to say how much."""
     yield from unique_names("elastic.budgets", [budget.name for budget in config.elastic.budgets])
     for index, budget in enumerate(config.elastic.budgets):
         yield from one_of_two(f"elastic.budgets.{index}", ("target", "ratio"), (budget.target, budget.ratio))
 
 
-def check_budgets(config: ElasticConfig, cluster: Cluster) -> Iterator[Problem]:
+def check_budgets(config: ElasticRunConfig, cluster: Cluster) -> Iterator[Problem]:
     """Every budget lies between the smallest subnet and the parent."""
     if config.model.vocab is None:
         return

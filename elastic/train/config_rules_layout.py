@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from elastic.space.pattern import LayerKind, LayerPattern, PatternError
 from elastic.space.shape import ModelShape
 from elastic.train.config import (
+    CostConfig,
     ElasticConfig,
     EvaluateConfig,
     ImportanceConfig,
@@ -66,6 +67,8 @@ def check_sizes(config: TrainConfig, cluster: Cluster) -> Iterator[Problem]:
 
 def check_world(config: RunConfig, cluster: Cluster) -> Iterator[Problem]:
     """Replicas must fill the processes, and sequence parallelism needs tensor parallelism."""
+    if isinstance(config, CostConfig):
+        return  # the layout is that of the run it prices
     parallel, world = config.parallel, cluster.num_processes
     if world % parallel.model_size:
         yield Problem(

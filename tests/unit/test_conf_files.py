@@ -12,7 +12,6 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from elastic.space.cost import shape_cost
 from elastic.train.config import (
     ElasticConfig,
     EvaluateConfig,
@@ -144,35 +143,6 @@ def test_every_option_of_a_group_loads_in_a_whole_run(group: str, option: str) -
     if group == "exp_manager":
         values["exp_manager"]["name"] = "given"
     load(WHOLE_RUNS[name], values)
-
-
-@pytest.mark.parametrize(
-    ("model", "params"),
-    [
-        ("nemotron_nano_v2_12b", 12_310_001_152),
-        ("nemotron_nano_v2_9b", 8_888_227_328),
-        ("nemotron_3_nano_4b", 3_973_556_832),
-    ],
-)
-def test_published_models_count_exactly(model: str, params: int) -> None:
-    config = load(PretrainConfig, composed("pretrain_parent", f"model={model}"))
-    assert shape_cost(config.parent_shape()).params == params
-
-
-def test_the_run_of_the_paper_is_the_published_one() -> None:
-    config = load_and_check(ElasticConfig, composed("elastic_12b"), STARTED_ON["elastic_12b"])
-    short, long = config.curriculum
-    assert [(p.sequence_length, p.global_batch, p.tokens) for p in (short, long)] == [
-        (8_192, 1_536, 65_000_000_000),
-        (49_152, 512, 45_000_000_000),
-    ]
-    assert list(short.budget_weights.values()) == [1, 1, 1]
-    assert long.budget_weights == {"12b": 0.5, "9b": 0.3, "6b": 0.2}
-    assert (short.lr.peak, short.lr.warmup_steps) == (9e-5, 60)
-    assert (short.router_lr.peak, short.router_lr.warmup_steps) == (1e-2, 60)
-    assert (short.temperature, short.logit_scale) == ((1.0, 0.05), (1.0, 10.0))
-    assert (config.distill.kl_weight, config.distill.cross_entropy_weight) == (1.0, 0.0)
-    assert config.elastic.router.hidden_width == 256
 
 
 def test_tiny_model_and_its_space_fit_the_small_layout_with_all_kinds_of_ranks() -> None:

@@ -14,6 +14,7 @@ from elastic.space.axes import Axis
 from elastic.space.cost import Metric, shape_cost
 from elastic.space.gates import Execution
 from elastic.train.config import (
+    CostConfig,
     ElasticConfig,
     EvaluateConfig,
     ExtractConfig,
@@ -34,11 +35,21 @@ from elastic.train.prepare_config import PrepareConfig
 from elastic.train.record import Record
 
 ROOT = Path(__file__).parents[2]
-VERBS = (PretrainConfig, ImportanceConfig, ElasticConfig, EvaluateConfig, ExtractConfig, ImportConfig, PrepareConfig)
+VERBS = (
+    PretrainConfig,
+    ImportanceConfig,
+    ElasticConfig,
+    CostConfig,
+    EvaluateConfig,
+    ExtractConfig,
+    ImportConfig,
+    PrepareConfig,
+)
 INPUTS: dict[type, dict[str, Any]] = {
     PretrainConfig: {"data.path": "text"},
     ImportanceConfig: {"data.path": "text", "init_from.parent": "parent"},
     ElasticConfig: {"data.path": "text", "init_from.permuted_parent": "parent"},
+    CostConfig: {},
     EvaluateConfig: {"data.path": "text", "init_from.checkpoint": "family"},
     ExtractConfig: {"init_from.checkpoint": "family"},
     ImportConfig: {"source": "folder"},

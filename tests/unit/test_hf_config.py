@@ -195,3 +195,23 @@ def test_warnings_name_what_kernels_or_stock_code_do_differently() -> None:
         assert any(part in warning for warning in finite)
     for limit in ([0.0, math.inf], [0.0, {"__float__": "Infinity"}], None):
         assert import_warnings(config(time_step_limit=limit, n_routed_experts=8)) == []
+
+
+def test_export_warnings_judge_one_ranks_share() -> None:
+    """By hand, on 8 ranks: 1,280 inner channels, 1,536 convolution channels and 2,832 rows of in_proj on each."""
+    assert [export_warnings(NANO_12B, ranks) for ranks in (1, 2, 4, 8)] == [[], [], [], []]
+    heads = export_warnings(replace(NANO_12B, mamba_heads=(96,) * 28), 8)
+    # 2 x (960 + 128) + 12 = 2,188 = 8 x 273.5; the convolution's own 960 + 256 = 1,216 = 8 x 152.
+    assert heads == [
+        "in_proj rows = 17504 is not a multiple of 8 on each of 8 tensor-parallel ranks, so the convolution's input is "
+        "copied"
+    ]
+    (ffn,) = export_warnings(replace(NANO_12B, ffn=(15_680,) * 28), 8)
+    assert ffn.startswith("ffn = 15680 is not a multiple of 16 on each of 8") and 15_680 // 8 % 16 == 8
+    groups = export_warnings(replace(NANO_12B, mamba_groups=4), 8)
+    assert groups == ["mamba groups = 4 do not split over 8 tensor-parallel ranks"]
+    # 64 x 71 = 4,544 inner channels are 568 = 16 x 35.5 on each rank; 568 + 2 x 2 convolution channels = 8 x 71.5, and
+    # 2 x (568 + 2) + 8 rows of in_proj = 8 x 143.5.
+    narrow = export_warnings(replace(NANO_12B, mamba_heads=(64,) * 28, head_channels=71, mamba_state=2), 8)
+    names = ["convolution channels", "in_proj rows", "mamba heads x channels"]
+    assert [text.partition(" = ")[0] for text in narrow] == names

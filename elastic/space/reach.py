@@ -1,0 +1,134 @@
+"""What a space can reach: its smallest subnet, and for a budget one subnet that meets it.
+
+C candidates (one choice per axis, the same in every layer), A elastic axes, K choices.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from elastic.space.axes import KIND_OF_AXIS, Axis, AxisChoices, Space
+from elastic.space.budget import Budget
+from elastic.space.cost import Cost, Deployment, cost, subnet_cost
+from elastic.space.expected import expected_widths
+from elastic.space.subnet import Subnet
+
+TOLERANCE = 0.01  # of the target; ours, as near as a budget should be met
+_GOLDEN_RATIO = 0.6180339887498949  # multiples of it, modulo 1, fall evenly
+
+
+def smallest_subnet(space: Space) -> Subnet:
+    """Return the subnet of all smallest choices, the cheapest in every metric; the dearest is the parent."""
+    return space.subnet({axis: (len(space.axes[axis].choices) - 1,) * space.num_slots(axis) for axis in Axis})
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A subnet picked for a budget, its cost, and that cost as a share of the target."""
+
+    subnet: Subnet
+    cost: Cost
+    ratio: float
+
+    @property
+    def is_near(self) -> bool:
+        """Tell whether the target is met within TOLERANCE; if not, the choices are too coarse around it."""
+        return abs(self.ratio - 1.0) <= TOLERANCE
+
+
+def sample_subnet(space: Space, budget: Budget, deployment: Deployment) -> Sample:
+    """Pick a sensible subnet for a budget, the same one every time; the router is free to learn another.
+
+    1. Of the subnets with one width per axis that meet the target within TOLERANCE, the most balanced: each axis gives
+       up about the same share of what its choices let it give up.
+    2. If there is none, the most balanced one just above the target, with as many layers of the per-layer axes as it
+       takes, evenly spread, one choice narrower.
+    3. If that ends no nearer, the nearest subnet of one width per axis, however far.
+    """
+    axes = space.elastic_axes()
+    if not axes:
+        return _sample(space, Subnet.full(space.parent), budget, deployment)
+    candidates = _candidates(space, axes)
+    ratios = _ratios(space, axes, candidates, budget, deployment)
+    distance, spread = (ratios - 1.0).abs(), _spread(space, axes, candidates)
+    near = distance <= TOLERANCE
+    if near.any():
+        return _sample(space, _subnet(space, axes, _best(near, spread, distance, candidates)), budget, deployment)
+    nearest = _best(distance == distance.min(), spread, distance, candidates)
+    options = [_sample(space, _subnet(space, axes, nearest), budget, deployment)]
+    above = (ratios >= 1.0) & (_ratios(space, axes, _narrowed(space, axes, candidates), budget, deployment) <= 1.0)
+    if above.any():
+        options += _mixed(space, axes, _best(above, spread, distance, candidates), budget, deployment)
+    return min(options, key=lambda sample: abs(sample.ratio - 1.0))
+
+
+def _candidates(space: Space, axes: tuple[Axis, ...]) -> Tensor:
+    """Return choice indices [C, A] of every combination of one choice per axis, the widest first."""
+    grids = torch.meshgrid(*(torch.arange(len(space.axes[axis].choices)) for axis in axes), indexing="ij")
+    return torch.stack([grid.reshape(-1) for grid in grids], dim=-1)
+
+
+def _narrowed(space: Space, axes: tuple[Axis, ...], candidates: Tensor) -> Tensor:
+    """Return the candidates [C, A] with every per-layer axis one choice narrower, where there is one."""
+    step = torch.tensor([int(space.axes[axis].per_layer) for axis in axes])
+    last = torch.tensor([len(space.axes[axis].choices) - 1 for axis in axes])
+    return torch.minimum(candidates + step, last)
+
+
+def _ratios(space: Space, axes: tuple[Axis, ...], candidates: Tensor, budget: Budget, deployment: Deployment) -> Tensor:
+    """Return cost / target of all candidates at once, [C] in fp64, exact for costs below 2^53."""
+    homogeneous = replace(space, axes={axis: AxisChoices(own.choices) for axis, own in space.axes.items()})
+    chosen = {}
+    for column, axis in enumerate(axes):
+        one_hot = torch.nn.functional.one_hot(candidates[:, column], len(space.axes[axis].choices))
+        chosen[axis] = one_hot.unsqueeze(-2)  # [C, 1 slot, K]
+    used = cost(space.parent, expected_widths(homogeneous, chosen), deployment)[budget.metric]
+    # A metric that no elastic axis touches is a plain number.
+    return torch.as_tensor(used, dtype=torch.float64).expand(len(candidates)) / budget.target
+
+
+def _spread(space: Space, axes: tuple[Axis, ...], candidates: Tensor) -> Tensor:
+    """Return how unevenly the axes give way, [C]: the variance over axes of (full - width) / (full - smallest).
+
+    Shares of the range and not of the full width, because the choices say how much each axis can bear.
+    """
+    shares = []
+    for column, axis in enumerate(axes):
+        widths = torch.tensor(space.axes[axis].choices, dtype=torch.float64)
+        shares.append(((widths[0] - widths) / (widths[0] - widths[-1]))[candidates[:, column]])
+    return torch.stack(shares).var(dim=0, correction=0)
+
+
+def _best(allowed: Tensor, spread: Tensor, distance: Tensor, candidates: Tensor) -> tuple[int, ...]:
+    """Return the choices of the most balanced allowed candidate; of equals the nearest, then the first."""
+    rows = allowed.nonzero().flatten().tolist()
+    return tuple(candidates[min(rows, key=lambda row: (float(spread[row]), float(distance[row])))].tolist())
+
+
+def _subnet(space: Space, axes: tuple[Axis, ...], chosen: tuple[int, ...]) -> Subnet:
+    return space.subnet({axis: (index,) * space.num_slots(axis) for axis, index in zip(axes, chosen, strict=True)})
+
+
+def _mixed(
+    space: Space, axes: tuple[Axis, ...], chosen: tuple[int, ...], budget: Budget, deployment: Deployment
+) -> list[Sample]:
+    """Narrow the per-layer axes of a subnet by one choice, layer after layer; return every subnet on the way."""
+    kept = set(_subnet(space, axes, chosen).kept_layers)
+    slots = {axis: [index] * space.num_slots(axis) for axis, index in zip(axes, chosen, strict=True)}
+    samples = []
+    for axis in axes:
+        if not space.axes[axis].per_layer or slots[axis][0] + 1 == len(space.axes[axis].choices):
+            continue
+        layers = space.parent.pattern.layers_of(KIND_OF_AXIS[axis])
+        running = [ordinal for ordinal, layer_index in enumerate(layers) if layer_index in kept]
+        for _, ordinal in sorted((place * _GOLDEN_RATIO % 1.0, ordinal) for place, ordinal in enumerate(running)):
+            slots[axis][ordinal] += 1
+            subnet = space.subnet({name: tuple(indices) for name, indices in slots.items()})
+            samples.append(_sample(space, subnet, budget, deployment))
+    return samples
+
+
+def _sample(space: Space, subnet: Subnet, budget: Budget, deployment: Deployment) -> Sample:
+    used = subnet_cost(space.parent, subnet, deployment)
+    return Sample(subnet, used, float(used[budget.metric]) / budget.target)
