@@ -184,6 +184,13 @@ def test_a_folder_with_content_is_not_overwritten_unasked(tmp_path: Path) -> Non
         export_folder({}, SHAPE, tmp_path / "precious.txt", CardInfo("test"), FP32, None)
 
 
+def test_a_disk_too_small_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    huge = tiny("-", vocab=2**22, hidden=2**22)
+    with pytest.raises(ExportError, match=r"not enough disk for the exported weights in .* GB needed, .* GB free on"):
+        export_folder({}, huge, tmp_path / "new" / "model", CardInfo("test"), FP32, None)
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_a_reference_every_value_is_compared_with_its_source(tmp_path: Path) -> None:
     tensors, _ = parent_tensors(SHAPE)
     reads: list[str] = []

@@ -206,6 +206,12 @@ def model_names(tensors: dict[str, torch.Tensor]) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no folder": (shutil.rmtree, "model is not a folder"),
+    "a file for a folder": (lambda folder: (shutil.rmtree(folder), put(folder, b"")), "model is not a folder"),
+    "an empty folder": (
+        lambda folder: [path.unlink() for path in folder.iterdir()],
+        r"config\.json is missing from(.|\n)*neither model\.safetensors nor",
+    ),
     # config.json
     "no config": (lambda folder: (folder / "config.json").unlink(), r"config\.json is missing from"),
     "config is a list": (config_text("[]"), r"config\.json must hold a JSON object, it holds a list"),
@@ -226,6 +232,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a size is a float": (change_config(hidden_size=8.0), r"hidden_size is 8\.0, it must be one integer"),
     "a size is text": (change_config(hidden_size="8"), "hidden_size is '8', it must be one integer"),
     "another model": (change_config(model_type="llama"), "model_type = 'llama' must be 'nemotron_h'"),
+    "too many layers": (
+        change_config(hybrid_override_pattern="M" * 100_000, num_hidden_layers=100_000),
+        "100,000 layers, more than any model's",
+    ),
     "experts": (change_config(hybrid_override_pattern="ME*"), "layers 1 .*Mixture-of-experts.*use a dense parent"),
     "an unknown layer": (change_config(hybrid_override_pattern="MX*"), "character 'X' at position 1"),
     "multi-token layers": (change_config(num_nextn_predict_layers=1), "num_nextn_predict_layers = 1: multi-token"),
@@ -424,9 +434,20 @@ def test_links_as_in_the_hub_cache_work(tmp_path: Path) -> None:
         path.rename(blobs / f"{number:064x}")
         (snapshot / path.name).symlink_to(f"../../blobs/{number:064x}")
     opened = open_hf_folder(snapshot)
+    assert opened.warnings == ()
     assert all(torch.isfinite(tensor).all() for tensor in opened.tensors.values())
     copied = write_carried(Carried.of(opened), tmp_path / "checkpoint")
     assert not any(path.is_symlink() for path in copied.iterdir())
+
+
+def test_a_link_to_a_file_of_another_place_is_told(tmp_path: Path) -> None:
+    """A folder that came in an archive could name any file of this machine as its template."""
+    folder = good_folder(tmp_path / "model")
+    (tmp_path / "secret").write_text("mine")
+    (folder / "chat_template.jinja").symlink_to("../secret")
+    (folder / "merges.txt").symlink_to("tokenizer.json")
+    (warning,) = open_hf_folder(folder).warnings
+    assert "links to files outside the folder: chat_template.jinja; what" in warning
 
 
 def test_what_can_be_ignored_is_only_warned_of(tmp_path: Path) -> None:
