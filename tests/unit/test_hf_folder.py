@@ -19,9 +19,10 @@ from elastic.compress.hf_config import HfSettings, hf_config
 from elastic.compress.hf_dtypes import DtypeError, DtypeRule
 from elastic.compress.hf_folder import HfFolder, HfFolderError, open_hf_folder
 from elastic.compress.hf_names import hf_sizes
-from elastic.compress.tensor_files import TensorSpec, write_tensors
+from elastic.compress.tensor_files import TensorSpec, plan_shards, write_tensors
 from elastic.compress.tensor_index import INDEX_FILE, SINGLE_FILE
 from elastic.space.shape import ModelShape
+from tests.unit.test_hf_config import NANO_12B
 
 SHAPE = ModelShape.uniform(
     "M-*",
@@ -391,6 +392,27 @@ def test_a_sound_folder_says_everything(tmp_path: Path) -> None:
             assert torch.equal(opened.tensors[name], tensor) and opened.dtypes[name] == tensor.dtype
     index = json.loads((folder / INDEX_FILE).read_text())
     assert opened.num_bytes == index["metadata"]["total_size"] > 0
+
+
+def test_the_published_12b_opens_without_a_look_at_its_25_gigabytes(tmp_path: Path) -> None:
+    """Shards of the real sizes, headers at their beginning and holes behind them."""
+    specs = {name: TensorSpec(size, torch.bfloat16) for name, size in hf_sizes(NANO_12B).items()}
+    weight_map = {}
+    for number, shard in enumerate(plan_shards(specs, 5_000_000_000)):
+        path, begin = tmp_path / f"{number}.safetensors", 0
+        header: dict[str, Any] = {}
+        for name, spec in shard.items():
+            offsets = [begin, begin + spec.num_bytes]
+            header[name] = {"dtype": "BF16", "shape": list(spec.size), "data_offsets": offsets}
+            begin, weight_map[name] = offsets[1], path.name
+        text = json.dumps(header).encode()
+        put(path, struct.pack("<Q", len(text)) + text)
+        os.truncate(path, 8 + len(text) + begin)
+    write(tmp_path / INDEX_FILE, {"weight_map": weight_map})
+    write(tmp_path / "config.json", hf_config(NANO_12B, HfSettings(), torch.bfloat16) | PUBLISHED)
+    opened = open_hf_folder(tmp_path)
+    assert (opened.shape, opened.num_bytes) == (NANO_12B, 2 * 12_310_001_152)
+    assert len(set(weight_map.values())) > 4
 
 
 def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
