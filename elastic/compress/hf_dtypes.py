@@ -45,7 +45,7 @@ class DtypeRule:
 
     def of(self, name: str) -> torch.dtype:
         """Return the format of a tensor given by its name in the file."""
-        return self.exceptions.get(_kind_of_tensor(name), self.main)
+        return self.exceptions.get(kind_of_tensor(name), self.main)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object from which `from_json` makes an equal value."""
@@ -84,7 +84,7 @@ def judge_dtypes(stored: Mapping[str, StoredTensor]) -> tuple[DtypeRule | None, 
     main = next(iter(matrices))
     kinds = defaultdict(set)
     for name, tensor in plain.items():
-        kinds[_kind_of_tensor(name)].add(tensor.dtype)
+        kinds[kind_of_tensor(name)].add(tensor.dtype)
     for kind, formats in kinds.items():
         if len(formats) > 1:
             problems.append(f"{shown(kind)} is F32 in some layers, BF16 in others; save the model again in one format")
@@ -114,7 +114,7 @@ def _remedy(dtype: str) -> str:
     return "is not supported; save the model in F32 or BF16"
 
 
-def _kind_of_tensor(name: str) -> str:
+def kind_of_tensor(name: str) -> str:
     """Return what a tensor is in its layer, `mixer.A_log` for `backbone.layers.3.mixer.A_log`."""
     head, _, rest = name.removeprefix(PREFIX + "layers.").partition(".")
     return rest if head.isdigit() and name.startswith(PREFIX + "layers.") else name

@@ -109,18 +109,19 @@ def from_hf(source: TensorSource, shape: ModelShape) -> Iterator[tuple[str, Tens
     file's. Raises HfTensorError for a missing, unexpected or wrongly sized tensor, for padding that is not zero, and
     for a tied model whose head differs from its embedding.
     """
-    padded = export_shape(shape)
     if not isinstance(source, Mapping):
-        return _from_hf(source, shape, padded, has_head=not shape.tied_embeddings)
+        return _from_hf(source, shape, has_head=not shape.tied_embeddings)
     tensors, stored = source, stored_names(source)
     check_names(stored, shape)
-    return _from_hf(lambda hf_name: tensors[stored[hf_name]], shape, padded, has_head=HF_HEAD in stored)
+    return _from_hf(lambda hf_name: tensors[stored[hf_name]], shape, has_head=HF_HEAD in stored)
 
 
-def _from_hf(
-    read: Callable[[str], Tensor], shape: ModelShape, padded: ModelShape, has_head: bool
-) -> Iterator[tuple[str, Tensor]]:
-    sizes = hf_sizes(shape)
+def megatron_source(read: Callable[[str], Tensor], shape: ModelShape) -> Callable[[str], Tensor]:
+    """Return a function that gives one Megatron-Core tensor of a stock model, `read` by the file's names, by its name.
+
+    Raises HfTensorError as `from_hf` does, when a tensor is asked for.
+    """
+    padded, sizes = export_shape(shape), hf_sizes(shape)
 
     def checked(hf_name: str) -> Tensor:
         tensor = read(hf_name)
@@ -133,14 +134,24 @@ def _from_hf(
         tensor = merge_qkv(parts, padded.kv_heads, padded.attention_channels) if _is_qkv(name) else parts[0]
         return unpad_parameter(tensor, name, shape, padded)
 
+    return ours
+
+
+def check_tied_head(read: Callable[[str], Tensor]) -> None:
+    """Raise HfTensorError if a tied model's stored head is not its embedding."""
+    if not torch.equal(read(HF_HEAD), read(MODEL_NAMES[_EMBEDDING][0])):
+        raise HfTensorError(
+            f"config says tie_word_embeddings, but {HF_HEAD} differs from the embedding, and stock transformers "
+            f"uses the two as they are; set tie_word_embeddings to false"
+        )
+
+
+def _from_hf(read: Callable[[str], Tensor], shape: ModelShape, has_head: bool) -> Iterator[tuple[str, Tensor]]:
+    ours = megatron_source(read, shape)
     for name in parameter_names(shape):
         yield name, ours(name)
     if shape.tied_embeddings and has_head:
-        if not torch.equal(checked(HF_HEAD), checked(MODEL_NAMES[_EMBEDDING][0])):
-            raise HfTensorError(
-                f"config says tie_word_embeddings, but {HF_HEAD} differs from the embedding, and stock transformers "
-                f"uses the two as they are; set tie_word_embeddings to false"
-            )
+        check_tied_head(read)
 
 
 def stored_names(names: Iterable[str]) -> dict[str, str]:

@@ -108,6 +108,12 @@ def submodel_source(source: TensorSource, parent: ModelShape, subnet: Subnet, la
     return partial(_submodel_tensor, reader(source), parent, subnet, lanes)
 
 
+def parent_parameter(name: str, subnet: Subnet) -> str:
+    """Return the parent's name of a submodel's parameter: layers of a submodel are numbered anew, without gaps."""
+    local_index, rest = split_parameter_name(name)
+    return name if local_index is None else f"{LAYER_PREFIX}{subnet.kept_layers[local_index]}.{rest}"
+
+
 def submodel_tensors(
     source: TensorSource, parent: ModelShape, subnet: Subnet, lanes: int
 ) -> Iterator[tuple[str, Tensor]]:
@@ -123,9 +129,8 @@ def submodel_tensors(
 def _submodel_tensor(
     read: Callable[[str], Tensor], parent: ModelShape, subnet: Subnet, lanes: int, name: str
 ) -> Tensor:
-    local_index, rest = split_parameter_name(name)
-    layer_index = None if local_index is None else subnet.kept_layers[local_index]
-    parent_name = name if layer_index is None else f"{LAYER_PREFIX}{layer_index}.{rest}"
+    parent_name = parent_parameter(name, subnet)
+    layer_index, _ = split_parameter_name(parent_name)
     kept = cut_parameter(read(parent_name), name, layer_cut(parent, subnet, layer_index, lanes))
     # Without the copy a cut view would keep the whole parent tensor in memory.
     return kept.clone()

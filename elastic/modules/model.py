@@ -1,6 +1,7 @@
 """The elastic model: embedding, elastic stack, head. Shapes: S sequence, B batch, D hidden, V vocab, d kept width."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.activations import squared_relu
@@ -54,6 +55,17 @@ class ElasticModel(HybridModel):
             assert gates.subnet is not None
             return weight[:, : gates.subnet.hidden]
         return weight
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Shard like HybridModel, parameters only.
+
+        Megatron-Core's linears add `_extra_state` objects for FP8 scales, which do not exist here; stored, they
+        would be pickles in every checkpoint.
+        """
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return {name: entry for name, entry in sharded.items() if not name.endswith("_extra_state")}
 
 
 def transformer_config(shape: ModelShape, layout: Layout) -> TransformerConfig:

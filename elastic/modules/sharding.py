@@ -16,7 +16,7 @@ def sharded_dim(name: str) -> int | None:
     return next((dim for dim, kind in enumerate(parameter_dims(name)) if kind not in _REPLICATED), None)
 
 
-def _block_sizes(name: str, shape: ModelShape, dim: int) -> list[int]:
+def block_sizes(name: str, shape: ModelShape, dim: int) -> list[int]:
     """Return the runs of rows that are split one by one ([z, x, B, C, dt]); a repeated layout is one run."""
     layout = parameter_layouts(name, shape)[dim]
     assert layout is not None
@@ -30,7 +30,7 @@ def shard_tensor(full: Tensor, name: str, shape: ModelShape, rank: int, size: in
     dim = sharded_dim(name)
     if dim is None or size == 1:
         return full
-    parts = full.split(_block_sizes(name, shape, dim), dim=dim)
+    parts = full.split(block_sizes(name, shape, dim), dim=dim)
     return torch.cat([part.chunk(size, dim=dim)[rank] for part in parts], dim=dim)
 
 
@@ -39,6 +39,6 @@ def unshard_tensors(shards: Sequence[Tensor], name: str, shape: ModelShape) -> T
     dim = sharded_dim(name)
     if dim is None or len(shards) == 1:
         return shards[0]
-    sizes = [rows // len(shards) for rows in _block_sizes(name, shape, dim)]
+    sizes = [rows // len(shards) for rows in block_sizes(name, shape, dim)]
     split = [shard.split(sizes, dim=dim) for shard in shards]
     return torch.cat([parts[block] for block in range(len(sizes)) for parts in split], dim=dim)

@@ -76,7 +76,8 @@ class SaveCheckpoints(NoCallback):
         if self.saved_step == trainer.step:
             return
         folder = checkpoint_folder(trainer.run_folder, trainer.step)
-        save_checkpoint(folder, trainer.trainable(), trainer.record, trainer.training_state(), trainer.world)
+        state = trainer.training_state()
+        save_checkpoint(folder, trainer.trainable(), trainer.record, state, trainer.world, trainer.carried_from)
         self.saved_step = trainer.step
         if trainer.world.is_main:
             for old in list_checkpoints(trainer.run_folder)[: -self.keep_last]:

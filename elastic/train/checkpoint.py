@@ -5,6 +5,7 @@
         router.safetensors          router weights and their Adam state, replicated on every rank
         record.json                 what the model is (record.py)
         state.json                  step, sample counts, seed, resolved config
+        hugging_face/               settings and tokenizer of an imported parent, for exports
 
 Every random draw of training is a pure function of (seed, step, micro-batch), so the seed and the step are the state
 of sampler, Gumbel noise and data order.
@@ -24,15 +25,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from elastic.compress.hf_carried import CARRIED_FOLDER
 from elastic.modules.model import ElasticModel
+from elastic.train.checkpoint_metadata import CheckpointError
 from elastic.train.parallel import World
 from elastic.train.record import RECORD_FILE, Record
 
 STATE_FILE, ROUTER_FILE, FOLDER = "state.json", "router.safetensors", "checkpoints"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, incomplete or does not fit."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,11 @@ def checkpoint_folder(run_folder: Path, step: int) -> Path:
     return run_folder / FOLDER / f"step_{step:08d}"
 
 
+def writing_folder(folder: Path) -> Path:
+    """Return where a checkpoint lies until it is whole."""
+    return folder.with_name(folder.name + ".writing")
+
+
 def list_checkpoints(run_folder: Path) -> list[Path]:
     """List the whole checkpoints of a run, oldest first."""
     return sorted(
@@ -78,10 +82,18 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def save_checkpoint(
-    folder: Path, trained: Trainable, record: Record, state: TrainingState | None, world: World
+    folder: Path,
+    trained: Trainable,
+    record: Record,
+    state: TrainingState | None,
+    world: World,
+    carried_from: Path | None = None,
 ) -> None:
-    """Write one checkpoint aside and rename it when every rank has finished; refuses to replace an existing one."""
-    writing = folder.with_name(folder.name + ".writing")
+    """Write one checkpoint aside and rename it when every rank has finished; refuses to replace an existing one.
+
+    `carried_from` is the checkpoint whose settings and tokenizer for exports (hf_carried.py) go along, if it has any.
+    """
+    writing = writing_folder(folder)
     if world.is_main:
         if folder.exists():
             raise CheckpointError(f"{folder} exists already and is not replaced; remove it or choose another folder")
@@ -93,6 +105,8 @@ def save_checkpoint(
         record.write(writing)
         if trained.router is not None:
             save_file(_router_tensors(trained.router, trained.router_optimizer), writing / ROUTER_FILE)
+        if carried_from is not None and (carried_from / CARRIED_FOLDER).is_dir():
+            shutil.copytree(carried_from / CARRIED_FOLDER, writing / CARRIED_FOLDER)
         if state is not None:
             content = {"step": state.step, "seed": state.seed, "config": state.config}
             (writing / STATE_FILE).write_text(json.dumps(content, indent=1, default=str) + "\n")

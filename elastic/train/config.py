@@ -34,13 +34,19 @@ Checkpoint = Annotated[str, Required("a run folder of an earlier verb, or one ch
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """What every verb that runs a model has."""
+class VerbConfig:
+    """What every verb that writes a run folder has."""
+
+    exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(VerbConfig):
+    """What every verb that runs a model has beyond that."""
 
     seed: CountOrZero = 1234
     trainer: ComputeConfig = field(default_factory=ComputeConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +177,7 @@ class FamilyInput:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FamilyConfig(RunConfig):
+class FamilyConfig(VerbConfig):
     """A verb that takes budgets out of a checkpoint: the model's sizes come with it."""
 
     init_from: FamilyInput = field(default_factory=FamilyInput)
@@ -180,7 +186,7 @@ class FamilyConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(FamilyConfig):
+class EvaluateConfig(FamilyConfig, RunConfig):
     """recipes/evaluate.py: loss, perplexity and cost per budget (null: all) and per subnet given by hand."""
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -190,11 +196,17 @@ class EvaluateConfig(FamilyConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """What extract writes, and how the reloaded folder is compared with the subnet."""
+    """What extract writes, and how a finished folder is checked.
+
+    `precision` null keeps the number format of the checkpoint. `check` auto compares logits where the subnet and the
+    reloaded folder fit in memory, and every stored value with the parent's where they do not.
+    """
 
     hugging_face: bool = True
     megatron: bool = False
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16"] | None = None
+    shard_bytes: Count = 5_000_000_000
+    check: Literal["auto", "logits", "values"] = "auto"
     max_logit_difference: PositiveOrZero = 1e-4
 
 
@@ -214,8 +226,8 @@ class ExtractConfig(FamilyConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportConfig(RunConfig):
-    """recipes/import_hf.py: stock nemotron_h folder to Megatron-Core checkpoint."""
+class ImportConfig(VerbConfig):
+    """recipes/import_hf.py: stock nemotron_h folder to Megatron-Core checkpoint, in one process."""
 
     source: Annotated[str, Required("a Hugging Face folder with config.json and safetensors files")] = ""
 

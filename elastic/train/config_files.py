@@ -13,8 +13,8 @@ from elastic.train.config import (
     ExtractConfig,
     ImportanceConfig,
     ImportConfig,
-    RunConfig,
     TrainConfig,
+    VerbConfig,
     with_vocab,
 )
 from elastic.train.config_load import ConfigError, Problem, load_with_problems
@@ -42,7 +42,7 @@ def load_run[T](kind: type[T], values: Mapping[str, Any], cluster: Cluster, *, i
     problems += rule_problems(config, cluster, unreliable) + files
     if not unreliable and not files:
         problems += tuple(checkpoint_problems(config))
-    if is_main and isinstance(config, RunConfig) and "exp_manager" not in unreliable:
+    if is_main and isinstance(config, VerbConfig) and "exp_manager" not in unreliable:
         problems += tuple(output_problems(config))
     if isinstance(config, PrepareConfig) and not unreliable:
         problems += tuple(preparation_problem(text) for text in config.problems())
@@ -101,7 +101,7 @@ def checkpoint_problems(config: object) -> Iterator[Problem]:
             yield from layout_problems(record.shape, config.parallel, config.lanes)
         case ElasticConfig():
             yield from _nesting_problems(config, record, name, path)
-        case EvaluateConfig() | ExtractConfig():
+        case EvaluateConfig():
             yield from layout_problems(record.shape, config.parallel, record.lanes if record.lanes > 1 else None)
 
 
@@ -123,18 +123,26 @@ def _nesting_problems(config: ElasticConfig, record: Record, name: str, path: st
         yield Problem("elastic.space.lanes", config.elastic.space.lanes, rule, f"nearest legal value is {record.lanes}")
 
 
-def output_problems(config: RunConfig) -> Iterator[Problem]:
+def output_problems(config: VerbConfig) -> Iterator[Problem]:
     """Yield a problem if the run folder holds something that the config neither continues nor replaces."""
     manager = config.exp_manager
     folder = Path(manager.run_dir)
-    resumes = isinstance(config, TrainConfig) and config.exp_manager.resume_if_exists
-    if manager.overwrite or resumes or not folder.exists() or not any(folder.iterdir()):
+    if manager.overwrite or not folder.exists() or not any(folder.iterdir()) or _goes_on(config, folder):
         return
     ways = ["exp_manager.overwrite=true"]
     if isinstance(config, TrainConfig):
         ways.append("exp_manager.resume_if_exists=true")
     remedy = f"nearest free name is {free_version(folder)}, or set {' or '.join(ways)}"
     yield Problem("exp_manager.version", manager.version, f"the folder {folder} is not empty", remedy)
+
+
+def _goes_on(config: VerbConfig, folder: Path) -> bool:
+    """Tell whether the verb continues what it finds: a training run if told to, an import that was cut short."""
+    if isinstance(config, TrainConfig):
+        return config.exp_manager.resume_if_exists
+    from elastic.train.run_folder import is_unfinished  # Megatron-Core takes seconds to import
+
+    return isinstance(config, ImportConfig) and is_unfinished(folder)
 
 
 def free_version(folder: Path) -> str:

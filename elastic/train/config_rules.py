@@ -15,6 +15,7 @@ from elastic.train.config import (
     ExtractConfig,
     FamilyConfig,
     ImportanceConfig,
+    ImportConfig,
     PretrainConfig,
     RunConfig,
 )
@@ -35,6 +36,7 @@ class Rule:
 TRAINING = (PretrainConfig, ElasticConfig)
 RULES = (
     Rule(RunConfig, ("parallel",), layout_rules.check_world),
+    Rule((ImportConfig, ExtractConfig), (), layout_rules.check_one_process),
     Rule(TRAINING, ("model",), layout_rules.check_pattern, later_rules_need_it=True),
     Rule(TRAINING, ("model",), layout_rules.check_sizes, later_rules_need_it=True),
     Rule(PretrainConfig, ("model", "parallel"), layout_rules.check_layout),

@@ -13,6 +13,7 @@ from elastic.train.config import (
     PretrainConfig,
     RunConfig,
     TrainConfig,
+    VerbConfig,
 )
 from elastic.train.config_load import Problem
 from elastic.train.config_sections import ParallelConfig
@@ -77,6 +78,15 @@ def check_world(config: RunConfig, cluster: Cluster) -> Iterator[Problem]:
     if parallel.sequence and parallel.tensor == 1:
         rule = "splits the sequence over tensor-parallel ranks and needs parallel.tensor > 1"
         yield Problem("parallel.sequence", True, rule, "nearest legal value is false")
+
+
+def check_one_process(config: VerbConfig, cluster: Cluster) -> Iterator[Problem]:
+    """A verb that streams from disk to disk has nothing to share out."""
+    if cluster.num_processes > 1:
+        rule = "this verb streams through one process, whatever the layout of the checkpoint"
+        yield Problem(
+            "number of processes", cluster.num_processes, rule, "nearest legal value is 1: leave torchrun out"
+        )
 
 
 def check_layout(config: TrainConfig, cluster: Cluster) -> Iterator[Problem]:

@@ -12,6 +12,7 @@ from elastic.space.budget import Budget
 from elastic.space.cost import Deployment
 from elastic.space.subnet import Subnet
 from elastic.train.checkpoint import Trainable, load_checkpoint, load_router, resolve_checkpoint
+from elastic.train.checkpoint_reader import StoredTensors
 from elastic.train.config import SubnetConfig
 from elastic.train.record import Record, check_same_shape
 
@@ -31,14 +32,23 @@ class Member:
 
 @dataclass(frozen=True)
 class OpenFamily:
-    """A loaded checkpoint with the members that were asked for."""
+    """A checkpoint with the members that were asked for; its weights stay on disk until a method asks for them."""
 
     checkpoint: Path
     record: Record
     space: Space
-    model: ElasticModel
     deployment: Deployment
     members: tuple[Member, ...]
+
+    def load_model(self, layout: Layout) -> ElasticModel:
+        """Build this rank's part of the nested model and load its weights; process groups must exist."""
+        model = build_model(self.space, layout)
+        load_checkpoint(self.checkpoint, Trainable(model))
+        return model
+
+    def tensors(self) -> StoredTensors:
+        """Return the full parameters, each read when asked for; needs no process group."""
+        return StoredTensors(self.checkpoint, self.record.shape)
 
 
 def open_family(
@@ -46,9 +56,8 @@ def open_family(
     router: str | None,
     budgets: Sequence[str] | None,
     subnets: Sequence[SubnetConfig],
-    layout: Layout,
 ) -> OpenFamily:
-    """Load weights from `checkpoint`, choices from `router`'s checkpoint (None: the same one).
+    """Take weights from `checkpoint`, choices from `router`'s checkpoint (None: the same one).
 
     `budgets` None takes all. Weights that come without a router have one member, the whole parent. Raises
     FamilyError for an unknown budget, CheckpointError or RecordError for checkpoints that do not fit together.
@@ -61,12 +70,10 @@ def open_family(
     if chooser.depth_ranking != record.depth_ranking or chooser.lanes != record.lanes:
         raise FamilyError(f"{folder} and {chooser_folder} are nested differently; use the same permuted parent")
     space = chooser.space()
-    model = build_model(space, layout)
-    load_checkpoint(folder, Trainable(model))
     members = [*_budget_members(chooser, chooser_folder, space, budgets)]
     members += [Member(given.name, given.subnet(space.parent)) for given in subnets]
     deployment = Deployment() if chooser.family is None else chooser.family.deployment
-    return OpenFamily(folder, record, space, model, deployment, tuple(members))
+    return OpenFamily(folder, record, space, deployment, tuple(members))
 
 
 def _budget_members(record: Record, folder: Path, space: Space, wanted: Sequence[str] | None) -> list[Member]:

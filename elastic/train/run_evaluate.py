@@ -31,8 +31,8 @@ def run_evaluate(config: EvaluateConfig, console: Console) -> Path:
     with world(model_layout(config.parallel, config.trainer)) as here:
         folder, _ = open_run_folder(config.exp_manager, asdict(config), here)
         source = config.init_from
-        family = open_family(source.checkpoint, source.router, config.budgets, config.subnets, here.layout)
-        runner = PipelineRunner(here, family.model, DistillConfig(kl_weight=0.0))
+        family = open_family(source.checkpoint, source.router, config.budgets, config.subnets)
+        runner = PipelineRunner(here, family.load_model(here.layout), DistillConfig(kl_weight=0.0))
         losses = evaluate_subnets(
             runner,
             {member.name: member_gates(member.subnet, family.space, config.execution) for member in family.members},

@@ -27,18 +27,39 @@ def open_run_folder(
     Rank 0 decides, all ranks learn the same answer. Raises RunFolderError for an existing folder unless `resume` (and
     it holds a checkpoint or nothing worth keeping) or exp_manager.overwrite.
     """
-    folder = Path(settings.run_dir)
     answer: list[Any] = [None, None]
     if world.is_main:
         try:
-            answer[0] = _prepare(folder, config, overwrite=settings.overwrite, resume=resume)
+            answer[0] = prepare_run_folder(settings, config, resume=resume)[1]
         except RunFolderError as error:
             answer[1] = str(error)
     torch.distributed.broadcast_object_list(answer, src=0)
     newest, problem = answer
     if problem is not None:
         raise RunFolderError(problem)
-    return folder, None if newest is None else Path(newest)
+    return Path(settings.run_dir), newest
+
+
+def prepare_run_folder(
+    settings: ExpManagerConfig, config: Mapping[str, Any], *, resume: bool = False
+) -> tuple[Path, Path | None]:
+    """Do what `open_run_folder` says for a verb that runs in one process."""
+    folder, newest = Path(settings.run_dir), None
+    if folder.exists() and any(folder.iterdir()):
+        checkpoints = list_checkpoints(folder)
+        if settings.overwrite:
+            shutil.rmtree(folder)
+        elif resume and checkpoints:
+            newest = checkpoints[-1]
+        elif not (resume and is_unfinished(folder)):
+            raise RunFolderError(
+                f"{folder} exists already. Choose another exp_manager.name or exp_manager.version, or set "
+                f"exp_manager.overwrite=true to replace it"
+                + (", or exp_manager.resume_if_exists=true to go on" if not resume and checkpoints else "")
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CONFIG_FILE, config)
+    return folder, newest
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -48,25 +69,7 @@ def write_json(path: Path, content: Any) -> None:
     aside.rename(path)
 
 
-def _prepare(folder: Path, config: Mapping[str, Any], *, overwrite: bool, resume: bool) -> str | None:
-    newest = None
-    if folder.exists() and any(folder.iterdir()):
-        checkpoints = list_checkpoints(folder)
-        if overwrite:
-            shutil.rmtree(folder)
-        elif resume and checkpoints:
-            newest = str(checkpoints[-1])
-        elif not (resume and _nothing_worth_keeping(folder)):
-            raise RunFolderError(
-                f"{folder} exists already. Choose another exp_manager.name or exp_manager.version, or set "
-                f"exp_manager.overwrite=true to replace it"
-                + (", or exp_manager.resume_if_exists=true to go on" if not resume and checkpoints else "")
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / CONFIG_FILE, config)
-    return newest
-
-
-def _nothing_worth_keeping(folder: Path) -> bool:
-    """Tell whether a run was stopped before its first checkpoint: logs and config only."""
-    return all(path.name in (CONFIG_FILE, "metrics.jsonl", "tensorboard", "checkpoints") for path in folder.iterdir())
+def is_unfinished(folder: Path) -> bool:
+    """Tell whether a run was stopped before its first checkpoint: logs, config and an unfinished checkpoint only."""
+    expected = (CONFIG_FILE, "metrics.jsonl", "tensorboard", "checkpoints")
+    return not list_checkpoints(folder) and all(path.name in expected for path in folder.iterdir())

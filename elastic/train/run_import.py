@@ -3,37 +3,70 @@
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from elastic.compress.export import load_hf_tensors
-from elastic.compress.hf_names import from_hf
-from elastic.modules.initialize import named_global_parameters
-from elastic.modules.model import build_model
-from elastic.modules.sharding import shard_tensor
-from elastic.space.axes import Space
-from elastic.train.checkpoint import Trainable, checkpoint_folder, save_checkpoint
+from elastic.compress.disk import check_free_space
+from elastic.compress.hf_carried import Carried, write_carried
+from elastic.compress.hf_folder import HfFolder, open_hf_folder
+from elastic.compress.hf_names import HF_HEAD, check_tied_head, hf_names, megatron_source
+from elastic.compress.slicing import parameter_names
+from elastic.train.checkpoint import checkpoint_folder, writing_folder
+from elastic.train.checkpoint_writer import save_streamed, stored_bytes
 from elastic.train.config import ImportConfig
-from elastic.train.parallel import model_layout, world
 from elastic.train.record import Record
-from elastic.train.run_folder import open_run_folder
+from elastic.train.run_folder import RunFolderError, prepare_run_folder
 
 
 def run_import(config: ImportConfig, console: Console) -> Path:
-    """Read the folder tensor by tensor into this rank's part of the model and save it; returns the run folder."""
-    source = Path(config.source)
-    shape, stored = load_hf_tensors(source)
-    with world(model_layout(config.parallel, config.trainer)) as here:
-        folder, _ = open_run_folder(config.exp_manager, asdict(config), here)
-        model = build_model(Space(shape, {}, lanes=1), here.layout)
-        parameters = dict(named_global_parameters(model))
-        tp = here.groups.tp
-        with torch.no_grad():
-            for name, tensor in from_hf(stored, shape):
-                if name in parameters:
-                    parameters[name].copy_(shard_tensor(tensor, name, shape, tp.rank(), tp.size()))
-        record = Record("parent", shape, provenance={"imported from": str(source)})
-        save_checkpoint(checkpoint_folder(folder, 0), Trainable(model), record, None, here)
-        if here.is_main:
-            console.print(f"{source} -> {checkpoint_folder(folder, 0)}")
+    """Stream the folder, tensor by tensor and in its own number formats, into a checkpoint; returns the run folder.
+
+    Everything that can be checked without reading values is checked first. Stopped half-way, the same command goes on
+    behind the last finished layer.
+    """
+    source = open_hf_folder(Path(config.source))
+    for warning in source.warnings:
+        console.print(f"note: {warning}")
+    shape, checkpoint = source.shape, checkpoint_folder(Path(config.exp_manager.run_dir), 0)
+    dtypes = {name: source.dtypes[hf_names(name)[0]] for name in parameter_names(shape)}
+    total = stored_bytes(shape, dtypes)
+    check_free_space(checkpoint, total - _bytes_below(writing_folder(checkpoint)), "the checkpoint")
+    if shape.tied_embeddings and HF_HEAD in source.tensors:
+        check_tied_head(source.tensors.__getitem__)
+    folder, finished = prepare_run_folder(config.exp_manager, asdict(config), resume=True)
+    if finished is not None:
+        raise RunFolderError(
+            f"{folder} holds a whole checkpoint already. Choose another exp_manager.version, or set "
+            f"exp_manager.overwrite=true to replace it"
+        )
+    with transfer_progress(console) as bar:
+        task = bar.add_task("importing", total=total)
+        save_streamed(
+            checkpoint,
+            Record("parent", shape, provenance={"imported from": str(source.path)}),
+            dtypes,
+            megatron_source(source.tensors.__getitem__, shape),
+            identity=_identity(source),
+            add_files=lambda into: write_carried(Carried.of(source), into),
+            progress=lambda num_bytes: bar.advance(task, num_bytes),
+        )
+    console.print(f"{source.path} -> {checkpoint}")
     return folder
+
+
+def transfer_progress(console: Console) -> Progress:
+    """Return a bar that counts bytes."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=console)
+
+
+def _identity(source: HfFolder) -> str:
+    """Say which files a checkpoint is made from, so that an interrupted import never goes on with others."""
+    files = sorted(path for path in source.path.iterdir() if path.suffix in (".safetensors", ".json"))
+    return f"import of {source.path.resolve()}: " + ", ".join(
+        f"{path.name} {path.stat().st_size} bytes of {path.stat().st_mtime_ns}" for path in files
+    )
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*")) if folder.is_dir() else 0

@@ -65,7 +65,7 @@ def run_importance(config: ImportanceConfig, console: Console) -> Path:
             config.data.path,
             provenance=provenance,
         )
-        save_checkpoint(checkpoint_folder(folder, 0), Trainable(model), permuted, None, here)
+        save_checkpoint(checkpoint_folder(folder, 0), Trainable(model), permuted, None, here, carried_from=start)
         if here.is_main:
             console.print(f"layers, best first: {' '.join(map(str, ranking.depth))}")
             console.print(f"permuted parent, logits unmoved -> {checkpoint_folder(folder, 0)}")

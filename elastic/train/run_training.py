@@ -74,7 +74,7 @@ def run_elastic(config: ElasticConfig, console: Console, callbacks: Sequence[Cal
         provenance = {"permuted parent": str(start), "data": config.data.path}
         record = Record("elastic", space.parent, space.lanes, space.depth_ranking, config.data.path, family, provenance)
         trainer = _trainer(config, stream, here, student, teacher, record, phases, config.distill, gates)
-        trainer.callbacks = list(callbacks)
+        trainer.callbacks, trainer.carried_from = list(callbacks), start
         return _fit(trainer, config, stream, tuple(budget.name for budget in family.budgets), console)
 
 

@@ -48,7 +48,10 @@ class Callback(Protocol):
 
 @dataclass
 class Trainer:
-    """One training run, parent or elastic (then `gates` and `router_optimizer` are there)."""
+    """One training run, parent or elastic (then `gates` and `router_optimizer` are there).
+
+    `carried_from` is the checkpoint whose export settings and tokenizer go into this run's checkpoints.
+    """
 
     world: World
     runner: PipelineRunner
@@ -63,6 +66,7 @@ class Trainer:
     total_steps: int
     gates: GateSource | None = None
     router_optimizer: Optimizer | None = None
+    carried_from: Path | None = None
     callbacks: list[Callback] = field(default_factory=list)
     step: int = 0
     stop_reason: str | None = None

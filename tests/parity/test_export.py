@@ -12,20 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from elastic.compress.export import (
-    ExportOptions,
-    ExportReport,
-    Verification,
-    export_folder,
-    load_hf_tensors,
-)
+from elastic.compress.export import ExportOptions, ExportReport, export_folder
+from elastic.compress.folder_check import LogitCheck, ValueCheck, Verification
 from elastic.compress.hf_config import ExportError, HfSettings
 from elastic.compress.hf_dtypes import DtypeRule
 from elastic.compress.hf_folder import HfFolderError, open_hf_folder
 from elastic.compress.hf_names import from_hf
 from elastic.compress.model_card import CardInfo
 from elastic.compress.reload import ReloadError, stock_logits
-from elastic.compress.slicing import submodel_tensors
+from elastic.compress.slicing import TensorSource, submodel_tensors
 from elastic.space.budget import Budget
 from elastic.space.cost import Metric, shape_cost, subnet_cost
 from elastic.space.shape import ModelShape
@@ -42,21 +37,26 @@ def parent_tensors(shape: ModelShape) -> tuple[dict[str, Tensor], Callable[[Tens
     return dict(from_hf(model.state_dict(), shape)), lambda tokens: logits(model, tokens)
 
 
+def all_values(tensors: TensorSource, shape: ModelShape = SHAPE) -> ValueCheck:
+    """Return the check of an export that cuts nothing."""
+    return ValueCheck(tensors, shape, Subnet.full(shape), lanes=1)
+
+
 def export(folder: Path, shape: ModelShape = SHAPE, options: ExportOptions = FP32) -> ExportReport:
     tensors, reference = parent_tensors(shape)
-    return export_folder(tensors, shape, folder, CardInfo("test"), options, reference, tolerance=1e-5)
+    return export_folder(tensors, shape, folder, CardInfo("test"), options, LogitCheck(reference, tolerance=1e-5))
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_shape_loads_in_stock_transformers_and_gives_the_same_logits(name: str, tmp_path: Path) -> None:
     shape = SHAPES[name]
     report = export(tmp_path / "model", shape)
-    assert report.verification is Verification.LOGITS and report.relative is not None and report.relative < 1e-5
+    assert report.outcome.verification is Verification.LOGITS and (report.outcome.relative or 0) < 1e-5
     assert report.params == shape_cost(shape).params
-    read_shape, tensors = load_hf_tensors(report.folder)
+    opened = open_hf_folder(report.folder)
     source, _ = parent_tensors(shape)
-    back = dict(from_hf(tensors, shape))
-    assert read_shape == shape
+    back = dict(from_hf(opened.tensors, shape))
+    assert opened.shape == shape
     assert back.keys() == source.keys() and all(torch.equal(back[key], source[key]) for key in source)
 
 
@@ -86,7 +86,12 @@ def test_small_time_steps_survive_the_reload(tmp_path: Path) -> None:
         model.model.layers[0].mixer.out_proj.weight.mul_(100)
     tensors = dict(from_hf(model.state_dict(), SHAPE))
     report = export_folder(
-        tensors, SHAPE, tmp_path / "model", CardInfo("test"), FP32, lambda tokens: logits(model, tokens), 1e-5
+        tensors,
+        SHAPE,
+        tmp_path / "model",
+        CardInfo("test"),
+        FP32,
+        LogitCheck(lambda tokens: logits(model, tokens), 1e-5),
     )
     config = json.loads((report.folder / "config.json").read_text())
     (report.folder / "config.json").write_text(json.dumps(config | {"time_step_min": 0.001}))
@@ -111,7 +116,7 @@ def test_a_heterogeneous_subnet_is_padded_and_the_card_says_so(tmp_path: Path) -
         provenance={"parent checkpoint": "made for a test"},
         license="apache-2.0",
     )
-    report = export_folder(cut, shape, tmp_path / "model", card, FP32, None)
+    report = export_folder(cut, shape, tmp_path / "model", card, FP32, ValueCheck(tensors, parent, subnet, lanes=4))
     assert report.params == cost.params == sum(tensor.numel() for tensor in cut.values())
     stored = load_file(report.folder / "model.safetensors")
     assert report.deployed_params == sum(tensor.numel() for tensor in stored.values()) > report.params
@@ -137,12 +142,12 @@ def test_a_heterogeneous_subnet_is_padded_and_the_card_says_so(tmp_path: Path) -
 def test_shards_load_like_one_file(tmp_path: Path) -> None:
     report = export(tmp_path / "model", options=replace(FP32, shard_bytes=8_000))
     assert len(list(report.folder.glob("model-*-of-*.safetensors"))) > 2
-    assert report.relative is not None and report.relative < 1e-5
+    assert report.outcome.relative is not None and report.outcome.relative < 1e-5
 
 
 def test_bf16_keeps_the_state_space_parameters_in_fp32(tmp_path: Path) -> None:
     tensors, _ = parent_tensors(SHAPE)
-    report = export_folder(tensors, SHAPE, tmp_path / "model", CardInfo("test"), ExportOptions(), None)
+    report = export_folder(tensors, SHAPE, tmp_path / "model", CardInfo("test"), ExportOptions(), all_values(tensors))
     stored = load_file(report.folder / "model.safetensors")
     wide = {name.rsplit(".", 1)[1] for name, tensor in stored.items() if tensor.dtype == torch.float32}
     assert wide == {"A_log", "D"}
@@ -150,7 +155,7 @@ def test_bf16_keeps_the_state_space_parameters_in_fp32(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(report.folder, dtype="auto")
     assert model.dtype == torch.bfloat16
     rounded = ExportOptions(dtype=DtypeRule(torch.bfloat16), overwrite=True)
-    export_folder(tensors, SHAPE, report.folder, CardInfo("test"), rounded, None)
+    export_folder(tensors, SHAPE, report.folder, CardInfo("test"), rounded, all_values(tensors))
     assert {tensor.dtype for tensor in load_file(report.folder / "model.safetensors").values()} == {torch.bfloat16}
 
 
@@ -168,10 +173,10 @@ def test_moved_logits_stop_the_export_and_leave_the_old_folder_alone(wrong: floa
         return answer
 
     with pytest.raises(ExportError, match="logits of the reloaded folder differ"):
-        export_folder(tensors, SHAPE, folder, CardInfo("test"), options, moved, tolerance=1e-4)
+        export_folder(tensors, SHAPE, folder, CardInfo("test"), options, LogitCheck(moved))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (folder / "precious.txt").read_text() == "keep me"
-    export_folder(tensors, SHAPE, folder, CardInfo("test"), options, reference)
+    export_folder(tensors, SHAPE, folder, CardInfo("test"), options, LogitCheck(reference))
     assert not (folder / "precious.txt").exists() and (folder / "model.safetensors").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -179,19 +184,19 @@ def test_moved_logits_stop_the_export_and_leave_the_old_folder_alone(wrong: floa
 def test_a_folder_with_content_is_not_overwritten_unasked(tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("keep me")
     with pytest.raises(ExportError, match="is not empty; choose another one or set overwrite"):
-        export_folder({}, SHAPE, tmp_path, CardInfo("test"), FP32, None)
+        export_folder({}, SHAPE, tmp_path, CardInfo("test"), FP32, all_values({}))
     with pytest.raises(ExportError, match="is a file"):
-        export_folder({}, SHAPE, tmp_path / "precious.txt", CardInfo("test"), FP32, None)
+        export_folder({}, SHAPE, tmp_path / "precious.txt", CardInfo("test"), FP32, all_values({}))
 
 
 def test_a_disk_too_small_is_told_before_anything_is_written(tmp_path: Path) -> None:
     huge = tiny("-", vocab=2**22, hidden=2**22)
     with pytest.raises(ExportError, match=r"not enough disk for the exported weights in .* GB needed, .* GB free on"):
-        export_folder({}, huge, tmp_path / "new" / "model", CardInfo("test"), FP32, None)
+        export_folder({}, huge, tmp_path / "new" / "model", CardInfo("test"), FP32, all_values({}, huge))
     assert not list(tmp_path.iterdir())
 
 
-def test_without_a_reference_every_value_is_compared_with_its_source(tmp_path: Path) -> None:
+def test_without_a_reference_every_value_is_compared_with_the_parents(tmp_path: Path) -> None:
     tensors, _ = parent_tensors(SHAPE)
     reads: list[str] = []
 
@@ -199,8 +204,8 @@ def test_without_a_reference_every_value_is_compared_with_its_source(tmp_path: P
         reads.append(name)
         return tensors[name] + (reads.count(name) > 1 and name.endswith("linear_fc2.weight"))
 
-    with pytest.raises(ExportError, match=r"layers\.1\.mixer\.down_proj\.weight was not stored as given"):
-        export_folder(unsteady, SHAPE, tmp_path / "model", CardInfo("test"), FP32, None)
+    with pytest.raises(ExportError, match=r"layers\.1\.mixer\.down_proj\.weight: row 0 is not row 0"):
+        export_folder(unsteady, SHAPE, tmp_path / "model", CardInfo("test"), FP32, all_values(unsteady))
     assert not list(tmp_path.iterdir())
 
 
@@ -230,16 +235,16 @@ def test_a_folder_that_does_not_match_its_config_is_refused(tmp_path: Path) -> N
     bad = weights | {"backbone.norm_f.weight": torch.zeros(31)}
     save_file(bad, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(HfFolderError, match=r"backbone\.norm_f\.weight is \(31,\), the config says \(32,\)"):
-        load_hf_tensors(folder)
+        open_hf_folder(folder)
     del bad["backbone.norm_f.weight"]
     save_file(bad, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(HfFolderError, match=r"missing: backbone\.norm_f\.weight"):
-        load_hf_tensors(folder)
+        open_hf_folder(folder)
     with pytest.raises(ReloadError, match=r"missing_keys: model\.norm_f\.weight"):
         stock_logits(folder, torch.zeros(1, 4, dtype=torch.int64))
     (folder / "config.json").write_text("[]")
     with pytest.raises(HfFolderError, match="must hold a JSON object"):
-        load_hf_tensors(folder)
+        open_hf_folder(folder)
 
 
 def test_installed_kernels_do_not_touch_the_reload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,4 +255,4 @@ def test_installed_kernels_do_not_touch_the_reload(tmp_path: Path, monkeypatch: 
     monkeypatch.syspath_prepend(fake.parent)
     monkeypatch.setenv("PYTHONPATH", str(fake.parent))
     report = export(tmp_path / "model")
-    assert report.relative is not None and report.relative < 1e-5
+    assert report.outcome.relative is not None and report.outcome.relative < 1e-5

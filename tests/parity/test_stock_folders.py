@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Nemotr
 from transformers.utils import logging as stock_logging
 
 from elastic.compress.export import ExportOptions, export_folder
+from elastic.compress.folder_check import ValueCheck
 from elastic.compress.hf_carried import Carried, read_carried, write_carried
 from elastic.compress.hf_config import HfSettings, hf_config
 from elastic.compress.hf_dtypes import DtypeRule
@@ -23,6 +24,7 @@ from elastic.compress.hf_folder import HfFolderError, open_hf_folder
 from elastic.compress.hf_names import from_hf
 from elastic.compress.model_card import CardInfo
 from elastic.space.shape import ModelShape
+from elastic.space.subnet import Subnet
 from tests.parity.hf_models import SHAPES, stock_model, tiny
 
 SHAPE = tiny("M-*")
@@ -64,7 +66,13 @@ def there_and_back(source: Path, scratch: Path, shard_bytes: int = 5_000_000_000
     options = ExportOptions(carried.dtypes, carried.settings, carried.tokenizer_folder, shard_bytes)
     # Checkpoints hold fp32.
     held = {name: tensor.float() for name, tensor in from_hf(opened.tensors, opened.shape)}
-    return export_folder(held, opened.shape, scratch / "model", CardInfo("test"), options, None).folder
+    return export_whole(held, opened.shape, scratch / "model", options)
+
+
+def export_whole(tensors: dict[str, Tensor], shape: ModelShape, folder: Path, options: ExportOptions) -> Path:
+    """Export a model that nobody cut, every stored value checked; returns the folder."""
+    check = ValueCheck(tensors, shape, Subnet.full(shape), lanes=1)
+    return export_folder(tensors, shape, folder, CardInfo("test"), options, check).folder
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -138,7 +146,7 @@ def test_a_classic_folder_comes_back_to_the_byte(rule: DtypeRule, tmp_path: Path
     tensors = dict(from_hf(stock_model(SHAPE).state_dict(), SHAPE))
     settings = HfSettings(bos_token_id=None, eos_token_id=(2, 3), max_position_embeddings=99)
     options = ExportOptions(rule, settings, shard_bytes=8_000)
-    source = export_folder(tensors, SHAPE, tmp_path / "source", CardInfo("test"), options, None).folder
+    source = export_whole(tensors, SHAPE, tmp_path / "source", options)
     back = there_and_back(source, tmp_path / "scratch", shard_bytes=8_000)
     files = {path.name for path in source.iterdir()}
     assert files == {path.name for path in back.iterdir()} and len(files) > 5
@@ -249,7 +257,7 @@ def loaded(folder: Path) -> tuple[PreTrainedModel, list[str]]:
 def test_an_export_loads_and_generates_without_a_word(name: str, tmp_path: Path) -> None:
     shape, options = EXPORTS[name]
     tensors = dict(from_hf(stock_model(shape).state_dict(), shape))
-    folder = export_folder(tensors, shape, tmp_path / "model", CardInfo("test"), options, None).folder
+    folder = export_whole(tensors, shape, tmp_path / "model", options)
     assert len(list(folder.glob("*.safetensors"))) == 1 or name == "shards"
     model, complaints = loaded(folder)
     assert complaints == []
@@ -260,7 +268,7 @@ def test_an_export_that_says_something_wrong_is_heard(tmp_path: Path) -> None:
     """The test above would notice: one key that stock code remarks on, and one tensor that is not there."""
     tensors = dict(from_hf(stock_model(SHAPE).state_dict(), SHAPE))
     options = ExportOptions(torch.float32, replace(HfSettings(), carried={"use_mamba_kernels": False}))
-    folder = export_folder(tensors, SHAPE, tmp_path / "model", CardInfo("test"), options, None).folder
+    folder = export_whole(tensors, SHAPE, tmp_path / "model", options)
     _, complaints = loaded(folder)
     assert any("use_mamba_kernels" in complaint for complaint in complaints)
     config = read(folder / "config.json") | {"hybrid_override_pattern": "M-*-", "num_hidden_layers": 4}

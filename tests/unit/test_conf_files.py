@@ -44,7 +44,13 @@ WHOLE_RUNS: dict[str, type] = {
     "smoke_extract": ExtractConfig,
     "import_hf": ImportConfig,
 }
-ON_A_CLUSTER = {"elastic_12b": Cluster(num_processes=512, has_gpu=True)}
+ONE_PROCESS = Cluster()
+STARTED_ON = {
+    "elastic_12b": Cluster(num_processes=512, has_gpu=True),
+    "import_hf": ONE_PROCESS,
+    "extract": ONE_PROCESS,
+    "smoke_extract": ONE_PROCESS,
+}
 TWO_CORES = Cluster(num_processes=2)
 SMOKE_VOCAB = 2048
 
@@ -106,7 +112,7 @@ def test_file_starts_with_what_how_where_and_how_long(file: Path) -> None:
 
 @pytest.mark.parametrize("name", WHOLE_RUNS)
 def test_whole_run_is_legal(name: str) -> None:
-    kind, cluster = WHOLE_RUNS[name], ON_A_CLUSTER.get(name, TWO_CORES)
+    kind, cluster = WHOLE_RUNS[name], STARTED_ON.get(name, TWO_CORES)
     config = load_and_check(kind, composed(name), cluster)
     if isinstance(config, PretrainConfig | ElasticConfig):
         check(with_vocab(config, SMOKE_VOCAB), cluster)
@@ -154,7 +160,7 @@ def test_published_models_count_exactly(model: str, params: int) -> None:
 
 
 def test_the_run_of_the_paper_is_the_published_one() -> None:
-    config = load_and_check(ElasticConfig, composed("elastic_12b"), ON_A_CLUSTER["elastic_12b"])
+    config = load_and_check(ElasticConfig, composed("elastic_12b"), STARTED_ON["elastic_12b"])
     short, long = config.curriculum
     assert [(p.sequence_length, p.global_batch, p.tokens) for p in (short, long)] == [
         (8_192, 1_536, 65_000_000_000),

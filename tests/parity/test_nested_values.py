@@ -1,0 +1,72 @@
+"""The value check of an export agrees with the slicing code on random subnets, and notices every kind of slip."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from elastic.compress.hf_config import ExportError, export_shape
+from elastic.compress.hf_names import to_hf
+from elastic.compress.nested_values import NestedValueError, check_values, nested_origins
+from elastic.compress.slicing import parameter_names, submodel_source
+from elastic.space.axes import Space
+from elastic.space.nesting import parameter_size
+from elastic.space.subnet import Subnet
+from tests.parity.model_factory import SPACES, choices_to_test
+
+DISTINCT = torch.Generator().manual_seed(11)
+
+
+def parent_tensors(space: Space) -> dict[str, Tensor]:
+    """Return parameters in which every value is different, so that each slip shows."""
+    return {
+        name: torch.randn(parameter_size(name, space.parent), generator=DISTINCT)
+        for name in parameter_names(space.parent)
+    }
+
+
+def exported(space: Space, subnet: Subnet, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return dict(to_hf(submodel_source(tensors, space.parent, subnet, space.lanes), subnet.shape(space.parent)))
+
+
+def check(space: Space, subnet: Subnet, tensors: dict[str, Tensor], stored: dict[str, Tensor]) -> int:
+    origins = nested_origins(space.parent, subnet, space.lanes, export_shape(subnet.shape(space.parent)))
+    return check_values(stored.__getitem__, tensors.__getitem__, origins)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_every_value_of_random_subnets_is_found_in_the_parent(name: str) -> None:
+    space = SPACES[name]
+    tensors, checked = parent_tensors(space), 0
+    for choice in choices_to_test(space, count=6):
+        subnet = space.subnet(choice)
+        try:
+            stored = exported(space, subnet, tensors)
+        except ExportError:
+            continue  # Mamba widths that differ between layers have no stock form
+        assert check(space, subnet, tensors, stored) == sum(tensor.numel() for tensor in stored.values())
+        halved = {key: tensor.bfloat16() for key, tensor in stored.items()}
+        check(space, subnet, tensors, halved)
+        checked += 1
+    assert checked
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_tensor_is_covered_and_a_changed_value_is_named(tied: bool) -> None:
+    space = SPACES["one group, tied head, depth 3" if tied else "four groups, five queries per KV head, depth 10"]
+    subnet = space.subnet(choices_to_test(space)[1])
+    tensors = parent_tensors(space)
+    stored = exported(space, subnet, tensors)
+    for name in stored:
+        wrong = stored[name].clone()
+        wrong[-1] += 1
+        with pytest.raises(NestedValueError, match=name.replace(".", r"\.")):
+            check(space, subnet, tensors, stored | {name: wrong})
+
+
+def test_lanes_dealt_wrongly_are_noticed() -> None:
+    space = SPACES["two groups, depth 7"]
+    subnet = space.subnet(choices_to_test(space)[0])
+    tensors = parent_tensors(space)
+    dealt_wrongly = dict(to_hf(submodel_source(tensors, space.parent, subnet, 1), subnet.shape(space.parent)))
+    with pytest.raises(NestedValueError, match="up_proj"):
+        check(space, subnet, tensors, dealt_wrongly)
