@@ -20,7 +20,7 @@ from elastic.compress.hf_names import HfTensorError, hf_sizes, to_hf
 from elastic.compress.model_card import CardInfo, deployed_params, model_card
 from elastic.compress.reload import ReloadError
 from elastic.compress.slicing import TensorSource
-from elastic.compress.tensor_files import TensorFolder, TensorSpec, write_tensors
+from elastic.compress.tensor_files import TensorSpec, write_tensors
 from elastic.compress.tensor_headers import TensorFileError
 from elastic.compress.tokenizer_files import TokenizerFileError, copy_tokenizer
 from elastic.space.cost import shape_cost
@@ -105,15 +105,6 @@ def _reported(
         yield name, tensor
         del tensor  # before the next one is read
         progress(specs[name].num_bytes, total)
-
-
-def load_hf_tensors(folder: Path) -> tuple[ModelShape, TensorFolder]:
-    """Open a stock folder for `from_hf`: its shape and a mapping that reads one tensor at a time.
-
-    Short for `open_hf_folder`, for callers that need no more of it; raises HfFolderError.
-    """
-    source = open_hf_folder(folder)
-    return source.shape, source.tensors
 
 
 def _check_target(folder: Path, num_bytes: int, overwrite: bool) -> None:

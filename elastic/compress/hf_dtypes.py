@@ -13,7 +13,7 @@ from elastic.compress.tensor_headers import StoredTensor
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 _BY_NAME = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_QUANTISED = ("F8", "F6", "F4", "I", "U", "BOOL")
+_QUANTISED = ("F8_", "F6_", "F4", "I", "U", "BOOL")
 
 
 class DtypeError(ValueError):

@@ -177,6 +177,17 @@ def _warnings(
         )
     if code := [path.name for path in folder.iterdir() if path.suffix in (".py", ".so", ".pyc")]:
         warnings.append(f"code is never run or copied: {listed(code)}")
+    if strays := [path.name for path in folder.iterdir() if path.is_symlink() and _leads_away(path)]:
+        warnings.append(
+            f"links to files outside the folder: {listed(strays)}; what they lead to is read as part of the model, and "
+            f"tokenizer files are copied into checkpoints and exports"
+        )
     if not find_tokenizer(folder):
         warnings.append("no tokenizer files: exports will have none either")
     return warnings
+
+
+def _leads_away(link: Path) -> bool:
+    """Tell whether a link leaves its folder for another place than the blobs of a Hugging Face cache."""
+    home, target = link.parent.resolve(), link.resolve()
+    return home != target.parent and home.parent.parent / "blobs" != target.parent

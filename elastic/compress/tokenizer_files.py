@@ -20,7 +20,8 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 _TOKENIZER, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
-_MAX_BYTES = 512_000_000
+# The largest published ones have some thirty megabytes.
+_MAX_BYTES = 128_000_000
 
 
 class TokenizerFileError(ValueError):

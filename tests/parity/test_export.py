@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from elastic.compress.export import ExportOptions, ExportReport, export_folder, load_hf_tensors
+from elastic.compress.export import ExportOptions, ExportReport, export_folder
 from elastic.compress.folder_check import LogitCheck, ValueCheck, Verification
 from elastic.compress.hf_config import ExportError, HfSettings
 from elastic.compress.hf_dtypes import DtypeRule
@@ -53,10 +53,10 @@ def test_every_shape_loads_in_stock_transformers_and_gives_the_same_logits(name:
     report = export(tmp_path / "model", shape)
     assert report.outcome.verification is Verification.LOGITS and (report.outcome.relative or 0) < 1e-5
     assert report.params == shape_cost(shape).params
-    read_shape, tensors = load_hf_tensors(report.folder)
+    opened = open_hf_folder(report.folder)
     source, _ = parent_tensors(shape)
-    back = dict(from_hf(tensors, shape))
-    assert read_shape == shape
+    back = dict(from_hf(opened.tensors, shape))
+    assert opened.shape == shape
     assert back.keys() == source.keys() and all(torch.equal(back[key], source[key]) for key in source)
 
 
@@ -189,6 +189,13 @@ def test_a_folder_with_content_is_not_overwritten_unasked(tmp_path: Path) -> Non
         export_folder({}, SHAPE, tmp_path / "precious.txt", CardInfo("test"), FP32, all_values({}))
 
 
+def test_a_disk_too_small_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    huge = tiny("-", vocab=2**22, hidden=2**22)
+    with pytest.raises(ExportError, match=r"not enough disk for the exported weights in .* GB needed, .* GB free on"):
+        export_folder({}, huge, tmp_path / "new" / "model", CardInfo("test"), FP32, all_values({}, huge))
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_a_reference_every_value_is_compared_with_the_parents(tmp_path: Path) -> None:
     tensors, _ = parent_tensors(SHAPE)
     reads: list[str] = []
@@ -228,16 +235,16 @@ def test_a_folder_that_does_not_match_its_config_is_refused(tmp_path: Path) -> N
     bad = weights | {"backbone.norm_f.weight": torch.zeros(31)}
     save_file(bad, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(HfFolderError, match=r"backbone\.norm_f\.weight is \(31,\), the config says \(32,\)"):
-        load_hf_tensors(folder)
+        open_hf_folder(folder)
     del bad["backbone.norm_f.weight"]
     save_file(bad, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(HfFolderError, match=r"missing: backbone\.norm_f\.weight"):
-        load_hf_tensors(folder)
+        open_hf_folder(folder)
     with pytest.raises(ReloadError, match=r"missing_keys: model\.norm_f\.weight"):
         stock_logits(folder, torch.zeros(1, 4, dtype=torch.int64))
     (folder / "config.json").write_text("[]")
     with pytest.raises(HfFolderError, match="must hold a JSON object"):
-        load_hf_tensors(folder)
+        open_hf_folder(folder)
 
 
 def test_installed_kernels_do_not_touch_the_reload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

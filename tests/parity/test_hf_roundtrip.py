@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from elastic.compress.export import load_hf_tensors
 from elastic.compress.hf_config import ExportError
+from elastic.compress.hf_folder import open_hf_folder
 from elastic.compress.hf_names import HfTensorError, from_hf, hf_sizes, to_hf
 from elastic.compress.permutation import Ranking, permute_tensors
 from elastic.compress.slicing import parameter_names, submodel_tensors
@@ -54,9 +54,9 @@ def test_a_folder_that_stock_transformers_saved_is_read(tmp_path: Path) -> None:
     shape = SHAPES["groups 1, odd head channels"]
     model = stock_model(shape)
     model.save_pretrained(tmp_path)
-    read_shape, tensors = load_hf_tensors(tmp_path)
-    assert read_shape == shape
-    assert identical(dict(from_hf(tensors, shape)), dict(from_hf(model.state_dict(), shape)))
+    opened = open_hf_folder(tmp_path)
+    assert opened.shape == shape
+    assert identical(dict(from_hf(opened.tensors, shape)), dict(from_hf(model.state_dict(), shape)))
 
 
 @pytest.mark.parametrize("name", SHAPES)

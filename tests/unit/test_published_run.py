@@ -25,7 +25,7 @@ from elastic.train.config_rules import load_and_check
 from elastic.train.config_rules_layout import Cluster
 from elastic.train.run_cost import start_cost
 from recipes._common import CONF
-from tests.unit.test_conf_files import ON_A_CLUSTER, composed
+from tests.unit.test_conf_files import STARTED_ON, composed
 
 FAMILY_BUDGETS = sorted(file.stem for file in (CONF / "budgets").glob("nemotron_elastic*.yaml"))
 NINE = ("model=nemotron_nano_v2_9b", "space=nemotron_nano_v2_9b", "budgets=nemotron_nano_v2_9b")
@@ -41,7 +41,7 @@ def priced(*arguments: str) -> CostConfig:
 @pytest.fixture(scope="module")
 def run() -> ElasticConfig:
     """Return the whole run as training checks it on 64 nodes of 8 GPUs."""
-    return load_and_check(ElasticConfig, composed("elastic_12b"), ON_A_CLUSTER["elastic_12b"])
+    return load_and_check(ElasticConfig, composed("elastic_12b"), STARTED_ON["elastic_12b"])
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_the_other_reading_of_the_second_phase_is_one_line_of_overrides() -> Non
         if word.startswith("curriculum.1.")
     ]
     values = composed("elastic_12b", *overrides)
-    _, long = load_and_check(ElasticConfig, values, ON_A_CLUSTER["elastic_12b"]).curriculum_phases().phases
+    _, long = load_and_check(ElasticConfig, values, STARTED_ON["elastic_12b"]).curriculum_phases().phases
     assert (long.router_frozen, long.execution, long.router_learning_rate.peak) == (False, Execution.MASK, 1e-2)
     assert len(overrides) == 4 and long.router_learning_rate.minimum == 1e-2
 
