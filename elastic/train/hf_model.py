@@ -1,0 +1,28 @@
+"""Load a stock Hugging Face folder into an elastic model, so that the same code runs it."""
+
+from pathlib import Path
+
+import torch
+
+from elastic.compress.export import load_hf_tensors
+from elastic.compress.hf_names import from_hf
+from elastic.modules.initialize import named_global_parameters
+from elastic.modules.model import ElasticModel, Layout, build_model
+from elastic.modules.sharding import shard_tensor
+from elastic.space.axes import Space
+
+
+@torch.no_grad()
+def load_hf_model(folder: Path, layout: Layout) -> ElasticModel:
+    """Build a model of the folder's sizes, with nothing to choose, and read this rank's part tensor by tensor.
+
+    Raises HfConfigError, TensorFileError or HfTensorError; no code in the folder is run.
+    """
+    shape, stored = load_hf_tensors(folder)
+    model = build_model(Space(shape, {}, lanes=1), layout)
+    parameters = dict(named_global_parameters(model))
+    tp = model.pg_collection.tp
+    for name, tensor in from_hf(stored, shape):
+        if name in parameters:  # other pipeline stages hold the rest
+            parameters[name].copy_(shard_tensor(tensor, name, shape, tp.rank(), tp.size()))
+    return model
