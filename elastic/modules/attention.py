@@ -92,7 +92,7 @@ class ElasticSelfAttention(SelfAttention):
         observer: LayerObserver | None = None,
         cache: AttentionCache | None = None,
     ) -> Tensor:
-        """Map [S, B, D] to [S, B, D] under the layer's head gate; with a cache, x goes on where it ends."""
+        """Map [S, B, D] to [S, B, D] under the layer's head gate; x goes on where a cache ends."""
         kv, a = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         qkv = self.linear_qkv.forward_cut(x, gate.cut)
         qkv = qkv.view(*qkv.shape[:2], kv, -1, a)  # [S, B, kv, h/kv + 2, A]

@@ -1,7 +1,7 @@
 """What the layers of one sequence remember while it is decoded: an argument of the call, never a slot on a module.
 
-Shapes: B batch, S new tokens, T tokens so far, KV key/value heads, A channels of a head, H Mamba heads, P head channels,
-N state, G groups, I = H*P, k convolution taps; lower case = this tensor-parallel rank's shard.
+Shapes: B batch, S new tokens, T tokens so far, KV key/value heads, A channels of a head, H Mamba heads, P head
+channels, N state, k convolution taps; lower case = this tensor-parallel rank's shard.
 """
 
 from collections.abc import Mapping
@@ -78,9 +78,8 @@ def empty_cache(
         kind = parent.pattern.kinds[layer_index]
         if kind is LayerKind.ATTENTION:
             size = (batch, parent.kv_heads // tensor_parallel, capacity_tokens, parent.attention_channels)
-            layers[layer_index] = AttentionCache(
-                *(torch.zeros(size, dtype=dtype, device=device) for _ in ("keys", "values"))
-            )
+            keys, values = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
+            layers[layer_index] = AttentionCache(keys, values)
         elif kind is LayerKind.MAMBA:
             cut = Cut.of_layer(
                 parent,

@@ -28,6 +28,6 @@ def parallel_hidden(hidden: Tensor, sequence_parallel: bool, tp_group: dist.Proc
 
 
 def gathered_logits(hidden: Tensor, head_weight: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
-    """Map hidden states [..., D] and this rank's rows of the head [v, D] to all logits [..., V], alike on every rank."""
+    """Map hidden states [..., D] and this rank's rows of the head [v, D] to logits [..., V], alike on every rank."""
     logits: Tensor = gather_from_tensor_model_parallel_region(hidden @ head_weight.t(), group=tp_group)
     return logits

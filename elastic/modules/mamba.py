@@ -137,7 +137,7 @@ class PortableMambaMixer(MambaMixer):
         return self.norm(y, self.ngroups_local_tp, self.d_inner // self.ngroups)
 
     def _state_space(self, zxBCdt: Tensor, cp: MambaContextParallel, cache: MambaCache | None = None) -> Tensor:
-        """Convolve, scan and gate: [S, B, z x B C dt] -> silu(z) * scan, [S, B, i]; with a cache, from where it ends."""
+        """Convolve, scan and gate: [S, B, z x B C dt] -> silu(z) * scan, [S, B, i]; from where a cache ends."""
         state = cp.ngroups_local_tpcp * self.d_state
         inner, heads = cp.d_inner_local_tpcp, cp.nheads_local_tpcp
         z, conv_in, dt = zxBCdt.transpose(0, 1).split([inner, inner + 2 * state, heads], dim=-1)
@@ -165,7 +165,7 @@ class ElasticMambaMixer(PortableMambaMixer):
     def forward_gated(
         self, x: Tensor, gate: LayerGate, observer: LayerObserver | None = None, cache: MambaCache | None = None
     ) -> Tensor:
-        """Map [S, B, D] to [S, B, D] under the layer's head and channel gates; with a cache, x goes on where it ends."""
+        """Map [S, B, D] to [S, B, D] under the layer's head and channel gates; x goes on where a cache ends."""
         cut = gate.cut
         inner = cut.layout(DimKind.INNER)
         cp = self.cp if inner.is_whole else self._context_parallel(cut)

@@ -11,6 +11,7 @@ from elastic.train.config import (
     ElasticConfig,
     EvaluateConfig,
     ExtractConfig,
+    GenerateConfig,
     ImportanceConfig,
     ImportConfig,
     RunConfig,
@@ -20,6 +21,7 @@ from elastic.train.config import (
 from elastic.train.config_load import ConfigError, Problem, load_with_problems
 from elastic.train.config_rules import rule_problems
 from elastic.train.config_rules_layout import Cluster, layout_problems, nearest_divisor
+from elastic.train.generate_files import generate_problems
 from elastic.train.manifest import DataError, read_manifest
 from elastic.train.prepare_config import PrepareConfig
 from elastic.train.record import Record, RecordError
@@ -64,7 +66,9 @@ def input_paths(config: object) -> Iterator[tuple[str, str | None]]:
         yield "data.path", config.data.path
     if isinstance(config, ImportConfig):
         yield "source", config.source
-    if isinstance(config, ImportanceConfig | ElasticConfig | EvaluateConfig | ExtractConfig):
+    if isinstance(config, GenerateConfig):
+        yield from (("folder", config.folder), ("tokenizer", config.tokenizer), ("prompt_file", config.prompt_file))
+    if isinstance(config, ImportanceConfig | ElasticConfig | EvaluateConfig | ExtractConfig | GenerateConfig):
         for field in fields(config.init_from):
             yield f"init_from.{field.name}", getattr(config.init_from, field.name)
 
@@ -86,6 +90,9 @@ def checkpoint_problems(config: object) -> Iterator[Problem]:
             name, path = "init_from.permuted_parent", config.init_from.permuted_parent
         case EvaluateConfig() | ExtractConfig():
             name, path = "init_from.checkpoint", config.init_from.checkpoint
+        case GenerateConfig():
+            yield from generate_problems(config)
+            return
         case _:
             return
     from elastic.train.checkpoint import CheckpointError, resolve_checkpoint  # Megatron-Core takes seconds to import

@@ -17,6 +17,7 @@ from elastic.train.config import (
     ElasticConfig,
     EvaluateConfig,
     ExtractConfig,
+    GenerateConfig,
     ImportanceConfig,
     ImportConfig,
     PretrainConfig,
@@ -43,9 +44,12 @@ WHOLE_RUNS: dict[str, type] = {
     "extract": ExtractConfig,
     "smoke_extract": ExtractConfig,
     "import_hf": ImportConfig,
+    "generate": GenerateConfig,
 }
-ON_A_CLUSTER = {"elastic_12b": Cluster(num_processes=512, has_gpu=True)}
 TWO_CORES = Cluster(num_processes=2)
+STARTED_ON = {"elastic_12b": Cluster(num_processes=512, has_gpu=True), "generate": Cluster(num_processes=1)}
+# What a user must say where a file cannot leave ???: one of two fields, or a list.
+SAID_BY_USER = {"generate": ("init_from.checkpoint=run", "prompts=[once]")}
 SMOKE_VOCAB = 2048
 
 
@@ -106,8 +110,8 @@ def test_file_starts_with_what_how_where_and_how_long(file: Path) -> None:
 
 @pytest.mark.parametrize("name", WHOLE_RUNS)
 def test_whole_run_is_legal(name: str) -> None:
-    kind, cluster = WHOLE_RUNS[name], ON_A_CLUSTER.get(name, TWO_CORES)
-    config = load_and_check(kind, composed(name), cluster)
+    kind, cluster = WHOLE_RUNS[name], STARTED_ON.get(name, TWO_CORES)
+    config = load_and_check(kind, composed(name, *SAID_BY_USER.get(name, ())), cluster)
     if isinstance(config, PretrainConfig | ElasticConfig):
         check(with_vocab(config, SMOKE_VOCAB), cluster)
 
@@ -154,7 +158,7 @@ def test_published_models_count_exactly(model: str, params: int) -> None:
 
 
 def test_the_run_of_the_paper_is_the_published_one() -> None:
-    config = load_and_check(ElasticConfig, composed("elastic_12b"), ON_A_CLUSTER["elastic_12b"])
+    config = load_and_check(ElasticConfig, composed("elastic_12b"), STARTED_ON["elastic_12b"])
     short, long = config.curriculum
     assert [(p.sequence_length, p.global_batch, p.tokens) for p in (short, long)] == [
         (8_192, 1_536, 65_000_000_000),
