@@ -9,7 +9,7 @@ from elastic.space.shape import ModelShape, ShapeError
 from elastic.space.subnet import SubnetError
 from elastic.train.config import GenerateConfig
 from elastic.train.config_load import Problem
-from elastic.train.config_rules_layout import layout_problems
+from elastic.train.config_rules_layout import layout_problems, nearest_multiple
 from elastic.train.manifest import DataError
 from elastic.train.record import Record, RecordError
 from elastic.train.tokenizer import load_tokenizer
@@ -89,12 +89,16 @@ def _writer_problems(config: GenerateConfig, source: _Source) -> Iterator[Proble
         try:
             widths = given.subnet(source.shape).ffn
         except (SubnetError, ShapeError) as error:
-            remedy = f"the model has {source.shape}"
-            yield Problem(f"subnets.{index}", given.name, str(error), remedy)
+            yield Problem(f"subnets.{index}", given.name, str(error), "a width that is left out stays full")
             continue
         if any(width % source.lanes for width in widths):
             rule = f"widths must be multiples of the lanes = {source.lanes}"
-            yield Problem(f"subnets.{index}.ffn", list(given.ffn), rule, "choose multiples")
+            remedy = f"nearest legal is {_nearest(widths, source.lanes)}"
+            yield Problem(f"subnets.{index}.ffn", list(given.ffn), rule, remedy)
+
+
+def _nearest(widths: tuple[int, ...], lanes: int) -> list[int]:
+    return sorted({nearest_multiple(width, lanes) for width in widths}, reverse=True)
 
 
 def _tokenizer_problems(config: GenerateConfig, source: _Source) -> Iterator[Problem]:

@@ -29,6 +29,8 @@ from elastic.train.tokenizer import LoadedTokenizer, load_tokenizer
 
 GENERATION_FILE = "generation.json"
 WHOLE = "whole model"
+# A model may write anything; a terminal must not obey it. Taken away on the screen only.
+CONTROL_CODES = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def _shown(served: Served, console: Console) -> Callable[[int], None]:
     def show(token: int) -> None:
         piece = None if token in served.eos_ids else stream.step(served.tokenizer.tokenizer, token)
         if piece:
-            console.out(piece, end="", highlight=False)
+            console.out(piece.translate(CONTROL_CODES), end="", highlight=False)
 
     return show
 
