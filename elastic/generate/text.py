@@ -30,7 +30,7 @@ class End(StrEnum):
 
 @dataclass(frozen=True)
 class Limits:
-    """When a text ends: at one of `eos_ids`, or after `max_new_tokens` tokens, a forced marker counted in."""
+    """When a text ends: at one of `eos_ids`, or after `max_new_tokens` tokens; thinking has a limit of its own."""
 
     max_new_tokens: int
     eos_ids: frozenset[int] = frozenset()
@@ -115,24 +115,26 @@ def generate(
     """
     if not prompt:
         raise GenerateError("the prompt has no tokens; give a text to go on from")
-    text = _Text(model, prompt, sampling, limits, on_token)
     if isinstance(plan, Subnet):
+        text = _Text(model, prompt, sampling, limits.eos_ids, len(prompt) + limits.max_new_tokens, on_token)
         part = text.write(plan, limits.max_new_tokens)
-        return Generation(tuple(text.new), (part,), text.end or End.LENGTH)
+        return Generation(tuple(text.new), (part,), text.end)
+    marker = plan.marker
+    room = len(prompt) + plan.max_think_tokens + len(marker.ids) + limits.max_new_tokens
+    text = _Text(model, prompt, sampling, limits.eos_ids, room, on_token)
     # 1. Think.
-    thinking = text.write(plan.think, min(plan.max_think_tokens, limits.max_new_tokens), plan.marker.has_come)
-    came = text.end is None and plan.marker.has_come(text.new)
+    thinking = text.write(plan.think, plan.max_think_tokens, marker.has_come)
+    if text.end is End.EOS:
+        return Generation(tuple(text.new), (thinking,), text.end)
     # 2. Put the marker there if it has not come.
-    forced = text.end is None and not came and len(plan.marker.ids) < text.tokens_left
+    forced = not marker.has_come(text.new)
     if forced:
-        for token in plan.marker.ids:
+        for token in marker.ids:
             text.append(token)
-    if text.end is not None or not text.tokens_left or not (came or forced):
-        return Generation(tuple(text.new), (thinking,), text.end or End.LENGTH)
     # 3. Answer.
     switch = len(text.new)
-    answering = text.write(plan.answer, text.tokens_left)
-    return Generation(tuple(text.new), (thinking, answering), text.end or End.LENGTH, switch, forced)
+    answering = text.write(plan.answer, limits.max_new_tokens)
+    return Generation(tuple(text.new), (thinking, answering), text.end, switch, forced)
 
 
 class _Text:
@@ -143,20 +145,16 @@ class _Text:
         model: ElasticModel,
         prompt: Sequence[int],
         sampling: Sampling,
-        limits: Limits,
+        eos_ids: frozenset[int],
+        capacity_tokens: int,
         on_token: Callable[[int], None],
     ) -> None:
         self.new: list[int] = []
-        self.end: End | None = None
+        self.end = End.LENGTH
         self._model, self._prompt, self._on_token = model, list(prompt), on_token
-        self._sampling, self._limits = sampling, limits
+        self._sampling, self._eos_ids, self._capacity_tokens = sampling, eos_ids, capacity_tokens
         self._decoder: Decoder | None = None
         self._unread: list[int] = []  # by the decoder
-
-    @property
-    def tokens_left(self) -> int:
-        """How many tokens may still follow."""
-        return self._limits.max_new_tokens - len(self.new)
 
     def append(self, token: int) -> None:
         """Take one more token."""
@@ -183,7 +181,7 @@ class _Text:
                 read_tokens, read_s = read_tokens + len(fed), read_s + elapsed_s
             self.append(token)
             written += 1
-            if token in self._limits.eos_ids:
+            if token in self._eos_ids:
                 self.end = End.EOS
                 break
             if until(self.new):
@@ -194,6 +192,6 @@ class _Text:
         """Return the decoder at work if it runs `subnet`, else a new one that has read nothing yet."""
         if self._decoder is None or self._decoder.subnet != subnet:
             self._decoder = None  # its caches go before the next ones come
-            self._decoder = Decoder(self._model, subnet, len(self._prompt) + self._limits.max_new_tokens)
+            self._decoder = Decoder(self._model, subnet, self._capacity_tokens)
             self._unread = self._prompt + self.new
         return self._decoder

@@ -227,7 +227,8 @@ class GenerateConfig(RunConfig):
 
     The weights come from init_from.checkpoint or from `folder`, a Hugging Face folder. `budget`, `think` and `answer`
     name budgets or entries of `subnets`; without any, the whole model writes. `prompt_file` holds one prompt.
-    `tokenizer` null takes the folder's own, or that of the data the checkpoint was trained on. Temperature 0 is greedy.
+    `tokenizer` null takes the folder's own, or that of the data the checkpoint was trained on. Thinking has a limit of
+    its own beside max_new_tokens. Temperature 0 is greedy.
     """
 
     init_from: ServedInput = field(default_factory=ServedInput)

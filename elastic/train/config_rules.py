@@ -61,7 +61,6 @@ RULES = (
     Rule(ExtractConfig, ("export",), elastic_rules.check_export),
     Rule(GenerateConfig, ("init_from", "folder", "budget", "think", "answer"), generate_rules.check_source),
     Rule(GenerateConfig, ("budget", "think", "answer", "subnets"), generate_rules.check_writers),
-    Rule(GenerateConfig, ("think", "max_think_tokens", "max_new_tokens"), generate_rules.check_lengths),
     Rule(GenerateConfig, ("prompts", "prompt_file"), generate_rules.check_prompts),
     Rule(GenerateConfig, ("temperature", "top_k", "top_p"), generate_rules.check_sampling),
     Rule(GenerateConfig, ("parallel",), generate_rules.check_ranks),

@@ -43,14 +43,6 @@ def check_writers(config: GenerateConfig, cluster: Cluster) -> Iterator[Problem]
         yield Problem("budget", config.budget, "contradicts think and answer", "set budget=null")
 
 
-def check_lengths(config: GenerateConfig, cluster: Cluster) -> Iterator[Problem]:
-    """Thinking must leave room for an answer; both count as new tokens."""
-    if config.think is not None and config.max_think_tokens >= config.max_new_tokens:
-        rule = f"must be below max_new_tokens = {config.max_new_tokens}, which thinking, marker and answer share"
-        remedy = f"set max_new_tokens above {config.max_think_tokens}, or choose fewer"
-        yield Problem("max_think_tokens", config.max_think_tokens, rule, remedy)
-
-
 def check_prompts(config: GenerateConfig, cluster: Cluster) -> Iterator[Problem]:
     """There is something to go on from."""
     if not config.prompts and config.prompt_file is None:

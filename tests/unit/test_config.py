@@ -559,26 +559,19 @@ BAD: tuple[tuple[type, dict[str, object], int, str], ...] = (
     ),
     (
         GenerateConfig,
-        {"think": "9b", "max_new_tokens": 1000},
+        {"think": "9b"},
         1,
         "answer = null: think and answer go together; set answer=NAME, or budget=9b alone",
     ),
     (
         GenerateConfig,
-        {"budget": "6b", "think": "9b", "answer": "12b", "max_new_tokens": 1000},
+        {"budget": "6b", "think": "9b", "answer": "12b"},
         1,
         'budget = "6b": contradicts think and answer; set budget=null',
     ),
     (
         GenerateConfig,
-        {"think": "9b", "answer": "12b", "max_think_tokens": 128},
-        1,
-        "max_think_tokens = 128: must be below max_new_tokens = 128, which thinking, marker and answer share; set "
-        "max_new_tokens above 128, or choose fewer",
-    ),
-    (
-        GenerateConfig,
-        {"think": "9b", "answer": "12b", "max_new_tokens": 1000, "marker": ""},
+        {"think": "9b", "answer": "12b", "marker": ""},
         1,
         "marker = null: missing, it has no default; set marker=..., the text that ends the thinking",
     ),
@@ -866,7 +859,7 @@ def test_names_sizes_and_tokenizer_of_what_is_to_write_are_checked_in_its_files(
     with pytest.raises(ConfigError) as caught:
         load_run(GenerateConfig, values, Cluster(3), is_main=True)
     assert [problem.field for problem in caught.value.problems] == [
-        "subnets.1.name", "subnets.2.name", "budget", "max_think_tokens",  # between fields
+        "subnets.1.name", "subnets.2.name", "budget",  # between fields
         "parallel.tensor", "budget", "answer", "subnets.0", "subnets.1.ffn", "tokenizer",  # in the files
     ]  # fmt: skip
     by_field = {problem.field: problem for problem in caught.value.problems}
