@@ -203,7 +203,7 @@ def _step(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, sta
     decay = (dt_now * a.to(wide).view(groups, -1)).exp()
     by_group.mul_(decay[..., None, None])
     by_group.addcmul_((x_now * dt_now.unsqueeze(-1)).unsqueeze(-1), b_now.unsqueeze(-2))
-    y = (by_group @ c_now.unsqueeze(-1)).squeeze(-1).flatten(1, 2).unsqueeze(1).to(x.dtype)  # [B,1,H,P]
+    y = (by_group * c_now.unsqueeze(-2)).sum(-1).flatten(1, 2).unsqueeze(1).to(x.dtype)  # [B,1,H,P]
     return y + x * d.to(x.dtype).unsqueeze(-1)
 
 
