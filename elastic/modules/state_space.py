@@ -139,7 +139,7 @@ class MambaSsmStateSpace:
         return self._scan(x, dt, a.float(), b, c, chunk_size=self.chunk_tokens, D=d.float(), dt_softplus=False)
 
     def continued_conv(self, x: Tensor, weight: Tensor, bias: Tensor, before: Tensor) -> Tensor:
-        """Convolve one token with the update kernel; a longer piece together with the inputs before it."""
+        """Convolve one token with the update kernel (causal-conv1d 1.4); a longer piece with the inputs before it."""
         if x.shape[1] == 1:
             channels_first = before.transpose(1, 2)  # a view: the kernel moves the inputs on in place
             y = self._conv_step(x[:, 0].contiguous(), channels_first, weight.contiguous(), bias, activation="silu")
