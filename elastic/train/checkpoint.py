@@ -25,11 +25,12 @@ from megatron.core.optimizer import MegatronOptimizer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
 from elastic.compress.hf_carried import CARRIED_FOLDER
-from elastic.modules.model import ElasticModel
 from elastic.compress.safe_files import UnsafeFileError, read_json
+from elastic.modules.model import ElasticModel
 from elastic.train.checkpoint_manifest import damages, shown_problems
 from elastic.train.checkpoint_metadata import CheckpointError, refuse_code
 from elastic.train.checkpoint_save import CheckpointWrite, SavedCheckpoint
@@ -110,9 +111,11 @@ def load_checkpoint(folder: Path, into: Trainable) -> TrainingState | None:
     """
     _refuse_unsafe(folder)
     sharded = _sharded_state(into, is_loading=True)
-    loaded = dist_checkpointing.load(
-        sharded, str(folder), strict="raise_all" if into.optimizer else "assume_ok_unexpected"
-    )
+    strict = "raise_all" if into.optimizer else "assume_ok_unexpected"
+    try:
+        loaded = dist_checkpointing.load(sharded, str(folder), strict=strict)
+    except (Exception, CheckpointException) as error:  # torch's is no Exception; a damaged file may raise anything
+        raise CheckpointError(f"{folder} does not fit the model, or is damaged: {error}") from error
     missing, unexpected = into.model.load_state_dict(loaded["model"], strict=False)
     wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
     if wrong:

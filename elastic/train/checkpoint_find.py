@@ -28,23 +28,24 @@ def list_checkpoints(run_folder: Path) -> list[Path]:
 def newest_whole(
     run_folder: Path, *, full: bool, world: World | None = None, say: Callable[[str], object] = lambda text: None
 ) -> Path:
-    """Return the newest whole checkpoint of a run, going back until one is; `say` hears which were passed over and why.
+    """Return the newest whole checkpoint of a run, going back until one is.
 
-    `full`, `world`: as `damages` takes them. Raises CheckpointError, with the reasons, if none is whole.
+    `say` hears (on rank 0) which were passed over and why. `full`, `world`: as `damages` takes them. Raises
+    CheckpointError, with the reasons, if none is whole.
     """
     reasons: list[str] = []
     for folder in reversed(list_checkpoints(run_folder)):
         found = damages(folder, full=full, world=world)
         if not found:
-            for reason in reasons:
+            for reason in reasons if world is None or world.is_main else ():
                 say(f"passed over: {reason}")
             return folder
         reasons.append(f"{folder.name} is not whole: {shown_problems(found)}")
     if not reasons:
         raise CheckpointError(f"{run_folder} is neither a checkpoint nor a run folder with one; check the path")
     raise CheckpointError(
-        f"{run_folder} holds no whole checkpoint. " + ". ".join(reasons) + ". Bring back a copy, or start the run again "
-        "under another exp_manager.version"
+        f"{run_folder} holds no whole checkpoint. {'. '.join(reasons)}. Bring back a copy, or start again under "
+        "another exp_manager.version"
     )
 
 
@@ -90,4 +91,3 @@ def set_aside_newer(checkpoint: Path, say: Callable[[str], object]) -> None:
         except OSError as error:
             raise CheckpointError(f"{folder} cannot be renamed ({error.strerror}); move it away by hand") from error
         say(f"{folder.name} stays as {aside.name}; remove it when it is not needed any more")
-

@@ -42,7 +42,12 @@ def step_folders(parent: Path) -> list[Path]:
     if not parent.is_dir():
         return []
     found = [path for path in parent.iterdir() if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """Return the step in the name of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def writing_folder(folder: Path) -> Path:

@@ -68,8 +68,17 @@ def read_metadata(folder: Path) -> Metadata:
         ) from error
     except Exception as error:  # a damaged pickle may raise anything
         raise CheckpointError(f"{path} is damaged or unsafe and was not read: {error}; take another copy") from error
-    if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{path} is damaged: it holds a {type(metadata).__name__}, not an index")
+    try:
+        names = {Path(stored.relative_path) for stored in metadata.storage_data.values()}
+        keys = {index.fqn for index in metadata.storage_data}
+        is_index = keys.issuperset(metadata.state_dict_metadata)
+    except (AttributeError, TypeError):
+        is_index = False
+    if not isinstance(metadata, Metadata) or not is_index:
+        raise CheckpointError(f"{path} is damaged: it holds a {type(metadata).__name__}, not a whole index")
+    outside = [str(name) for name in names if name.name != str(name)]
+    if outside:
+        raise CheckpointError(f"{path} points out of the folder, to {outside[0]}, and is not followed")
     return metadata
 
 
@@ -81,15 +90,9 @@ def refuse_code(folder: Path) -> None:
     if (folder / LEGACY_COMMON_FILE).exists():
         raise CheckpointError(f"{folder} holds {LEGACY_COMMON_FILE}, a pickle that can run code; it is not loaded")
     metadata = read_metadata(folder)
-    try:
-        for index, stored in metadata.storage_data.items():
-            place = Path(stored.relative_path)
-            if place.name != stored.relative_path:
-                raise CheckpointError(f"{folder}: the index points out of the folder, to {place}; take another copy")
-            if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
-                _refuse_code_in_object(folder / place, index.fqn, stored.offset, stored.length)
-    except (AttributeError, TypeError) as error:
-        raise CheckpointError(f"{folder / METADATA_FILE} is damaged: {error}; take another copy") from error
+    for index, stored in metadata.storage_data.items():
+        if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
+            _refuse_code_in_object(folder / stored.relative_path, index.fqn, stored.offset, stored.length)
 
 
 def _refuse_code_in_object(path: Path, key: str, offset: int, length: int) -> None:

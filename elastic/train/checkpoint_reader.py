@@ -10,6 +10,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, TensorStorageMetada
 from elastic.compress.slicing import parameter_names
 from elastic.space.nesting import parameter_size
 from elastic.space.shape import ModelShape
+from elastic.train.checkpoint_manifest import damages, shown_problems
 from elastic.train.checkpoint_metadata import CheckpointError, SafeReader
 from elastic.train.stored_names import stored_parts
 
@@ -17,12 +18,15 @@ from elastic.train.stored_names import stored_parts
 class StoredTensors(Mapping[str, Tensor]):
     """The parameters of a checkpoint under Megatron-Core names; memory holds one at a time.
 
-    Needs no process group and no model. Raises CheckpointError, listing the keys, for a checkpoint that does not
-    hold exactly the parameters of `shape` in their sizes.
+    Needs no process group and no model. Raises CheckpointError for a checkpoint that is not whole (sizes; whoever
+    opens it decides about checksums), and, listing the keys, for one that does not hold exactly the parameters of
+    `shape` in their sizes.
     """
 
     def __init__(self, folder: Path, shape: ModelShape) -> None:
-        self._shape, self._reader = shape, SafeReader(folder)
+        if found := damages(folder, full=False):
+            raise CheckpointError(f"{folder} is not whole: {shown_problems(found)}")
+        self._folder, self._shape, self._reader = folder, shape, SafeReader(folder)
         self._names = tuple(parameter_names(shape))
         self._stored = {
             key: entry
@@ -46,7 +50,10 @@ class StoredTensors(Mapping[str, Tensor]):
         planner, metadata = DefaultLoadPlanner(), self._reader.read_metadata()
         planner.set_up_planner(rows, metadata, is_coordinator=True)
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-        self._reader.read_data(planner.create_local_plan(), planner).wait()
+        try:
+            self._reader.read_data(planner.create_local_plan(), planner).wait()
+        except Exception as error:  # a damaged file may raise anything
+            raise CheckpointError(f"{self._folder} is damaged: {name} cannot be read ({error})") from error
         return tensor
 
     def __iter__(self) -> Iterator[str]:

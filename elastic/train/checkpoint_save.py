@@ -43,6 +43,7 @@ from elastic.train.checkpoint_metadata import CheckpointError
 from elastic.train.file_records import explained, flush_to_disk, hashed_file
 from elastic.train.parallel import World
 
+
 @dataclass(frozen=True)
 class SavedCheckpoint:
     """What a finished save is: where, its bytes, how long it took, and how long training waited for it."""
@@ -69,7 +70,7 @@ class CheckpointWrite:
 
         Raises CheckpointError on all ranks when `folder` exists, cannot be written, or there is not enough disk.
         """
-        self._since, self._needed_bytes = time.perf_counter(), 0
+        self._since, self._needed_bytes, self._size_bytes = time.perf_counter(), 0, 0
         self.folder, self._writing, self._world = folder, writing_folder(folder), world
         self._agree(_failure(self._prepare) if world.is_main else None)
         self._plan = _Planner()
@@ -111,8 +112,8 @@ class CheckpointWrite:
         self._agree(self._error)
         gathered: list[Any] | None = [None] * torch.distributed.get_world_size() if self._world.is_main else None
         torch.distributed.gather_object((self._results, self._files), gathered, dst=0)
-        size = [0]
-        self._agree(None if gathered is None else _failure(lambda: size.insert(0, self._publish(gathered))))
+        self._agree(None if gathered is None else _failure(lambda: self._publish(gathered)))
+        size = [self._size_bytes]
         torch.distributed.broadcast_object_list(size, src=0)
         now = time.perf_counter()
         return SavedCheckpoint(self.folder, size[0], now - self._since, self._blocked + now - since)
@@ -145,14 +146,14 @@ class CheckpointWrite:
                     self._results.append(result)
             self._files[path.name] = StoredFile(path.stat().st_size, stream.sha256())
 
-    def _publish(self, gathered: list[tuple[list[WriteResult], Files]]) -> int:
+    def _publish(self, gathered: list[tuple[list[WriteResult], Files]]) -> None:
         assert self._plan.metadata is not None, "rank 0 has made the plan"
         self._plan.writer.finish(self._plan.metadata, [results for results, _ in gathered])
         save_config(CheckpointingConfig(self._plan.backend, self._plan.version), str(self._writing))
         files = write_manifest(self._writing, {name: file for _, files in gathered for name, file in files.items()})
         self._writing.rename(self.folder)
         flush_to_disk(self.folder.parent)
-        return sum(file.size_bytes for file in files.values())
+        self._size_bytes = sum(file.size_bytes for file in files.values())
 
     def _agree(self, error: Exception | None) -> None:
         """Raise CheckpointError on all ranks if one has an error; what was written so far is removed."""
@@ -189,7 +190,9 @@ class _Planner(TorchDistSaveShardedStrategy):
     metadata: Metadata | None
     _files: list[tuple[Path, list[tuple[Any, Any]]]]
 
-    def _get_save_and_finalize_callbacks(self, writer: FileSystemWriterAsync, save_state_dict_ret: Any, async_strategy: str) -> Any:
+    def _get_save_and_finalize_callbacks(
+        self, writer: FileSystemWriterAsync, save_state_dict_ret: Any, async_strategy: str
+    ) -> Any:
         self.writer, self.metadata = writer, save_state_dict_ret[1]
         self._files = [(Path(path), [*objects, *tensors]) for path, _, (objects, tensors) in writer.write_buckets or ()]
         return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret, async_strategy)
@@ -205,13 +208,11 @@ class _Planner(TorchDistSaveShardedStrategy):
 
     def copy_tensors(self) -> None:
         """Take a copy of all tensors in the memory of the host, so that training may change them."""
-        self._files = [
-            (
-                path,
-                [(item, v.to("cpu", copy=True, non_blocking=True) if isinstance(v, Tensor) else v) for item, v in items],
-            )
-            for path, items in self._files
-        ]
+
+        def copied(value: Any) -> Any:
+            return value.to("cpu", copy=True, non_blocking=True) if isinstance(value, Tensor) else value
+
+        self._files = [(path, [(item, copied(value)) for item, value in items]) for path, items in self._files]
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 

@@ -15,7 +15,8 @@ from elastic.modules.initialize import named_global_parameters
 from elastic.modules.model import Layout, build_model
 from elastic.modules.sharding import shard_tensor
 from elastic.space.shape import ModelShape
-from elastic.train.checkpoint import Trainable, load_checkpoint, save_checkpoint, writing_folder
+from elastic.train.checkpoint import Trainable, load_checkpoint, save_checkpoint
+from elastic.train.checkpoint_manifest import writing_folder
 from elastic.train.checkpoint_metadata import METADATA_FILE, CheckpointError, read_metadata
 from elastic.train.checkpoint_reader import StoredTensors
 from elastic.train.checkpoint_writer import JOURNAL, UnfinishedError, save_streamed, stored_bytes
