@@ -23,7 +23,6 @@ FORMAT = "elastic-checkpoint-1"
 ALWAYS_HASHED_BYTES = 1 << 20
 HASHING_THREADS = 4
 SHOWN_PROBLEMS = 4
-SHOWN_DIGITS = 12
 
 
 @dataclass(frozen=True)
@@ -162,8 +161,7 @@ def _file_problems(folder: Path, files: Files, hashed: Iterable[str]) -> list[st
     def content_problem(name: str, path: Path) -> str | None:
         if name not in to_hash or (found := sha256_of(path)) == files[name].sha256:
             return None
-        expected = files[name].sha256
-        return f"has checksum {found[:SHOWN_DIGITS]}..., the manifest says {expected[:SHOWN_DIGITS]}..."
+        return f"has checksum {found}, the manifest says {files[name].sha256}"
 
     return file_problems(folder, {name: file.size_bytes for name, file in files.items()}, content_problem)
 

@@ -93,9 +93,11 @@ def hashed_file(path: Path) -> Iterator[HashingFile]:
             stream.flush()
             os.fsync(stream.fileno())
     except BaseException as error:
-        if stream.failure is None or stream.failure is error:
-            raise
-        raise stream.failure from error
+        if stream.failure is not None and stream.failure is not error:
+            raise stream.failure from error
+        if isinstance(error, OSError):
+            error.filename = str(path)
+        raise
     finally:
         # What a full disk did not take is still in the buffer: closing tries again, and must not hide the failure.
         try:
