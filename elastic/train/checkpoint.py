@@ -115,7 +115,7 @@ def load_checkpoint(folder: Path, into: Trainable) -> TrainingState | None:
     try:
         loaded = dist_checkpointing.load(sharded, str(folder), strict=strict)
     except (Exception, CheckpointException) as error:  # torch's is no Exception; a damaged file may raise anything
-        raise CheckpointError(f"{folder} does not fit the model, or is damaged: {error}") from error
+        raise CheckpointError(f"{folder} does not fit the model, or is damaged: {_first_line(error)}") from error
     missing, unexpected = into.model.load_state_dict(loaded["model"], strict=False)
     wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
     if wrong:
@@ -132,6 +132,14 @@ def load_checkpoint(folder: Path, into: Trainable) -> TrainingState | None:
         return TrainingState(content["step"], content["seed"], content["config"])
     except (UnsafeFileError, KeyError) as error:
         raise CheckpointError(f"{state_file} is damaged: {error}; take another checkpoint") from error
+
+
+def _first_line(error: BaseException) -> str:
+    """Return what a failed load says in one line; torch's exception holds those of all ranks, with tracebacks."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _refuse_unsafe(folder: Path) -> None:

@@ -214,4 +214,4 @@ def check_exp_manager(config: TrainConfig, cluster: Cluster) -> Iterator[Problem
     milestone, every = config.exp_manager.keep_milestones_every_n_steps, config.trainer.checkpoint_every_n_steps
     if milestone is not None:
         path = "exp_manager.keep_milestones_every_n_steps"
-        yield from multiple_problem(path, milestone, every, f"trainer.checkpoint_every_n_steps = {every}")
+        yield from multiple_problem(path, milestone, every, "trainer.checkpoint_every_n_steps")

@@ -218,7 +218,7 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(small_disk: Path) -> None:
     filler = small_disk / "filler"
     filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 150_000))
     with pytest.raises(
-        CheckpointError, match=r"was not written: .*No space left on device.*free space there.*stays in"
+        CheckpointError, match=r"not written: .*No space left on device.*free space there.*stays in"
     ):
         write(folder, SPLITTABLE)
     finished = len((writing_folder(folder) / JOURNAL).read_text().splitlines()) - 1
