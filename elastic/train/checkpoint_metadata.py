@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import BytesStorageMetadata, FileSystemReader, Metadata
+from torch.distributed.checkpoint import BytesStorageMetadata, Metadata
 
 METADATA_FILE = ".metadata"
 # Where older versions of Megatron-Core keep common_state: a pickle that it loads whenever it is there.
@@ -106,15 +106,3 @@ def _refuse_code_in_object(path: Path, key: str, offset: int, length: int) -> No
         raise CheckpointError(
             f"{path}: the object {key} is damaged or asks for code, and was not loaded: {reason}"
         ) from error
-
-
-class SafeReader(FileSystemReader):
-    """Torch's reader with the index read once and safely."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self._metadata = read_metadata(folder)
-
-    def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
-        """Return the index."""
-        return self._metadata

@@ -217,9 +217,7 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(small_disk: Path) -> None:
     folder = small_disk / "step_00000000"
     filler = small_disk / "filler"
     filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 150_000))
-    with pytest.raises(
-        CheckpointError, match=r"not written: .*No space left on device.*free space there.*stays in"
-    ):
+    with pytest.raises(CheckpointError, match=r"not written: .*No space left on device.*free space there.*stays in"):
         write(folder, SPLITTABLE)
     finished = len((writing_folder(folder) / JOURNAL).read_text().splitlines()) - 1
     assert finished >= 1 and not folder.exists()
