@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -189,10 +189,22 @@ def save_ranking(
 
 
 def load_ranking(path: Path) -> RankingFile:
-    """Read what `save_ranking` wrote; raises RankingError if the file holds no ranking."""
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (an open file is no mapping)
-        provenance = dict(file.metadata() or {})
+    """Read what `save_ranking` wrote; raises RankingError if the file is damaged or holds no ranking.
+
+    Only safetensors are read: nothing in them can be run.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (an open file is no mapping)
+            provenance = dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise RankingError(
+            f"{path} is missing, damaged, or no safetensors file, and was not read ({error}); take another copy or run "
+            "recipes/estimate_importance.py again"
+        ) from error
+    for name, tensor in tensors.items():
+        if name.startswith("ranking.") and (tensor.dtype != torch.int64 or tensor.dim() != 1):
+            raise RankingError(f"{path}: {name} is {tuple(tensor.shape)} of {tensor.dtype}, not a list of indices")
     orders = {
         name.removeprefix("ranking."): tuple(tensor.tolist())
         for name, tensor in tensors.items()

@@ -1,12 +1,10 @@
-"""What happens around the steps of a run: checkpoints, validation, stopping on a signal."""
+"""What happens around the steps of a run: validation, stopping on a signal (saving: save_checkpoints.py)."""
 
-import shutil
 import signal
 from typing import Any
 
 import torch
 
-from elastic.train.checkpoint import checkpoint_folder, list_checkpoints, save_checkpoint
 from elastic.train.chosen import chosen_gates
 from elastic.train.data import PackedSequences
 from elastic.train.evaluation import evaluate_subnets
@@ -50,38 +48,6 @@ class StopOnSignal(NoCallback):
     def _receive(self, number: int, _frame: Any) -> None:
         self.received = signal.Signals(number).name
         signal.signal(number, signal.SIG_DFL)
-
-
-class SaveCheckpoints(NoCallback):
-    """Saves every n steps, at the end and before an orderly stop; keeps the newest few."""
-
-    def __init__(self, every_steps: int, keep_last: int) -> None:
-        self.every_steps, self.keep_last = every_steps, keep_last
-        self.saved_step: int | None = None
-
-    def on_start(self, trainer: Trainer) -> None:
-        """Remember where the run resumed: that checkpoint is there already."""
-        self.saved_step = trainer.step or None
-
-    def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        """Save when the step is due."""
-        if trainer.step % self.every_steps == 0:
-            self._save(trainer)
-
-    def on_end(self, trainer: Trainer) -> None:
-        """Save the last step."""
-        self._save(trainer)
-
-    def _save(self, trainer: Trainer) -> None:
-        if self.saved_step == trainer.step:
-            return
-        folder = checkpoint_folder(trainer.run_folder, trainer.step)
-        state = trainer.training_state()
-        save_checkpoint(folder, trainer.trainable(), trainer.record, state, trainer.world, trainer.carried_from)
-        self.saved_step = trainer.step
-        if trainer.world.is_main:
-            for old in list_checkpoints(trainer.run_folder)[: -self.keep_last]:
-                shutil.rmtree(old)
 
 
 class Validate(NoCallback):

@@ -1,6 +1,7 @@
 """Checkpoints: Megatron-Core's format for model and optimizer, safetensors for the router, JSON for the rest.
 
-    checkpoints/step_00000100/      written as step_00000100.writing, then renamed: a folder by this name is whole
+    checkpoints/step_00000100/      written as step_00000100.writing, then renamed
+        manifest.json               every file with size and checksum (checkpoint_manifest.py): trusted after a look
         *.distcp, metadata.json     model and optimizer, readable at any parallel layout
         router.safetensors          router weights and their Adam state, replicated on every rank
         record.json                 what the model is (record.py)
@@ -21,17 +22,23 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
 from elastic.compress.hf_carried import CARRIED_FOLDER
+from elastic.compress.safe_files import UnsafeFileError, read_json
 from elastic.modules.model import ElasticModel
-from elastic.train.checkpoint_metadata import CheckpointError
+from elastic.train.checkpoint_manifest import damages, shown_problems
+from elastic.train.checkpoint_metadata import CheckpointError, refuse_code
+from elastic.train.checkpoint_save import CheckpointWrite, SavedCheckpoint
 from elastic.train.parallel import World
-from elastic.train.record import RECORD_FILE, Record
+from elastic.train.record import Record
 
-STATE_FILE, ROUTER_FILE, FOLDER = "state.json", "router.safetensors", "checkpoints"
+STATE_FILE, ROUTER_FILE = "state.json", "router.safetensors"
+STATE_LIMIT_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -53,34 +60,6 @@ class Trainable:
     router_optimizer: Optimizer | None = None
 
 
-def checkpoint_folder(run_folder: Path, step: int) -> Path:
-    """Return where the checkpoint of a step lies."""
-    return run_folder / FOLDER / f"step_{step:08d}"
-
-
-def writing_folder(folder: Path) -> Path:
-    """Return where a checkpoint lies until it is whole."""
-    return folder.with_name(folder.name + ".writing")
-
-
-def list_checkpoints(run_folder: Path) -> list[Path]:
-    """List the whole checkpoints of a run, oldest first."""
-    return sorted(
-        path for path in (run_folder / FOLDER).glob("step_*") if path.suffix == "" and (path / RECORD_FILE).is_file()
-    )
-
-
-def resolve_checkpoint(path: str | Path) -> Path:
-    """Return the checkpoint that `path` names: itself, or the newest of a run folder; raises CheckpointError."""
-    folder = Path(path)
-    if (folder / RECORD_FILE).is_file():
-        return folder
-    found = list_checkpoints(folder)
-    if not found:
-        raise CheckpointError(f"{folder} is neither a checkpoint nor a run folder with one; check the path")
-    return found[-1]
-
-
 def save_checkpoint(
     folder: Path,
     trained: Trainable,
@@ -88,20 +67,29 @@ def save_checkpoint(
     state: TrainingState | None,
     world: World,
     carried_from: Path | None = None,
-) -> None:
-    """Write one checkpoint aside and rename it when every rank has finished; refuses to replace an existing one.
+) -> SavedCheckpoint:
+    """Write one checkpoint and wait for it; arguments and errors of `begin_save`."""
+    return begin_save(folder, trained, record, state, world, carried_from, in_background=False).finish()
+
+
+def begin_save(
+    folder: Path,
+    trained: Trainable,
+    record: Record,
+    state: TrainingState | None,
+    world: World,
+    carried_from: Path | None = None,
+    *,
+    in_background: bool,
+) -> CheckpointWrite:
+    """Write one checkpoint aside; `finish` of the result, called by all ranks, renames it when everybody is done.
 
     `carried_from` is the checkpoint whose settings and tokenizer for exports (hf_carried.py) go along, if it has any.
+    `in_background` copies the tensors and returns at once; the caller never lets two saves overlap. Raises
+    CheckpointError on all ranks if one of them cannot write; an existing checkpoint is never replaced.
     """
-    writing = writing_folder(folder)
-    if world.is_main:
-        if folder.exists():
-            raise CheckpointError(f"{folder} exists already and is not replaced; remove it or choose another folder")
-        shutil.rmtree(writing, ignore_errors=True)  # left by a run that was killed while saving
-        writing.mkdir(parents=True)
-    torch.distributed.barrier()
-    dist_checkpointing.save(_sharded_state(trained, is_loading=False), str(writing))
-    if world.is_main:
+
+    def add_files(writing: Path) -> None:
         record.write(writing)
         if trained.router is not None:
             save_file(_router_tensors(trained.router, trained.router_optimizer), writing / ROUTER_FILE)
@@ -110,16 +98,24 @@ def save_checkpoint(
         if state is not None:
             content = {"step": state.step, "seed": state.seed, "config": state.config}
             (writing / STATE_FILE).write_text(json.dumps(content, indent=1, default=str) + "\n")
-        writing.rename(folder)
-    torch.distributed.barrier()
+
+    sharded = _sharded_state(trained, is_loading=False)
+    return CheckpointWrite(folder, sharded, world, add_files, in_background=in_background)
 
 
 def load_checkpoint(folder: Path, into: Trainable) -> TrainingState | None:
-    """Load whatever `into` holds, strictly, from any parallel layout; returns the training state if there is one."""
+    """Load whatever `into` holds, strictly, from any parallel layout; returns the training state if there is one.
+
+    All ranks call this together. Raises CheckpointError for a checkpoint that is not whole (sizes; `verified` looks at
+    the checksums), in which a pickle asks for code (nothing of it is run), or that does not fit.
+    """
+    _refuse_unsafe(folder)
     sharded = _sharded_state(into, is_loading=True)
-    loaded = dist_checkpointing.load(
-        sharded, str(folder), strict="raise_all" if into.optimizer else "assume_ok_unexpected"
-    )
+    strict = "raise_all" if into.optimizer else "assume_ok_unexpected"
+    try:
+        loaded = dist_checkpointing.load(sharded, str(folder), strict=strict)
+    except (Exception, CheckpointException) as error:  # torch's is no Exception; a damaged file may raise anything
+        raise CheckpointError(f"{folder} does not fit the model, or is damaged: {_first_line(error)}") from error
     missing, unexpected = into.model.load_state_dict(loaded["model"], strict=False)
     wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
     if wrong:
@@ -131,8 +127,34 @@ def load_checkpoint(folder: Path, into: Trainable) -> TrainingState | None:
     state_file = folder / STATE_FILE
     if not state_file.is_file():
         return None
-    content = json.loads(state_file.read_text())
-    return TrainingState(content["step"], content["seed"], content["config"])
+    try:
+        content = read_json(state_file, STATE_LIMIT_BYTES)
+        return TrainingState(content["step"], content["seed"], content["config"])
+    except (UnsafeFileError, KeyError) as error:
+        raise CheckpointError(f"{state_file} is damaged: {error}; take another checkpoint") from error
+
+
+def _first_line(error: BaseException) -> str:
+    """Return what a failed load says in one line; torch's exception holds those of all ranks, with tracebacks."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _refuse_unsafe(folder: Path) -> None:
+    """Rank 0 looks, all ranks raise."""
+    problem: list[str | None] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            if found := damages(folder, full=False):
+                raise CheckpointError(f"{folder} is not whole: {shown_problems(found)}")
+            refuse_code(folder)
+        except CheckpointError as error:
+            problem[0] = str(error)
+    torch.distributed.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise CheckpointError(problem[0])
 
 
 def load_router(folder: Path, router: nn.Module, optimizer: Optimizer | None = None) -> None:
@@ -140,7 +162,10 @@ def load_router(folder: Path, router: nn.Module, optimizer: Optimizer | None = N
     path = folder / ROUTER_FILE
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no {ROUTER_FILE}: it was not written by train_elastic")
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged, or no safetensors file, and was not read: {error}") from error
     weights = {name.removeprefix("router/"): t for name, t in tensors.items() if name.startswith("router/")}
     try:
         router.load_state_dict(weights)

@@ -1,7 +1,9 @@
-"""Read the index of a Megatron-Core checkpoint without running code from it.
+"""Read the index and the objects of a Megatron-Core checkpoint without running code from it.
 
 Torch keeps the index (`.metadata`) as a pickle, and a pickle can call any function. This reader admits the plain data
-classes an index is made of and nothing else, so a forged one is refused instead of executed.
+classes an index is made of and nothing else, so a forged one is refused instead of executed. Beside tensors a
+checkpoint holds a few objects (`common_state`: settings of the optimizer), pickles too; `refuse_code` looks at index
+and objects before Megatron-Core, which unpickles both without a look, gets to see them.
 """
 
 import io
@@ -9,9 +11,12 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint import FileSystemReader, Metadata
+import torch
+from torch.distributed.checkpoint import BytesStorageMetadata, Metadata
 
 METADATA_FILE = ".metadata"
+# Where older versions of Megatron-Core keep common_state: a pickle that it loads whenever it is there.
+LEGACY_COMMON_FILE = "common.pt"
 _ADMITTED = {
     "torch.distributed.checkpoint.metadata": {
         "Metadata",
@@ -63,18 +68,41 @@ def read_metadata(folder: Path) -> Metadata:
         ) from error
     except Exception as error:  # a damaged pickle may raise anything
         raise CheckpointError(f"{path} is damaged or unsafe and was not read: {error}; take another copy") from error
-    if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{path} is damaged: it holds a {type(metadata).__name__}, not an index")
+    try:
+        names = {Path(stored.relative_path) for stored in metadata.storage_data.values()}
+        keys = {index.fqn for index in metadata.storage_data}
+        is_index = keys.issuperset(metadata.state_dict_metadata)
+    except (AttributeError, TypeError):
+        is_index = False
+    if not isinstance(metadata, Metadata) or not is_index:
+        raise CheckpointError(f"{path} is damaged: it holds a {type(metadata).__name__}, not a whole index")
+    outside = [str(name) for name in names if name.name != str(name)]
+    if outside:
+        raise CheckpointError(f"{path} points out of the folder, to {outside[0]}, and is not followed")
     return metadata
 
 
-class SafeReader(FileSystemReader):
-    """Torch's reader with the index read once and safely."""
+def refuse_code(folder: Path) -> None:
+    """Raise CheckpointError for a checkpoint in which a pickle asks for more than plain data; nothing of it is run.
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self._metadata = read_metadata(folder)
+    Afterwards Megatron-Core may load it: its unrestricted unpickler reads the same bytes.
+    """
+    if (folder / LEGACY_COMMON_FILE).exists():
+        raise CheckpointError(f"{folder} holds {LEGACY_COMMON_FILE}, a pickle that can run code; it is not loaded")
+    metadata = read_metadata(folder)
+    for index, stored in metadata.storage_data.items():
+        if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
+            _refuse_code_in_object(folder / stored.relative_path, index.fqn, stored.offset, stored.length)
 
-    def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
-        """Return the index."""
-        return self._metadata
+
+def _refuse_code_in_object(path: Path, key: str, offset: int, length: int) -> None:
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            content = io.BytesIO(file.read(length))
+        torch.load(content, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle may raise anything
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{path}: the object {key} is damaged or asks for code, and was not loaded: {reason}"
+        ) from error

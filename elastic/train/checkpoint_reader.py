@@ -1,7 +1,6 @@
 """Full parameters of a checkpoint by name, each read when asked for, whatever parallel layout wrote them."""
 
 import io
-import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from elastic.compress.slicing import parameter_names
 from elastic.space.nesting import parameter_size
 from elastic.space.shape import ModelShape
+from elastic.train.checkpoint_manifest import damages, shown_problems
 from elastic.train.checkpoint_metadata import CheckpointError, read_metadata
 from elastic.train.stored_names import stored_parts
 
@@ -20,11 +20,14 @@ from elastic.train.stored_names import stored_parts
 class StoredTensors(Mapping[str, Tensor]):
     """The parameters of a checkpoint under Megatron-Core names; memory holds one at a time.
 
-    Needs no process group and no model. Raises CheckpointError, listing the keys, for a checkpoint that does not
-    hold exactly the parameters of `shape` in their sizes.
+    Needs no process group and no model. Raises CheckpointError for a checkpoint that is not whole (sizes; whoever
+    opens it decides about checksums), and, listing the keys, for one that does not hold exactly the parameters of
+    `shape` in their sizes.
     """
 
     def __init__(self, folder: Path, shape: ModelShape) -> None:
+        if found := damages(folder, full=False):
+            raise CheckpointError(f"{folder} is not whole: {shown_problems(found)}")
         self._folder, self._shape, self._metadata = folder, shape, read_metadata(folder)
         self._names = tuple(parameter_names(shape))
         self._stored = {
@@ -63,11 +66,12 @@ class StoredTensors(Mapping[str, Tensor]):
         try:
             with path.open("rb") as file:
                 file.seek(place.offset)
-                stored: Tensor = torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+                stored = torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged pickle may raise anything
             raise CheckpointError(f"{path}: {key} cannot be read, the file is truncated or damaged: {error}") from error
-        if stored.shape != chunk.sizes:
-            raise CheckpointError(f"{path}: {key} is {tuple(stored.shape)}, the index says {tuple(chunk.sizes)}")
+        if not isinstance(stored, Tensor) or stored.shape != chunk.sizes:
+            found = tuple(stored.shape) if isinstance(stored, Tensor) else type(stored).__name__
+            raise CheckpointError(f"{path}: {key} is {found}, the index says {tuple(chunk.sizes)}")
         return stored
 
     def __iter__(self) -> Iterator[str]:

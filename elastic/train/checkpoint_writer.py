@@ -4,16 +4,17 @@ The result is what `dist_checkpointing.save` writes, with one file for the embed
 own writer makes the files; only the moment at which a tensor is read is ours.
 
     step_00000000.writing/
-        written.jsonl        a line per finished file: where each key lies in it; gone when everything is written
+        written.jsonl        a line per finished file: its checksum, and where each key lies in it; gone at the end
         __0_0.distcp, ...    embedding, layer 0, layer 1, ..., head
-        .metadata, metadata.json
+        .metadata, metadata.json, manifest.json
 """
 
 import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from torch.distributed.checkpoint import (
     SavePlan,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import BytesIOWriteData, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
@@ -38,8 +39,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from elastic.compress.slicing import TensorSource, parameter_names, reader
 from elastic.space.nesting import split_parameter_name
 from elastic.space.shape import ModelShape
-from elastic.train.checkpoint import writing_folder
+from elastic.train.checkpoint_manifest import StoredFile, write_manifest, writing_folder
 from elastic.train.checkpoint_metadata import CheckpointError
+from elastic.train.file_records import explained, flush_to_disk, hashed_file
 from elastic.train.record import Record
 from elastic.train.stored_names import StoredPart, stored_parts
 
@@ -97,11 +99,18 @@ def save_streamed(
     if folder.exists():
         raise CheckpointError(f"{folder} exists already and is not replaced; remove it or choose another folder")
     writing = writing_folder(folder)
-    _write_parameters(writing, record.shape, dtypes, source, identity, progress)
-    add_files(writing)
-    record.write(writing)
-    (writing / JOURNAL).unlink()
-    writing.rename(folder)
+    try:
+        files = _write_parameters(writing, record.shape, dtypes, source, identity, progress)
+        add_files(writing)
+        record.write(writing)
+        (writing / JOURNAL).unlink()
+        write_manifest(writing, files)
+        writing.rename(folder)
+        flush_to_disk(folder.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} was not written: {explained(error, writing)}. What is finished stays in {writing.name}"
+        ) from error
 
 
 def _write_parameters(
@@ -111,20 +120,23 @@ def _write_parameters(
     source: TensorSource,
     identity: str,
     progress: Callable[[int], None],
-) -> None:
+) -> dict[str, StoredFile]:
+    """Write what an earlier run did not finish; returns size and checksum of each file, as written."""
     files = _files(shape, dtypes)
-    written = _finished_files(folder, identity)
-    writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
+    written, stored = _finished_files(folder, identity)
+    writer = _HashingWriter(folder)
     plans = writer.prepare_global_plan([SavePlan(_write_items(number, keys)) for number, keys in enumerate(files)])
     for number, (keys, plan) in enumerate(zip(files, plans, strict=True)):
         if number == len(written):
             written.append(writer.write_data(plan, _ReadWhenWritten(reader(source), keys)).wait())
-            _note_finished(folder, written[-1])
+            stored |= writer.take_stored()
+            _note_finished(folder, written[-1], stored)
         progress(sum(key.num_bytes for key in keys))
     index: dict[str, Any] = {key.part.key: key.index_entry() for keys in files for key in keys}
     writer.finish(Metadata({COMMON_KEY: BytesStorageMetadata(), **index}), written)
     strategy = TorchDistSaveShardedStrategy()
     save_config(CheckpointingConfig(strategy.backend, strategy.version), str(folder))
+    return stored
 
 
 def stored_bytes(shape: ModelShape, dtypes: Mapping[str, torch.dtype]) -> int:
@@ -159,6 +171,38 @@ def _common_state() -> io.BytesIO:
     return stream
 
 
+class _HashingFiles(FileSystem):
+    """Torch's file system, with the size and checksum of each file written."""
+
+    def __init__(self) -> None:
+        self.stored: dict[str, StoredFile] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Generator[io.IOBase, None, None]:
+        """Open a file; one that is written is on the disk at the end. Raises the OSError of a failed write."""
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        with hashed_file(Path(path)) as hashed:
+            yield hashed
+        self.stored[Path(path).name] = StoredFile(Path(path).stat().st_size, hashed.sha256())
+
+
+class _HashingWriter(FileSystemWriter):
+    """Torch's writer over `_HashingFiles`."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, per_thread_copy_ahead=0)
+        self._hashing = _HashingFiles()
+        self.fs = self._hashing
+
+    def take_stored(self) -> dict[str, StoredFile]:
+        """Return size and checksum of the files written since the last call."""
+        stored, self._hashing.stored = self._hashing.stored, {}
+        return stored
+
+
 class _ReadWhenWritten(DefaultSavePlanner):
     """Hands torch's writer each tensor at the moment it is written; the parts of one parameter are read once."""
 
@@ -178,20 +222,21 @@ class _ReadWhenWritten(DefaultSavePlanner):
         return self._current[1].narrow(0, key.part.start, key.part.size[0]).contiguous()
 
 
-def _note_finished(folder: Path, results: Sequence[WriteResult]) -> None:
+def _note_finished(folder: Path, results: Sequence[WriteResult], stored: Mapping[str, StoredFile]) -> None:
     entries = [
         [result.index.fqn, result.index.offset, result.storage_data.offset, result.storage_data.length]
         for result in results
     ]
     file_name = results[0].storage_data.relative_path
     with (folder / JOURNAL).open("a") as journal:
-        journal.write(json.dumps({"file": file_name, "entries": entries}) + "\n")
+        line = {"file": file_name, "sha256": stored[file_name].sha256, "entries": entries}
+        journal.write(json.dumps(line) + "\n")
         journal.flush()
         os.fsync(journal.fileno())
 
 
-def _finished_files(folder: Path, identity: str) -> list[list[WriteResult]]:
-    """Return what an earlier, killed run finished, in order; starts the journal where there is none."""
+def _finished_files(folder: Path, identity: str) -> tuple[list[list[WriteResult]], dict[str, StoredFile]]:
+    """Return what an earlier, killed run finished, in order, and its files; starts the journal where there is none."""
     journal, heading = folder / JOURNAL, json.dumps({"identity": identity})
     lines = journal.read_text().split("\n")[:-1] if journal.is_file() else []  # a torn last line has no end
     if not lines:
@@ -203,14 +248,15 @@ def _finished_files(folder: Path, identity: str) -> list[list[WriteResult]]:
             f"{folder} was left unfinished by another run: {json.loads(lines[0])['identity']}; remove it (or set "
             f"exp_manager.overwrite=true), or choose another exp_manager.version"
         )
-    finished = []
+    finished, stored = [], {}
     for line in map(json.loads, lines[1:]):
         path = folder / line["file"]
         if not path.is_file() or path.stat().st_size != sum(length for *_, length in line["entries"]):
             raise UnfinishedError(f"{path} is not as an interrupted run left it; remove {folder} and start again")
         finished.append([_result(line["file"], *entry) for entry in line["entries"]])
+        stored[line["file"]] = StoredFile(path.stat().st_size, line["sha256"])
     journal.write_text("".join(f"{line}\n" for line in lines))
-    return finished
+    return finished, stored
 
 
 def _result(file_name: str, key: str, offsets: list[int] | None, start: int, length: int) -> WriteResult:

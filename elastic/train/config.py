@@ -27,6 +27,7 @@ from elastic.train.config_sections import (
     ParallelConfig,
     TrainerConfig,
     TrainExpManagerConfig,
+    Verification,
 )
 from elastic.train.config_types import Count, CountOrZero, Name, PositiveOrZero, Range, Required, Share
 
@@ -83,7 +84,14 @@ class CalibrationData:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParentInput:
+class CheckpointInput:
+    """A checkpoint that is read, and how closely it is looked at first: all checksums, or sizes (and small files)."""
+
+    verify: Verification = "full"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParentInput(CheckpointInput):
     """The parent to score."""
 
     parent: Checkpoint = ""
@@ -100,7 +108,7 @@ class ImportanceConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PermutedParentInput:
+class PermutedParentInput(CheckpointInput):
     """The permuted parent: where the student starts, and the teacher. Its record carries lanes and depth ranking."""
 
     permuted_parent: Checkpoint = ""
@@ -148,8 +156,8 @@ class UnreadDataConfig(DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptionalParentInput:
-    """The permuted parent whose depth ranking says which layers leave; null: the last ones."""
+class OptionalParentInput(CheckpointInput):
+    """The permuted parent whose depth ranking says which layers leave (no weight is read); null: the last ones."""
 
     permuted_parent: str | None = None
 
@@ -195,7 +203,7 @@ class SubnetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FamilyInput:
+class FamilyInput(CheckpointInput):
     """Weights to run, and whose router decides the budgets (null: the router saved beside the weights).
 
     Weights of the permuted parent with the router of a family show what cutting without training costs.
@@ -259,7 +267,7 @@ class ExtractConfig(FamilyConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServedInput:
+class ServedInput(CheckpointInput):
     """A nested checkpoint to answer from, and whose router decides its budgets (null: the router saved beside it)."""
 
     checkpoint: str | None = None

@@ -77,6 +77,8 @@ def input_paths(config: object) -> Iterator[tuple[str, str | None]]:
         config, ImportanceConfig | ElasticConfig | CostConfig | EvaluateConfig | ExtractConfig | GenerateConfig
     ):
         for field in fields(config.init_from):
+            if field.name == "verify":
+                continue  # says how, not what
             yield f"init_from.{field.name}", getattr(config.init_from, field.name)
 
 
@@ -104,10 +106,11 @@ def checkpoint_problems(config: object) -> Iterator[Problem]:
             return
         case _:
             return
-    from elastic.train.checkpoint import CheckpointError, resolve_checkpoint  # Megatron-Core takes seconds to import
+    from elastic.train.checkpoint_find import resolve_checkpoint  # Megatron-Core takes seconds to import
+    from elastic.train.checkpoint_metadata import CheckpointError
 
     try:
-        record = Record.read(resolve_checkpoint(path))
+        record = Record.read(resolve_checkpoint(path))  # sizes only: the verb itself looks at the checksums
     except (CheckpointError, RecordError) as error:
         yield Problem(name, path, str(error), "give a run folder of an earlier verb, or one checkpoint in it")
         return

@@ -50,7 +50,7 @@ RULES = (
     Rule(EvaluateConfig, ("sequence_length", "parallel"), layout_rules.check_evaluation_length),
     Rule(ImportanceConfig, ("importance", "parallel"), layout_rules.check_importance),
     Rule(TRAINING, ("optim",), layout_rules.check_optimizer),
-    Rule(TRAINING, ("exp_manager",), layout_rules.check_exp_manager),
+    Rule(TRAINING, ("exp_manager", "trainer"), layout_rules.check_exp_manager),
     Rule(TRAINING, ("curriculum", "parallel"), elastic_rules.check_phases),
     Rule(TRAINING, ("curriculum", "data", "parallel"), elastic_rules.check_phase_batches),
     Rule(ElasticConfig, ("curriculum", "elastic", "data", "parallel"), elastic_rules.check_draws),

@@ -207,7 +207,11 @@ def check_optimizer(config: TrainConfig, cluster: Cluster) -> Iterator[Problem]:
 
 
 def check_exp_manager(config: TrainConfig, cluster: Cluster) -> Iterator[Problem]:
-    """An existing run is either continued or replaced."""
+    """An existing run is either continued or replaced; a milestone is one of the steps that are saved."""
     if config.exp_manager.overwrite and config.exp_manager.resume_if_exists:
         rule = "contradicts exp_manager.resume_if_exists = true"
         yield Problem("exp_manager.overwrite", True, rule, "nearest legal value is false")
+    milestone, every = config.exp_manager.keep_milestones_every_n_steps, config.trainer.checkpoint_every_n_steps
+    if milestone is not None:
+        path = "exp_manager.keep_milestones_every_n_steps"
+        yield from multiple_problem(path, milestone, every, "trainer.checkpoint_every_n_steps")

@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 from elastic.space.shape import ModelShape
 from elastic.train.config_types import Count, Decay, Name, Positive, PositiveOrZero, Range, Required
 
+# How a checkpoint is looked at before it is trusted: all checksums, or all sizes and the checksums of small files.
+Verification = Literal["full", "sizes"]
 DataFolder = Annotated[str, Required("the folder recipes/prepare_data.py wrote")]
 
 
@@ -152,9 +154,17 @@ class ExpManagerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainExpManagerConfig(ExpManagerConfig):
-    """Adds what only a training run has: resuming, loggers, and how many checkpoints stay."""
+    """Adds what only a training run has: resuming, loggers, and how its checkpoints are written, checked and kept.
+
+    `verify_on_resume` full compares every file of the checkpoint with its checksum, sizes only the small ones.
+    `keep_milestones_every_n_steps` null keeps no more than the newest `keep_last_checkpoints`. `async_save` writes from
+    a copy in the host's memory while training goes on.
+    """
 
     resume_if_exists: bool = True
     create_tensorboard_logger: bool = True
     create_wandb_logger: bool = False
+    verify_on_resume: Verification = "full"
     keep_last_checkpoints: Count = 2
+    keep_milestones_every_n_steps: Count | None = None
+    async_save: bool = False

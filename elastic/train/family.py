@@ -1,6 +1,6 @@
 """Open a checkpoint for evaluation or extraction: its weights, its space, and what its router chose."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +11,11 @@ from elastic.space.axes import Space
 from elastic.space.budget import Budget
 from elastic.space.cost import Deployment
 from elastic.space.subnet import Subnet
-from elastic.train.checkpoint import Trainable, load_checkpoint, load_router, resolve_checkpoint
+from elastic.train.checkpoint import Trainable, load_checkpoint, load_router
+from elastic.train.checkpoint_find import resolve_checkpoint
 from elastic.train.checkpoint_reader import StoredTensors
 from elastic.train.config import SubnetConfig
+from elastic.train.parallel import World
 from elastic.train.record import Record, check_same_shape
 
 
@@ -56,16 +58,22 @@ def open_family(
     router: str | None,
     budget_names: Sequence[str] | None,
     subnets: Sequence[SubnetConfig],
+    *,
+    full: bool = True,
+    world: World | None = None,
+    say: Callable[[str], object] = lambda text: None,
 ) -> OpenFamily:
     """Take weights from `checkpoint`, choices from `router`'s checkpoint (None: the same one).
 
     `budget_names` None takes all, an empty list none. Weights that come without a router have one member, the whole
-    parent. Raises FamilyError for an unknown budget, CheckpointError or RecordError for checkpoints that do not fit
-    together.
+    parent. `full`, `world` and `say`: how the checkpoints are verified (checkpoint_find.py). Raises FamilyError for an
+    unknown budget, CheckpointError or RecordError for checkpoints that are damaged or do not fit together.
     """
-    folder = resolve_checkpoint(checkpoint)
+    folder = resolve_checkpoint(checkpoint, full=full, world=world, say=say)
     record = Record.read(folder)
-    chooser_folder = folder if router is None else resolve_checkpoint(router)
+    chooser_folder = folder
+    if router is not None:
+        chooser_folder = resolve_checkpoint(router, full=full, world=world, say=say)
     chooser = record if router is None else Record.read(chooser_folder)
     check_same_shape(record.shape, chooser.shape, chooser_folder)
     if chooser.depth_ranking != record.depth_ranking or chooser.lanes != record.lanes:

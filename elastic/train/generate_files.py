@@ -49,7 +49,8 @@ def _source(config: GenerateConfig) -> _Source | Problem:
     # Megatron-Core takes seconds to import, and a wrong config should not wait for it.
     from elastic.compress.hf_carried import CarriedError
     from elastic.compress.hf_folder import HfFolderError, open_hf_folder
-    from elastic.train.checkpoint import CheckpointError, resolve_checkpoint
+    from elastic.train.checkpoint_find import resolve_checkpoint
+    from elastic.train.checkpoint_metadata import CheckpointError
     from elastic.train.text_settings import text_settings
 
     if config.folder is not None:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from elastic.train.file_records import file_problems, sha256_of
+
 MANIFEST_NAME = "data.json"
 FORMAT = "elastic-data-1"
 SAMPLED_BLOCKS = 64
@@ -98,9 +100,7 @@ def _split_from(record: dict[str, Any]) -> SplitRecord:
 
 def record_file(path: Path) -> FileRecord:
     """Measure one finished file: its size and both checksums (reads all of it)."""
-    with path.open("rb") as stream:
-        full = hashlib.file_digest(stream, "sha256").hexdigest()
-    return FileRecord(path.stat().st_size, full, sampled_sha256(path))
+    return FileRecord(path.stat().st_size, sha256_of(path), sampled_sha256(path))
 
 
 def sampled_sha256(path: Path) -> str:
@@ -133,14 +133,12 @@ def check_split_files(folder: Path, manifest: Manifest, split: str, *, full: boo
     if split not in manifest.splits:
         held = ", ".join(manifest.splits)
         raise DataError(f"{folder}: no split {split!r}, it holds {held}; prepare with another validation_ratio")
-    problems = []
-    for name, record in manifest.splits[split].files.items():
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size != record.size_bytes:
-            problems.append(f"{name} has {path.stat().st_size:,} bytes, the manifest says {record.size_bytes:,}")
-        elif sampled_sha256(path) != record.sampled_sha256 or (full and record_file(path) != record):
-            problems.append(f"{name} has the right size and another content")
+    files = manifest.splits[split].files
+
+    def content_problem(name: str, path: Path) -> str | None:
+        same = sampled_sha256(path) == files[name].sampled_sha256 and (not full or record_file(path) == files[name])
+        return None if same else "has the right size and another content"
+
+    problems = file_problems(folder, {name: record.size_bytes for name, record in files.items()}, content_problem)
     if problems:
         raise DataError(f"{folder}: {'; '.join(problems)}; restore it or {REMEDY}")

@@ -1,13 +1,13 @@
 """Write a folder aside and rename it when whole, so that a kill never leaves something that looks finished."""
 
 import errno
-import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from elastic.train.file_records import flush_to_disk
 from elastic.train.manifest import DataError
 
 CANNOT_WRITE = (
@@ -37,12 +37,12 @@ def written_aside(target: Path, *, replace: bool) -> Iterator[Path]:
         aside.mkdir(parents=True)
         yield aside
         for path in [*sorted(aside.iterdir()), aside]:
-            _flush_to_disk(path)
+            flush_to_disk(path)
         replaced = target.parent / f".{target.name}.replaced-{token}"
         if replace and target.exists():
             target.rename(replaced)
         aside.rename(target)
-        _flush_to_disk(target.parent)
+        flush_to_disk(target.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -54,11 +54,3 @@ def written_aside(target: Path, *, replace: bool) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,7 +17,7 @@ from elastic.space.pattern import LayerKind
 from elastic.space.reach import TOLERANCE, Sample, sample_subnet, smallest_subnet
 from elastic.space.shape import ModelShape
 from elastic.space.subnet import Subnet, heterogeneous_layers
-from elastic.train.checkpoint import resolve_checkpoint
+from elastic.train.checkpoint_find import resolve_checkpoint
 from elastic.train.config import CostConfig
 from elastic.train.record import Record, check_same_shape
 from elastic.train.run_evaluate import subnet_summary

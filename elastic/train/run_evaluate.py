@@ -31,7 +31,15 @@ def run_evaluate(config: EvaluateConfig, console: Console) -> Path:
     with world(model_layout(config.parallel, config.trainer)) as here:
         folder, _ = open_run_folder(config.exp_manager, asdict(config), here)
         source = config.init_from
-        family = open_family(source.checkpoint, source.router, config.budget_names, config.subnets)
+        family = open_family(
+            source.checkpoint,
+            source.router,
+            config.budget_names,
+            config.subnets,
+            full=source.verify == "full",
+            world=here,
+            say=console.print,
+        )
         runner = PipelineRunner(here, family.load_model(here.layout), DistillConfig(kl_weight=0.0))
         losses = evaluate_subnets(
             runner,

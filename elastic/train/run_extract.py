@@ -17,7 +17,7 @@ from elastic.compress.hf_names import hf_names
 from elastic.compress.model_card import CardInfo
 from elastic.compress.slicing import parameter_names, parent_parameter, submodel_source
 from elastic.compress.tokenizer_files import find_tokenizer
-from elastic.train.checkpoint import checkpoint_folder
+from elastic.train.checkpoint_find import checkpoint_folder
 from elastic.train.checkpoint_writer import save_streamed
 from elastic.train.config import ExtractConfig
 from elastic.train.export_check import choose_check
@@ -39,7 +39,14 @@ def run_extract(config: ExtractConfig, console: Console) -> Path:
     nested checkpoint before this returns, or, where memory does not allow it, every stored value with the parent's.
     """
     source = config.init_from
-    family = open_family(source.checkpoint, source.router, config.budget_names, config.subnets)
+    family = open_family(
+        source.checkpoint,
+        source.router,
+        config.budget_names,
+        config.subnets,
+        full=source.verify == "full",
+        say=console.print,
+    )
     carried = _carried(family, config)
     folder, _ = prepare_run_folder(config.exp_manager, asdict(config))
     rows = []

@@ -2,13 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from elastic.train.checkpoint import list_checkpoints
+from elastic.train.checkpoint_find import list_checkpoints, newest_whole, set_aside_newer
+from elastic.train.checkpoint_metadata import CheckpointError
 from elastic.train.config_sections import ExpManagerConfig
 from elastic.train.parallel import World
 
@@ -22,10 +23,11 @@ class RunFolderError(ValueError):
 def open_run_folder(
     settings: ExpManagerConfig, config: Mapping[str, Any], world: World, *, resume: bool = False
 ) -> tuple[Path, Path | None]:
-    """Create exp_dir/name/version with the resolved config; return it and the checkpoint to resume from, if any.
+    """Create exp_dir/name/version with the resolved config; return it and its newest checkpoint, if it goes on.
 
-    Rank 0 decides, all ranks learn the same answer. Raises RunFolderError for an existing folder unless `resume` (and
-    it holds a checkpoint or nothing worth keeping) or exp_manager.overwrite.
+    Rank 0 decides, all ranks learn the same answer. Whether that checkpoint is whole is for `checkpoint_to_resume`
+    to say. Raises RunFolderError for an existing folder unless `resume` (and it holds a checkpoint or nothing worth
+    keeping) or exp_manager.overwrite.
     """
     answer: list[Any] = [None, None]
     if world.is_main:
@@ -38,6 +40,25 @@ def open_run_folder(
     if problem is not None:
         raise RunFolderError(problem)
     return Path(settings.run_dir), newest
+
+
+def checkpoint_to_resume(folder: Path, world: World, *, full: bool, say: Callable[[str], object]) -> Path:
+    """Return the newest whole checkpoint of a run; all ranks call this together and share the checking.
+
+    Newer ones that are not whole are named, and renamed, so that the run can write those steps again. Raises
+    CheckpointError on all ranks if none is whole.
+    """
+    newest = newest_whole(folder, full=full, world=world, say=say)
+    problem: list[str | None] = [None]
+    if world.is_main:
+        try:
+            set_aside_newer(newest, say)
+        except CheckpointError as error:
+            problem[0] = str(error)
+    torch.distributed.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise CheckpointError(problem[0])
+    return newest
 
 
 def prepare_run_folder(

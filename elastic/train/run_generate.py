@@ -16,14 +16,14 @@ from elastic.compress.hf_config import HfSettings
 from elastic.compress.hf_folder import open_hf_folder
 from elastic.generate.sampling import Sampling
 from elastic.generate.text import End, Generation, Limits, Marker, Part, PhasePlan, generate, ignore
-from elastic.modules.model import ElasticModel, Layout
+from elastic.modules.model import ElasticModel
 from elastic.space.subnet import Subnet
 from elastic.train.config import GenerateConfig
 from elastic.train.family import open_family
 from elastic.train.generate_files import tokenizer_path
 from elastic.train.hf_model import load_hf_model
 from elastic.train.manifest import DataError
-from elastic.train.parallel import model_layout, world
+from elastic.train.parallel import World, model_layout, world
 from elastic.train.run_evaluate import subnet_summary
 from elastic.train.run_folder import open_run_folder, write_json
 from elastic.train.text_settings import text_settings
@@ -63,7 +63,7 @@ def run_generate(config: GenerateConfig, console: Console) -> Path:
         prompts.append(_read(Path(config.prompt_file)))
     with world(model_layout(config.parallel, config.trainer)) as here:
         folder, _ = open_run_folder(config.exp_manager, asdict(config), here)
-        served = open_served(config, here.layout)
+        served = open_served(config, here, console)
         limits, rows = Limits(config.max_new_tokens, served.eos_ids), []
         for number, prompt in enumerate(prompts):
             tokens = served.encode(prompt)
@@ -82,11 +82,11 @@ def run_generate(config: GenerateConfig, console: Console) -> Path:
     return folder
 
 
-def open_served(config: GenerateConfig, layout: Layout) -> Served:
+def open_served(config: GenerateConfig, here: World, console: Console) -> Served:
     """Load the checkpoint or the folder, and find the subnets that `config` names."""
     if config.folder is not None:
         settings = open_hf_folder(Path(config.folder)).settings
-        model = load_hf_model(Path(config.folder), layout)
+        model = load_hf_model(Path(config.folder), here.layout)
         named: dict[str, Subnet] = {}
         source, own = config.folder, None
     else:
@@ -94,8 +94,16 @@ def open_served(config: GenerateConfig, layout: Layout) -> Served:
         by_hand = [given for given in config.subnets if given.name in wanted]
         budgets = [name for name in wanted if name not in {given.name for given in by_hand}]
         assert config.init_from.checkpoint is not None, "config_rules lets exactly one source through"
-        family = open_family(config.init_from.checkpoint, config.init_from.router, budgets, by_hand)
-        model, named = family.load_model(layout), {member.name: member.subnet for member in family.members}
+        family = open_family(
+            config.init_from.checkpoint,
+            config.init_from.router,
+            budgets,
+            by_hand,
+            full=config.init_from.verify == "full",
+            world=here,
+            say=console.print,
+        )
+        model, named = family.load_model(here.layout), {member.name: member.subnet for member in family.members}
         source = str(family.checkpoint)
         settings, own = HfSettings(eos_token_id=None), None
         if config.tokenizer is None:

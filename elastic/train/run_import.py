@@ -10,7 +10,8 @@ from elastic.compress.hf_carried import Carried, write_carried
 from elastic.compress.hf_folder import HfFolder, open_hf_folder
 from elastic.compress.hf_names import HF_HEAD, check_tied_head, hf_names, megatron_source
 from elastic.compress.slicing import parameter_names
-from elastic.train.checkpoint import checkpoint_folder, writing_folder
+from elastic.train.checkpoint_find import checkpoint_folder
+from elastic.train.checkpoint_manifest import writing_folder
 from elastic.train.checkpoint_writer import save_streamed, stored_bytes
 from elastic.train.config import ImportConfig
 from elastic.train.record import Record

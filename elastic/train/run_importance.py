@@ -18,7 +18,8 @@ from elastic.modules.initialize import named_global_parameters
 from elastic.modules.model import ElasticModel, build_model
 from elastic.modules.sharding import shard_tensor, unshard_tensors
 from elastic.space.axes import Space
-from elastic.train.checkpoint import Trainable, checkpoint_folder, load_checkpoint, resolve_checkpoint, save_checkpoint
+from elastic.train.checkpoint import Trainable, load_checkpoint, save_checkpoint
+from elastic.train.checkpoint_find import checkpoint_folder, resolve_checkpoint
 from elastic.train.config import ImportanceConfig
 from elastic.train.data import PackedSequences, TokenStream, micro_batch
 from elastic.train.parallel import World, model_layout, world
@@ -38,10 +39,11 @@ def run_importance(config: ImportanceConfig, console: Console) -> Path:
 
     Raises PermutationError, and writes no checkpoint, if the logits of the permuted parent moved.
     """
-    start = resolve_checkpoint(config.init_from.parent)
-    record = Record.read(start)
     stream = TokenStream(Path(config.data.path) / "train")
     with world(model_layout(config.parallel, config.trainer)) as here:
+        full = config.init_from.verify == "full"
+        start = resolve_checkpoint(config.init_from.parent, full=full, world=here, say=console.print)
+        record = Record.read(start)
         folder, _ = open_run_folder(config.exp_manager, asdict(config), here)
         space = Space(record.shape, {}, lanes=config.lanes)
         model = build_model(space, here.layout)

@@ -12,8 +12,9 @@ from elastic.router.draw import GateSource, Mode
 from elastic.router.phases import Curriculum
 from elastic.router.router import Router
 from elastic.space.axes import Space
-from elastic.train.callbacks import SaveCheckpoints, StopOnSignal, Validate
-from elastic.train.checkpoint import Trainable, load_checkpoint, resolve_checkpoint
+from elastic.train.callbacks import StopOnSignal, Validate
+from elastic.train.checkpoint import Trainable, load_checkpoint
+from elastic.train.checkpoint_find import resolve_checkpoint
 from elastic.train.config import ElasticConfig, PretrainConfig, TrainConfig, with_vocab
 from elastic.train.config_elastic import DistillConfig
 from elastic.train.data import PackedSequences, TokenStream
@@ -23,7 +24,8 @@ from elastic.train.parallel import World, model_layout, world
 from elastic.train.phase_data import PhaseData
 from elastic.train.pipeline import PipelineRunner
 from elastic.train.record import Family, Record, check_same_shape
-from elastic.train.run_folder import open_run_folder
+from elastic.train.run_folder import checkpoint_to_resume, open_run_folder
+from elastic.train.save_checkpoints import SaveCheckpoints
 from elastic.train.trainer import Callback, Trainer
 
 
@@ -36,7 +38,7 @@ def run_pretrain(config: PretrainConfig, console: Console) -> Path:
         model = build_model(space, here.layout, seed=config.seed, init_std=config.model.init_std)
         record = Record("parent", space.parent, data=config.data.path)
         loss = DistillConfig(kl_weight=0.0, cross_entropy_weight=1.0, num_chunks=1)
-        trainer = _trainer(config, stream, here, model, None, record, config.curriculum_phases(), loss)
+        trainer = _trainer(config, stream, here, model, None, record, config.curriculum_phases(), loss, console)
         return _fit(trainer, config, stream, (), console)
 
 
@@ -47,10 +49,11 @@ def run_elastic(config: ElasticConfig, console: Console, callbacks: Sequence[Cal
     """
     stream = TokenStream(Path(config.data.path) / "train")
     config = with_vocab(config, stream.vocab_size)
-    start = resolve_checkpoint(config.init_from.permuted_parent)
-    parent = Record.read(start)
-    check_same_shape(config.parent_shape(), parent.shape, start)
     with world(model_layout(config.parallel, config.trainer)) as here:
+        full = config.init_from.verify == "full"
+        start = resolve_checkpoint(config.init_from.permuted_parent, full=full, world=here, say=console.print)
+        parent = Record.read(start)
+        check_same_shape(config.parent_shape(), parent.shape, start)
         space = Space(config.parent_shape(), config.elastic.space.axes(), parent.lanes, parent.depth_ranking)
         student = build_model(space, here.layout, seed=config.seed)
         teacher = build_model(space, here.layout, seed=config.seed)
@@ -73,7 +76,7 @@ def run_elastic(config: ElasticConfig, console: Console, callbacks: Sequence[Cal
         )
         provenance = {"permuted parent": str(start), "data": config.data.path}
         record = Record("elastic", space.parent, space.lanes, space.depth_ranking, config.data.path, family, provenance)
-        trainer = _trainer(config, stream, here, student, teacher, record, phases, config.distill, gates)
+        trainer = _trainer(config, stream, here, student, teacher, record, phases, config.distill, console, gates)
         trainer.callbacks, trainer.carried_from = list(callbacks), start
         return _fit(trainer, config, stream, tuple(budget.name for budget in family.budgets), console)
 
@@ -87,11 +90,12 @@ def _trainer(
     record: Record,
     curriculum: Curriculum,
     loss: DistillConfig,
+    console: Console,
     gates: GateSource | None = None,
 ) -> Trainer:
     resolved: dict[str, Any] = asdict(config)
     resume = config.exp_manager.resume_if_exists
-    folder, checkpoint = open_run_folder(config.exp_manager, resolved, here, resume=resume)
+    folder, newest = open_run_folder(config.exp_manager, resolved, here, resume=resume)
     wrapped = wrap_for_training(student, config.optim)
     trainer = Trainer(
         world=here,
@@ -108,7 +112,9 @@ def _trainer(
         gates=gates,
         router_optimizer=None if gates is None else build_router_optimizer(gates.router, config.optim),
     )
-    if checkpoint is not None:
+    if newest is not None:
+        full = config.exp_manager.verify_on_resume == "full"
+        checkpoint = checkpoint_to_resume(folder, here, full=full, say=console.print)
         state = load_checkpoint(checkpoint, trainer.trainable())
         assert state is not None, "a run's own checkpoints always hold their state"
         trainer.step = state.step
@@ -132,7 +138,14 @@ def _fit(
             num_sequences=config.data.validation_sequences,
             micro_batch=config.data.micro_batch,
         ),
-        SaveCheckpoints(config.trainer.checkpoint_every_n_steps, settings.keep_last_checkpoints),
+        SaveCheckpoints(
+            config.trainer.checkpoint_every_n_steps,
+            keep_last=settings.keep_last_checkpoints,
+            milestone_steps=settings.keep_milestones_every_n_steps,
+            in_background=settings.async_save,
+            log=log,
+            console=console,
+        ),
         LogSteps(log, budget_names or ("parent",), config.trainer.log_every_n_steps, console),
         *trainer.callbacks,
         StopOnSignal(),  # last: its handlers stay until the final checkpoint is written

@@ -17,7 +17,8 @@ from elastic.modules.specs import Kernels
 from elastic.router.router import Router
 from elastic.space.budget import Budget
 from elastic.space.cost import Deployment, Metric
-from elastic.train.checkpoint import Trainable, checkpoint_folder, save_checkpoint
+from elastic.train.checkpoint import Trainable, save_checkpoint
+from elastic.train.checkpoint_find import checkpoint_folder
 from elastic.train.config import ExtractConfig, GenerateConfig
 from elastic.train.config_files import load_run
 from elastic.train.config_load import load

@@ -1,7 +1,8 @@
 """A checkpoint written file by file is Megatron-Core's own: it loads at every layout, and both kinds are read back."""
 
+import hashlib
 import json
-import pickle
+import shutil
 import weakref
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from elastic.modules.initialize import named_global_parameters
 from elastic.modules.model import Layout, build_model
 from elastic.modules.sharding import shard_tensor
 from elastic.space.shape import ModelShape
-from elastic.train.checkpoint import Trainable, load_checkpoint, save_checkpoint, writing_folder
+from elastic.train.checkpoint import Trainable, load_checkpoint, save_checkpoint
+from elastic.train.checkpoint_find import resolve_checkpoint
+from elastic.train.checkpoint_manifest import damages, writing_folder
 from elastic.train.checkpoint_metadata import METADATA_FILE, CheckpointError, read_metadata
 from elastic.train.checkpoint_reader import StoredTensors
 from elastic.train.checkpoint_writer import JOURNAL, UnfinishedError, save_streamed, stored_bytes
@@ -191,23 +194,34 @@ def test_a_checkpoint_of_another_shape_is_named(tmp_path: Path) -> None:
         StoredTensors(tmp_path / "step_00000000", other)
 
 
-class Malicious:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
-
-
-def test_an_index_that_asks_for_code_is_refused_and_not_run(tmp_path: Path) -> None:
+def test_what_was_streamed_has_a_manifest_like_any_other(tmp_path: Path) -> None:
+    """Also where a killed run wrote some of the files: their checksums are in the journal, they are not read again."""
     folder = tmp_path / "step_00000000"
+    interrupted(folder, after=12)
+    journal = (writing_folder(folder) / JOURNAL).read_text().splitlines()
+    first = json.loads(journal[1])
+    content = (writing_folder(folder) / first["file"]).read_bytes()
+    assert first["sha256"] == hashlib.sha256(content).hexdigest()
     write(folder, SPLITTABLE)
-    (folder / METADATA_FILE).write_bytes(pickle.dumps(Malicious(tmp_path / "executed")))
-    with pytest.raises(CheckpointError, match="damaged or unsafe"):
+    assert damages(folder, full=True) == [] and resolve_checkpoint(folder, full=True) == folder
+    changed = bytes([content[0] ^ 1]) + content[1:]
+    (folder / first["file"]).write_bytes(changed)
+    assert damages(folder, full=True)[0].startswith(f"{first['file']} has checksum")
+    (folder / first["file"]).write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match=f"is not whole: {first['file']} has .* bytes, the manifest says"):
         StoredTensors(folder, SPLITTABLE)
-    assert not (tmp_path / "executed").exists()
-    (folder / METADATA_FILE).unlink()
-    with pytest.raises(CheckpointError, match=r"holds no \.metadata"):
-        StoredTensors(folder, SPLITTABLE)
+
+
+def test_a_disk_that_fills_up_keeps_what_is_finished(small_disk: Path) -> None:
+    """The same command goes on from there once there is space."""
+    folder = small_disk / "step_00000000"
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 150_000))
+    with pytest.raises(CheckpointError, match=r"not written: .*No space left on device.*free space there.*stays in"):
+        write(folder, SPLITTABLE)
+    finished = len((writing_folder(folder) / JOURNAL).read_text().splitlines()) - 1
+    assert finished >= 1 and not folder.exists()
+    filler.unlink()
+    expected = write(folder, SPLITTABLE)
+    stored = StoredTensors(folder, SPLITTABLE)
+    assert all(torch.equal(stored[name], tensor) for name, tensor in expected.items())

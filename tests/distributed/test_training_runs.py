@@ -11,7 +11,7 @@ from elastic.modules.model import Layout, build_model
 from elastic.router.router import Router
 from elastic.space.gates import Gates
 from elastic.train.callbacks import NoCallback
-from elastic.train.checkpoint import list_checkpoints
+from elastic.train.checkpoint_find import list_checkpoints
 from elastic.train.chosen import chosen_subnets
 from elastic.train.config import ElasticConfig
 from elastic.train.config_elastic import DistillConfig

@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from elastic.space.axes import Axis
-from elastic.train.checkpoint import CheckpointError, resolve_checkpoint
+from elastic.train.checkpoint_find import resolve_checkpoint
+from elastic.train.checkpoint_metadata import CheckpointError
 from elastic.train.config import EvaluateConfig, ExtractConfig, ImportanceConfig, ImportConfig
 from elastic.train.config_load import load
 from elastic.train.family import FamilyError

@@ -146,6 +146,10 @@ def rows(folder: Path, version: str) -> dict[int, dict[str, float]]:
     found: dict[int, dict[str, float]] = {}
     for line in (folder / "run" / version / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        kept = {name: value for name, value in row.items() if name not in ("step", "tokens_per_s", "phase")}
+        kept = {
+            name: value
+            for name, value in row.items()
+            if name not in ("step", "tokens_per_s", "phase") and not name.startswith("checkpoint/")
+        }
         found.setdefault(row["step"], {}).update(kept)
     return found

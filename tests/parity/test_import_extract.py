@@ -17,7 +17,8 @@ from elastic.compress.tensor_files import TensorFolder
 from elastic.modules.model import Layout, build_model
 from elastic.space.cost import shape_cost
 from elastic.space.shape import ModelShape
-from elastic.train.checkpoint import CheckpointError, Trainable, load_checkpoint, resolve_checkpoint
+from elastic.train.checkpoint import CheckpointError, Trainable, load_checkpoint
+from elastic.train.checkpoint_find import resolve_checkpoint
 from elastic.train.checkpoint_reader import StoredTensors
 from elastic.train.config import ExtractConfig, ImportConfig
 from elastic.train.config_load import load

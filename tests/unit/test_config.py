@@ -13,6 +13,7 @@ import pytest
 from elastic.space.axes import Axis
 from elastic.space.cost import Metric, shape_cost
 from elastic.space.gates import Execution
+from elastic.train.checkpoint_manifest import write_manifest
 from elastic.train.config import (
     CostConfig,
     ElasticConfig,
@@ -392,6 +393,13 @@ BAD: tuple[tuple[type, dict[str, object], int, str], ...] = (
         1,
         "optim.overlap_grad_reduce = true: a skipped layer gets no gradient, so its bucket is never ready in "
         "curriculum.1.execution = slice; nearest legal value is false",
+    ),
+    (
+        PretrainConfig,
+        {"exp_manager.keep_milestones_every_n_steps": 250},
+        1,
+        "exp_manager.keep_milestones_every_n_steps = 250: must be a multiple of trainer.checkpoint_every_n_steps = 100"
+        "; nearest legal value is 200",
     ),
     (
         PretrainConfig,
@@ -805,6 +813,7 @@ def written_record(folder: Path, kind: str = "permuted_parent", mamba_groups: in
     """Make `folder` look like a checkpoint with 8 lanes."""
     folder.mkdir()
     Record(kind, ModelConfig(vocab=512, mamba_groups=mamba_groups).shape(), lanes=8).write(folder)
+    write_manifest(folder, {})
     return str(folder)
 
 

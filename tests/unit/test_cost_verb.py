@@ -14,6 +14,7 @@ from rich.console import Console
 
 from elastic.space.cost import Deployment, Metric, subnet_cost
 from elastic.space.subnet import Subnet
+from elastic.train.checkpoint_manifest import write_manifest
 from elastic.train.config import CostConfig
 from elastic.train.config_files import load_run
 from elastic.train.config_load import ConfigError
@@ -151,6 +152,7 @@ def test_a_permuted_parent_says_which_layers_leave(tmp_path: Path) -> None:
     parent = tmp_path / "permuted"
     parent.mkdir()
     Record("permuted_parent", config.parent_shape(), 8, ranking).write(parent)
+    write_manifest(parent, {})
     text, report = printed(config_of("elastic_12b", f"init_from.permuted_parent={parent}"))
     assert "depth:" not in text and report["depth_ranking"] == list(ranking)
     for row in report["budgets"]:

@@ -1,0 +1,126 @@
+"""Saves checkpoints around the steps of a run, reports them, and removes those that are not kept."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from elastic.train.callbacks import NoCallback
+from elastic.train.checkpoint import begin_save
+from elastic.train.checkpoint_find import checkpoint_folder, list_checkpoints
+from elastic.train.checkpoint_manifest import damages, step_of
+from elastic.train.checkpoint_save import CheckpointWrite, SavedCheckpoint
+from elastic.train.logging import RunLog
+from elastic.train.trainer import StepResult, Trainer
+
+REMOVING = ".removing"
+
+
+class SaveCheckpoints(NoCallback):
+    """Saves every n steps, at the end and before an orderly stop; keeps the newest few and the milestones.
+
+    With `in_background` a save is finished at the first step boundary at which every rank has written, a save that is
+    due earlier waits for it, and so does the end of the run: two never overlap. A save that failed ends the run with
+    CheckpointError, at the boundary, and leaves the checkpoints before it.
+    """
+
+    def __init__(
+        self,
+        every_steps: int,
+        *,
+        keep_last: int,
+        milestone_steps: int | None,
+        in_background: bool,
+        log: RunLog,
+        console: Console,
+    ) -> None:
+        self.every_steps, self.keep_last, self.milestone_steps = every_steps, keep_last, milestone_steps
+        self.in_background, self.log, self.console = in_background, log, console
+        self.saved_step: int | None = None
+        self.running: CheckpointWrite | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Remember where the run resumed: that checkpoint is there already."""
+        self.saved_step = trainer.step or None
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        """Finish a save that everybody has written; start one when the step is due."""
+        if self.running is not None and self.running.is_written():
+            self._finish(trainer)
+        if trainer.step % self.every_steps == 0:
+            self._save(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Save the last step, and wait for it."""
+        self._save(trainer)
+        self._finish(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if self.saved_step == trainer.step:
+            return
+        self._finish(trainer)
+        self.running = begin_save(
+            checkpoint_folder(trainer.run_folder, trainer.step),
+            trainer.trainable(),
+            trainer.record,
+            trainer.training_state(),
+            trainer.world,
+            trainer.carried_from,
+            in_background=self.in_background,
+        )
+        self.saved_step = trainer.step
+        if not self.in_background:
+            self._finish(trainer)
+
+    def _finish(self, trainer: Trainer) -> None:
+        if self.running is None:
+            return
+        saved = self.running.finish()
+        self.running = None
+        if trainer.world.is_main:
+            self._report(trainer, saved)
+            prune(trainer.run_folder, saved.folder, self.keep_last, self.milestone_steps, self.console.print)
+
+    def _report(self, trainer: Trainer, saved: SavedCheckpoint) -> None:
+        values = {
+            "checkpoint/seconds": saved.seconds,
+            "checkpoint/blocked_seconds": saved.blocked_seconds,
+            "checkpoint/bytes": float(saved.size_bytes),
+        }
+        self.log.write(trainer.step, values)  # the step at which it was finished: loggers want steps to go forward
+        waited = f", training waited {saved.blocked_seconds:.1f} s" if self.in_background else ""
+        size = f"{saved.size_bytes / 1e9:,.3f} GB"
+        self.console.print(f"saved {saved.folder.name}: {size} in {saved.seconds:.1f} s{waited}", highlight=False)
+
+
+def prune(
+    run_folder: Path, newest: Path, keep_last: int, milestone_steps: int | None, say: Callable[[str], object]
+) -> None:
+    """Remove old whole checkpoints: all but the newest `keep_last` and every one of a multiple of `milestone_steps`.
+
+    Nothing is removed unless `newest`, just written, is whole. Damaged ones do not count and stay, for a look at them.
+    What cannot be removed is said and left for the next time.
+    """
+    whole = [folder for folder in list_checkpoints(run_folder) if not damages(folder, full=False)]
+    if newest not in whole:
+        say(f"{newest} is not whole right after it was written; older checkpoints stay")
+        return
+    for old in whole[:-keep_last]:
+        is_milestone = milestone_steps is not None and step_of(old) % milestone_steps == 0
+        if not is_milestone and old != newest:
+            # Renamed first: killed half-way, what is left does not look like a checkpoint.
+            with _said(say):
+                old.rename(old.with_name(old.name + REMOVING))
+    for left in newest.parent.glob(f"step_*{REMOVING}"):
+        with _said(say):
+            shutil.rmtree(left)
+
+
+@contextmanager
+def _said(say: Callable[[str], object]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        say(f"an old checkpoint was not removed: {error}")

@@ -1,0 +1,192 @@
+"""Saves: in the background like in the foreground; and what fails on one rank, on all disks, ends clearly."""
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from elastic.modules.model import Layout, build_model
+from elastic.train.checkpoint import Trainable, begin_save, load_checkpoint
+from elastic.train.checkpoint_find import checkpoint_folder, list_checkpoints
+from elastic.train.checkpoint_manifest import damages, read_manifest, writing_folder
+from elastic.train.checkpoint_metadata import CheckpointError
+from elastic.train.checkpoint_save import CheckpointWrite
+from elastic.train.parallel import World, join_world
+from elastic.train.record import Record
+from tests.distributed.elastic_step import tiny_space
+from tests.distributed.harness import run_distributed
+from tests.distributed.training import elastic_values, train
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYOUT = Layout(tensor=2)
+
+
+class Pair:
+    """Two ranks with a tiny model that save into `run`."""
+
+    def __init__(self, run: Path) -> None:
+        self.run, self.space = run, tiny_space()
+        self.here: World = join_world(LAYOUT, torch.device("cpu"))
+        self.trained = Trainable(build_model(self.space, LAYOUT, seed=1))
+        self.record = Record("parent", self.space.parent)
+
+    def save(self, step: int, in_background: bool = False) -> None:
+        begin_save(
+            checkpoint_folder(self.run, step),
+            self.trained,
+            self.record,
+            None,
+            self.here,
+            in_background=in_background,
+        ).finish()
+
+    def failed(self, step: int, **options: Any) -> str:
+        with pytest.raises(CheckpointError) as caught:
+            self.save(step, **options)
+        assert not checkpoint_folder(self.run, step).exists()
+        assert not writing_folder(checkpoint_folder(self.run, step)).exists(), "no half of it stays"
+        return str(caught.value)
+
+
+def limit_file_size(num_bytes: int) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+
+
+def failing_rank(run: Path) -> list[str]:
+    """Save; then the second rank may not write a large file, in the foreground and in the background; then save."""
+    pair = Pair(run)
+    pair.save(1)
+    messages = []
+    for step, in_background in ((2, False), (3, True)):
+        if not pair.here.is_main:
+            limit_file_size(10_000)
+        messages.append(pair.failed(step, in_background=in_background))
+        if not pair.here.is_main:
+            limit_file_size(resource.RLIM_INFINITY)
+    pair.save(4)
+    load_checkpoint(checkpoint_folder(run, 4), pair.trained)
+    messages.append(pair_exists(pair))
+    return messages
+
+
+def pair_exists(pair: Pair) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        pair.save(4)
+    return str(caught.value)
+
+
+def test_one_ranks_failure_is_everybodys_and_the_old_checkpoint_stays(tmp_path: Path) -> None:
+    first, second = run_distributed(failing_rank, 2, tmp_path)
+    assert first == second
+    for message in first[:2]:
+        assert "was not saved (rank 1): " in message and "__1_0.distcp: File too large" in message
+        assert "allow larger files" in message and "step_00000001 is whole and stays" in message
+    assert "step_00000004 exists already and is not replaced" in first[2]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000001", "step_00000004"]
+    assert not any(damages(folder, full=True) for folder in list_checkpoints(tmp_path))
+
+
+def full_disk(run: Path) -> dict[str, str]:
+    """Save onto a disk until it is full: noticed before anything is written, while writing, and where it is denied."""
+    pair, messages = Pair(run), {}
+    pair.save(1)
+    filler = run / "filler"
+
+    def fill(leave: int) -> None:
+        if pair.here.is_main:
+            filler.write_bytes(bytes(max(0, shutil.disk_usage(run).free - leave)))
+        torch.distributed.barrier()
+
+    def empty() -> None:
+        torch.distributed.barrier()
+        if pair.here.is_main:
+            filler.unlink()
+        torch.distributed.barrier()
+
+    fill(leave=10_000)
+    messages["before"] = pair.failed(2)
+    empty()
+    for name, in_background in (("while", False), ("behind", True)):
+        sharded = {"model": pair.trained.model.sharded_state_dict(metadata={})}
+        write = CheckpointWrite(
+            checkpoint_folder(run, 3),
+            sharded,
+            pair.here,
+            # Somebody else fills the disk after it was looked at.
+            lambda writing: filler.write_bytes(bytes(shutil.disk_usage(run).free - 20_000)),
+            in_background=in_background,
+        )
+        with pytest.raises(CheckpointError) as caught:
+            write.finish()
+        messages[name] = str(caught.value)
+        empty()
+    if pair.here.is_main:
+        subprocess.run(["mount", "-o", "remount,ro", str(run)], check=True)
+    torch.distributed.barrier()
+    messages["denied"] = pair.failed(4)
+    if pair.here.is_main:
+        subprocess.run(["mount", "-o", "remount,rw", str(run)], check=True)
+    torch.distributed.barrier()
+    pair.save(5)
+    load_checkpoint(checkpoint_folder(run, 5), pair.trained)
+    return messages
+
+
+def test_a_full_or_read_only_disk_keeps_the_old_checkpoint_and_says_what_to_do(small_disk: Path) -> None:
+    first, second = run_distributed(full_disk, 2, small_disk)
+    assert first == second
+    assert "not enough disk for the checkpoint" in first["before"] and "GB needed" in first["before"]
+    for name in ("while", "behind"):
+        assert "No space left on device" in first[name] and "GB needed in all" in first[name], first[name]
+        assert "GB free there now; free space there" in first[name]
+    assert "Read-only file system; mount the disk writable" in first["denied"]
+    assert all("step_00000001 is whole and stays" in message for message in first.values())
+    assert [path.name for path in list_checkpoints(small_disk)] == ["step_00000001", "step_00000005"]
+    assert not any(damages(folder, full=True) for folder in list_checkpoints(small_disk))
+
+
+COMMAND = """
+import json, sys
+from recipes._common import run
+from tests.distributed.training import train
+if __name__ == "__main__":
+    run(lambda: train(json.loads(sys.argv[1])))
+"""
+
+
+def test_a_run_that_fills_its_disk_leaves_with_an_error_and_resumes(start: Path, small_disk: Path) -> None:
+    """Checkpoints at 3, 6 and 9; the disk is full when 6 is due."""
+    script = small_disk.parent / "run.py"
+    script.write_text(COMMAND)
+    values = elastic_values(start, "v", exp_manager=dict(exp_dir=str(small_disk), create_tensorboard_logger=False))
+    run = small_disk / "run" / "v"
+    one = sum(file.size_bytes for file in read_manifest(list_checkpoints(start / "run" / "permuted")[0]).values())
+    resize(small_disk, 5 * one)  # weights and twice as much again for Adam, but not two of it
+
+    ended = subprocess.run(
+        [sys.executable, str(script), json.dumps(values)],
+        env={"PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert "step_00000006 was not saved: not enough disk for the checkpoint" in ended.stderr
+    assert "step_00000003 is whole and stays" in ended.stderr and "Traceback" not in ended.stderr
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000003"]
+    resize(small_disk, 20 * one)
+    run_distributed(train, 1, values)
+    assert [path.name for path in list_checkpoints(run)] == ["step_00000006", "step_00000009"]
+
+
+def resize(disk: Path, num_bytes: int) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={num_bytes}", str(disk)], check=True)
