@@ -104,7 +104,7 @@ def test_damage_is_refused_without_a_manifest_too(copy: Path, damage: Callable[[
         TokenStream(copy / "train", require_manifest=False)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"format": "elastic-data-1"}', b"\xff\x00", b"[" * 100_000])
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"format": "elastic-data-2"}', b"\xff\x00", b"[" * 100_000])
 def test_manifest_that_is_none_is_refused(copy: Path, content: bytes) -> None:
     (copy / "data.json").write_bytes(content)
     with pytest.raises(DataError, match=r"data\.json"):
