@@ -1,5 +1,6 @@
 """Configs and the file system: inputs that must exist, and a run folder that must be free."""
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -172,4 +173,8 @@ def preparation_problem(text: str) -> Problem:
     name, _, rest = text.partition(" = ")
     value, _, rest = rest.partition(": ")
     rule, _, remedy = rest.partition("; ")
-    return Problem(name, value, rule, remedy)
+    try:
+        shown: object = json.loads(value)
+    except ValueError:
+        shown = value
+    return Problem(name, shown, rule, remedy.replace("nearest legal ", "nearest legal value is "))

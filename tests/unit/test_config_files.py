@@ -1,0 +1,95 @@
+"""Configs and the file system: inputs that are not there or of something else, run folders in use."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastic.train.config import ElasticConfig, EvaluateConfig, ImportanceConfig, PretrainConfig
+from elastic.train.config_files import load_run
+from elastic.train.config_load import ConfigError
+from elastic.train.config_rules_layout import Cluster
+from elastic.train.prepare_config import PrepareConfig
+from tests.unit.configs import put, values_of, written_record
+
+
+def run_values(kind: type, folder: Path) -> dict[str, Any]:
+    """Return a legal config of a verb whose run folder, folder/name/version_0, is in use already."""
+    run = folder / "name" / "version_0"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").touch()
+    changes: dict[str, object] = {
+        "exp_manager.exp_dir": str(folder),
+        "exp_manager.name": "name",
+        "data.path": str(folder),
+    }
+    return values_of(kind, changes | ({"model.vocab": 512} if kind is PretrainConfig else {}))
+
+
+def test_inputs_that_do_not_exist_and_a_run_folder_in_use_are_named(tmp_path: Path) -> None:
+    values = run_values(EvaluateConfig, tmp_path)
+    put(values, "init_from.checkpoint", str(tmp_path / "a" / "b"))
+    with pytest.raises(ConfigError) as caught:
+        load_run(EvaluateConfig, values, Cluster(), is_main=True)
+    missing, in_use = caught.value.problems
+    assert (missing.field, missing.value) == ("init_from.checkpoint", str(tmp_path / "a" / "b"))
+    assert missing.remedy.endswith(str(tmp_path))
+    assert (in_use.field, in_use.value) == ("exp_manager.version", "version_0")
+    assert "nearest free name is version_1" in in_use.remedy and "overwrite=true" in in_use.remedy
+    # Another rank may look after the main process has made the folder: it must not take it for somebody else's.
+    put(values, "init_from.checkpoint", written_record(tmp_path / "checkpoint"))
+    load_run(EvaluateConfig, values, Cluster(), is_main=False)
+    put(values, "exp_manager.overwrite", True)
+    load_run(EvaluateConfig, values, Cluster(), is_main=True)
+
+
+def test_checkpoint_that_is_none_or_does_not_split_over_the_ranks_is_named(tmp_path: Path) -> None:
+    values = values_of(ImportanceConfig, {"data.path": str(tmp_path), "init_from.parent": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"init_from\.parent = .* is neither a checkpoint nor a run folder"):
+        load_run(ImportanceConfig, values, Cluster(), is_main=False)
+    put(values, "init_from.parent", written_record(tmp_path / "parent", mamba_groups=4))
+    put(values, "parallel.tensor", 4)
+    put(values, "lanes", 12)
+    with pytest.raises(ConfigError) as caught:
+        load_run(ImportanceConfig, values, Cluster(4), is_main=False)
+    assert [str(problem) for problem in caught.value.problems] == [
+        "lanes = 12: must divide the parent's FFN width = 256; nearest legal value is 8",
+        "parallel.tensor = 4: must divide model.kv_heads = 2; nearest legal value is 2",
+    ]
+
+
+def test_family_needs_a_parent_permuted_for_its_lanes(tmp_path: Path) -> None:
+    folders = {"data.path": str(tmp_path), "exp_manager.exp_dir": str(tmp_path)}
+    values = values_of(ElasticConfig, folders)
+    put(values, "init_from.permuted_parent", written_record(tmp_path / "raw", "parent"))
+    with pytest.raises(
+        ConfigError, match=r"permuted_parent = .*holds a parent, .* give what recipes/estimate_importance"
+    ):
+        load_run(ElasticConfig, values, Cluster(), is_main=True)
+    put(values, "init_from.permuted_parent", written_record(tmp_path / "permuted"))
+    load_run(ElasticConfig, values, Cluster(), is_main=True)
+    put(values, "elastic.space.lanes", 4)
+    with pytest.raises(ConfigError, match=r"elastic\.space\.lanes = 4: .*; nearest legal value is 8"):
+        load_run(ElasticConfig, values, Cluster(), is_main=True)
+
+
+def test_a_training_run_may_go_on_in_its_folder(tmp_path: Path) -> None:
+    values = run_values(PretrainConfig, tmp_path)
+    load_run(PretrainConfig, values, Cluster(), is_main=True)
+    put(values, "exp_manager.resume_if_exists", False)
+    with pytest.raises(ConfigError, match="resume_if_exists=true"):
+        load_run(PretrainConfig, values, Cluster(), is_main=True)
+
+
+def test_data_folder_without_manifest_is_named_when_the_vocabulary_depends_on_it(tmp_path: Path) -> None:
+    values = values_of(PretrainConfig, {"data.path": str(tmp_path), "exp_manager.exp_dir": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"model\.vocab = null: .*not a prepared data folder.*set model\.vocab"):
+        load_run(PretrainConfig, values, Cluster(), is_main=True)
+
+
+def test_prepare_data_rules_come_in_the_same_form(tmp_path: Path) -> None:
+    values = {"validation_ratio": 0.9, "vocab_size": 0, "output_dir": str(tmp_path / "data")}
+    with pytest.raises(ConfigError) as caught:
+        load_run(PrepareConfig, values, Cluster(), is_main=True)
+    assert [problem.field for problem in caught.value.problems] == ["validation_ratio", "vocab_size"]
+    assert "must be within 0 and 0.5; nearest legal value is 0.5" in str(caught.value)
