@@ -1,5 +1,6 @@
 """Read documents from text, lines or jsonl: one at a time, the unusable ones counted by reason."""
 
+import codecs
 import hashlib
 import json
 from collections.abc import Iterator
@@ -168,7 +169,7 @@ def _decode(raw: bytes) -> str | SkipReason:
     if b"\0" in raw:
         return SkipReason.BINARY
     try:
-        return raw.decode("utf-8-sig")
+        return raw.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError:
         return SkipReason.INVALID_UTF8
 

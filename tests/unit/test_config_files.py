@@ -1,16 +1,23 @@
 """Configs and the file system: inputs that are not there or of something else, run folders in use."""
 
+import hashlib
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
-from elastic.train.config import ElasticConfig, EvaluateConfig, ImportanceConfig, PretrainConfig
+from elastic.train.config import ElasticConfig, EvaluateConfig, ExtractConfig, ImportanceConfig, PretrainConfig
 from elastic.train.config_files import load_run
 from elastic.train.config_load import ConfigError
 from elastic.train.config_rules_layout import Cluster
+from elastic.train.config_sections import ModelConfig
 from elastic.train.prepare_config import PrepareConfig
-from tests.unit.configs import put, values_of, written_record
+from elastic.train.record import Record
+from tests.unit.configs import DATA_TOKENS, put, values_of, written_manifest, written_record
 
 
 def run_values(kind: type, folder: Path) -> dict[str, Any]:
@@ -93,3 +100,69 @@ def test_prepare_data_rules_come_in_the_same_form(tmp_path: Path) -> None:
         load_run(PrepareConfig, values, Cluster(), is_main=True)
     assert [problem.field for problem in caught.value.problems] == ["validation_ratio", "vocab_size"]
     assert "must be within 0 and 0.5; nearest legal value is 0.5" in str(caught.value)
+
+
+def tokenizer_of(folder: Path, tokens: list[str]) -> str:
+    """Write a word tokenizer into a folder that looks like prepared data; returns the folder."""
+    folder.mkdir()
+    path = folder / "tokenizer.json"
+    Tokenizer(WordLevel({token: number for number, token in enumerate(tokens)}, unk_token=tokens[0])).save(str(path))
+    return written_manifest(folder, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+TOKENIZED: tuple[tuple[type, str], ...] = (
+    (ImportanceConfig, "init_from.parent"),
+    (ElasticConfig, "init_from.permuted_parent"),
+    (EvaluateConfig, "init_from.checkpoint"),
+    (ExtractConfig, "init_from.checkpoint"),
+)
+
+
+@pytest.mark.parametrize("from_import", [False, True])
+@pytest.mark.parametrize(("kind", "field"), TOKENIZED)
+def test_data_of_another_tokenizer_than_the_checkpoints_is_refused(
+    tmp_path: Path, kind: type, field: str, from_import: bool
+) -> None:
+    own = tokenizer_of(tmp_path / "own", ["<end>", "a", "b"])
+    other = tokenizer_of(tmp_path / "other", ["<end>", "b", "a"])
+    checkpoint = written_record(tmp_path / "checkpoint", data=None if from_import else own)
+    trained_with = Path(own)
+    if from_import:
+        trained_with = tmp_path / "checkpoint" / "hugging_face"
+        shutil.copytree(own, trained_with)
+    changes = {field: checkpoint, "exp_manager.exp_dir": str(tmp_path)}
+    load_run(kind, values_of(kind, changes | {"data.path": own}), Cluster(), is_main=True)
+    with pytest.raises(ConfigError) as caught:
+        load_run(kind, values_of(kind, changes | {"data.path": other}), Cluster(), is_main=True)
+    (problem,) = caught.value.problems
+    assert (problem.field, problem.value) == ("data.path", other)
+    assert problem.rule.startswith("is of another tokenizer than the checkpoint, which was trained with ")
+    assert problem.remedy == f"prepare the text with tokenizer_path={trained_with}"
+
+
+def test_same_tokens_in_a_file_written_differently_are_the_same_tokenizer(tmp_path: Path) -> None:
+    own = tokenizer_of(tmp_path / "own", ["<end>", "a", "b"])
+    again = tokenizer_of(tmp_path / "again", ["<end>", "a", "b"])
+    path = Path(again) / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=7))
+    written_manifest(Path(again), hashlib.sha256(path.read_bytes()).hexdigest())
+    changes = {
+        "init_from.parent": written_record(tmp_path / "checkpoint", data=own),
+        "exp_manager.exp_dir": str(tmp_path),
+        "data.path": again,
+    }
+    load_run(ImportanceConfig, values_of(ImportanceConfig, changes), Cluster(), is_main=True)
+    assert Path(own, "tokenizer.json").read_bytes() != path.read_bytes()
+
+
+def test_data_with_more_tokens_than_the_checkpoint_is_refused(tmp_path: Path) -> None:
+    data = written_manifest(tmp_path / "data")
+    shape = ModelConfig(vocab=DATA_TOKENS - 1).shape()
+    (tmp_path / "checkpoint").mkdir()
+    Record("parent", shape).write(tmp_path / "checkpoint")
+    changes = {"init_from.parent": str(tmp_path / "checkpoint"), "data.path": data}
+    with pytest.raises(ConfigError) as caught:
+        load_run(ImportanceConfig, values_of(ImportanceConfig, changes), Cluster(), is_main=False)
+    (line,) = [str(problem) for problem in caught.value.problems]
+    assert f"its {DATA_TOKENS} tokens do not fit in the vocabulary of the checkpoint = {DATA_TOKENS - 1}" in line
+    assert line.endswith("prepare the text with tokenizer_path=the folder of the checkpoint's tokenizer")
