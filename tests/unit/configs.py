@@ -14,6 +14,7 @@ from elastic.train.config import (
     ElasticConfig,
     EvaluateConfig,
     ExtractConfig,
+    GenerateConfig,
     ImportanceConfig,
     ImportConfig,
     PretrainConfig,
@@ -32,6 +33,7 @@ VERBS = (
     CostConfig,
     EvaluateConfig,
     ExtractConfig,
+    GenerateConfig,
     ImportConfig,
     PrepareConfig,
 )
@@ -42,6 +44,7 @@ INPUTS: dict[type, dict[str, Any]] = {
     CostConfig: {"data.path": "text"},
     EvaluateConfig: {"data.path": "text", "init_from.checkpoint": "family"},
     ExtractConfig: {"init_from.checkpoint": "family"},
+    GenerateConfig: {"init_from.checkpoint": "family", "prompts": ["once"]},
     ImportConfig: {"source": "folder"},
     PrepareConfig: {},
 }

@@ -10,7 +10,14 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from elastic.train.config import ElasticConfig, EvaluateConfig, ExtractConfig, ImportanceConfig, PretrainConfig
+from elastic.train.config import (
+    ElasticConfig,
+    EvaluateConfig,
+    ExtractConfig,
+    GenerateConfig,
+    ImportanceConfig,
+    PretrainConfig,
+)
 from elastic.train.config_files import load_run
 from elastic.train.config_load import ConfigError
 from elastic.train.config_rules_layout import Cluster
@@ -166,3 +173,30 @@ def test_data_with_more_tokens_than_the_checkpoint_is_refused(tmp_path: Path) ->
     (line,) = [str(problem) for problem in caught.value.problems]
     assert f"its {DATA_TOKENS} tokens do not fit in the vocabulary of the checkpoint = {DATA_TOKENS - 1}" in line
     assert line.endswith("prepare the text with tokenizer_path=the folder of the checkpoint's tokenizer")
+
+
+def test_names_sizes_and_tokenizer_of_what_is_to_write_are_checked_in_its_files(tmp_path: Path) -> None:
+    values = values_of(GenerateConfig, {"exp_manager.exp_dir": str(tmp_path), "budget": "small"})
+    put(values, "init_from.checkpoint", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"init_from\.checkpoint = .* is neither a checkpoint nor a run folder"):
+        load_run(GenerateConfig, values, Cluster(), is_main=True)
+    put(values, "init_from.checkpoint", written_record(tmp_path / "family"))
+    put(values, "subnets", [{"name": "a", "hidden": 1024}, {"name": "b", "ffn": [100]}, {"name": "c"}])
+    put(values, "think", "a")
+    put(values, "answer", "d")
+    put(values, "parallel.tensor", 3)
+    with pytest.raises(ConfigError) as caught:
+        load_run(GenerateConfig, values, Cluster(3), is_main=True)
+    assert [problem.field for problem in caught.value.problems] == [
+        "subnets.1.name", "subnets.2.name", "budget",  # between fields
+        "parallel.tensor", "budget", "answer", "subnets.0", "subnets.1.ffn", "tokenizer",  # in the files
+    ]  # fmt: skip
+    by_field = {problem.field: problem for problem in caught.value.problems}
+    assert by_field["answer"].rule == "must be one of a, b, c"
+    assert "hidden = 1024 is not within 1..128" in by_field["subnets.0"].rule
+    assert "neither carries a tokenizer nor says what data it was trained on" in by_field["tokenizer"].rule
+    put(values, "folder", str(tmp_path))
+    values["init_from"]["checkpoint"] = values["answer"] = values["think"] = values["budget"] = None
+    values |= {"subnets": [], "parallel": {}}
+    with pytest.raises(ConfigError, match=r"(?s)folder = .*config\.json is missing"):
+        load_run(GenerateConfig, values, Cluster(), is_main=True)

@@ -4,7 +4,13 @@ from elastic.train.config import ElasticConfig, ExtractConfig, ImportanceConfig,
 from elastic.train.config_rules import load_and_check
 from elastic.train.config_rules_layout import Cluster
 from elastic.train.prepare_config import PrepareConfig
-from tests.unit import test_config_family, test_config_fields, test_config_layout, test_config_verbs
+from tests.unit import (
+    test_config_family,
+    test_config_fields,
+    test_config_generate,
+    test_config_layout,
+    test_config_verbs,
+)
 from tests.unit.configs import VERBS, ProblemsOf, values_of
 
 
@@ -120,8 +126,8 @@ def test_all_problems_of_an_export_and_of_a_preparation_come_in_one_error(proble
 
 
 def test_at_least_forty_different_mistakes_are_in_the_tables() -> None:
-    tables = (test_config_fields.BAD, test_config_layout.BAD, test_config_family.BAD, test_config_verbs.BAD)
-    rows = [row for table in tables for row in table]
+    files = (test_config_fields, test_config_layout, test_config_family, test_config_verbs, test_config_generate)
+    rows = [row for file in files for row in file.BAD]
     assert len({(kind, line) for kind, *_, line in rows}) == len(rows) >= 100
     for kind, _, _, line in rows:
         value, _, rest = line.partition(": ")
