@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml  # type: ignore[import-untyped]
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -21,6 +22,7 @@ from elastic.train.config_files import load_run
 from elastic.train.config_load import ConfigError
 from elastic.train.config_rules import Cluster
 from elastic.train.config_sections import ComputeConfig
+from recipes._arguments import check_arguments
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 EXIT_USER_ERROR = 2
@@ -33,11 +35,12 @@ def run(main: Callable[[], Any]) -> None:
     An error meant for the user (a ValueError subclass of this project, a wrong override) is printed without its
     traceback, and the process leaves with code 2. Anything else is our bug and keeps its traceback.
     """
-    sys.argv[1:] = hydra_arguments(sys.argv[1:])
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that Hydra hands exceptions on instead of printing them
     try:
+        check_arguments(sys.argv[1:], CONF)
+        sys.argv[1:] = hydra_arguments(sys.argv[1:])
         main()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         leave(str(error))
     except ValueError as error:
         if not is_user_error(error):

@@ -8,7 +8,7 @@ from recipes._nemo import hydra_runner  # isort: skip (first, it holds back what
 from omegaconf import DictConfig
 from rich.console import Console
 
-from elastic.train.prepare import prepare
+from elastic.train.prepare import prepare, skip_lines
 from elastic.train.prepare_config import PrepareConfig
 from recipes._common import load_config, run
 
@@ -19,10 +19,10 @@ def main(cfg: DictConfig) -> None:
     prepared = prepare(load_config(cfg, PrepareConfig))
     splits = ", ".join(f"{name} {split.num_tokens:,} tokens" for name, split in prepared.manifest.splits.items())
     state = "already prepared" if prepared.already_prepared else "prepared"
-    skipped = ", ".join(f"{count:,} {reason}" for reason, count in prepared.manifest.skipped.items()) or "nothing"
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False, highlight=False)
     console.print(f"{prepared.folder}: {state}, {prepared.manifest.num_documents:,} documents, {splits}")
-    console.print(f"skipped: {skipped}")
+    for line in skip_lines(prepared.manifest.skipped) or ["nothing"]:
+        console.print(f"skipped: {line}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Configs and the file system: inputs that must exist, and a run folder that must be free."""
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -20,6 +21,7 @@ from elastic.train.config import (
     VerbConfig,
     with_vocab,
 )
+from elastic.train.config_data import tokenizer_problems, vocab_problems
 from elastic.train.config_load import ConfigError, Problem, load_with_problems
 from elastic.train.config_rules import rule_problems
 from elastic.train.config_rules_layout import Cluster, layout_problems, nearest_divisor
@@ -44,6 +46,8 @@ def load_run[T](kind: type[T], values: Mapping[str, Any], cluster: Cluster, *, i
         except DataError as error:
             files += (Problem("model.vocab", None, str(error), "or set model.vocab"),)
     problems += rule_problems(config, cluster, unreliable) + files
+    if not unreliable.intersection(("model", "data")) and not files:
+        problems += tuple(vocab_problems(config))
     if not unreliable and not files:
         problems += tuple(checkpoint_problems(config))
     if is_main and isinstance(config, VerbConfig) and "exp_manager" not in unreliable:
@@ -110,10 +114,12 @@ def checkpoint_problems(config: object) -> Iterator[Problem]:
     from elastic.train.checkpoint_metadata import CheckpointError
 
     try:
-        record = Record.read(resolve_checkpoint(path))  # sizes only: the verb itself looks at the checksums
+        checkpoint = resolve_checkpoint(path)  # sizes only: the verb itself looks at the checksums
+        record = Record.read(checkpoint)
     except (CheckpointError, RecordError) as error:
         yield Problem(name, path, str(error), "give a run folder of an earlier verb, or one checkpoint in it")
         return
+    yield from tokenizer_problems(config.data.path, checkpoint, record)
     match config:
         case ImportanceConfig():
             yield from _lane_problems(record.shape, config.lanes)
@@ -179,4 +185,8 @@ def preparation_problem(text: str) -> Problem:
     name, _, rest = text.partition(" = ")
     value, _, rest = rest.partition(": ")
     rule, _, remedy = rest.partition("; ")
-    return Problem(name, value, rule, remedy)
+    try:
+        shown: object = json.loads(value)
+    except ValueError:
+        shown = value
+    return Problem(name, shown, rule, remedy.replace("nearest legal ", "nearest legal value is "))

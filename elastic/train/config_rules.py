@@ -58,6 +58,7 @@ RULES = (
     Rule(ElasticConfig, ("curriculum", "elastic", "optim"), elastic_rules.check_elastic_phases),
     Rule(ElasticRunConfig, ("elastic",), elastic_rules.check_budget_fields),
     Rule(ElasticRunConfig, ("model", "elastic"), elastic_rules.check_space, later_rules_need_it=True),
+    Rule(ElasticConfig, ("model", "elastic"), elastic_rules.check_choice),
     Rule(ElasticConfig, ("model", "elastic", "parallel"), elastic_rules.check_context_choices),
     Rule(ElasticRunConfig, ("model", "elastic"), elastic_rules.check_budgets),
     Rule(ElasticConfig, ("distill",), elastic_rules.check_distill),

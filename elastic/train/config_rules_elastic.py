@@ -156,6 +156,16 @@ def check_space(config: ElasticRunConfig, cluster: Cluster) -> Iterator[Problem]
             yield Problem(path, list(choices.choices), rule, f"{legal} {show(example)}")
 
 
+def check_choice(config: ElasticConfig, cluster: Cluster) -> Iterator[Problem]:
+    """A router needs something to choose: without it there is nothing to train, and one subnet is no family."""
+    named = {axis.value: list(choices.choices) for axis, choices in config.elastic.space.axes().items()}
+    if not any(len(choices) > 1 for choices in named.values()):
+        example = _example_choices(parent_shape(config), config.elastic.space.lanes, Axis.HIDDEN)
+        rule = "no axis has a second choice, so the family would be the parent alone"
+        remedy = f"give at least one axis two, for example elastic.space.hidden.choices={show(example)}"
+        yield Problem("elastic.space", named, rule, remedy)
+
+
 def _full_width(parent: ModelShape, axis: Axis) -> int:
     return Space(parent=parent, axes={}, lanes=1).full_width(axis)
 

@@ -1,16 +1,27 @@
 """Read documents from text, lines or jsonl: one at a time, the unusable ones counted by reason."""
 
+import codecs
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from elastic.train.corpus_files import CorpusFile, SkipReason, find_files
+from elastic.train.corpus_files import CorpusFile, SkipReason, Skips, find_files
 
 DRAIN_BYTES = 1 << 20
+# How files begin that would otherwise be counted as thousands of bad lines: gzip, zstd, xz, bzip2, zip; UTF-16 marks.
+SIGNATURES = {
+    b"\x1f\x8b\x08": SkipReason.COMPRESSED,
+    b"\x28\xb5\x2f\xfd": SkipReason.COMPRESSED,
+    b"\xfd7zXZ\x00": SkipReason.COMPRESSED,
+    b"PK\x03\x04": SkipReason.COMPRESSED,
+    **{b"BZh%d1AY&SY" % level: SkipReason.COMPRESSED for level in range(1, 10)},
+    b"\xff\xfe": SkipReason.UTF16,
+    b"\xfe\xff": SkipReason.UTF16,
+}
+SIGNATURE_BYTES = max(map(len, SIGNATURES))
 POSITIONS = 1 << 64
 
 
@@ -66,7 +77,7 @@ class Tally:
     kept: int = 0
     kept_bytes: int = 0
     stopped_at_max_bytes: bool = False
-    skipped: Counter[SkipReason] = field(default_factory=Counter)
+    skipped: Skips = field(default_factory=Skips)
 
 
 def read_documents(corpus: Corpus, tally: Tally) -> Iterator[Document]:
@@ -76,12 +87,12 @@ def read_documents(corpus: Corpus, tally: Tally) -> Iterator[Document]:
     """
     seen: set[bytes] = set()
     for file in find_files(corpus.paths, corpus.suffixes, corpus.exclude_folders, tally.skipped):
-        for raw in _raw_documents(file, corpus):
+        for line, raw in _raw_documents(file, corpus):
             document = raw if isinstance(raw, SkipReason) else _document(raw, corpus)
             if isinstance(document, Document) and document.digest in seen:
                 document = SkipReason.DUPLICATE
             if isinstance(document, SkipReason):
-                tally.skipped[document] += 1
+                tally.skipped.add(document, file.path, line)
                 continue
             if corpus.max_bytes is not None and tally.kept_bytes + document.num_bytes > corpus.max_bytes:
                 tally.stopped_at_max_bytes = True
@@ -93,15 +104,16 @@ def read_documents(corpus: Corpus, tally: Tally) -> Iterator[Document]:
             yield document
 
 
-def _raw_documents(file: CorpusFile, corpus: Corpus) -> Iterator[bytes | SkipReason]:
+def _raw_documents(file: CorpusFile, corpus: Corpus) -> Iterator[tuple[int | None, bytes | SkipReason]]:
+    """Yield (line number from 1, raw bytes or why there are none); the number is None where it is about the file."""
     limit = corpus.max_document_bytes
     try:
         if corpus.document_format == DocumentFormat.TEXT:
-            yield _whole_file(file, limit)
+            yield None, _whole_file(file, limit)
         else:
             yield from _lines(file, limit)
     except OSError:
-        yield SkipReason.UNREADABLE
+        yield None, SkipReason.UNREADABLE
 
 
 def _whole_file(file: CorpusFile, limit: int) -> bytes | SkipReason:
@@ -109,19 +121,31 @@ def _whole_file(file: CorpusFile, limit: int) -> bytes | SkipReason:
         return SkipReason.TOO_LARGE
     with file.path.open("rb") as stream:
         content = stream.read(file.size_bytes + 1)  # one more, so that a file that grows is noticed
-    return SkipReason.TOO_LARGE if len(content) > limit else content
+    if len(content) != file.size_bytes:
+        return SkipReason.CHANGED
+    return _signature(content) or content
 
 
-def _lines(file: CorpusFile, limit: int) -> Iterator[bytes | SkipReason]:
+def _lines(file: CorpusFile, limit: int) -> Iterator[tuple[int | None, bytes | SkipReason]]:
     with file.path.open("rb") as stream:
+        known = _signature(stream.peek(SIGNATURE_BYTES))
+        if known is not None:
+            yield None, known
+            return
+        number = 0
         while line := stream.readline(limit + 1):
+            number += 1
             if len(line) <= limit or line.endswith(b"\n"):
-                yield line.removesuffix(b"\n").removesuffix(b"\r")
+                yield number, line.removesuffix(b"\n").removesuffix(b"\r")
                 continue
             # Drop the rest of an endless line in small pieces, so that its size never matters.
             while line and not line.endswith(b"\n"):
                 line = stream.readline(DRAIN_BYTES)
-            yield SkipReason.TOO_LARGE
+            yield number, SkipReason.TOO_LARGE
+
+
+def _signature(start: bytes) -> SkipReason | None:
+    return next((reason for signature, reason in SIGNATURES.items() if start.startswith(signature)), None)
 
 
 def _document(raw: bytes, corpus: Corpus) -> Document | SkipReason:
@@ -145,7 +169,7 @@ def _decode(raw: bytes) -> str | SkipReason:
     if b"\0" in raw:
         return SkipReason.BINARY
     try:
-        return raw.decode("utf-8-sig")
+        return raw.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError:
         return SkipReason.INVALID_UTF8
 

@@ -11,12 +11,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from elastic.train.manifest import REMEDY, DataError, Manifest, check_split_files, read_manifest
+from elastic.train.manifest import (
+    REMEDY,
+    DataError,
+    Manifest,
+    check_split_files,
+    check_tokenizer,
+    read_manifest,
+)
 from elastic.train.sample_order import SampleOrder, mixed_seed
 
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
 INDEX_DTYPES: dict[int, np.dtype] = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
+INDEX_CHUNK = 1 << 20
 PADDING_SAMPLE = -1
 
 
@@ -24,8 +32,9 @@ class TokenStream:
     """The tokens of one split as a single memory-mapped stream, documents in file order, each ending in end-of-text.
 
     `prefix` is `<prepared folder>/train` or `.../validation`. Raises DataError when a file is missing, truncated,
-    swapped or altered: sizes and sampled checksums against data.json, and the index against the size of the data.
-    `require_manifest=False` takes a Megatron indexed dataset without data.json, with only the last check.
+    swapped or altered, or the tokenizer is another: sizes and sampled checksums against data.json, and the index
+    against the size of the data. `require_manifest=False` takes a Megatron indexed dataset without data.json, with
+    only the last check, then of every entry.
     """
 
     def __init__(self, prefix: str | Path, *, require_manifest: bool = True) -> None:
@@ -34,7 +43,11 @@ class TokenStream:
         if require_manifest:
             self.manifest = read_manifest(self.prefix.parent)
             check_split_files(self.prefix.parent, self.manifest, self.prefix.name)
-        dtype, self.num_documents = _read_index(self.prefix)
+            check_tokenizer(self.prefix.parent, self.manifest)
+        # With checksums the entries, which reading does not need, cannot be foreign; without, all are looked at.
+        dtype, self.num_documents = _read_index(self.prefix, every_entry=self.manifest is None)
+        if self.manifest is not None and str(dtype) != self.manifest.dtype:
+            raise DataError(f"{self.prefix}.idx: says {dtype}, data.json {self.manifest.dtype}; {REMEDY}")
         self._tokens = np.asarray(np.memmap(f"{self.prefix}.bin", dtype=dtype, mode="r"))
         if self.manifest is not None and self.num_tokens != self.manifest.splits[self.prefix.name].num_tokens:
             raise DataError(f"{self.prefix}.bin: holds {self.num_tokens:,} tokens, data.json says otherwise; {REMEDY}")
@@ -56,7 +69,7 @@ class TokenStream:
         return self._tokens[start : start + count]
 
 
-def _read_index(prefix: Path) -> tuple[np.dtype, int]:
+def _read_index(prefix: Path, *, every_entry: bool) -> tuple[np.dtype, int]:
     """Return the dtype and the number of documents of an indexed dataset after checking .idx against .bin."""
     index_path, data_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (index_path, data_path):
@@ -67,7 +80,7 @@ def _read_index(prefix: Path) -> tuple[np.dtype, int]:
     if len(header) < INDEX_HEADER.size or not header.startswith(INDEX_MAGIC):
         raise DataError(f"{index_path}: not the index of a Megatron dataset; {REMEDY}")
     _, version, code, num_sequences, num_boundaries = INDEX_HEADER.unpack(header)
-    if version != 1 or code not in INDEX_DTYPES or num_sequences < 1:
+    if version != 1 or code not in INDEX_DTYPES or num_sequences < 1 or num_boundaries < 2:
         raise DataError(
             f"{index_path}: version {version}, dtype {code}, {num_sequences} documents is not legal; {REMEDY}"
         )
@@ -81,7 +94,29 @@ def _read_index(prefix: Path) -> tuple[np.dtype, int]:
         raise DataError(
             f"{data_path}: its size does not fit {index_path.name}: truncated, or of another index; {REMEDY}"
         )
+    if every_entry and not _entries_fit(index_path, num_sequences, num_boundaries, dtype):
+        raise DataError(f"{index_path}: some entries point outside {data_path.name} or into each other; {REMEDY}")
     return dtype, num_boundaries - 1
+
+
+def _entries_fit(index_path: Path, num_sequences: int, num_boundaries: int, dtype: np.dtype) -> bool:
+    """Tell whether the sequences of an index lie one behind the other, from 0, and the documents hold them all."""
+    start = INDEX_HEADER.size
+    lengths = np.memmap(index_path, np.int32, "r", start, (num_sequences,))
+    offsets = np.memmap(index_path, np.int64, "r", start + 4 * num_sequences, (num_sequences,))
+    boundaries = np.memmap(index_path, np.int64, "r", start + 12 * num_sequences, (num_boundaries,))
+    expected = 0
+    for first in range(0, num_sequences, INDEX_CHUNK):
+        sizes = lengths[first : first + INDEX_CHUNK].astype(np.int64) * dtype.itemsize
+        ends = expected + np.cumsum(sizes)
+        if (sizes < 0).any() or not np.array_equal(offsets[first : first + INDEX_CHUNK], ends - sizes):
+            return False
+        expected = int(ends[-1])
+    rising = all(
+        bool((np.diff(boundaries[first : first + INDEX_CHUNK + 1]) >= 0).all())
+        for first in range(0, num_boundaries, INDEX_CHUNK)
+    )
+    return rising and int(boundaries[0]) == 0 and int(boundaries[-1]) == num_sequences
 
 
 class PackedSequences:

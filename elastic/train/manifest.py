@@ -10,7 +10,7 @@ from typing import Any
 from elastic.train.file_records import file_problems, sha256_of
 
 MANIFEST_NAME = "data.json"
-FORMAT = "elastic-data-1"
+FORMAT = "elastic-data-2"
 SAMPLED_BLOCKS = 64
 SAMPLED_BLOCK_BYTES = 64 * 1024
 REMEDY = "prepare the data again with overwrite=true"
@@ -40,6 +40,14 @@ class SplitRecord:
 
 
 @dataclass(frozen=True)
+class SkipRecord:
+    """How many documents or files were left out for one reason, and the first of them: `file` or `file:line`."""
+
+    count: int
+    example: str
+
+
+@dataclass(frozen=True)
 class TokenizerRecord:
     """The tokenizer that wrote the token ids. `vocab_size` is the largest id + 1, before any padding of the model."""
 
@@ -54,14 +62,14 @@ class TokenizerRecord:
 class Manifest:
     """Everything `data.json` says about a prepared folder.
 
-    `settings` and `source` decide whether a later call asks for the same data. `skipped` counts by reason.
+    `settings` and `source` decide whether a later call asks for the same data. `skipped` is by reason.
     `documents_sha256` is a checksum of all kept documents in order; `stopped_at_max_bytes` says that more were there.
     """
 
     settings: Mapping[str, Any]
     source: Mapping[str, Any]
     num_documents: int
-    skipped: Mapping[str, int]
+    skipped: Mapping[str, SkipRecord]
     stopped_at_max_bytes: bool
     documents_sha256: str
     tokenizer: TokenizerRecord
@@ -88,7 +96,8 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         splits = {name: _split_from(record) for name, record in content.pop("splits").items()}
         tokenizer = TokenizerRecord(**content.pop("tokenizer"))
-        return Manifest(**content, tokenizer=tokenizer, splits=splits)
+        skipped = {reason: SkipRecord(**record) for reason, record in content.pop("skipped").items()}
+        return Manifest(**content, tokenizer=tokenizer, splits=splits, skipped=skipped)
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} lacks a field or has one too many ({error}); {REMEDY}") from error
 
@@ -120,6 +129,11 @@ def check_folder(folder: Path, manifest: Manifest, *, full: bool = False) -> Non
     """Raise DataError unless every split and the tokenizer are what the manifest says."""
     for split in manifest.splits:
         check_split_files(folder, manifest, split, full=full)
+    check_tokenizer(folder, manifest)
+
+
+def check_tokenizer(folder: Path, manifest: Manifest) -> None:
+    """Raise DataError unless the folder's tokenizer is the one its tokens were made with."""
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.is_file() or hashlib.sha256(tokenizer.read_bytes()).hexdigest() != manifest.tokenizer.sha256:
         raise DataError(f"{tokenizer} is missing or is not the one the tokens were made with; restore it or {REMEDY}")

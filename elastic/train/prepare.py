@@ -19,6 +19,7 @@ from elastic.train.manifest import (
     DataError,
     FileRecord,
     Manifest,
+    SkipRecord,
     SplitRecord,
     TokenizerRecord,
     check_folder,
@@ -35,7 +36,7 @@ from elastic.train.tokenizer import (
     train_tokenizer,
 )
 
-__all__ = ["PrepareConfig", "Prepared", "prepare"]
+__all__ = ["PrepareConfig", "Prepared", "prepare", "skip_lines"]
 
 TRAIN = "train"
 VALIDATION = "validation"
@@ -173,7 +174,8 @@ def _scan(corpus: Corpus, config: PrepareConfig, source_bytes: int) -> Scan:
             sample.append(document.text[:SAMPLE_DOCUMENT_CHARACTERS])
             sample_bytes += min(document.num_bytes, 4 * SAMPLE_DOCUMENT_CHARACTERS)
     if not tally.kept:
-        raise DataError(f"data: no usable document in {', '.join(corpus.paths)}; skipped: {_counts(_by_name(tally))}")
+        skipped = ", ".join(skip_lines(_by_name(tally))) or "nothing"
+        raise DataError(f"data: no usable document in {', '.join(corpus.paths)}; skipped: {skipped}")
     threshold = _split_threshold(nominal, lowest, highest)
     # Few large documents may all miss the sample; the tokenizer still needs one that is not validation.
     return Scan(tally, threshold, digest.hexdigest(), sample or [surely_training])
@@ -233,9 +235,14 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _by_name(tally: Tally) -> dict[str, int]:
-    return dict(sorted((reason.value, count) for reason, count in tally.skipped.items()))
+def _by_name(tally: Tally) -> dict[str, SkipRecord]:
+    skipped = tally.skipped
+    return {
+        reason.value: SkipRecord(count, skipped.examples[reason])
+        for reason, count in sorted(skipped.counts.items(), key=lambda item: item[0].value)
+    }
 
 
-def _counts(skipped: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} {reason}" for reason, count in skipped.items()) or "nothing"
+def skip_lines(skipped: Mapping[str, SkipRecord]) -> list[str]:
+    """Say in one line per reason how many were left out, and which was the first."""
+    return [f"{record.count:,} {reason} (first {record.example})" for reason, record in skipped.items()]

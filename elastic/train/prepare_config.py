@@ -1,5 +1,6 @@
 """Settings of data preparation and their rules."""
 
+import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,11 @@ class PrepareConfig:
         problems = []
         formats = [str(known) for known in DocumentFormat]
         if self.document_format not in formats:
-            problems.append(f"document_format = {self.document_format}: must be one of {', '.join(formats)}; e.g. text")
+            nearest_format = difflib.get_close_matches(self.document_format, formats, n=1, cutoff=0.0)[0]
+            problems.append(
+                f"document_format = {self.document_format}: must be one of {', '.join(formats)}; "
+                f"nearest legal {nearest_format}"
+            )
         if not self.text_field:
             problems.append("text_field = '': must name a field; nearest legal text")
         if not 0 <= self.validation_ratio <= 0.5:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (TOKENIZER_JSON, TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja")
 LONGEST_RUN = 256
+PIECE_CHARACTERS = 1 << 20  # the library takes about 200 bytes of memory for each one it encodes at a time
 _LONG_RUN = re.compile(rf"(\S{{{LONGEST_RUN}}})\S+|(\s{{{LONGEST_RUN}}})\s+")
 
 
@@ -33,9 +34,50 @@ class LoadedTokenizer:
     sha256: str
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encode texts on all cores; returns one array of int32 ids per text, with the end-of-text id appended."""
-        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array([*encoding.ids, self.eos_id], dtype=np.int32) for encoding in encodings]
+        """Encode texts on all cores; returns one array of int32 ids per text, with the end-of-text id appended.
+
+        A text beyond PIECE_CHARACTERS is encoded piece by piece, cut at line ends, so that its size costs no memory.
+        Byte-level BPE gives the same ids either way; another tokenizer may give other tokens right at a cut.
+        """
+        short = [text for text in texts if len(text) <= PIECE_CHARACTERS]
+        encoded = iter(self.tokenizer.encode_batch_fast(short, add_special_tokens=False))
+        return [
+            np.array([*next(encoded).ids, self.eos_id], dtype=np.int32)
+            if len(text) <= PIECE_CHARACTERS
+            else self._encode_in_pieces(text)
+            for text in texts
+        ]
+
+    def _encode_in_pieces(self, text: str) -> np.ndarray:
+        pieces = [
+            np.array(self.tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0].ids, dtype=np.int32)
+            for piece in _pieces(text)
+        ]
+        return np.concatenate([*pieces, np.array([self.eos_id], dtype=np.int32)])
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        end = _cut(text, start, start + PIECE_CHARACTERS)
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _cut(text: str, start: int, end: int) -> int:
+    """Return where to cut text[start:end], a place where every usual pre-tokenizer cuts too if there is one.
+
+    That is after a line end with no white space behind it, else before a single space, else at `end`.
+    """
+    for separator, offset in (("\n", 1), (" ", 0)):
+        place = text.rfind(separator, start + 1, end)
+        while place != -1:
+            alone = offset or not text[place - 1].isspace()
+            if alone and not text[place + 1].isspace():
+                return place + offset
+            place = text.rfind(separator, start + 1, place)
+    return end
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
@@ -65,7 +107,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
         "clean_up_tokenization_spaces": False,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / TOKENIZER_JSON), pretty=True)
+    # Not `tokenizer.save`, whose error on a full disk is no OSError.
+    (folder / TOKENIZER_JSON).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     (folder / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -3,14 +3,13 @@
 import json
 import os
 import tracemalloc
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from elastic.train.corpus import Corpus, DocumentFormat, Tally, read_documents
-from elastic.train.corpus_files import STDLIB, SkipReason, describe_files, find_files
+from elastic.train.corpus_files import STDLIB, SkipReason, Skips, describe_files, find_files
 
 MIB = 1 << 20
 LIMIT = 100
@@ -29,7 +28,7 @@ def read(path: Path, document_format: str = "text", **settings: object) -> tuple
         (b" \n\t\r\n", SkipReason.EMPTY),
         (b"\xef\xbb\xbf", SkipReason.EMPTY),
         (b"ELF\x00\x01", SkipReason.BINARY),
-        ("wide".encode("utf-16"), SkipReason.BINARY),
+        ("wide".encode("utf-16"), SkipReason.UTF16),
         (b"caf\xe9 in latin-1", SkipReason.INVALID_UTF8),
         (b"cut in a character \xe2\x82", SkipReason.INVALID_UTF8),
         (b"x" * (LIMIT + 1), SkipReason.TOO_LARGE),
@@ -40,7 +39,7 @@ def test_unusable_file_is_counted_by_reason(tmp_path: Path, content: bytes, reas
     (tmp_path / "good.py").write_bytes(b"x" * LIMIT)
     texts, tally = read(tmp_path, max_document_bytes=LIMIT)
     assert texts == ["x" * LIMIT]
-    assert tally.skipped == {reason: 1}
+    assert tally.skipped.counts == {reason: 1}
     assert (tally.kept, tally.kept_bytes) == (1, LIMIT)
 
 
@@ -69,14 +68,14 @@ def test_unusable_line_of_jsonl_is_counted_and_reading_goes_on(tmp_path: Path, l
     path.write_bytes(b'{"text": "first"}\n' + line + b'\n{"id": 1, "text": "last", "more": {"a": [1]}}')
     texts, tally = read(path, "jsonl", max_document_bytes=LIMIT)
     assert texts == ["first", "last"]
-    assert tally.skipped == {reason: 1}
+    assert tally.skipped.counts == {reason: 1}
 
 
 def test_json_nested_beyond_the_recursion_limit_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "deep.jsonl"
     path.write_bytes(b"[" * 200_000 + b'\n{"text": "kept"}\n')
     texts, tally = read(path, "jsonl")
-    assert (texts, tally.skipped) == (["kept"], {SkipReason.INVALID_JSON: 1})
+    assert (texts, tally.skipped.counts) == (["kept"], {SkipReason.INVALID_JSON: 1})
 
 
 def test_same_id_with_other_text_is_another_document_and_another_field_can_be_read(tmp_path: Path) -> None:
@@ -92,7 +91,7 @@ def test_lines_keep_their_content_and_lose_only_the_line_end(tmp_path: Path) -> 
     path.write_bytes("\ufeff  indented\r\n\nlast café".encode())
     texts, tally = read(path, "lines")
     assert texts == ["  indented", "last café"]
-    assert tally.skipped == {SkipReason.EMPTY: 1}
+    assert tally.skipped.counts == {SkipReason.EMPTY: 1}
 
 
 @pytest.mark.parametrize("document_format", ["text", "lines", "jsonl"])
@@ -106,7 +105,7 @@ def test_document_of_200_mb_is_skipped_in_little_memory(tmp_path: Path, document
     texts, tally = read(tmp_path, document_format, max_document_bytes=MIB)
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert tally.skipped == {SkipReason.TOO_LARGE: 1}
+    assert tally.skipped.counts == {SkipReason.TOO_LARGE: 1}
     assert len(texts) == (1 if document_format == "text" else 2)
     assert peak_bytes < 8 * MIB
 
@@ -119,7 +118,7 @@ def test_many_empty_documents_are_counted_in_little_memory(tmp_path: Path) -> No
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert texts == ["the only one"]
-    assert tally.skipped == {SkipReason.EMPTY: 200_000}
+    assert tally.skipped.counts == {SkipReason.EMPTY: 200_000}
     assert peak_bytes < MIB
 
 
@@ -194,7 +193,7 @@ def test_links_that_loop_and_things_that_are_no_files_are_counted(
     make(tmp_path)
     texts, tally = read(tmp_path)
     assert texts == ["good"]
-    assert tally.skipped == skipped
+    assert tally.skipped.counts == skipped
 
 
 def test_linked_folder_is_read_once(tmp_path: Path) -> None:
@@ -202,7 +201,7 @@ def test_linked_folder_is_read_once(tmp_path: Path) -> None:
     (tmp_path / "real" / "a.py").write_text("a")
     (tmp_path / "also").symlink_to(tmp_path / "real")
     texts, tally = read(tmp_path, skip_duplicates=False)
-    assert (texts, tally.skipped) == (["a"], {SkipReason.FOLDER_SEEN: 1})
+    assert (texts, tally.skipped.counts) == (["a"], {SkipReason.FOLDER_SEEN: 1})
 
 
 def test_description_follows_names_sizes_and_times_but_not_the_place(tmp_path: Path) -> None:
@@ -225,7 +224,7 @@ def test_description_follows_names_sizes_and_times_but_not_the_place(tmp_path: P
 
 
 def test_standard_library_is_a_corpus_of_its_own_without_tests() -> None:
-    files = list(find_files([STDLIB], [".py"], ["test", "tests", "idle_test", "site-packages"], Counter()))
+    files = list(find_files([STDLIB], [".py"], ["test", "tests", "idle_test", "site-packages"], Skips()))
     names = [os.fsdecode(file.name) for file in files]
     assert {"os.py", "json/decoder.py", "asyncio/base_events.py"} <= set(names)
     assert not any(name.startswith(("test/", "site-packages/")) or "/tests/" in name for name in names)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from elastic.train.manifest import DataError, read_manifest
+from elastic.train.manifest import DataError, SkipRecord, read_manifest
 from elastic.train.prepare import PrepareConfig, prepare
 from elastic.train.tokenizer import load_tokenizer
 from tests.unit.preparing import NUM_DOCUMENTS, config, contents, texts, write_jsonl
@@ -72,7 +72,8 @@ def test_split_depends_on_content_not_on_order_or_company(source: Path, tmp_path
 def test_copies_of_a_document_never_stand_on_both_sides(source: Path, tmp_path: Path) -> None:
     write_jsonl(source, texts() * 2)
     once = prepare(config(source, tmp_path / "once")).manifest
-    assert (once.num_documents, once.skipped) == (NUM_DOCUMENTS, {"duplicate": NUM_DOCUMENTS})
+    first_copy = SkipRecord(NUM_DOCUMENTS, f"{source}:{NUM_DOCUMENTS + 1}")
+    assert (once.num_documents, once.skipped) == (NUM_DOCUMENTS, {"duplicate": first_copy})
     twice = prepare(config(source, tmp_path / "twice", skip_duplicates=False)).manifest
     assert (twice.num_documents, twice.skipped) == (2 * NUM_DOCUMENTS, {})
     train, validation = (set(documents_of(tmp_path / "twice", split)) for split in ("train", "validation"))
@@ -159,13 +160,19 @@ def test_skipped_documents_stand_in_the_manifest(tmp_path: Path) -> None:
     settings = config(folder, tmp_path / "data", document_format="text", max_document_bytes=9998)
     manifest = prepare(settings).manifest
     assert manifest.num_documents == NUM_DOCUMENTS
-    assert manifest.skipped == dict.fromkeys([*bad, "folder_seen", "unreadable"], 1)
+    paths = {name: folder / f"{name}.py" for name in bad} | {"unreadable": folder / "gone.py"}
+    # Of two copies the first in the order of names stays, which here is one of the numbers.
+    assert manifest.skipped == {
+        reason: SkipRecord(1, str(path)) for reason, path in (paths | {"folder_seen": folder / "loop"}).items()
+    }
     assert manifest == read_manifest(tmp_path / "data")
 
 
 def test_corpus_without_a_usable_document_is_an_error_that_says_why(source: Path, tmp_path: Path) -> None:
     source.write_text('{"a": 1}\n{"a": 2}\n\n')
-    with pytest.raises(DataError, match="skipped: 1 empty, 2 missing_field"):
+    with pytest.raises(
+        DataError, match=rf"skipped: 1 empty \(first {source}:3\), 2 missing_field \(first {source}:1\)"
+    ):
         prepare(config(source, tmp_path / "data"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source.jsonl"]
 

@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from elastic.train import tokenizer as tokenizer_module
 from elastic.train.manifest import DataError
 from elastic.train.tokenizer import (
     END_OF_TEXT,
@@ -166,3 +167,26 @@ def test_broken_tokenizer_folder_is_refused(
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         load_tokenizer(tmp_path)
+
+
+def test_long_text_in_pieces_gives_the_ids_of_the_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = random.Random(0)
+    spaces = ["\n", "\n\n", "\n  ", " ", "  ", "\t", "\r\n", ""]
+    words = ["def", "value", "+", "_", "12345", "é", "雨雨", "'s", "\n"]
+    texts = ["".join(generator.choice(words) + generator.choice(spaces) for _ in range(300)) for _ in range(20)]
+    texts += ["word " * 300, "x\n" * 300, "short", ""]
+    loaded = load_tokenizer(folder)
+    whole = [ids.tolist() for ids in loaded.encode_documents(texts)]
+    monkeypatch.setattr(tokenizer_module, "PIECE_CHARACTERS", 40)
+    assert max(len(text) for text in texts) > 10 * 40
+    assert [ids.tolist() for ids in loaded.encode_documents(texts)] == whole
+
+
+@pytest.mark.parametrize("text", ["x" * 500, " " * 500, "\n" * 500, "雨" * 500, "\n " * 250])
+def test_long_text_without_a_place_to_cut_is_still_lossless(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setattr(tokenizer_module, "PIECE_CHARACTERS", 40)
+    loaded = load_tokenizer(folder)
+    (ids,) = loaded.encode_documents([text])
+    assert (loaded.tokenizer.decode(ids[:-1].tolist()), ids[-1]) == (text, loaded.eos_id)
