@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from elastic.train.checkpoint_manifest import write_manifest
 from elastic.train.config import (
     ElasticConfig,
     EvaluateConfig,
@@ -137,6 +138,7 @@ def test_data_of_another_tokenizer_than_the_checkpoints_is_refused(
     if from_import:
         trained_with = tmp_path / "checkpoint" / "hugging_face"
         shutil.copytree(own, trained_with)
+        write_manifest(tmp_path / "checkpoint", {})
     changes = {field: checkpoint, "exp_manager.exp_dir": str(tmp_path)}
     load_run(kind, values_of(kind, changes | {"data.path": own}), Cluster(), is_main=True)
     with pytest.raises(ConfigError) as caught:
