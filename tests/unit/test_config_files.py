@@ -169,6 +169,7 @@ def test_data_with_more_tokens_than_the_checkpoint_is_refused(tmp_path: Path) ->
     shape = ModelConfig(vocab=DATA_TOKENS - 1).shape()
     (tmp_path / "checkpoint").mkdir()
     Record("parent", shape).write(tmp_path / "checkpoint")
+    write_manifest(tmp_path / "checkpoint", {})
     changes = {"init_from.parent": str(tmp_path / "checkpoint"), "data.path": data}
     with pytest.raises(ConfigError) as caught:
         load_run(ImportanceConfig, values_of(ImportanceConfig, changes), Cluster(), is_main=False)
