@@ -14,7 +14,7 @@ of sampler, Gumbel noise and data order.
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,12 @@ STATE_FILE, ROUTER_FILE, FOLDER = "state.json", "router.safetensors", "checkpoin
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What beside tensors a run needs to go on."""
+    """What beside tensors a run needs to go on. `origin` says what it was made from (resume.py)."""
 
     step: int
     seed: int
     config: Mapping[str, Any]
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def save_checkpoint(
         if carried_from is not None and (carried_from / CARRIED_FOLDER).is_dir():
             shutil.copytree(carried_from / CARRIED_FOLDER, writing / CARRIED_FOLDER)
         if state is not None:
-            content = {"step": state.step, "seed": state.seed, "config": state.config}
+            content = {"step": state.step, "seed": state.seed, "config": state.config, "origin": state.origin}
             (writing / STATE_FILE).write_text(json.dumps(content, indent=1, default=str) + "\n")
         writing.rename(folder)
     torch.distributed.barrier()
@@ -128,11 +129,16 @@ def load_checkpoint(folder: Path, into: Trainable) -> TrainingState | None:
         into.optimizer.load_state_dict(loaded["optimizer"])
     if into.router is not None:
         load_router(folder, into.router, into.router_optimizer)
+    return read_training_state(folder)
+
+
+def read_training_state(folder: Path) -> TrainingState | None:
+    """Return what lies beside the tensors of a training run's checkpoint; None for weights alone."""
     state_file = folder / STATE_FILE
     if not state_file.is_file():
         return None
     content = json.loads(state_file.read_text())
-    return TrainingState(content["step"], content["seed"], content["config"])
+    return TrainingState(content["step"], content["seed"], content["config"], content.get("origin", {}))
 
 
 def load_router(folder: Path, router: nn.Module, optimizer: Optimizer | None = None) -> None:

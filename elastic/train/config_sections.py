@@ -152,9 +152,13 @@ class ExpManagerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainExpManagerConfig(ExpManagerConfig):
-    """Adds what only a training run has: resuming, loggers, and how many checkpoints stay."""
+    """Adds what only a training run has: resuming, loggers, and how many checkpoints stay.
+
+    `accept_changes` names fields that may differ from those of the checkpoint a run goes on from (resume.py).
+    """
 
     resume_if_exists: bool = True
+    accept_changes: tuple[str, ...] = ()
     create_tensorboard_logger: bool = True
     create_wandb_logger: bool = False
     keep_last_checkpoints: Count = 2

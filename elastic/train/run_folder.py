@@ -1,8 +1,12 @@
 """The folder of one run: created once, resumed on request, never overwritten silently."""
 
+import fcntl
 import json
+import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,8 @@ from elastic.train.checkpoint import list_checkpoints
 from elastic.train.config_sections import ExpManagerConfig
 from elastic.train.parallel import World
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, FINISHED_FILE = "config.json", "finished.json"
+LOCK_WAIT_S = 60.0  # what is left of a killed attempt may take that long to be gone
 
 
 class RunFolderError(ValueError):
@@ -20,28 +25,47 @@ class RunFolderError(ValueError):
 
 
 def open_run_folder(
-    settings: ExpManagerConfig, config: Mapping[str, Any], world: World, *, resume: bool = False
+    settings: ExpManagerConfig,
+    config: Mapping[str, Any],
+    world: World,
+    *,
+    resume: bool = False,
+    judge: Callable[[Path], None] | None = None,
 ) -> tuple[Path, Path | None]:
     """Create exp_dir/name/version with the resolved config; return it and the checkpoint to resume from, if any.
 
     Rank 0 decides, all ranks learn the same answer. Raises RunFolderError for an existing folder unless `resume` (and
-    it holds a checkpoint or nothing worth keeping) or exp_manager.overwrite.
+    it holds a checkpoint or nothing worth keeping) or exp_manager.overwrite. `judge` looks at the checkpoint to resume
+    from before anything is written, and may raise a ValueError.
     """
+
+    def decide() -> Path | None:
+        return prepare_run_folder(settings, config, resume=resume, judge=judge)[1]
+
+    return Path(settings.run_dir), decided_by_rank_0(decide, world)
+
+
+def decided_by_rank_0[T](decide: Callable[[], T], world: World) -> T:
+    """Call `decide` on rank 0; every rank returns its answer or raises its ValueError."""
     answer: list[Any] = [None, None]
     if world.is_main:
         try:
-            answer[0] = prepare_run_folder(settings, config, resume=resume)[1]
-        except RunFolderError as error:
-            answer[1] = str(error)
+            answer[0] = decide()
+        except ValueError as error:
+            answer[1] = error
     torch.distributed.broadcast_object_list(answer, src=0)
-    newest, problem = answer
+    decision, problem = answer
     if problem is not None:
-        raise RunFolderError(problem)
-    return Path(settings.run_dir), newest
+        raise problem
+    return decision
 
 
 def prepare_run_folder(
-    settings: ExpManagerConfig, config: Mapping[str, Any], *, resume: bool = False
+    settings: ExpManagerConfig,
+    config: Mapping[str, Any],
+    *,
+    resume: bool = False,
+    judge: Callable[[Path], None] | None = None,
 ) -> tuple[Path, Path | None]:
     """Do what `open_run_folder` says for a verb that runs in one process."""
     folder, newest = Path(settings.run_dir), None
@@ -51,6 +75,8 @@ def prepare_run_folder(
             shutil.rmtree(folder)
         elif resume and checkpoints:
             newest = checkpoints[-1]
+            if judge is not None:
+                judge(newest)
         elif not (resume and is_unfinished(folder)):
             raise RunFolderError(
                 f"{folder} exists already. Choose another exp_manager.name or exp_manager.version, or set "
@@ -73,3 +99,48 @@ def is_unfinished(folder: Path) -> bool:
     """Tell whether a run was stopped before its first checkpoint: logs, config and an unfinished checkpoint only."""
     expected = (CONFIG_FILE, "metrics.jsonl", "tensorboard", "checkpoints")
     return not list_checkpoints(folder) and all(path.name in expected for path in folder.iterdir())
+
+
+@contextmanager
+def run_lock(folder: Path, world: World, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
+    """Keep two process groups from training into one folder at a time: a lock beside it, which a kill releases.
+
+    Waits a while for another holder to end, then raises RunFolderError on all ranks. Where the file system knows no
+    locks, there is none.
+    """
+    path = folder.parent / f".{folder.name}.lock"
+
+    def take() -> int:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        deadline_s = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline_s:
+                    holder = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
+                    os.close(descriptor)
+                    raise RunFolderError(
+                        f"{folder}: another run writes there ({holder}); end it, or choose another "
+                        f"exp_manager.name or exp_manager.version"
+                    ) from None
+                time.sleep(0.2)
+            except OSError:  # ENOLCK, ENOSYS: a file system without locks
+                break
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        return descriptor
+
+    descriptor = decided_by_rank_0(take, world)
+    try:
+        yield
+    finally:
+        if world.is_main:
+            os.close(descriptor)
+
+
+def write_finished(folder: Path, step: int, reason: str) -> None:
+    """Mark a run that has nothing left to do; a chain of jobs ends on it."""
+    write_json(folder / FINISHED_FILE, {"step": step, "reason": reason})
