@@ -25,6 +25,7 @@ from elastic.train.pipeline import PipelineRunner
 from elastic.train.record import Family, Record, check_same_shape
 from elastic.train.resume import RunStart, load_run_state, open_training_run
 from elastic.train.run_folder import FINISHED_FILE, write_finished
+from elastic.train.save_helper import start_save_helper
 from elastic.train.signals import StopOnSignal
 from elastic.train.trainer import Callback, Trainer
 
@@ -35,6 +36,7 @@ def run_pretrain(config: PretrainConfig, console: Console) -> Path:
     config = with_vocab(config, stream.vocab_size)
     space = Space(config.parent_shape(), {}, lanes=1)
     record = Record("parent", space.parent, data=config.data.path)
+    start_save_helper()
     with (
         world(model_layout(config.parallel, config.trainer)) as here,
         open_training_run(config, _manifest(stream), record, here) as opened,
@@ -60,6 +62,7 @@ def run_elastic(config: ElasticConfig, console: Console, callbacks: Sequence[Cal
     family = Family(space.axes, config.budgets(), config.deployment(), router_config.hidden_width)
     provenance = {"permuted parent": str(start), "data": config.data.path}
     record = Record("elastic", space.parent, space.lanes, space.depth_ranking, config.data.path, family, provenance)
+    start_save_helper()
     with (
         world(model_layout(config.parallel, config.trainer)) as here,
         open_training_run(config, _manifest(stream), record, here, start) as opened,

@@ -18,7 +18,7 @@ import signal
 import socket
 import threading
 import time
-from functools import partial
+from multiprocessing.util import register_after_fork
 from typing import Any
 
 import torch
@@ -84,8 +84,8 @@ class _Listener:
     def start(self) -> None:
         """Install handlers and start listening; call from the main thread."""
         self._wakeup_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        # A process forked to write a checkpoint would report the signals it gets itself over the inherited socket.
-        os.register_at_fork(after_in_child=partial(signal.set_wakeup_fd, -1))
+        # A forked helper process would report the signals it gets itself over the inherited socket.
+        register_after_fork(self, lambda _: signal.set_wakeup_fd(-1))
         for number in SIGNALS:
             self._before[number] = signal.signal(number, lambda *_: None)
         self._thread.start()
