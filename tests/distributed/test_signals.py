@@ -163,11 +163,3 @@ def test_sigterm_to_agent_and_workers_alike_is_one_signal_and_saves(torchrun):
     psutil.wait_procs(workers, timeout=60)
     assert not any(worker.is_running() for worker in workers)
     assert_stopped_with_a_checkpoint(folder)
-
-
-def test_a_killed_agent_leaves_no_worker_and_a_checkpoint(torchrun):
-    agent, workers, folder = torchrun("killed_agent")
-    agent.kill()
-    psutil.wait_procs(workers, timeout=120)
-    assert not any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in workers)
-    assert_stopped_with_a_checkpoint(folder)
