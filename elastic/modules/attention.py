@@ -1,6 +1,7 @@
 """Elastic grouped-query attention without position embedding, its layer, and the PyTorch attention core.
 
-Shapes: S sequence, B batch, D hidden, H query heads, KV key/value heads, A channels of a head; lower case = this rank.
+Shapes: S sequence, B batch, D hidden, H query heads, KV key/value heads, A channels of a head, T tokens so far; lower
+case = this rank.
 """
 
 from typing import Any
@@ -15,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from elastic.modules.cache import AttentionCache
 from elastic.modules.gate import LayerGate, residual
 from elastic.modules.observe import LayerObserver
 
@@ -62,11 +64,35 @@ class SdpaCoreAttention(MegatronModule):
         return position[:, None] >= torch.arange(local_tokens * size, device=device)[None]
 
 
+def cached_attention(query: Tensor, key: Tensor, value: Tensor, cache: AttentionCache) -> Tensor:
+    """Attend the next tokens' queries [S, B, h, A] over their own and all cached keys; returns [S, B, h*A].
+
+    torch's scaled_dot_product_attention on every device: the training kernel of a GPU takes no cache of ours.
+    """
+    before, length = cache.num_tokens, query.shape[0]
+    keys, values = cache.append(key, value)  # [B, kv, T, A]
+    mask = None
+    if before and length > 1:
+        position = torch.arange(before, before + length, device=query.device)
+        mask = position[:, None] >= torch.arange(before + length, device=query.device)[None]
+    q = query.permute(1, 2, 0, 3)
+    context = F.scaled_dot_product_attention(
+        q, keys, values, attn_mask=mask, is_causal=before == 0, enable_gqa=q.shape[1] != keys.shape[1]
+    )
+    return context.permute(2, 0, 1, 3).flatten(2)
+
+
 class ElasticSelfAttention(SelfAttention):
     """Query heads are elastic inside each KV group; keys and values stay."""
 
-    def forward_gated(self, x: Tensor, gate: LayerGate, observer: LayerObserver | None = None) -> Tensor:
-        """Map [S, B, D] to [S, B, D] under the layer's head gate."""
+    def forward_gated(
+        self,
+        x: Tensor,
+        gate: LayerGate,
+        observer: LayerObserver | None = None,
+        cache: AttentionCache | None = None,
+    ) -> Tensor:
+        """Map [S, B, D] to [S, B, D] under the layer's head gate; x goes on where a cache ends."""
         kv, a = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         qkv = self.linear_qkv.forward_cut(x, gate.cut)
         qkv = qkv.view(*qkv.shape[:2], kv, -1, a)  # [S, B, kv, h/kv + 2, A]
@@ -74,9 +100,11 @@ class ElasticSelfAttention(SelfAttention):
         query = query.reshape(*query.shape[:2], -1, a)
         if observer is not None:
             observer.query(query)
-        context = self.core_attention(
-            query, key.squeeze(3), value.squeeze(3), None, attn_mask_type=self.attn_mask_type
-        )  # [S, B, h*A]
+        key, value = key.squeeze(3), value.squeeze(3)
+        if cache is None:
+            context = self.core_attention(query, key, value, None, attn_mask_type=self.attn_mask_type)  # [S, B, h*A]
+        else:
+            context = cached_attention(query, key, value, cache)
         if gate.inner.vector is not None:
             context = gate.inner.apply(context.unflatten(-1, (-1, a)).transpose(-1, -2)).transpose(-1, -2).flatten(-2)
         return self.linear_proj.forward_cut(context, gate.cut)
@@ -85,9 +113,15 @@ class ElasticSelfAttention(SelfAttention):
 class ElasticAttentionLayer(TransformerLayer):
     """x + g_depth g_hidden Attention(norm(x))."""
 
-    def forward(self, x: Tensor, gate: LayerGate, observer: LayerObserver | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        gate: LayerGate,
+        observer: LayerObserver | None = None,
+        cache: AttentionCache | None = None,
+    ) -> Tensor:
         """Map the stream [S, B, D] to the stream."""
         normalised = self.input_layernorm(x, gate.hidden)
         if observer is not None:
             observer.normalised(normalised)
-        return residual(x, self.self_attention.forward_gated(normalised, gate, observer), gate)
+        return residual(x, self.self_attention.forward_gated(normalised, gate, observer, cache), gate)

@@ -1,12 +1,13 @@
 """Between the last stage's hidden states and a head whose rows are split over the vocabulary.
 
-S sequence, B batch, D hidden.
+S sequence, B batch, D hidden, V vocab; lower case = this rank.
 """
 
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
 )
 from torch import Tensor
 
@@ -24,3 +25,9 @@ def parallel_hidden(hidden: Tensor, sequence_parallel: bool, tp_group: dist.Proc
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=tp_group)
     return hidden.flatten(0, 1)
+
+
+def gathered_logits(hidden: Tensor, head_weight: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
+    """Map hidden states [..., D] and this rank's rows of the head [v, D] to logits [..., V], alike on every rank."""
+    logits: Tensor = gather_from_tensor_model_parallel_region(hidden @ head_weight.t(), group=tp_group)
+    return logits

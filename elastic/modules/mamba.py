@@ -4,6 +4,7 @@ Shapes: S sequence, B batch, D hidden, G groups, H heads, P head channels, N sta
 The input projection packs its rows as [z, x, B, C, dt]; the convolution runs over [x, B, C].
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from elastic.modules.cache import MambaCache
 from elastic.modules.gate import LayerGate, residual
 from elastic.modules.norm import GatedGroupNorm
 from elastic.modules.observe import LayerObserver
@@ -134,15 +136,19 @@ class PortableMambaMixer(MambaMixer):
         y = self.cp.post_conv_ssm(self._state_space(zxBCdt, self.cp))
         return self.norm(y, self.ngroups_local_tp, self.d_inner // self.ngroups)
 
-    def _state_space(self, zxBCdt: Tensor, cp: MambaContextParallel) -> Tensor:
-        """Convolve, scan and gate: [S, B, z x B C dt] -> silu(z) * scan, [S, B, i]."""
+    def _state_space(self, zxBCdt: Tensor, cp: MambaContextParallel, cache: MambaCache | None = None) -> Tensor:
+        """Convolve, scan and gate: [S, B, z x B C dt] -> silu(z) * scan, [S, B, i]; from where a cache ends."""
         state = cp.ngroups_local_tpcp * self.d_state
         inner, heads = cp.d_inner_local_tpcp, cp.nheads_local_tpcp
         z, conv_in, dt = zxBCdt.transpose(0, 1).split([inner, inner + 2 * state, heads], dim=-1)
         conv_weight, conv_bias = cp.get_conv1d_weight().squeeze(1), cp.get_conv1d_bias()
-        x, b, c = self.state_space.causal_conv(conv_in, conv_weight, conv_bias).split([inner, state, state], dim=-1)
+        conv, scan = self.state_space.causal_conv, self.state_space.scan
+        if cache is not None:
+            conv = partial(self.state_space.continued_conv, before=cache.conv_inputs)
+            scan = partial(self.state_space.continued_scan, state=cache.state)
+        x, b, c = conv(conv_in, conv_weight, conv_bias).split([inner, state, state], dim=-1)
         wide = torch.promote_types(dt.dtype, torch.float32)
-        y = self.state_space.scan(
+        y = scan(
             x.unflatten(-1, (heads, -1)),
             F.softplus(dt.to(wide) + cp.get_dt_bias().to(wide)),
             -torch.exp(cp.get_A_log().to(wide)),
@@ -156,8 +162,10 @@ class PortableMambaMixer(MambaMixer):
 class ElasticMambaMixer(PortableMambaMixer):
     """Heads are elastic inside each SSM group, channels inside each head; B, C and the state stay."""
 
-    def forward_gated(self, x: Tensor, gate: LayerGate, observer: LayerObserver | None = None) -> Tensor:
-        """Map [S, B, D] to [S, B, D] under the layer's head and channel gates."""
+    def forward_gated(
+        self, x: Tensor, gate: LayerGate, observer: LayerObserver | None = None, cache: MambaCache | None = None
+    ) -> Tensor:
+        """Map [S, B, D] to [S, B, D] under the layer's head and channel gates; x goes on where a cache ends."""
         cut = gate.cut
         inner = cut.layout(DimKind.INNER)
         cp = self.cp if inner.is_whole else self._context_parallel(cut)
@@ -165,7 +173,7 @@ class ElasticMambaMixer(PortableMambaMixer):
         if observer is not None:
             x_rows = zxbcdt.narrow(-1, inner.kept_size, inner.kept_size)
             observer.mamba_inner(x_rows.unflatten(-1, (cp.nheads_local_tp, -1)))
-        y = cp.post_conv_ssm(self._state_space(cp.pre_conv_ssm(zxbcdt), cp))  # [S, B, i]
+        y = cp.post_conv_ssm(self._state_space(cp.pre_conv_ssm(zxbcdt), cp, cache))  # [S, B, i]
         if gate.inner.vector is not None or gate.channels.vector is not None:
             per_head = y.unflatten(-1, (cp.nheads_local_tp, -1))
             y = gate.channels.apply(per_head)
@@ -180,9 +188,11 @@ class ElasticMambaMixer(PortableMambaMixer):
 class ElasticMambaLayer(MambaLayer):
     """x + g_depth g_hidden Mamba(norm(x))."""
 
-    def forward(self, x: Tensor, gate: LayerGate, observer: LayerObserver | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, gate: LayerGate, observer: LayerObserver | None = None, cache: MambaCache | None = None
+    ) -> Tensor:
         """Map the stream [S, B, D] to the stream."""
         normalised = self.norm(x, gate.hidden)
         if observer is not None:
             observer.normalised(normalised)
-        return residual(x, self.mixer.forward_gated(normalised, gate, observer), gate)
+        return residual(x, self.mixer.forward_gated(normalised, gate, observer, cache), gate)

@@ -23,8 +23,8 @@ class ElasticMLP(MLP):
 class ElasticMLPLayer(MLPLayer):
     """x + g_depth g_hidden MLP(norm(x))."""
 
-    def forward(self, x: Tensor, gate: LayerGate, observer: LayerObserver | None = None) -> Tensor:
-        """Map the stream [S, B, D] to the stream."""
+    def forward(self, x: Tensor, gate: LayerGate, observer: LayerObserver | None = None, cache: None = None) -> Tensor:
+        """Map the stream [S, B, D] to the stream; a layer that remembers nothing has no cache."""
         normalised = self.pre_mlp_layernorm(x, gate.hidden)
         if observer is not None:
             observer.normalised(normalised)

@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from elastic.modules.cache import ModelCache
 from elastic.modules.initialize import initialize_parameters
 from elastic.modules.observe import Observer
 from elastic.modules.segments import pipeline_pattern
@@ -35,14 +36,21 @@ class Layout:
 class ElasticModel(HybridModel):
     """HybridModel whose layers obey Gates; parameter names are Megatron-Core's own."""
 
-    def forward(self, tokens: Tensor | None, gates: Gates | None = None, observer: Observer | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor | None,
+        gates: Gates | None = None,
+        observer: Observer | None = None,
+        cache: ModelCache | None = None,
+    ) -> Tensor:
         """Map tokens [B, S] to final hidden states [S(/tp), B, d] on the last stage, to the stream before it.
 
         `gates` None runs the whole parent. Packed sequences have no argument here: documents in one sequence see
-        each other, or are fed one per sequence. `observer` sees what the layers compute.
+        each other, or are fed one per sequence. `observer` sees what the layers compute. With a `cache` the tokens are
+        the next ones of its sequences (without gradients, on one pipeline stage).
         """
         embedded = self.embedding(input_ids=tokens, position_ids=None) if self.pre_process else None
-        return self.decoder(embedded, gates, observer)
+        return self.decoder(embedded, gates, observer, cache)
 
     def head_weight(self, gates: Gates | None = None) -> Tensor:
         """Return this rank's rows of the head, cut to the stream's width: [v, d]."""

@@ -6,6 +6,7 @@ Shapes: S sequence, B batch, D hidden, d kept hidden width.
 import copy
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.transformer.module import MegatronModule
@@ -14,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from elastic.modules.cache import ModelCache
 from elastic.modules.gate import GateResolver, StreamGates
 from elastic.modules.norm import ElasticRMSNorm
 from elastic.modules.observe import Observer
@@ -66,12 +68,19 @@ class ElasticStack(HybridStack):
         if post_process:
             self.final_norm = ElasticRMSNorm(config, config.hidden_size, eps=config.layernorm_epsilon)
 
-    def forward(self, hidden_states: Tensor | None, gates: Gates | None, observer: Observer | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor | None,
+        gates: Gates | None,
+        observer: Observer | None = None,
+        cache: ModelCache | None = None,
+    ) -> Tensor:
         """Run this stage's layers under `gates` (None: the whole parent).
 
         Takes the embeddings [S, B, D] on the first stage, else what `set_input_tensor` was given. Returns the
         normalised [S, B, d] on the last stage; between stages the stream is padded to D, the size the pipeline
-        schedule exchanges. `observer` sees what the layers compute.
+        schedule exchanges. `observer` sees what the layers compute. With a `cache`, made for the subnet that `gates`
+        run, the S tokens are the next ones of its sequences, and it is moved on.
         """
         stream = self.resolver.full() if gates is None else self.resolver.resolve(gates)
         x = hidden_states if self.pre_process else self.input_tensor
@@ -79,22 +88,28 @@ class ElasticStack(HybridStack):
         x = x[..., : stream.width]
         if self.pre_process:
             x = stream.hidden.apply(x)
-        x = self._run_layers(x, stream, observer)
+        x = self._run_layers(x, stream, observer, cache)
         if self.post_process:
             return self.final_norm(x, stream.hidden)
         return F.pad(x, (0, self.config.hidden_size - stream.width))
 
-    def _run_layers(self, x: Tensor, stream: StreamGates, observer: Observer | None) -> Tensor:
+    def _run_layers(
+        self, x: Tensor, stream: StreamGates, observer: Observer | None, cache: ModelCache | None
+    ) -> Tensor:
         recompute = self.config.recompute_granularity == "full" and self.training and x.requires_grad
         assert observer is None or not recompute, "a recomputed layer would be observed twice"
+        assert cache is None or not torch.is_grad_enabled(), "a cache is moved on in place and has no gradients"
         for layer, gate, layer_index in zip(self.layers, stream.layers, self.resolver.layer_indices, strict=True):
             if gate.skipped:
                 continue
-            if recompute:
+            seen_by = None if observer is None else observer.layer(layer_index)
+            if cache is not None:
+                x = layer(x, gate, seen_by, cache.layer(layer_index))
+            elif recompute:
                 # The gate travels inside the call, so the recomputed forward sees its own micro-batch's choice.
                 x = checkpoint(layer, x, gate, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, gate, None if observer is None else observer.layer(layer_index))
+                x = layer(x, gate, seen_by)
         return x
 
     def sharded_state_dict(
@@ -120,6 +135,4 @@ def layer_config(config: TransformerConfig, shape: ModelShape, layer_index: int)
 
 
 def _current_cuda_device() -> Any:
-    import torch
-
     return torch.device("cuda", torch.cuda.current_device())

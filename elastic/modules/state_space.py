@@ -22,6 +22,20 @@ class StateSpaceBackend(Protocol):
     def scan(self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
         """Run the recurrence: x [B,L,H,P], dt [B,L,H] after softplus, a [H] < 0, b and c [B,L,G,N], d [H]."""
 
+    def continued_conv(self, x: Tensor, weight: Tensor, bias: Tensor, before: Tensor) -> Tensor:
+        """Convolve the next tokens of a sequence whose last k-1 inputs were `before` [B, k-1, I].
+
+        `before` is moved on in place. For inference: nothing is differentiated.
+        """
+
+    def continued_scan(
+        self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor
+    ) -> Tensor:
+        """Run the recurrence on from `state` [B,H,P,N], at least fp32, which is moved on in place.
+
+        One token takes one step of the recurrence, without filling up a chunk. For inference.
+        """
+
 
 class TorchStateSpace:
     """Chunked scan and shifted multiply-adds in PyTorch; runs anywhere, any dtype."""
@@ -33,16 +47,32 @@ class TorchStateSpace:
 
     def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Convolve as k shifted multiply-adds, faster on a CPU than conv1d."""
-        taps, length = weight.shape[1], x.shape[1]
-        padded = F.pad(x, (0, 0, taps - 1, 0))
-        y = torch.addcmul(bias, padded[:, :length], weight[:, 0])
-        for tap in range(1, taps):
-            y = torch.addcmul(y, padded[:, tap : tap + length], weight[:, tap])
-        return F.silu(y)
+        return _shifted_sum(F.pad(x, (0, 0, weight.shape[1] - 1, 0)), weight, bias)
+
+    def continued_conv(self, x: Tensor, weight: Tensor, bias: Tensor, before: Tensor) -> Tensor:
+        """Convolve with the inputs before in place of zeros."""
+        return _shifted_sum(_joined(before, x), weight, bias)
 
     def scan(self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
         """Scan in chunks: matrix products inside a chunk, a short recurrence between chunks."""
-        length, q = x.shape[1], self.chunk_tokens
+        return self._scan_chunks(x, dt, a, b, c, d, None, self.chunk_tokens)[0]
+
+    def continued_scan(
+        self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor
+    ) -> Tensor:
+        """Scan on from a state; one token is one step."""
+        length = x.shape[1]
+        if length == 1:
+            return _step(x, dt, a, b, c, d, state)
+        y, final = self._scan_chunks(x, dt, a, b, c, d, state, min(self.chunk_tokens, length))
+        state.copy_(final)
+        return y
+
+    def _scan_chunks(
+        self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, initial: Tensor | None, q: int
+    ) -> tuple[Tensor, Tensor]:
+        """Scan in chunks of `q` tokens from `initial` [B,H,P,N] (None: zeros); returns y and the last state."""
+        length = x.shape[1]
         padding = -length % q
         x_padded, dt, b, c = (_pad_length(t, padding) for t in (x, dt, b, c))
         groups, state = b.shape[2:]
@@ -68,7 +98,11 @@ class TorchStateSpace:
         to_end = (decay[..., -1:] - decay).exp().to(x.dtype)
         added = (x_dt * to_end.unsqueeze(-1)).transpose(-1, -2) @ b_chunk.unsqueeze(3)
         chunk_decay = decay[..., -1].exp()[..., None, None]
-        carried, states = torch.zeros_like(added[:, 0], dtype=wide), []
+        if initial is None:
+            carried = torch.zeros_like(added[:, 0], dtype=wide)
+        else:
+            carried = initial.to(wide).unflatten(1, (groups, -1))
+        states = []
         for index in range(added.shape[1]):
             states.append(carried)
             carried = carried * chunk_decay[:, index] + added[:, index]
@@ -76,7 +110,7 @@ class TorchStateSpace:
         # 4. What earlier chunks contribute through the state.
         y = y + (c_chunk.unsqueeze(3) @ before.transpose(-1, -2)) * decay.exp().unsqueeze(-1).to(x.dtype)
         y = y.permute(0, 1, 4, 2, 3, 5).reshape(x_padded.shape)[:, :length]
-        return y + x * d.to(x.dtype).unsqueeze(-1)
+        return y + x * d.to(x.dtype).unsqueeze(-1), carried.flatten(1, 2)
 
 
 class MambaSsmStateSpace:
@@ -85,10 +119,12 @@ class MambaSsmStateSpace:
     name = "mamba_ssm"
 
     def __init__(self, chunk_tokens: int = 256) -> None:
-        from causal_conv1d import causal_conv1d_fn
+        from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+        from mamba_ssm.ops.triton.selective_state_update import selective_state_update
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
         self.chunk_tokens, self._conv, self._scan = chunk_tokens, causal_conv1d_fn, mamba_chunk_scan_combined
+        self._conv_step, self._scan_step = causal_conv1d_update, selective_state_update
 
     def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Convolve with causal-conv1d, which wants channels before length."""
@@ -101,6 +137,74 @@ class MambaSsmStateSpace:
     def scan(self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
         """Scan with mamba-ssm's chunked kernel; dt is already positive, so its own softplus stays off."""
         return self._scan(x, dt, a.float(), b, c, chunk_size=self.chunk_tokens, D=d.float(), dt_softplus=False)
+
+    def continued_conv(self, x: Tensor, weight: Tensor, bias: Tensor, before: Tensor) -> Tensor:
+        """Convolve one token with the update kernel (causal-conv1d 1.4); a longer piece with the inputs before it."""
+        if x.shape[1] == 1:
+            channels_first = before.transpose(1, 2)  # a view: the kernel moves the inputs on in place
+            y = self._conv_step(x[:, 0].contiguous(), channels_first, weight.contiguous(), bias, activation="silu")
+            return y.unsqueeze(1)
+        taps = before.shape[1]
+        return self.causal_conv(_joined(before, x), weight, bias)[:, taps:]
+
+    def continued_scan(
+        self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor
+    ) -> Tensor:
+        """Step one token with the update kernel; scan a longer piece from the state."""
+        a, d = a.float(), d.float()
+        if x.shape[1] > 1:
+            y, final = self._scan(
+                x, dt, a, b, c, chunk_size=self.chunk_tokens, D=d, dt_softplus=False, initial_states=state,
+                return_final_states=True,
+            )  # fmt: skip
+            state.copy_(final)
+            return y
+        channels, num_states = state.shape[2:]
+        # What all channels of a head share is expanded with stride 0, by which the kernel knows it. It asks the bias of
+        # dt for its stride too, so zeros are passed although dt is finished.
+        y = self._scan_step(
+            state,
+            x[:, 0].contiguous(),
+            dt[:, 0].unsqueeze(-1).expand(-1, -1, channels),
+            a[:, None, None].expand(-1, channels, num_states),
+            b[:, 0].contiguous(),
+            c[:, 0].contiguous(),
+            d[:, None].expand(-1, channels),
+            dt_bias=torch.zeros_like(a)[:, None].expand(-1, channels),
+            dt_softplus=False,
+        )
+        return y.unsqueeze(1)
+
+
+def _shifted_sum(padded: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Convolve [B, k-1 + L, I], whose first k-1 rows come before the L outputs, as k shifted multiply-adds."""
+    taps = weight.shape[1]
+    length = padded.shape[1] - taps + 1
+    y = torch.addcmul(bias, padded[:, :length], weight[:, 0])
+    for tap in range(1, taps):
+        y = torch.addcmul(y, padded[:, tap : tap + length], weight[:, tap])
+    return F.silu(y)
+
+
+def _joined(before: Tensor, x: Tensor) -> Tensor:
+    """Put the inputs before in front of the next ones, and move `before` on to the last of both."""
+    joined = torch.cat([before, x], dim=1)
+    before.copy_(joined[:, joined.shape[1] - before.shape[1] :])
+    return joined
+
+
+def _step(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor) -> Tensor:
+    """Take one step of the recurrence, in the state's precision: x [B,1,H,P], dt [B,1,H], b and c [B,1,G,N]."""
+    wide, groups = state.dtype, b.shape[2]
+    by_group = state.unflatten(1, (groups, -1))  # [B,G,R,P,N], a view
+    dt_now = dt[:, 0].to(wide).unflatten(1, (groups, -1))  # [B,G,R]
+    x_now = x[:, 0].to(wide).unflatten(1, (groups, -1))  # [B,G,R,P]
+    b_now, c_now = (t[:, 0].to(wide)[:, :, None] for t in (b, c))  # [B,G,1,N]
+    decay = (dt_now * a.to(wide).view(groups, -1)).exp()
+    by_group.mul_(decay[..., None, None])
+    by_group.addcmul_((x_now * dt_now.unsqueeze(-1)).unsqueeze(-1), b_now.unsqueeze(-2))
+    y = (by_group * c_now.unsqueeze(-2)).sum(-1).flatten(1, 2).unsqueeze(1).to(x.dtype)  # [B,1,H,P]
+    return y + x * d.to(x.dtype).unsqueeze(-1)
 
 
 def _pad_length(t: Tensor, padding: int) -> Tensor:

@@ -220,13 +220,22 @@ def take(tensor: Tensor, dim: int, layout: DimLayout) -> Tensor:
     before, after = tensor.shape[:dim], tensor.shape[dim + 1 :]
     rows = tensor.reshape(*before, layout.outer, -1, *after)
     sizes = [math.prod(block.full) for block in layout.blocks]
-    parts = []
+    grids = []
     for block, part in zip(layout.blocks, rows.split(sizes, dim=dim + 1), strict=True):
         grid = part.reshape(*before, layout.outer, *block.full, *after)
         for direction, kept in enumerate(block.kept):
             grid = grid.narrow(dim + 1 + direction, 0, kept)
-        parts.append(grid.reshape(*before, layout.outer, -1, *after))
-    joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim + 1)
+        grids.append(grid)
+    if len(grids) == 1:
+        return grids[0].reshape(*before, -1, *after)
+    if torch.is_grad_enabled():
+        parts = [grid.reshape(*before, layout.outer, -1, *after) for grid in grids]
+        return torch.cat(parts, dim=dim + 1).reshape(*before, -1, *after)
+    # The same without the parts: where nothing is differentiated, memory holds one copy of what is kept.
+    kept_rows = [math.prod(block.kept) for block in layout.blocks]
+    joined = tensor.new_empty(*before, layout.outer, sum(kept_rows), *after)
+    for block, grid, room in zip(layout.blocks, grids, joined.split(kept_rows, dim=dim + 1), strict=True):
+        room.unflatten(dim + 1, block.kept).copy_(grid)
     return joined.reshape(*before, -1, *after)
 
 

@@ -1,16 +1,19 @@
 """Full parameters of a checkpoint by name, each read when asked for, whatever parallel layout wrote them."""
 
+import io
+import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, TensorStorageMetadata
+from torch.distributed.checkpoint import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from elastic.compress.slicing import parameter_names
 from elastic.space.nesting import parameter_size
 from elastic.space.shape import ModelShape
-from elastic.train.checkpoint_metadata import CheckpointError, SafeReader
+from elastic.train.checkpoint_metadata import CheckpointError, read_metadata
 from elastic.train.stored_names import stored_parts
 
 
@@ -22,11 +25,11 @@ class StoredTensors(Mapping[str, Tensor]):
     """
 
     def __init__(self, folder: Path, shape: ModelShape) -> None:
-        self._shape, self._reader = shape, SafeReader(folder)
+        self._folder, self._shape, self._metadata = folder, shape, read_metadata(folder)
         self._names = tuple(parameter_names(shape))
         self._stored = {
             key: entry
-            for key, entry in self._reader.read_metadata().state_dict_metadata.items()
+            for key, entry in self._metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
         problems = []
@@ -41,13 +44,31 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         """Read one full parameter in the number format it is stored in."""
+        parts = stored_parts(name, self._shape)
+        if len(parts) == 1 and len(self._stored[parts[0].key].chunks) == 1:
+            return self._read(parts[0].key, self._stored[parts[0].key].chunks[0])
         tensor = torch.empty(parameter_size(name, self._shape), dtype=self.dtype(name))
-        rows = {part.key: tensor.narrow(0, part.start, part.size[0]) for part in stored_parts(name, self._shape)}
-        planner, metadata = DefaultLoadPlanner(), self._reader.read_metadata()
-        planner.set_up_planner(rows, metadata, is_coordinator=True)
-        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-        self._reader.read_data(planner.create_local_plan(), planner).wait()
+        for part in parts:
+            rows = tensor.narrow(0, part.start, part.size[0])
+            for chunk in self._stored[part.key].chunks:  # what one rank wrote
+                region = tuple(
+                    slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True)
+                )
+                rows[region] = self._read(part.key, chunk)
         return tensor
+
+    def _read(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+        place = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+        path = self._folder / place.relative_path
+        try:
+            with path.open("rb") as file:
+                file.seek(place.offset)
+                stored: Tensor = torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"{path}: {key} cannot be read, the file is truncated or damaged: {error}") from error
+        if stored.shape != chunk.sizes:
+            raise CheckpointError(f"{path}: {key} is {tuple(stored.shape)}, the index says {tuple(chunk.sizes)}")
+        return stored
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -28,7 +28,7 @@ from elastic.train.config_sections import (
     TrainerConfig,
     TrainExpManagerConfig,
 )
-from elastic.train.config_types import Count, CountOrZero, Name, PositiveOrZero, Range, Required
+from elastic.train.config_types import Count, CountOrZero, Name, PositiveOrZero, Range, Required, Share
 
 Checkpoint = Annotated[str, Required("a run folder of an earlier verb, or one checkpoint in it")]
 
@@ -256,6 +256,41 @@ class ExtractConfig(FamilyConfig):
 
     data: TokenizerInput = field(default_factory=TokenizerInput)
     export: ExportConfig = field(default_factory=ExportConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedInput:
+    """A nested checkpoint to answer from, and whose router decides its budgets (null: the router saved beside it)."""
+
+    checkpoint: str | None = None
+    router: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(RunConfig):
+    """recipes/generate.py: text from one budget, or thought with one and answered with another.
+
+    The weights come from init_from.checkpoint or from `folder`, a Hugging Face folder. `budget`, `think` and `answer`
+    name budgets or entries of `subnets`; without any, the whole model writes. `prompt_file` holds one prompt.
+    `tokenizer` null takes the folder's own, or that of the data the checkpoint was trained on. Thinking has a limit of
+    its own beside max_new_tokens. Temperature 0 is greedy.
+    """
+
+    init_from: ServedInput = field(default_factory=ServedInput)
+    folder: str | None = None
+    tokenizer: str | None = None
+    budget: str | None = None
+    subnets: tuple[SubnetConfig, ...] = ()
+    think: str | None = None
+    answer: str | None = None
+    marker: Annotated[str, Required("the text that ends the thinking")] = "</think>"
+    max_think_tokens: Count = 512
+    prompts: tuple[str, ...] = ()
+    prompt_file: str | None = None
+    max_new_tokens: Count = 128
+    temperature: PositiveOrZero = 0.0
+    top_k: Count | None = None
+    top_p: Share | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

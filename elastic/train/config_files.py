@@ -13,6 +13,7 @@ from elastic.train.config import (
     ElasticRunConfig,
     EvaluateConfig,
     ExtractConfig,
+    GenerateConfig,
     ImportanceConfig,
     ImportConfig,
     TrainConfig,
@@ -22,6 +23,7 @@ from elastic.train.config import (
 from elastic.train.config_load import ConfigError, Problem, load_with_problems
 from elastic.train.config_rules import rule_problems
 from elastic.train.config_rules_layout import Cluster, layout_problems, nearest_divisor
+from elastic.train.generate_files import generate_problems
 from elastic.train.manifest import DataError, read_manifest
 from elastic.train.prepare_config import PrepareConfig
 from elastic.train.record import Record, RecordError
@@ -69,7 +71,11 @@ def input_paths(config: object) -> Iterator[tuple[str, str | None]]:
         yield "data.path", config.data.path if is_read else None
     if isinstance(config, ImportConfig):
         yield "source", config.source
-    if isinstance(config, ImportanceConfig | ElasticConfig | CostConfig | EvaluateConfig | ExtractConfig):
+    if isinstance(config, GenerateConfig):
+        yield from (("folder", config.folder), ("tokenizer", config.tokenizer), ("prompt_file", config.prompt_file))
+    if isinstance(
+        config, ImportanceConfig | ElasticConfig | CostConfig | EvaluateConfig | ExtractConfig | GenerateConfig
+    ):
         for field in fields(config.init_from):
             yield f"init_from.{field.name}", getattr(config.init_from, field.name)
 
@@ -93,6 +99,9 @@ def checkpoint_problems(config: object) -> Iterator[Problem]:
             name, path = "init_from.permuted_parent", config.init_from.permuted_parent
         case EvaluateConfig() | ExtractConfig():
             name, path = "init_from.checkpoint", config.init_from.checkpoint
+        case GenerateConfig():
+            yield from generate_problems(config)
+            return
         case _:
             return
     from elastic.train.checkpoint import CheckpointError, resolve_checkpoint  # Megatron-Core takes seconds to import

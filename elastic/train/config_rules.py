@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from elastic.train import config_rules_elastic as elastic_rules
+from elastic.train import config_rules_generate as generate_rules
 from elastic.train import config_rules_layout as layout_rules
 from elastic.train.config import (
     CostConfig,
@@ -16,6 +17,7 @@ from elastic.train.config import (
     EvaluateConfig,
     ExtractConfig,
     FamilyConfig,
+    GenerateConfig,
     ImportanceConfig,
     ImportConfig,
     PretrainConfig,
@@ -63,6 +65,11 @@ RULES = (
     Rule(ElasticConfig, ("distill", "curriculum", "data", "parallel"), elastic_rules.check_num_chunks),
     Rule(FamilyConfig, ("subnets",), elastic_rules.check_subnets),
     Rule(ExtractConfig, ("export",), elastic_rules.check_export),
+    Rule(GenerateConfig, ("init_from", "folder", "budget", "think", "answer"), generate_rules.check_source),
+    Rule(GenerateConfig, ("budget", "think", "answer", "subnets"), generate_rules.check_writers),
+    Rule(GenerateConfig, ("prompts", "prompt_file"), generate_rules.check_prompts),
+    Rule(GenerateConfig, ("temperature", "top_k", "top_p"), generate_rules.check_sampling),
+    Rule(GenerateConfig, ("parallel",), generate_rules.check_ranks),
 )
 
 

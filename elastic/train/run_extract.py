@@ -3,7 +3,7 @@
 Everything streams from the checkpoint's files to the exported ones, one tensor in memory, whatever layout trained it.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,7 @@ import torch
 from rich.console import Console
 
 from elastic.compress.export import ExportOptions, ExportReport, export_folder
-from elastic.compress.hf_carried import Carried, read_carried, write_carried
-from elastic.compress.hf_config import HfSettings
+from elastic.compress.hf_carried import Carried, write_carried
 from elastic.compress.hf_dtypes import DtypeRule, kind_of_tensor
 from elastic.compress.hf_names import hf_names
 from elastic.compress.model_card import CardInfo
@@ -23,11 +22,11 @@ from elastic.train.checkpoint_writer import save_streamed
 from elastic.train.config import ExtractConfig
 from elastic.train.export_check import choose_check
 from elastic.train.family import Member, OpenFamily, open_family
-from elastic.train.manifest import read_manifest
 from elastic.train.parallel import DTYPES
 from elastic.train.record import Record
 from elastic.train.run_evaluate import subnet_summary
 from elastic.train.run_folder import prepare_run_folder, write_json
+from elastic.train.text_settings import text_settings
 from elastic.train.transfer import transfer_progress
 
 EXTRACTION_FILE = "extraction.json"
@@ -64,22 +63,11 @@ def run_extract(config: ExtractConfig, console: Console) -> Path:
 
 
 def _carried(family: OpenFamily, config: ExtractConfig) -> Carried:
-    """Return settings, number formats and tokenizer of the exports.
-
-    Formats are the config's, else those the checkpoint is stored in. The tokenizer is that of the data the user names,
-    else what an imported parent brought along, else that of the data the model was trained on.
-    """
+    """Return settings, tokenizer and number formats of the exports: the config's, or those of the checkpoint."""
+    settings, tokenizer = text_settings(family.checkpoint, family.record, config.data.path)
     precision = config.export.precision
     dtypes = _stored_formats(family) if precision is None else DtypeRule.trained(DTYPES[precision])
-    carried, data = read_carried(family.checkpoint), config.data.path
-    if carried is not None and data is None:
-        return replace(carried, dtypes=dtypes)
-    data = data or family.record.data
-    if data is None:
-        return Carried(HfSettings(), dtypes)
-    end_of_text = read_manifest(Path(data)).tokenizer.eos_id
-    settings = HfSettings(bos_token_id=None, eos_token_id=end_of_text, pad_token_id=end_of_text)
-    return Carried(settings, dtypes, find_tokenizer(Path(data)))
+    return Carried(settings, dtypes, () if tokenizer is None else find_tokenizer(tokenizer))
 
 
 def _stored_formats(family: OpenFamily) -> DtypeRule:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -83,8 +82,3 @@ def run(where: Path | None = None) -> list[dict[str, Any]]:
             for what, figures in (("import_hf", imported), ("extract", cut))
         ]
     return rows
-
-
-def own_peak_gib() -> float:
-    """Return the peak resident memory of this process in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB

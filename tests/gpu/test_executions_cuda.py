@@ -10,6 +10,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from elastic.modules.attention import SdpaCoreAttention
+from elastic.modules.cache import empty_cache
 from elastic.modules.model import Layout, transformer_config
 from elastic.modules.specs import Kernels
 from elastic.space.axes import Axis, AxisChoices, Space
@@ -86,6 +87,20 @@ def test_soft_gates_on_the_gpu_equal_the_cpu_kernels() -> None:
     assert relative_error(leaves[0].logits, leaves[1].logits) <= TOLERANCE[torch.float32]
     for axis, expected in leaves[1].gradients.items():
         assert relative_error(leaves[0].gradients[axis], expected) <= 3 * TOLERANCE[torch.float32], axis
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("index", range(len(choices_to_test(SPACE))))
+def test_pieces_through_the_caches_equal_one_pass(index: int, dtype: torch.dtype) -> None:
+    """Transformer Engine and the chunked scan in one pass; SDPA, step kernels and products on views in pieces."""
+    model = build_lively(SPACE, Layout(dtype=dtype), cuda_kernels()).eval()
+    subnet, tokens = SPACE.subnet(choices_to_test(SPACE)[index]), tokens_for(SPACE.parent, length=96).cuda()
+    gates, device = Gates.slice(subnet), torch.device("cuda")
+    cache = empty_cache(SPACE.parent, subnet, 96, batch=2, dtype=dtype, device=device)
+    hidden = [model(piece, gates, cache=cache) for piece in tokens.split([70, 1, 1, 20, 1, 3], dim=1)]
+    logits = (torch.cat(hidden) @ model.head_weight(gates).T).transpose(0, 1)
+    assert relative_error(logits, logits_of(model, tokens, gates)) <= TOLERANCE[dtype]
 
 
 def test_recompute_in_bf16_changes_nothing() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from elastic.compress.hf_config import HfSettings, hf_config
+from elastic.compress.hf_folder import open_hf_folder
 from elastic.compress.tensor_files import TensorFolder
 from elastic.modules.model import Layout, build_model
 from elastic.space.cost import shape_cost
@@ -167,6 +168,40 @@ def test_a_subnet_leaves_checked_by_logits_or_by_values(tmp_path: Path) -> None:
     assert not any(info.values())
     cut_again = extracted(tmp_path, Path(rows["auto"]["small"]["megatron"]), "from_submodel") / "parent"
     assert all(torch.equal(first[key], tensor) for key, tensor in weights(cut_again).items())
+
+
+def narrowed(shape: ModelShape) -> dict[str, Any]:
+    """Describe a subnet by hand that is narrower on every axis that the shape can narrow, without its last layer."""
+    given: dict[str, Any] = {"name": "narrow", "hidden": shape.hidden * 3 // 4}
+    given["kept_layers"] = list(range(len(shape.pattern) - 1))
+    if shape.ffn:
+        given["ffn"] = [shape.ffn[0] // 2]
+    if shape.mamba_heads and shape.mamba_heads[0] > shape.mamba_groups:
+        given["mamba_heads"] = [shape.mamba_heads[0] - shape.mamba_groups]
+    given["head_channels"] = shape.head_channels - 1
+    if shape.attention_heads and shape.attention_heads[0] > shape.kv_heads:
+        given["attention_heads"] = [shape.attention_heads[0] - shape.kv_heads]
+    return given
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exported_submodels_load_without_a_complaint_and_generate(name: str, tmp_path: Path) -> None:
+    shape = shape_of_case(name)
+    stock_folder(tmp_path / "stock", shape, CASES[name])
+    run = imported(tmp_path, tmp_path / "stock")
+    folder = extracted(tmp_path, run, "cut", budget_names=[], subnets=[narrowed(shape)]) / "narrow"
+    rows = json.loads((tmp_path / "cut" / "v" / EXTRACTION_FILE).read_text())["members"]
+    assert [row["name"] for row in rows] == ["narrow"] and rows[0]["max_abs_logit_diff"] < 1e-3
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=False, output_loading_info=True, dtype=torch.float32
+    )
+    assert not any(info.values()), info
+    # Stock code keeps the length of its cache in the attention layers: without any it can only generate without one.
+    has_attention = "*" in str(open_hf_folder(folder).shape.pattern)
+    answer = model.generate(
+        TOKENS[:1, :5], max_new_tokens=3, do_sample=False, eos_token_id=None, use_cache=has_attention
+    )
+    assert answer.shape == (1, 8)
 
 
 def test_an_import_is_gone_on_with_and_never_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

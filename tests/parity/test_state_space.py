@@ -86,6 +86,57 @@ def test_scan_does_not_depend_on_the_chunk(chunk: int) -> None:
     torch.testing.assert_close(inputs.run(TorchStateSpace(chunk).scan), inputs.run(TorchStateSpace(5).scan))
 
 
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("sizes", [[20], [1] * 20, [13, 1, 6], [1, 1, 17, 1], [3, 8, 9]])
+def test_a_scan_in_pieces_equals_the_recurrence_in_fp64(sizes: list[int], groups: int) -> None:
+    """The state is handed from piece to piece; a single token takes a step, a piece below a chunk a shorter chunk."""
+    inputs = ScanInputs.draw(sum(sizes), groups, torch.float64)
+    expected, _ = inputs.run(state_space_recurrence)
+    heads, backend = groups * HEADS_PER_GROUP, TorchStateSpace(CHUNK)
+    state = torch.zeros(BATCH, heads, CHANNELS, STATE, dtype=torch.float64)
+    pieces = (t.detach().split(sizes, dim=1) for t in (inputs.x, F.softplus(inputs.raw_dt), inputs.b, inputs.c))
+    with torch.no_grad():
+        y = [
+            backend.continued_scan(x, dt, -torch.exp(inputs.a_log), b, c, inputs.d, state)
+            for x, dt, b, c in zip(*pieces, strict=True)
+        ]
+    torch.testing.assert_close(torch.cat(y, dim=1), expected.detach(), rtol=1e-10, atol=1e-10)
+    # The state itself: S_T = sum_t exp(A sum_{u>t} dt_u) dt_t x_t B_t^T.
+    dt, a = F.softplus(inputs.raw_dt), -torch.exp(inputs.a_log)
+    later = dt.flip(1).cumsum(1).flip(1) - dt
+    b_of_head = inputs.b.repeat_interleave(HEADS_PER_GROUP, dim=2)
+    final = torch.einsum("blh,blhp,blhn->bhpn", (later * a).exp() * dt, inputs.x, b_of_head)
+    torch.testing.assert_close(state, final.detach(), rtol=1e-10, atol=1e-10)
+
+
+def test_a_step_in_bf16_keeps_its_state_in_fp32() -> None:
+    """Sixty steps in bf16 with an fp32 state stay as near to the recurrence as one scan does."""
+    inputs = ScanInputs.draw(60, 2, torch.bfloat16)
+    expected, _ = inputs.to(torch.float64).run(state_space_recurrence)
+    state, backend = torch.zeros(BATCH, 2 * HEADS_PER_GROUP, CHANNELS, STATE), TorchStateSpace(CHUNK)
+    pieces = (t.detach().split(1, dim=1) for t in (inputs.x, F.softplus(inputs.raw_dt.float()), inputs.b, inputs.c))
+    with torch.no_grad():
+        y = torch.cat(
+            [
+                backend.continued_scan(x, dt, -torch.exp(inputs.a_log.float()), b, c, inputs.d, state)
+                for x, dt, b, c in zip(*pieces, strict=True)
+            ],
+            dim=1,
+        )
+    assert y.dtype is torch.bfloat16 and state.dtype is torch.float32
+    assert relative_error(y, expected) <= 2e-2
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4])
+@pytest.mark.parametrize("sizes", [[12], [1] * 12, [2, 1, 9], [1, 7, 4]])
+def test_a_convolution_in_pieces_equals_the_whole(sizes: list[int], taps: int) -> None:
+    x, weight, bias = torch.randn(BATCH, 12, 5).double(), torch.randn(5, taps).double(), torch.randn(5).double()
+    before, backend = torch.zeros(BATCH, taps - 1, 5).double(), TorchStateSpace()
+    y = [backend.continued_conv(piece, weight, bias, before) for piece in x.split(sizes, dim=1)]
+    torch.testing.assert_close(torch.cat(y, dim=1), F.silu(depthwise_causal_conv(x, weight, bias)))
+    assert torch.equal(before, x[:, 12 - (taps - 1) :])
+
+
 def test_scan_survives_decays_that_underflow() -> None:
     """exp(dt A) of -1e4 is 0 in fp32: outputs and gradients stay finite, nothing is carried."""
     inputs = ScanInputs.draw(37, 1, torch.float32)

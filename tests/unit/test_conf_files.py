@@ -16,6 +16,7 @@ from elastic.train.config import (
     ElasticConfig,
     EvaluateConfig,
     ExtractConfig,
+    GenerateConfig,
     ImportanceConfig,
     ImportConfig,
     PretrainConfig,
@@ -42,6 +43,7 @@ WHOLE_RUNS: dict[str, type] = {
     "extract": ExtractConfig,
     "smoke_extract": ExtractConfig,
     "import_hf": ImportConfig,
+    "generate": GenerateConfig,
 }
 ONE_PROCESS = Cluster()
 STARTED_ON = {
@@ -49,8 +51,11 @@ STARTED_ON = {
     "import_hf": ONE_PROCESS,
     "extract": ONE_PROCESS,
     "smoke_extract": ONE_PROCESS,
+    "generate": ONE_PROCESS,
 }
 TWO_CORES = Cluster(num_processes=2)
+# What a user must say where a file cannot leave ???: one of two fields, or a list.
+SAID_BY_USER = {"generate": ("init_from.checkpoint=run", "prompts=[once]")}
 SMOKE_VOCAB = 2048
 
 
@@ -112,7 +117,7 @@ def test_file_starts_with_what_how_where_and_how_long(file: Path) -> None:
 @pytest.mark.parametrize("name", WHOLE_RUNS)
 def test_whole_run_is_legal(name: str) -> None:
     kind, cluster = WHOLE_RUNS[name], STARTED_ON.get(name, TWO_CORES)
-    config = load_and_check(kind, composed(name), cluster)
+    config = load_and_check(kind, composed(name, *SAID_BY_USER.get(name, ())), cluster)
     if isinstance(config, PretrainConfig | ElasticConfig):
         check(with_vocab(config, SMOKE_VOCAB), cluster)
 

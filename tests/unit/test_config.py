@@ -18,6 +18,7 @@ from elastic.train.config import (
     ElasticConfig,
     EvaluateConfig,
     ExtractConfig,
+    GenerateConfig,
     ImportanceConfig,
     ImportConfig,
     PretrainConfig,
@@ -42,6 +43,7 @@ VERBS = (
     CostConfig,
     EvaluateConfig,
     ExtractConfig,
+    GenerateConfig,
     ImportConfig,
     PrepareConfig,
 )
@@ -52,6 +54,7 @@ INPUTS: dict[type, dict[str, Any]] = {
     CostConfig: {},
     EvaluateConfig: {"data.path": "text", "init_from.checkpoint": "family"},
     ExtractConfig: {"init_from.checkpoint": "family"},
+    GenerateConfig: {"init_from.checkpoint": "family", "prompts": ["once"]},
     ImportConfig: {"source": "folder"},
     PrepareConfig: {},
 }
@@ -534,6 +537,111 @@ BAD: tuple[tuple[type, dict[str, object], int, str], ...] = (
         "export.hugging_face = false: export.hugging_face and export.megatron must not both be false; nearest legal "
         "value is true",
     ),
+    # text
+    (
+        GenerateConfig,
+        {"init_from.checkpoint": None},
+        1,
+        "init_from.checkpoint = null: exactly one of init_from.checkpoint and folder must be given; set "
+        "init_from.checkpoint=RUN or folder=FOLDER",
+    ),
+    (
+        GenerateConfig,
+        {"folder": "export"},
+        1,
+        'init_from.checkpoint = "family": exactly one of init_from.checkpoint and folder must be given; set '
+        "folder=null",
+    ),
+    (
+        GenerateConfig,
+        {"init_from.checkpoint": None, "folder": "export", "budget": "9b"},
+        1,
+        'budget = "9b": names a part of a nested checkpoint, and folder holds one model; set budget=null or give '
+        "init_from.checkpoint",
+    ),
+    (
+        GenerateConfig,
+        {"init_from.checkpoint": None, "folder": "export", "init_from.router": "family"},
+        1,
+        'init_from.router = "family": chooses inside a nested checkpoint, and folder holds one model; set '
+        "init_from.router=null",
+    ),
+    (
+        GenerateConfig,
+        {"think": "9b"},
+        1,
+        "answer = null: think and answer go together; set answer=NAME, or budget=9b alone",
+    ),
+    (
+        GenerateConfig,
+        {"budget": "6b", "think": "9b", "answer": "12b"},
+        1,
+        'budget = "6b": contradicts think and answer; set budget=null',
+    ),
+    (
+        GenerateConfig,
+        {"think": "9b", "answer": "12b", "marker": ""},
+        1,
+        "marker = null: missing, it has no default; set marker=..., the text that ends the thinking",
+    ),
+    (
+        GenerateConfig,
+        {"subnets": [{"name": "thin"}]},
+        1,
+        'subnets.0.name = "thin": is named by none of budget, think and answer; set budget=thin, or think or answer',
+    ),
+    (
+        GenerateConfig,
+        {"prompts": []},
+        1,
+        "prompts = []: there is nothing to go on from; set prompts='[\"def f(\"]' or prompt_file=FILE",
+    ),
+    (
+        GenerateConfig,
+        {"prompts": ["once", ""]},
+        1,
+        'prompts.1 = "": must not be empty; give a text to go on from',
+    ),
+    (
+        GenerateConfig,
+        {"top_k": 5},
+        1,
+        "top_k = 5: narrows a draw, and temperature = 0 takes the most likely token; set temperature=1.0 or top_k=null",
+    ),
+    (
+        GenerateConfig,
+        {"temperature": 0.7, "top_p": 1.5},
+        1,
+        "top_p = 1.5: must be at most 1; nearest legal value is 1",
+    ),
+    (
+        GenerateConfig,
+        {"parallel.pipeline": 2},
+        2,
+        "parallel.pipeline = 2: text is written token by token, which cannot be split this way; nearest legal value "
+        "is 1; split with parallel.tensor",
+    ),
+    (
+        GenerateConfig,
+        {"parallel.context": 2},
+        2,
+        "parallel.context = 2: text is written token by token, which cannot be split this way; nearest legal value "
+        "is 1; split with parallel.tensor",
+    ),
+    (
+        GenerateConfig,
+        {"parallel.tensor": 2, "parallel.sequence": True},
+        2,
+        "parallel.sequence = true: text is written token by token, which cannot be split over ranks; nearest legal "
+        "value is false",
+    ),
+    (
+        GenerateConfig,
+        {"parallel.tensor": 2},
+        4,
+        "parallel.tensor = 2: must be the number of processes = 4: there is one copy of the model; start 2 processes "
+        "or set parallel.tensor",
+    ),
 )
 
 
@@ -595,7 +703,8 @@ def test_one_mistake_is_not_reported_twice() -> None:
 
 @pytest.mark.parametrize("kind", VERBS)
 def test_pitfall_14_default_config_is_legal(kind: type) -> None:
-    check(kind(), Cluster())
+    if kind is not GenerateConfig:  # its weights are one of two fields, so neither can be marked as missing
+        check(kind(), Cluster())
     load_and_check(kind, values_of(kind, {}), Cluster())
 
 
@@ -746,6 +855,33 @@ def test_family_needs_a_parent_permuted_for_its_lanes(tmp_path: Path) -> None:
         load_run(ElasticConfig, values, Cluster(), is_main=True)
 
 
+def test_names_sizes_and_tokenizer_of_what_is_to_write_are_checked_in_its_files(tmp_path: Path) -> None:
+    values = values_of(GenerateConfig, {"exp_manager.exp_dir": str(tmp_path), "budget": "small"})
+    put(values, "init_from.checkpoint", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"init_from\.checkpoint = .* is neither a checkpoint nor a run folder"):
+        load_run(GenerateConfig, values, Cluster(), is_main=True)
+    put(values, "init_from.checkpoint", written_record(tmp_path / "family"))
+    put(values, "subnets", [{"name": "a", "hidden": 1024}, {"name": "b", "ffn": [100]}, {"name": "c"}])
+    put(values, "think", "a")
+    put(values, "answer", "d")
+    put(values, "parallel.tensor", 3)
+    with pytest.raises(ConfigError) as caught:
+        load_run(GenerateConfig, values, Cluster(3), is_main=True)
+    assert [problem.field for problem in caught.value.problems] == [
+        "subnets.1.name", "subnets.2.name", "budget",  # between fields
+        "parallel.tensor", "budget", "answer", "subnets.0", "subnets.1.ffn", "tokenizer",  # in the files
+    ]  # fmt: skip
+    by_field = {problem.field: problem for problem in caught.value.problems}
+    assert by_field["answer"].rule == "must be one of a, b, c"
+    assert "hidden = 1024 is not within 1..128" in by_field["subnets.0"].rule
+    assert "neither carries a tokenizer nor says what data it was trained on" in by_field["tokenizer"].rule
+    put(values, "folder", str(tmp_path))
+    values["init_from"]["checkpoint"] = values["answer"] = values["think"] = values["budget"] = None
+    values |= {"subnets": [], "parallel": {}}
+    with pytest.raises(ConfigError, match=r"(?s)folder = .*config\.json is missing"):
+        load_run(GenerateConfig, values, Cluster(), is_main=True)
+
+
 def test_curriculum_reaches_the_loop_in_the_order_of_the_budgets() -> None:
     changes = {"curriculum.0.budget_weights": {"small": 2}, "curriculum.0.lr": {"peak": 3.0, "min": 1.0}}
     changes["curriculum.0.lr"] |= {"warmup_steps": 2, "schedule": "cosine"}
@@ -802,7 +938,10 @@ def dataclasses_in(hint: Any) -> Iterator[type]:
 
 def test_pitfall_7_every_field_is_read_by_somebody() -> None:
     """A field that only the rules look at would be a silent no-op."""
-    rules = {"config_rules.py", "config_rules_layout.py", "config_rules_elastic.py", "config_load.py"}
+    rules = {
+        "config_rules.py", "config_rules_layout.py", "config_rules_elastic.py", "config_rules_generate.py",
+        "config_load.py",
+    }  # fmt: skip
     read = {
         node.attr
         for folder in ("elastic", "recipes")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("space", "modules", "router", "compress", "distill", "train")
+ROOMS = ("space", "modules", "router", "compress", "distill", "generate", "train")
 RECIPES_ONLY = {"hydra", "nemo", "omegaconf", "lightning", "pytorch_lightning", "recipes", "tests"}
 MAY_IMPORT_ROOMS = {
     "space": set[str](),
@@ -15,6 +15,7 @@ MAY_IMPORT_ROOMS = {
     "router": {"space"},
     "compress": {"space", "modules"},
     "distill": {"modules"},
+    "generate": {"space", "modules"},
     "train": set(ROOMS),
 }
 MAY_IMPORT_MEGATRON = {"modules", "train"}

@@ -216,3 +216,22 @@ def test_every_parameter_has_a_layout_for_each_dimension() -> None:
         layouts = parameter_layouts(name, cut().shape)
         assert len(layouts) == len(parameter_dims(name))
         assert all(layout is None or layout.is_whole for layout in layouts)
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_what_is_taken_is_the_same_with_and_without_gradients(tensor_parallel: int) -> None:
+    shape = ModelShape.uniform(
+        "M*", vocab=8, hidden=8, ffn=16, mamba_heads=8, head_channels=6, mamba_groups=2, mamba_state=4, conv_kernel=4,
+        attention_heads=8, kv_heads=2, attention_channels=4,
+    )  # fmt: skip
+    for layer_index, width, kinds in ((0, 4, (DimKind.IN_PROJ, DimKind.CONV)), (1, 4, (DimKind.QKV,))):
+        cut = Cut.of_layer(
+            shape, layer_index, width, hidden=8, head_channels=3, lanes=1, tensor_parallel=tensor_parallel
+        )
+        for kind in kinds:
+            layout = cut.layout(kind)
+            matrix = torch.arange(layout.full_size * 3.0).view(3, layout.full_size)
+            for dim, tensor in ((1, matrix), (0, matrix.t().contiguous())):
+                with torch.no_grad():
+                    plain = take(tensor, dim, layout)
+                assert torch.equal(plain, take(tensor, dim, layout)) and plain.shape[dim] == layout.kept_size

@@ -47,7 +47,7 @@ def test_wrong_config_leaves_before_the_body_runs(capsys: pytest.CaptureFixture[
         _common.load_config(OmegaConf.create({"seed": "x", "budget": []}), EvaluateConfig)
     assert caught.value.code == 2
     error = capsys.readouterr().err
-    for line in ('seed = "x": must be a whole number', "budget = []: unknown key; did you mean budgets?"):
+    for line in ('seed = "x": must be a whole number', "budget = []: unknown key; did you mean budget_names?"):
         assert line in error
 
 

@@ -1,0 +1,49 @@
+"""Choose the next token from logits [V]: greedy, or drawn; a pure function of (seed, text, position)."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. Temperature 0 takes the most likely one; top_k and top_p narrow a draw, null does not.
+
+    `text` numbers the texts of one run, so that the same prompt given twice is answered twice.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    text: int = 0
+
+    def choose(self, logits: Tensor, position: int) -> int:
+        """Return the token for `position`, counted from the start of the prompt; of equal logits the first one."""
+        if self.temperature == 0:
+            return int(logits.argmax())
+        probabilities = self.probabilities(logits)
+        return int(torch.multinomial(probabilities, 1, generator=self._generator(position)))
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return what a draw is made from, fp32 [V] on the CPU: temperature, then top_k, then top_p.
+
+        In this order as in stock transformers. top_p keeps the fewest likeliest tokens that reach it together.
+        """
+        scaled = logits.float().cpu() / self.temperature
+        if self.top_k is not None and self.top_k < scaled.numel():
+            smallest = scaled.topk(self.top_k).values[-1]
+            scaled = scaled.masked_fill(scaled < smallest, float("-inf"))
+        if self.top_p is not None:
+            ordered, order = scaled.sort(descending=True)
+            likely = ordered.softmax(-1)
+            above = likely.cumsum(-1) - likely  # what the likelier ones reach without this token
+            dropped = torch.zeros_like(scaled, dtype=torch.bool).scatter(0, order, above >= self.top_p)
+            scaled = scaled.masked_fill(dropped, float("-inf"))
+        return scaled.softmax(-1)
+
+    def _generator(self, position: int) -> torch.Generator:
+        digest = hashlib.blake2b(f"{self.seed}:{self.text}:{position}".encode(), digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,0 +1,52 @@
+"""Text does not depend on tensor parallelism: every rank of two writes what one process writes."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from elastic.generate.decoder import Decoder
+from elastic.generate.sampling import Sampling
+from elastic.generate.text import Limits, Marker, PhasePlan, generate
+from elastic.modules.cpu_backend import use_cpu_backend
+from elastic.modules.model import Layout
+from elastic.space.subnet import Subnet
+from tests.distributed.harness import run_distributed
+from tests.distributed.test_same_heads_any_tp import CHOICES, SPACE
+from tests.parity.model_factory import build_lively, relative_error
+
+PROMPT = [5, 60, 33, 2, 2, 41]
+LIMITS = Limits(max_new_tokens=12)
+SUBNETS = [Subnet.full(SPACE.parent), *(SPACE.subnet(choice) for choice in CHOICES[:2])]
+
+
+def _texts(size: int) -> dict[str, Any]:
+    """On one rank: greedy and drawn text of each subnet, a phase switch, logits after a split prompt, cache bytes."""
+    use_cpu_backend()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
+    model = build_lively(SPACE, Layout(tensor=size)).eval()
+    drawn = Sampling(temperature=1.3, top_k=30, top_p=0.95, seed=4)
+    plan = PhasePlan(SUBNETS[1], SUBNETS[0], Marker("never", (40, 41), lambda tokens: ""), max_think_tokens=4)
+    decoder = Decoder(model, SUBNETS[1], 16)
+    decoder.feed(PROMPT[:2])
+    phases = generate(model, plan, PROMPT, Sampling(), LIMITS)
+    return {
+        "greedy": [generate(model, subnet, PROMPT, Sampling(), LIMITS).tokens for subnet in SUBNETS],
+        "drawn": [generate(model, subnet, PROMPT, drawn, LIMITS).tokens for subnet in SUBNETS],
+        "phases": (phases.tokens, phases.switch, asdict(phases.parts[1].subnet)),
+        "logits": decoder.feed(PROMPT[2:]),
+        "cache": decoder.cache.num_bytes,
+    }
+
+
+def test_two_ranks_write_what_one_process_writes() -> None:
+    (alone,), both = run_distributed(_texts, 1, 1), run_distributed(_texts, 2, 2)
+    for rank in both:
+        for name in ("greedy", "drawn", "phases"):
+            assert rank[name] == alone[name], name
+        assert rank["logits"].shape == alone["logits"].shape == (SPACE.parent.vocab,)
+        assert relative_error(rank["logits"], alone["logits"]) <= 1e-5
+        assert 2 * rank["cache"] == alone["cache"], "each rank remembers its own heads"
+    assert torch.equal(both[0]["logits"], both[1]["logits"]), "the same bits, so that the ranks cannot disagree"
+    assert len(set(alone["greedy"])) > 1 and alone["drawn"] != alone["greedy"]
