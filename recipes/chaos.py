@@ -48,7 +48,7 @@ def logged(folder: Path) -> dict[int, dict[str, object]]:
 def final_bytes(folder: Path) -> dict[str, bytes]:
     """Return the tensor files of the last checkpoint of a run by name: weights, optimizer state, router."""
     last = max((folder / "checkpoints").glob("step_????????"))
-    files = [*last.glob("*.distcp"), last / "router.safetensors"]
+    files = [*last.glob("*.distcp"), *last.glob("router.safetensors")]
     return {f"{last.name}/{path.name}": path.read_bytes() for path in files}
 
 

@@ -52,9 +52,13 @@ def open_training_run(
     accepted: list[Difference] = []
 
     def judge(checkpoint: Path) -> None:
-        state = read_training_state(checkpoint)
-        assert state is not None, "a run's own checkpoints always hold their state"
-        found = list(differences(state, Record.read(checkpoint), config, record, origin))
+        state, saved = read_training_state(checkpoint), Record.read(checkpoint)
+        if state is None:
+            raise ResumeError(
+                f"{checkpoint} is a {saved.kind} that no training run wrote, so there is nothing to go on with; choose "
+                f"another exp_manager.name or exp_manager.version"
+            )
+        found = list(differences(state, saved, config, record, origin))
         check_accepted(checkpoint, state.step, found, manager.accept_changes)
         accepted.extend(found)
         now = [{"step": state.step, "field": d.field, "then": str(d.then), "now": str(d.now)} for d in found]
