@@ -11,24 +11,18 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from recipes._chaos_report import MOMENTS, VICTIMS, ChaosError, Kill
 from recipes._tiny_family import train_tiny_family
 
 PROCESSES = 2
-MOMENTS = ("start", "step", "step", "save", "save")
-VICTIMS = ("worker 0", "worker 1", "both workers", "agent", "everything")
 WAIT_FOR_END_S = 300.0
 LATE_STEP_S, LATE_SAVE_S = 0.2, 0.1  # a kill comes up to that long after what it waits for
-
-
-class ChaosError(ValueError):
-    """Something a killed run must not do: leave processes behind, or not get to its end."""
 
 
 class Agent(Protocol):
@@ -86,16 +80,6 @@ def _agent_main(values: dict[str, Any], log: Path) -> None:
         start_method="fork",
     )
     elastic_launch(settings, train_tiny_family)(values)
-
-
-@dataclass(frozen=True)
-class Kill:
-    """What one attempt ended with. `steps` were logged before it, `in_save` tells whether a checkpoint was half-way."""
-
-    moment: str
-    victim: str
-    steps: int
-    in_save: bool
 
 
 class Attempts:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.chaos import ChaosError, differing, logged
+from recipes._chaos_report import ChaosError, differing, logged
 
 ROOT = Path(__file__).parents[2]
 
