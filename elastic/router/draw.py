@@ -70,6 +70,7 @@ class GateSource:
     entropy_weight: float
     draws_per_step: int | None
     seed: int
+    noise_draws_per_step: int | None = None
 
     def draw(self, place: Place, num_micro_batches: int, replica: int, replicas: int) -> Draw:
         """Return the gates of this replica's micro-batches at one step."""
@@ -89,8 +90,10 @@ class GateSource:
         undecided = self.entropy_weight * (1.0 - place.progress) * entropy
         router_loss = self.budget_loss_weight * (budget_losses.sum() - undecided)
         draw = Draw([], budget_losses=budget_losses, router_loss=router_loss)
+        noise_draws = self.noise_draws_per_step or in_step
         for number, budget in zip(numbers, budgets, strict=True):
-            source = {axis: self._weights(values[budget], axis, place, number) for axis, values in logits.items()}
+            noise_draw = number * noise_draws // in_step  # equal runs of micro-batches, as for the budgets
+            source = {axis: self._weights(values[budget], axis, place, noise_draw) for axis, values in logits.items()}
             leaves = {axis: weights.detach().clone().requires_grad_() for axis, weights in source.items()}
             draw.sources.append(source)
             draw.gates.append(Gates.mask(leaves, budget))
@@ -110,9 +113,11 @@ class GateSource:
             noisy[axis] = choice_probabilities(values, noise.to(values.device), place.logit_scale, place.temperature)
         return budget_loss(self.space, self.budgets, noisy, self.deployment).mean(dim=0)
 
-    def _weights(self, logits: Tensor, axis: Axis, place: Place, number: int) -> Tensor:
+    def _weights(self, logits: Tensor, axis: Axis, place: Place, noise_draw: int) -> Tensor:
         """Return weights [slots, K] over the choices: soft, or exactly one-hot with the soft gradient."""
-        noise = gumbel_noise(self.seed, place.step, number, axis, (logits.shape[0], logits.shape[1])).to(logits.device)
+        noise = gumbel_noise(self.seed, place.step, noise_draw, axis, (logits.shape[0], logits.shape[1])).to(
+            logits.device
+        )
         soft = choice_probabilities(logits, noise, place.logit_scale, place.temperature)
         return soft if self.mode == Mode.SOFT else _StraightThrough.apply(soft)
 

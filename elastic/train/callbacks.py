@@ -1,9 +1,4 @@
-"""What happens around the steps of a run: validation, stopping on a signal (saving: save_checkpoints.py)."""
-
-import signal
-from typing import Any
-
-import torch
+"""What happens around the steps of a run: validation. Saving is in save_checkpoints.py, signals in signals.py."""
 
 from elastic.train.chosen import chosen_gates
 from elastic.train.data import PackedSequences
@@ -20,34 +15,6 @@ class NoCallback:
     def after_step(self, trainer: Trainer, result: StepResult) -> None: ...
 
     def on_end(self, trainer: Trainer) -> None: ...
-
-
-class StopOnSignal(NoCallback):
-    """Turns SIGTERM and SIGUSR1 on any rank into an orderly stop of all ranks after the running step."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-
-    def on_start(self, trainer: Trainer) -> None:
-        """Install the handlers; a second signal takes its default course."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._receive)
-
-    def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        """Agree over all ranks whether one of them was told to stop. Waits for the device: one number a step."""
-        told = torch.tensor([float(self.received is not None)], device=trainer.world.device)
-        torch.distributed.all_reduce(told)
-        if told.item() > 0:
-            trainer.stop_reason = f"signal {self.received or 'on another rank'}"
-
-    def on_end(self, trainer: Trainer) -> None:
-        """Give the signals back."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_DFL)
-
-    def _receive(self, number: int, _frame: Any) -> None:
-        self.received = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
 
 
 class Validate(NoCallback):

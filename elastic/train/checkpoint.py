@@ -15,7 +15,7 @@ of sampler, Gumbel noise and data order.
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,12 @@ STATE_LIMIT_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What beside tensors a run needs to go on."""
+    """What beside tensors a run needs to go on. `origin` says what it was made from (resume.py)."""
 
     step: int
     seed: int
     config: Mapping[str, Any]
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def begin_save(
         if carried_from is not None and (carried_from / CARRIED_FOLDER).is_dir():
             shutil.copytree(carried_from / CARRIED_FOLDER, writing / CARRIED_FOLDER)
         if state is not None:
-            content = {"step": state.step, "seed": state.seed, "config": state.config}
+            content = {"step": state.step, "seed": state.seed, "config": state.config, "origin": state.origin}
             (writing / STATE_FILE).write_text(json.dumps(content, indent=1, default=str) + "\n")
 
     sharded = _sharded_state(trained, is_loading=False)
@@ -124,12 +125,17 @@ def load_checkpoint(folder: Path, into: Trainable) -> TrainingState | None:
         into.optimizer.load_state_dict(loaded["optimizer"])
     if into.router is not None:
         load_router(folder, into.router, into.router_optimizer)
+    return read_training_state(folder)
+
+
+def read_training_state(folder: Path) -> TrainingState | None:
+    """Return what lies beside the tensors of a training run's checkpoint; None for weights alone."""
     state_file = folder / STATE_FILE
     if not state_file.is_file():
         return None
     try:
         content = read_json(state_file, STATE_LIMIT_BYTES)
-        return TrainingState(content["step"], content["seed"], content["config"])
+        return TrainingState(content["step"], content["seed"], content["config"], content["origin"])
     except (UnsafeFileError, KeyError) as error:
         raise CheckpointError(f"{state_file} is damaged: {error}; take another checkpoint") from error
 

@@ -95,13 +95,19 @@ class BudgetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """Form of the routers, one per axis, and the weights of their own losses (FACTS 1.3; the entropy is ours)."""
+    """Form of the routers, one per axis, and the weights of their own losses (FACTS 1.3; the entropy is ours).
+
+    A step's budgets are drawn `draws_per_step` times (null: as often as a replica has micro-batches), the noise of its
+    gates `noise_draws_per_step` times (null: for every micro-batch). Both given, the same samples get the same gates
+    at every data-parallel and micro-batch size.
+    """
 
     hidden_width: Count = 256
     mode: Mode = Mode.SOFT
     budget_loss_weight: PositiveOrZero = 1.0
     entropy_weight: PositiveOrZero = 0.1
     draws_per_step: Count | None = None
+    noise_draws_per_step: Count | None = None
 
 
 def _full_budget() -> tuple[BudgetConfig, ...]:

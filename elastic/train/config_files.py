@@ -150,9 +150,12 @@ def _nesting_problems(config: ElasticRunConfig, record: Record, name: str, path:
 
 def output_problems(config: VerbConfig) -> Iterator[Problem]:
     """Yield a problem if the run folder holds something that the config neither continues nor replaces."""
-    if isinstance(config, CostConfig):
-        return  # the folder is that of the run it prices
     manager = config.exp_manager
+    if isinstance(config, CostConfig):  # the folder is that of the run it prices, and it writes one file elsewhere
+        if config.output is not None and Path(config.output).exists() and not manager.overwrite:
+            remedy = "choose another file, or set exp_manager.overwrite=true"
+            yield Problem("output", config.output, "exists already", remedy)
+        return
     folder = Path(manager.run_dir)
     if manager.overwrite or not folder.exists() or not any(folder.iterdir()) or _goes_on(config, folder):
         return

@@ -54,6 +54,7 @@ RULES = (
     Rule(TRAINING, ("curriculum", "parallel"), elastic_rules.check_phases),
     Rule(TRAINING, ("curriculum", "data", "parallel"), elastic_rules.check_phase_batches),
     Rule(ElasticConfig, ("curriculum", "elastic", "data", "parallel"), elastic_rules.check_draws),
+    Rule(ElasticConfig, ("curriculum", "elastic", "data", "parallel"), elastic_rules.check_noise_draws),
     Rule(TRAINING, ("curriculum", "trainer"), elastic_rules.check_max_steps),
     Rule(ElasticConfig, ("curriculum", "elastic", "optim"), elastic_rules.check_elastic_phases),
     Rule(ElasticRunConfig, ("elastic",), elastic_rules.check_budget_fields),

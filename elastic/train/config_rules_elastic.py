@@ -85,6 +85,22 @@ def check_draws(config: ElasticConfig, cluster: Cluster) -> Iterator[Problem]:
         )
 
 
+def check_noise_draws(config: ElasticConfig, cluster: Cluster) -> Iterator[Problem]:
+    """Every noise of the gates must serve equally many micro-batches of a step, all of one budget."""
+    noise, replicas = config.elastic.router.noise_draws_per_step, data_parallel(config.parallel, cluster)
+    if noise is None or any(phase.global_batch % (config.data.micro_batch * replicas) for phase in config.curriculum):
+        return
+    for phase in config.curriculum:
+        micro_batches = phase.global_batch // config.data.micro_batch
+        draws = config.elastic.router.draws_per_step or micro_batches // replicas
+        if micro_batches % noise or noise % draws:
+            rule = f"must divide the {micro_batches} micro-batches of a step in {phase.name} into whole parts of the "
+            rule += f"{draws} budgets drawn for it"
+            remedy = f"nearest legal value is {draws}, null draws for every micro-batch"
+            yield Problem("elastic.router.noise_draws_per_step", noise, rule, remedy)
+            return
+
+
 def check_max_steps(config: Training, cluster: Cluster) -> Iterator[Problem]:
     """trainer.max_steps may stop a curriculum early; beyond its end there is nothing to run."""
     if any((phase.steps is None) == (phase.tokens is None) for phase in config.curriculum):

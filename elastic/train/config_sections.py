@@ -159,9 +159,11 @@ class TrainExpManagerConfig(ExpManagerConfig):
     `verify_on_resume` full compares every file of the checkpoint with its checksum, sizes only the small ones.
     `keep_milestones_every_n_steps` null keeps no more than the newest `keep_last_checkpoints`. `async_save` writes from
     a copy in the host's memory while training goes on.
+    `accept_changes` names fields that may differ from those of the checkpoint a run goes on from (resume.py).
     """
 
     resume_if_exists: bool = True
+    accept_changes: tuple[str, ...] = ()
     create_tensorboard_logger: bool = True
     create_wandb_logger: bool = False
     verify_on_resume: Verification = "full"

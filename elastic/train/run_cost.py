@@ -27,12 +27,20 @@ TENSOR_PARALLEL = (1, 2, 4, 8)  # sizes a submodel is served at
 COSTS = ("params", "weight_bytes", "kv_bytes", "ssm_bytes", "conv_bytes", "deploy_bytes", "flops_per_token")
 
 
+class OutputError(ValueError):
+    """A file that exists already and may not be replaced."""
+
+
 def run_cost(config: CostConfig, console: Console) -> dict[str, Any]:
     """Print the parent, the extremes, the router's start and a sample subnet per budget; returns what cost.json holds.
 
     Reads no data and no weights: of a permuted parent, where one is given, only the record. Raises RecordError if that
-    is of another model.
+    is of another model, OutputError for an output that exists already.
     """
+    if config.output is not None and Path(config.output).exists() and not config.exp_manager.overwrite:
+        raise OutputError(
+            f"output = {config.output}: exists already; choose another file, or set exp_manager.overwrite=true"
+        )
     space, deployment, budgets = cost_space(config), config.deployment(), config.budgets()
     samples = [sample_subnet(space, budget, deployment) for budget in budgets]
     report = {

@@ -1,19 +1,23 @@
 """The folder of one run: created once, resumed on request, never overwritten silently."""
 
+import fcntl
 import json
+import os
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from elastic.train.checkpoint_find import list_checkpoints, newest_whole, set_aside_newer
-from elastic.train.checkpoint_metadata import CheckpointError
+from elastic.train.checkpoint_find import list_checkpoints
 from elastic.train.config_sections import ExpManagerConfig
 from elastic.train.parallel import World
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, FINISHED_FILE = "config.json", "finished.json"
+LOCK_WAIT_S = 60.0  # what is left of a killed attempt may take that long to be gone
 
 
 class RunFolderError(ValueError):
@@ -25,40 +29,30 @@ def open_run_folder(
 ) -> tuple[Path, Path | None]:
     """Create exp_dir/name/version with the resolved config; return it and its newest checkpoint, if it goes on.
 
-    Rank 0 decides, all ranks learn the same answer. Whether that checkpoint is whole is for `checkpoint_to_resume`
-    to say. Raises RunFolderError for an existing folder unless `resume` (and it holds a checkpoint or nothing worth
-    keeping) or exp_manager.overwrite.
+    Rank 0 decides, all ranks learn the same answer. Which checkpoint a run goes on from, and whether it may, is for
+    resume.py to say. Raises RunFolderError for an existing folder unless `resume` (and it holds a checkpoint or nothing
+    worth keeping) or exp_manager.overwrite.
     """
+
+    def decide() -> Path | None:
+        return prepare_run_folder(settings, config, resume=resume)[1]
+
+    return Path(settings.run_dir), decided_by_rank_0(decide, world)
+
+
+def decided_by_rank_0[T](decide: Callable[[], T], world: World) -> T:
+    """Call `decide` on rank 0; every rank returns its answer or raises its ValueError."""
     answer: list[Any] = [None, None]
     if world.is_main:
         try:
-            answer[0] = prepare_run_folder(settings, config, resume=resume)[1]
-        except RunFolderError as error:
-            answer[1] = str(error)
+            answer[0] = decide()
+        except ValueError as error:
+            answer[1] = error
     torch.distributed.broadcast_object_list(answer, src=0)
-    newest, problem = answer
+    decision, problem = answer
     if problem is not None:
-        raise RunFolderError(problem)
-    return Path(settings.run_dir), newest
-
-
-def checkpoint_to_resume(folder: Path, world: World, *, full: bool, say: Callable[[str], object]) -> Path:
-    """Return the newest whole checkpoint of a run; all ranks call this together and share the checking.
-
-    Newer ones that are not whole are named, and renamed, so that the run can write those steps again. Raises
-    CheckpointError on all ranks if none is whole.
-    """
-    newest = newest_whole(folder, full=full, world=world, say=say)
-    problem: list[str | None] = [None]
-    if world.is_main:
-        try:
-            set_aside_newer(newest, say)
-        except CheckpointError as error:
-            problem[0] = str(error)
-    torch.distributed.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise CheckpointError(problem[0])
-    return newest
+        raise problem
+    return decision
 
 
 def prepare_run_folder(
@@ -94,3 +88,48 @@ def is_unfinished(folder: Path) -> bool:
     """Tell whether a run was stopped before its first checkpoint: logs, config and an unfinished checkpoint only."""
     expected = (CONFIG_FILE, "metrics.jsonl", "tensorboard", "checkpoints")
     return not list_checkpoints(folder) and all(path.name in expected for path in folder.iterdir())
+
+
+@contextmanager
+def run_lock(folder: Path, world: World, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
+    """Keep two process groups from training into one folder at a time: a lock beside it, which a kill releases.
+
+    Waits a while for another holder to end, then raises RunFolderError on all ranks. Where the file system knows no
+    locks, there is none.
+    """
+    path = folder.parent / f".{folder.name}.lock"
+
+    def take() -> int:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        deadline_s = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline_s:
+                    holder = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
+                    os.close(descriptor)
+                    raise RunFolderError(
+                        f"{folder}: another run writes there ({holder}); end it, or choose another "
+                        f"exp_manager.name or exp_manager.version"
+                    ) from None
+                time.sleep(0.2)
+            except OSError:  # ENOLCK, ENOSYS: a file system without locks
+                break
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        return descriptor
+
+    descriptor = decided_by_rank_0(take, world)
+    try:
+        yield
+    finally:
+        if world.is_main:
+            os.close(descriptor)
+
+
+def write_finished(folder: Path, step: int, reason: str) -> None:
+    """Mark a run that has nothing left to do; a chain of jobs ends on it."""
+    write_json(folder / FINISHED_FILE, {"step": step, "reason": reason})

@@ -1,9 +1,7 @@
 """The two training verbs: a parent from scratch, and the family."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -12,20 +10,25 @@ from elastic.router.draw import GateSource, Mode
 from elastic.router.phases import Curriculum
 from elastic.router.router import Router
 from elastic.space.axes import Space
-from elastic.train.callbacks import StopOnSignal, Validate
+from elastic.train.callbacks import Validate
 from elastic.train.checkpoint import Trainable, load_checkpoint
 from elastic.train.checkpoint_find import resolve_checkpoint
 from elastic.train.config import ElasticConfig, PretrainConfig, TrainConfig, with_vocab
 from elastic.train.config_elastic import DistillConfig
+from elastic.train.config_load import config_dict
 from elastic.train.data import PackedSequences, TokenStream
 from elastic.train.logging import LogSteps, RunLog, ScalarWriter, WandbWriter
+from elastic.train.manifest import Manifest
 from elastic.train.optimizer import build_optimizer, build_router_optimizer, wrap_for_training
 from elastic.train.parallel import World, model_layout, world
 from elastic.train.phase_data import PhaseData
 from elastic.train.pipeline import PipelineRunner
 from elastic.train.record import Family, Record, check_same_shape
-from elastic.train.run_folder import checkpoint_to_resume, open_run_folder
+from elastic.train.resume import RunStart, load_run_state, open_training_run
+from elastic.train.run_folder import FINISHED_FILE, write_finished
 from elastic.train.save_checkpoints import SaveCheckpoints
+from elastic.train.save_helper import start_save_helper
+from elastic.train.signals import StopOnSignal
 from elastic.train.trainer import Callback, Trainer
 
 
@@ -33,13 +36,17 @@ def run_pretrain(config: PretrainConfig, console: Console) -> Path:
     """Train a parent from scratch with cross-entropy; returns the run folder."""
     stream = TokenStream(Path(config.data.path) / "train")
     config = with_vocab(config, stream.vocab_size)
-    with world(model_layout(config.parallel, config.trainer)) as here:
-        space = Space(config.parent_shape(), {}, lanes=1)
+    space = Space(config.parent_shape(), {}, lanes=1)
+    record = Record("parent", space.parent, data=config.data.path)
+    start_save_helper()
+    with (
+        world(model_layout(config.parallel, config.trainer)) as here,
+        open_training_run(config, _manifest(stream), record, here, console.print) as opened,
+    ):
         model = build_model(space, here.layout, seed=config.seed, init_std=config.model.init_std)
-        record = Record("parent", space.parent, data=config.data.path)
         loss = DistillConfig(kl_weight=0.0, cross_entropy_weight=1.0, num_chunks=1)
-        trainer = _trainer(config, stream, here, model, None, record, config.curriculum_phases(), loss, console)
-        return _fit(trainer, config, stream, (), console)
+        trainer = _trainer(config, opened, stream, here, model, None, record, config.curriculum_phases(), loss)
+        return _fit(trainer, config, opened, stream, (), console)
 
 
 def run_elastic(config: ElasticConfig, console: Console, callbacks: Sequence[Callback] = ()) -> Path:
@@ -49,40 +56,66 @@ def run_elastic(config: ElasticConfig, console: Console, callbacks: Sequence[Cal
     """
     stream = TokenStream(Path(config.data.path) / "train")
     config = with_vocab(config, stream.vocab_size)
+    start_save_helper()
     with world(model_layout(config.parallel, config.trainer)) as here:
         full = config.init_from.verify == "full"
         start = resolve_checkpoint(config.init_from.permuted_parent, full=full, world=here, say=console.print)
         parent = Record.read(start)
         check_same_shape(config.parent_shape(), parent.shape, start)
         space = Space(config.parent_shape(), config.elastic.space.axes(), parent.lanes, parent.depth_ranking)
-        student = build_model(space, here.layout, seed=config.seed)
-        teacher = build_model(space, here.layout, seed=config.seed)
-        for model in (student, teacher):
-            load_checkpoint(start, Trainable(model))
-        teacher.requires_grad_(False)
-        router_config = config.elastic.router
-        family = Family(space.axes, config.budgets(), config.deployment(), router_config.hidden_width)
-        phases = config.curriculum_phases()
-        gates = GateSource(
-            router=Router(space, len(family.budgets), family.router_width, seed=config.seed).to(here.device),
-            space=space,
-            budgets=family.budgets,
-            deployment=family.deployment,
-            mode=Mode(router_config.mode),
-            budget_loss_weight=router_config.budget_loss_weight,
-            entropy_weight=router_config.entropy_weight,
-            draws_per_step=router_config.draws_per_step,
-            seed=config.seed,
-        )
+        router_width = config.elastic.router.hidden_width
+        family = Family(space.axes, config.budgets(), config.deployment(), router_width)
         provenance = {"permuted parent": str(start), "data": config.data.path}
         record = Record("elastic", space.parent, space.lanes, space.depth_ranking, config.data.path, family, provenance)
-        trainer = _trainer(config, stream, here, student, teacher, record, phases, config.distill, console, gates)
-        trainer.callbacks, trainer.carried_from = list(callbacks), start
-        return _fit(trainer, config, stream, tuple(budget.name for budget in family.budgets), console)
+        with open_training_run(config, _manifest(stream), record, here, console.print, start) as opened:
+            trainer = _elastic_trainer(config, opened, stream, here, space, record, start)
+            trainer.callbacks = list(callbacks)
+            return _fit(trainer, config, opened, stream, tuple(budget.name for budget in family.budgets), console)
+
+
+def _elastic_trainer(
+    config: ElasticConfig,
+    opened: RunStart,
+    stream: TokenStream,
+    here: World,
+    space: Space,
+    record: Record,
+    start: Path,
+) -> Trainer:
+    """Build student, teacher and router, and load them: from the run's own checkpoint, else from the parent."""
+    family, router_config = record.family, config.elastic.router
+    assert family is not None
+    student = build_model(space, here.layout, seed=config.seed)
+    teacher = build_model(space, here.layout, seed=config.seed)
+    for model in (teacher,) if opened.checkpoint else (student, teacher):
+        load_checkpoint(start, Trainable(model))
+    teacher.requires_grad_(False)
+    gates = GateSource(
+        router=Router(space, len(family.budgets), family.router_width, seed=config.seed).to(here.device),
+        space=space,
+        budgets=family.budgets,
+        deployment=family.deployment,
+        mode=Mode(router_config.mode),
+        budget_loss_weight=router_config.budget_loss_weight,
+        entropy_weight=router_config.entropy_weight,
+        draws_per_step=router_config.draws_per_step,
+        noise_draws_per_step=router_config.noise_draws_per_step,
+        seed=config.seed,
+    )
+    phases = config.curriculum_phases()
+    trainer = _trainer(config, opened, stream, here, student, teacher, record, phases, config.distill, gates)
+    trainer.carried_from = start
+    return trainer
+
+
+def _manifest(stream: TokenStream) -> Manifest:
+    assert stream.manifest is not None, "prepared data always has a manifest"
+    return stream.manifest
 
 
 def _trainer(
     config: TrainConfig,
+    opened: RunStart,
     stream: TokenStream,
     here: World,
     student: ElasticModel,
@@ -90,12 +123,8 @@ def _trainer(
     record: Record,
     curriculum: Curriculum,
     loss: DistillConfig,
-    console: Console,
     gates: GateSource | None = None,
 ) -> Trainer:
-    resolved: dict[str, Any] = asdict(config)
-    resume = config.exp_manager.resume_if_exists
-    folder, newest = open_run_folder(config.exp_manager, resolved, here, resume=resume)
     wrapped = wrap_for_training(student, config.optim)
     trainer = Trainer(
         world=here,
@@ -105,26 +134,33 @@ def _trainer(
         data=PhaseData(stream, curriculum, micro_batch_size=config.data.micro_batch, seed=config.seed, world=here),
         curriculum=curriculum,
         record=record,
-        run_folder=folder,
+        run_folder=opened.folder,
         seed=config.seed,
-        config=resolved,
+        config=config_dict(config),
+        origin=opened.origin,
         total_steps=min(curriculum.total_steps, config.trainer.max_steps or curriculum.total_steps),
         gates=gates,
         router_optimizer=None if gates is None else build_router_optimizer(gates.router, config.optim),
     )
-    if newest is not None:
-        full = config.exp_manager.verify_on_resume == "full"
-        checkpoint = checkpoint_to_resume(folder, here, full=full, say=console.print)
-        state = load_checkpoint(checkpoint, trainer.trainable())
-        assert state is not None, "a run's own checkpoints always hold their state"
-        trainer.step = state.step
+    if opened.checkpoint is not None:
+        trainer.step = load_run_state(opened.checkpoint, trainer.trainable(), record)
     return trainer
 
 
 def _fit(
-    trainer: Trainer, config: TrainConfig, stream: TokenStream, budget_names: tuple[str, ...], console: Console
+    trainer: Trainer,
+    config: TrainConfig,
+    opened: RunStart,
+    stream: TokenStream,
+    budget_names: tuple[str, ...],
+    console: Console,
 ) -> Path:
     settings, folder = config.exp_manager, trainer.run_folder
+    if trainer.world.is_main:
+        for change in opened.changes:
+            console.print(f"accepted from step {trainer.step} on: {change}", highlight=False)
+        if trainer.step < trainer.total_steps:
+            (folder / FINISHED_FILE).unlink(missing_ok=True)  # there is more to do than when it was written
     extra: tuple[ScalarWriter, ...] = ()
     if trainer.world.is_main and settings.create_wandb_logger:
         extra = (WandbWriter(folder, settings.name, settings.version, trainer.config),)
@@ -151,6 +187,11 @@ def _fit(
         StopOnSignal(),  # last: its handlers stay until the final checkpoint is written
     ]
     trainer.fit()
-    if trainer.world.is_main and trainer.stop_reason is not None:
-        console.print(f"stopped by {trainer.stop_reason} after step {trainer.step}; run the same command to go on")
+    if trainer.world.is_main:
+        if trainer.step >= trainer.total_steps:
+            whole = trainer.curriculum.total_steps
+            reason = "the curriculum's end" if trainer.step == whole else f"trainer.max_steps of {whole} steps"
+            write_finished(folder, trainer.step, reason)
+        else:
+            console.print(f"stopped by {trainer.stop_reason} after step {trainer.step}; run the same command to go on")
     return folder

@@ -1,6 +1,6 @@
 """The loop: one optimizer step in one screen; logging, validation, checkpoints and signals are callbacks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,6 +63,7 @@ class Trainer:
     run_folder: Path
     seed: int
     config: dict[str, Any]
+    origin: Mapping[str, Any]
     total_steps: int
     gates: GateSource | None = None
     router_optimizer: Optimizer | None = None
@@ -138,4 +139,4 @@ class Trainer:
 
     def training_state(self) -> TrainingState:
         """Return what a checkpoint holds beside tensors."""
-        return TrainingState(self.step, self.seed, self.config)
+        return TrainingState(self.step, self.seed, self.config, self.origin)

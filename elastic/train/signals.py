@@ -1,0 +1,117 @@
+"""An orderly stop: SIGTERM, SIGUSR1, or the end of torchrun's agent end a run with a checkpoint.
+
+    first signal    the running step is finished, with the validation or the save that is due; then one checkpoint is
+                    written and every rank leaves with code 0. That takes at most a step, a validation and a save.
+    second signal   the process leaves at once, with code 128 + number, also when it hangs in a collective.
+
+A signal that follows the first within SAME_SIGNAL_S counts as the same one: Slurm and a terminal signal all processes
+of a job, and torchrun's agent hands SIGTERM on to its workers as well, so that they get each one twice. torchrun's
+agent itself dies of SIGUSR1 unless it is ignored there (`trap "" USR1` before it), kills its workers 30 s after
+SIGTERM, and returns an error after it: signal the workers, as `srun` does, where the exit code matters.
+
+Before training starts (building and loading the model) signals take their default course: there is nothing to lose.
+"""
+
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from multiprocessing.util import register_after_fork
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup, ReduceOp
+
+from elastic.train.callbacks import NoCallback
+from elastic.train.trainer import StepResult, Trainer
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SAME_SIGNAL_S = 3.0
+LOOK_AT_PARENT_S = 1.0
+
+
+class StopOnSignal(NoCallback):
+    """Turns a signal on any rank into an orderly stop of all ranks after the running step."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._listener: _Listener | None = None
+        self._group: ProcessGroup | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Install the handlers. Every rank must call: on GPUs a gloo group is made, so that agreeing never waits for
+        the device."""
+        if trainer.world.device.type != "cpu":
+            self._group = torch.distributed.new_group(backend="gloo")
+        self._listener = _Listener(self)
+        self._listener.start()
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        """Agree over all ranks whether one of them was told to stop: one number on the CPU a step.
+
+        All ranks so stop at the same step. They have just met in the gradient norm, so nobody waits for a straggler.
+        """
+        told = torch.tensor(self.received is not None, dtype=torch.int32)
+        torch.distributed.all_reduce(told, op=ReduceOp.MAX, group=self._group)
+        if told.item():
+            trainer.stop_reason = self.received or "a signal to another rank"
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Give the signals back."""
+        assert self._listener is not None
+        self._listener.stop()
+
+
+class _Listener:
+    """Hears signals on a thread of its own, so that a main thread inside a collective does not delay the second one.
+
+    Python's handlers wait until the main thread is back from C code; the byte that the interpreter writes to the
+    wake-up socket for every signal does not.
+    """
+
+    def __init__(self, owner: StopOnSignal) -> None:
+        self._owner = owner
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        # torchrun's agent can be killed alone; its workers would train on, beside the next attempt's.
+        self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._before: dict[signal.Signals, Any] = {}
+        self._wakeup_before = -1
+
+    def start(self) -> None:
+        """Install handlers and start listening; call from the main thread."""
+        self._wakeup_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        # A forked helper process would report the signals it gets itself over the inherited socket.
+        register_after_fork(self, lambda _: signal.set_wakeup_fd(-1))
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, lambda *_: None)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Put the handlers back that were there before; call from the main thread."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        self._writer.close()  # ends the thread
+        self._thread.join()
+        self._reader.close()
+
+    def _listen(self) -> None:
+        first_s = 0.0
+        while True:
+            if not select.select([self._reader], [], [], LOOK_AT_PARENT_S)[0]:
+                if self._agent not in (None, os.getppid()) and self._owner.received is None:
+                    self._owner.received, first_s = "the end of torchrun's agent", time.monotonic()
+                continue
+            heard = self._reader.recv(1)
+            if not heard:
+                return
+            if heard[0] not in SIGNALS:
+                continue
+            if self._owner.received is None:
+                self._owner.received, first_s = signal.Signals(heard[0]).name, time.monotonic()
+            elif time.monotonic() - first_s > SAME_SIGNAL_S:
+                os._exit(128 + heard[0])

@@ -1,0 +1,165 @@
+"""Signals to real processes: an orderly stop of all ranks with a checkpoint, whenever they come; at once the second."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from unittest import mock
+
+import psutil
+import pytest
+from rich.console import Console
+
+from elastic.train import callbacks
+from elastic.train.callbacks import NoCallback
+from elastic.train.checkpoint import list_checkpoints
+from elastic.train.config import ElasticConfig
+from elastic.train.config_load import load
+from elastic.train.evaluation import evaluate_subnets
+from elastic.train.run_training import run_elastic
+from elastic.train.signals import SAME_SIGNAL_S
+from tests.distributed.harness import DistributedRunError, run_distributed
+from tests.distributed.training import elastic_values, rows
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(values, *more):
+    run_elastic(load(ElasticConfig, values), Console(quiet=True), more)
+
+
+def signal_in_a_save(values, folder):
+    def watch():
+        while not list((folder / "checkpoints").glob("*.writing")):
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+    run(values)
+
+
+def signal_in_a_validation(values, folder):
+    def evaluate(*arguments, **named):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate_subnets(*arguments, **named)
+
+    with mock.patch.object(callbacks, "evaluate_subnets", evaluate):
+        run(values)
+
+
+@pytest.mark.parametrize("when", [signal_in_a_save, signal_in_a_validation])
+def test_what_is_under_way_is_finished_then_the_run_stops_in_order(start, when):
+    values = elastic_values(start, when.__name__, trainer=dict(val_check_interval=3))
+    folder = start / "run" / when.__name__
+    run_distributed(when, 1, values, folder)  # returns: no error, exit code 0
+    assert max(rows(start, when.__name__)) == 3
+    assert [path.name for path in list_checkpoints(folder)] == ["step_00000003"]
+    assert not list((folder / "checkpoints").glob("*.writing")) and not (folder / "finished.json").exists()
+
+
+class AtStart(NoCallback):
+    """Signals this process while it starts, before the handlers are there."""
+
+    def on_start(self, trainer):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def signal_at_start(values):
+    run(values, AtStart())
+
+
+def test_before_training_starts_a_signal_takes_its_default_course(start):
+    with pytest.raises(DistributedRunError, match=f"exit code -{int(signal.SIGTERM)}"):
+        run_distributed(signal_at_start, 1, elastic_values(start, "at_start"))
+
+
+class Hang(NoCallback):
+    """Stops rank 1 for good after the second step; rank 0 so waits in a collective, and is told twice to stop."""
+
+    def after_step(self, trainer, result):
+        if trainer.step != 2:
+            return
+        if not trainer.world.is_main:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+        def tell():
+            for wait_s in (1.0, 0.1, SAME_SIGNAL_S):
+                time.sleep(wait_s)
+                os.kill(os.getpid(), signal.SIGUSR1)
+                Path(trainer.run_folder, f"told_{time.monotonic_ns()}").touch()
+
+        threading.Thread(target=tell, daemon=True).start()
+
+
+def train_and_hang(values):
+    run(values, Hang())
+
+
+def test_a_second_signal_ends_a_rank_at_once_even_inside_a_collective(start):
+    with pytest.raises(DistributedRunError, match=f"rank 0, exit code {128 + signal.SIGUSR1}"):
+        run_distributed(train_and_hang, 2, elastic_values(start, "hanging"))
+    # Two signals a moment apart were one: the process was still there to send, and mark, both.
+    assert len(list((start / "run" / "hanging").glob("told_*"))) >= 2
+
+
+@pytest.fixture
+def torchrun(start, tmp_path):
+    """Start two workers as a user would; give the agent, its workers and the run's folder once two steps are done."""
+    agents = []
+
+    def launch(version):
+        file = tmp_path / f"{version}.json"
+        file.write_text(json.dumps(elastic_values(start, version, trainer=dict(checkpoint_every_n_steps=100))))
+        values = json.loads(file.read_text())
+        values["curriculum"][0] |= dict(steps=500)
+        file.write_text(json.dumps(values))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        agent = psutil.Popen(
+            [*command, "-m", "recipes._tiny_worker", str(file)],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        agents.append(agent)
+        metrics = start / "run" / version / "metrics.jsonl"
+        while not metrics.exists() or '"step": 2,' not in metrics.read_text():
+            assert agent.poll() is None, agent.stderr.read()
+            time.sleep(0.05)
+        workers = [child for child in agent.children() if "recipes._tiny_worker" in " ".join(child.cmdline())]
+        assert len(workers) == 2
+        return agent, workers, start / "run" / version
+
+    yield launch
+    for agent in agents:
+        for process in [*agent.children(recursive=True), agent] if agent.is_running() else []:
+            process.kill()
+        agent.wait()
+
+
+def assert_stopped_with_a_checkpoint(folder):
+    (checkpoint,) = list_checkpoints(folder)
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert checkpoint.name == f"step_{max(steps):08d}" and max(steps) < 504
+    assert not (folder / "finished.json").exists()
+
+
+def test_one_signalled_worker_stops_both_and_torchrun_leaves_with_0(torchrun):
+    agent, workers, folder = torchrun("one_worker")
+    workers[1].send_signal(signal.SIGUSR1)
+    assert agent.wait(timeout=120) == 0, agent.stderr.read()
+    assert_stopped_with_a_checkpoint(folder)
+
+
+def test_sigterm_to_agent_and_workers_alike_is_one_signal_and_saves(torchrun):
+    """As Slurm does at a time limit: the agent hands its own on, so that each worker gets two."""
+    agent, workers, folder = torchrun("everybody")
+    for process in (agent, *workers):
+        process.send_signal(signal.SIGTERM)
+    assert agent.wait(timeout=120) != 0  # torchrun's own answer to SIGTERM
+    psutil.wait_procs(workers, timeout=60)
+    assert not any(worker.is_running() for worker in workers)
+    assert_stopped_with_a_checkpoint(folder)
