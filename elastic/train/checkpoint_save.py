@@ -23,11 +23,18 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
 from torch import Tensor
-from torch.distributed.checkpoint import Metadata
-from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
+from torch.distributed.checkpoint import Metadata, SavePlan, SavePlanner
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, SerializationFormat, _write_item
 from torch.distributed.checkpoint.storage import WriteResult
 
 from elastic.compress.disk import check_free_space
@@ -137,7 +144,7 @@ class CheckpointWrite:
         for path, items in self._plan.files():
             with hashed_file(path) as stream:
                 for item, data in items:
-                    on_cpu = data.cpu() if isinstance(data, Tensor) else data
+                    on_cpu = _compact(data) if isinstance(data, Tensor) else data
                     result = _write_item(
                         self._plan.writer.transforms, stream, on_cpu, item, path.name, SerializationFormat.TORCH_SAVE
                     )
@@ -183,19 +190,40 @@ class CheckpointWrite:
         return text
 
 
-class _Planner(TorchDistSaveShardedStrategy):
-    """Megatron-Core's way of dealing tensors to ranks and files; keeps the plan instead of carrying it out."""
+class _Writer(FileSystemWriterAsync):
+    """Megatron-Core's writer, which only keeps what this rank has to write.
 
-    writer: FileSystemWriterAsync
+    Its own `prepare_write_data` also starts a server process per rank to carry results, seconds of imports, which a
+    signal to the whole job would end; here results stay in the process.
+    """
+
+    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
+        """Keep items and values: tensors on any device, or finished bytes."""
+        self.file_name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
+        self.items = [(item, planner.resolve_data(item)) for item in plan.items]
+
+
+class _Planner(TorchDistSaveShardedStrategy):
+    """Megatron-Core's way of dealing tensors to ranks; keeps the plan instead of carrying it out."""
+
+    writer: _Writer
     metadata: Metadata | None
     _files: list[tuple[Path, list[tuple[Any, Any]]]]
 
-    def _get_save_and_finalize_callbacks(
-        self, writer: FileSystemWriterAsync, save_state_dict_ret: Any, async_strategy: str
-    ) -> Any:
-        self.writer, self.metadata = writer, save_state_dict_ret[1]
-        self._files = [(Path(path), [*objects, *tensors]) for path, _, (objects, tensors) in writer.write_buckets or ()]
-        return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret, async_strategy)
+    def async_save(
+        self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path, async_strategy: str = "mcore"
+    ) -> AsyncRequest:
+        """Plan, all ranks together; returns a request with nothing in it."""
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        self.writer = _Writer(checkpoint_dir)
+        planner = MCoreSavePlanner(
+            dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
+        )
+        planned = save_state_dict_async_plan(mcore_to_pyt_state_dict(by_key, False), self.writer, planner=planner)
+        _, self.metadata, _ = planned[0]
+        path = Path(checkpoint_dir) / self.writer.file_name
+        self._files = [(path, self.writer.items)] if self.writer.items else []
+        return AsyncRequest(None, (), [])
 
     def files(self) -> list[tuple[Path, list[tuple[Any, Any]]]]:
         """Return the files of this rank, with the values of each: tensors on any device, or finished bytes."""
@@ -215,6 +243,12 @@ class _Planner(TorchDistSaveShardedStrategy):
         self._files = [(path, [(item, copied(value)) for item, value in items]) for path, items in self._files]
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """Return a tensor on the CPU that owns just its values: torch.save writes all memory that a view looks into."""
+    on_cpu = tensor.detach().cpu()
+    return on_cpu if on_cpu.untyped_storage().nbytes() == on_cpu.nbytes else on_cpu.clone()
 
 
 def _failure(action: Callable[[], object]) -> Exception | None:

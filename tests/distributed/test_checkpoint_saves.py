@@ -155,25 +155,25 @@ def test_a_full_or_read_only_disk_keeps_the_old_checkpoint_and_says_what_to_do(s
 
 
 COMMAND = """
-import json, sys
+import json
 from recipes._common import run
 from tests.distributed.training import train
 if __name__ == "__main__":
-    run(lambda: train(json.loads(sys.argv[1])))
+    run(lambda: train(json.loads({values!r})))
 """
 
 
 def test_a_run_that_fills_its_disk_leaves_with_an_error_and_resumes(start: Path, small_disk: Path) -> None:
     """Checkpoints at 3, 6 and 9; the disk is full when 6 is due."""
     script = small_disk.parent / "run.py"
-    script.write_text(COMMAND)
     values = elastic_values(start, "v", exp_manager=dict(exp_dir=str(small_disk), create_tensorboard_logger=False))
+    script.write_text(COMMAND.format(values=json.dumps(values)))
     run = small_disk / "run" / "v"
     one = sum(file.size_bytes for file in read_manifest(list_checkpoints(start / "run" / "permuted")[0]).values())
     resize(small_disk, 5 * one)  # weights and twice as much again for Adam, but not two of it
 
     ended = subprocess.run(
-        [sys.executable, str(script), json.dumps(values)],
+        [sys.executable, str(script)],
         env={"PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin"},
         capture_output=True,
         text=True,
