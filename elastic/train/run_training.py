@@ -27,7 +27,6 @@ from elastic.train.record import Family, Record, check_same_shape
 from elastic.train.resume import RunStart, load_run_state, open_training_run
 from elastic.train.run_folder import FINISHED_FILE, write_finished
 from elastic.train.save_checkpoints import SaveCheckpoints
-from elastic.train.save_helper import start_save_helper
 from elastic.train.signals import StopOnSignal
 from elastic.train.trainer import Callback, Trainer
 
@@ -38,7 +37,6 @@ def run_pretrain(config: PretrainConfig, console: Console) -> Path:
     config = with_vocab(config, stream.vocab_size)
     space = Space(config.parent_shape(), {}, lanes=1)
     record = Record("parent", space.parent, data=config.data.path)
-    start_save_helper()
     with (
         world(model_layout(config.parallel, config.trainer)) as here,
         open_training_run(config, _manifest(stream), record, here, console.print) as opened,
@@ -56,7 +54,6 @@ def run_elastic(config: ElasticConfig, console: Console, callbacks: Sequence[Cal
     """
     stream = TokenStream(Path(config.data.path) / "train")
     config = with_vocab(config, stream.vocab_size)
-    start_save_helper()
     with world(model_layout(config.parallel, config.trainer)) as here:
         full = config.init_from.verify == "full"
         start = resolve_checkpoint(config.init_from.permuted_parent, full=full, world=here, say=console.print)
