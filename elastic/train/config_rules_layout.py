@@ -211,3 +211,12 @@ def check_exp_manager(config: TrainConfig, cluster: Cluster) -> Iterator[Problem
     if config.exp_manager.overwrite and config.exp_manager.resume_if_exists:
         rule = "contradicts exp_manager.resume_if_exists = true"
         yield Problem("exp_manager.overwrite", True, rule, "nearest legal value is false")
+
+
+def check_timeouts(config: TrainConfig, cluster: Cluster) -> Iterator[Problem]:
+    """The watchdog speaks first: a collective that times out ends the process without saying which rank stopped."""
+    trainer = config.trainer
+    if trainer.watchdog_timeout_s >= trainer.collective_timeout_s:
+        rule = f"must be below trainer.collective_timeout_s = {trainer.collective_timeout_s:g}"
+        remedy = f"two thirds of it, {trainer.collective_timeout_s * 2 / 3:g}, leaves time for the report"
+        yield Problem("trainer.watchdog_timeout_s", trainer.watchdog_timeout_s, rule, remedy)

@@ -18,20 +18,24 @@ from elastic.train.config import ElasticConfig, PretrainConfig, TrainConfig, wit
 from elastic.train.config_elastic import DistillConfig
 from elastic.train.data import PackedSequences, TokenStream
 from elastic.train.logging import LogSteps, RunLog, ScalarWriter, WandbWriter
+from elastic.train.nonfinite import SkippedSteps
 from elastic.train.optimizer import build_optimizer, build_router_optimizer, wrap_for_training
 from elastic.train.parallel import World, model_layout, world
 from elastic.train.phase_data import PhaseData
 from elastic.train.pipeline import PipelineRunner
 from elastic.train.record import Family, Record, check_same_shape
 from elastic.train.run_folder import open_run_folder
+from elastic.train.sanity import Sanity
+from elastic.train.spikes import LossSpikes
 from elastic.train.trainer import Callback, Trainer
+from elastic.train.watchdog import Watchdog
 
 
 def run_pretrain(config: PretrainConfig, console: Console) -> Path:
     """Train a parent from scratch with cross-entropy; returns the run folder."""
     stream = TokenStream(Path(config.data.path) / "train")
     config = with_vocab(config, stream.vocab_size)
-    with world(model_layout(config.parallel, config.trainer)) as here:
+    with world(model_layout(config.parallel, config.trainer), config.trainer.collective_timeout_s) as here:
         space = Space(config.parent_shape(), {}, lanes=1)
         model = build_model(space, here.layout, seed=config.seed, init_std=config.model.init_std)
         record = Record("parent", space.parent, data=config.data.path)
@@ -50,7 +54,7 @@ def run_elastic(config: ElasticConfig, console: Console, callbacks: Sequence[Cal
     start = resolve_checkpoint(config.init_from.permuted_parent)
     parent = Record.read(start)
     check_same_shape(config.parent_shape(), parent.shape, start)
-    with world(model_layout(config.parallel, config.trainer)) as here:
+    with world(model_layout(config.parallel, config.trainer), config.trainer.collective_timeout_s) as here:
         space = Space(config.parent_shape(), config.elastic.space.axes(), parent.lanes, parent.depth_ranking)
         student = build_model(space, here.layout, seed=config.seed)
         teacher = build_model(space, here.layout, seed=config.seed)
@@ -93,6 +97,9 @@ def _trainer(
     resume = config.exp_manager.resume_if_exists
     folder, checkpoint = open_run_folder(config.exp_manager, resolved, here, resume=resume)
     wrapped = wrap_for_training(student, config.optim)
+    router = None if gates is None else gates.router
+    router_optimizer = None if router is None else build_router_optimizer(router, config.optim)
+    every = config.debug.sanity_every_n_steps
     trainer = Trainer(
         world=here,
         runner=PipelineRunner(here, wrapped, loss, teacher),
@@ -105,8 +112,10 @@ def _trainer(
         seed=config.seed,
         config=resolved,
         total_steps=min(curriculum.total_steps, config.trainer.max_steps or curriculum.total_steps),
+        skipped=SkippedSteps(folder, config.trainer.max_skipped_in_a_row),
         gates=gates,
-        router_optimizer=None if gates is None else build_router_optimizer(gates.router, config.optim),
+        router_optimizer=router_optimizer,
+        sanity=Sanity(student, router, router_optimizer, here, config.seed, every) if config.debug.sanity else None,
     )
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, trainer.trainable())
@@ -133,11 +142,17 @@ def _fit(
             micro_batch=config.data.micro_batch,
         ),
         SaveCheckpoints(config.trainer.checkpoint_every_n_steps, settings.keep_last_checkpoints),
-        LogSteps(log, budget_names or ("parent",), config.trainer.log_every_n_steps, console),
+        LogSteps(log, budget_names or ("parent",), config.trainer.log_every_n_steps, console, _spikes(config)),
         *trainer.callbacks,
         StopOnSignal(),  # last: its handlers stay until the final checkpoint is written
     ]
-    trainer.fit()
+    with Watchdog(trainer.progress, folder, config.trainer.watchdog_timeout_s):
+        trainer.fit()
     if trainer.world.is_main and trainer.stop_reason is not None:
         console.print(f"stopped by {trainer.stop_reason} after step {trainer.step}; run the same command to go on")
     return folder
+
+
+def _spikes(config: TrainConfig) -> LossSpikes | None:
+    threshold = config.trainer.loss_spike_deviations
+    return None if threshold is None else LossSpikes(threshold)
