@@ -124,9 +124,8 @@ class GateSource:
         if execution is Execution.SLICE:
             return Gates.slice(decide(self.router, self.space, budget), budget)
         with torch.no_grad():
-            return Gates.mask(
-                {axis: _one_hot(values) for axis, values in _decided(self.router, budget).items()}, budget
-            )
+            logits = _decided(self.router, budget)
+            return Gates.mask({axis: _one_hot(values) for axis, values in logits.items()}, budget)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -67,15 +67,19 @@ class StepParts:
 
 
 def judge(
-    losses: Iterable[MicroBatchLoss], grad_norm: Tensor | float, router: nn.Module | None, world: World
+    losses: Iterable[MicroBatchLoss], gradients: Sequence[Tensor | float], router: nn.Module | None, world: World
 ) -> Finite:
-    """Tell what is finite on all ranks, the same answer on each. Waits for the device: three numbers a step."""
+    """Tell what is finite on all ranks, the same answer on each. Waits for the device: three numbers a step.
+
+    `gradients` are numbers that are not finite where a gradient is not: the norm, the largest ones. `router` None: it
+    does not train in this step.
+    """
     reported = [value for loss in losses for value in (loss.kl, loss.cross_entropy) if value is not None]
-    gradients = [] if router is None else [p.grad for p in router.parameters() if p.grad is not None]
-    wrong = torch.stack([_num_nonfinite(values, world) for values in (reported, [grad_norm], gradients)])
+    of_router = [] if router is None else [p.grad for p in router.parameters() if p.grad is not None]
+    wrong = torch.stack([_num_nonfinite(values, world) for values in (reported, gradients, of_router)])
     torch.distributed.all_reduce(wrong, op=torch.distributed.ReduceOp.MAX)
-    bad_losses, bad_norms, bad_router = wrong.tolist()
-    return Finite(not bad_losses, not bad_norms, not bad_router)
+    bad_losses, bad_gradients, bad_router = wrong.tolist()
+    return Finite(not bad_losses, not bad_gradients, not bad_router)
 
 
 def _num_nonfinite(values: Iterable[Tensor | float], world: World) -> Tensor:
@@ -151,7 +155,7 @@ def nonfinite_gradients(model: ElasticModel) -> list[str]:
     return [
         name
         for name, parameter in named_global_parameters(model)
-        if parameter.requires_grad and not bool(parameter.main_grad.isfinite().all())
+        if parameter.requires_grad and not bool(parameter.main_grad.isfinite().all())  # type: ignore[attr-defined] (the wrapper's)
     ]
 
 

@@ -1,5 +1,7 @@
 """Optimizers: Megatron-Core's Adam for the model, torch's AdamW for the router."""
 
+import math
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -76,6 +78,14 @@ def gradient_norm(optimizer: ChainedOptimizer) -> Tensor | float:
     optimizer.prepare_grads()
     norm: Tensor | float = optimizer.get_grad_norm()
     return norm
+
+
+def largest_gradients(wrapped: DistributedDataParallel) -> list[Tensor]:
+    """Return the largest absolute gradient of each buffer on this rank, NaN if one is NaN; reads them all once.
+
+    The norm counts a weight that several ranks hold only once, so it cannot speak for the gradients of the copies.
+    """
+    return [torch.linalg.vector_norm(buffer.grad_data, ord=math.inf) for buffer in wrapped.buffers]
 
 
 def apply_gradients(optimizer: ChainedOptimizer, norm: Tensor | float) -> None:

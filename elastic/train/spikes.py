@@ -20,7 +20,8 @@ class Spike:
     deviations: float
 
     def __str__(self) -> str:
-        return f"loss spike: {self.name} {self.loss:.4g}, {self.deviations:.1f} deviations above its usual {self.usual:.4g}"
+        above = f"{self.deviations:.1f} deviations above its usual {self.usual:.4g}"
+        return f"loss spike: {self.name} {self.loss:.4g}, {above}"
 
 
 @dataclass

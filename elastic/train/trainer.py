@@ -16,7 +16,7 @@ from elastic.router.phases import Curriculum, Place
 from elastic.train.checkpoint import Trainable, TrainingState
 from elastic.train.gate_gradients import sum_gate_gradients, sum_router_gradients
 from elastic.train.nonfinite import SkippedSteps, StepParts, judge
-from elastic.train.optimizer import apply_gradients, gradient_norm, set_learning_rate
+from elastic.train.optimizer import apply_gradients, gradient_norm, largest_gradients, set_learning_rate
 from elastic.train.parallel import World
 from elastic.train.phase_data import PhaseData
 from elastic.train.pipeline import MicroBatchLoss, PipelineRunner
@@ -124,7 +124,7 @@ class Trainer:
         # 4. One decision for all ranks, then weights and router take the step, or neither does.
         grad_norm = gradient_norm(self.optimizer)
         router = self.gates.router if self.gates is not None and trains_router else None
-        finite = judge(losses, grad_norm, router, self.world)
+        finite = judge(losses, [grad_norm, *largest_gradients(self.wrapped)], router, self.world)
         if finite:
             self._update(place, grad_norm, trains_router)
         else:

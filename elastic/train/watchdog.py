@@ -104,13 +104,15 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         # A connection of its own: the main thread may be waiting inside the first one.
-        self._store = _get_default_store().clone()
+        self._store = _get_default_store().clone()  # type: ignore[attr-defined] (missing in torch's stubs)
         self._store.set_timeout(timedelta(seconds=max(5 * self.beat_s, 1.0)))
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         # An error of torch.distributed says that somebody was waited for in vain, not who.
         if error is not None:
             self._failure = f"failed: {type(error).__name__}"
