@@ -21,7 +21,7 @@ def fingerprint(tensor: Tensor) -> Tensor:
     for start in range(0, bits.numel(), _CHUNK):
         part = bits[start : start + _CHUNK].long()
         places = torch.arange(start, start + part.numel(), device=tensor.device)
-        total += (part * (2 * _FACTOR * places + 1)).sum()
+        total += (part * (2 * (_FACTOR * places) + 1)).sum()
     return total
 
 
