@@ -16,7 +16,13 @@ from elastic.train.config import ElasticConfig
 from elastic.train.config_load import load
 from elastic.train.config_sections import OptimConfig
 from elastic.train.nonfinite import NonFiniteError
-from elastic.train.optimizer import apply_gradients, build_optimizer, gradient_norm, set_learning_rate, wrap_for_training
+from elastic.train.optimizer import (
+    apply_gradients,
+    build_optimizer,
+    gradient_norm,
+    set_learning_rate,
+    wrap_for_training,
+)
 from elastic.train.parallel import join_world
 from elastic.train.pipeline import PipelineRunner
 from elastic.train.run_training import run_elastic
@@ -68,7 +74,9 @@ class PoisonAndWatch(NoCallback):
 
     def on_start(self, trainer):
         rank = torch.distributed.get_rank()
-        trainer.runner = PoisonedRunner(trainer, {step: deed for step, (who, deed) in self.deeds.items() if who == rank})
+        trainer.runner = PoisonedRunner(
+            trainer, {step: deed for step, (who, deed) in self.deeds.items() if who == rank}
+        )
 
     def after_step(self, trainer, result):
         self.skipped.append(result.skipped)

@@ -51,7 +51,9 @@ class Copies:
         self.gates = [Gates.mask({axis: w.clone() for axis, w in weights.items()}, budget) for budget in (1, 0)]
         self.tensors = {f"weight {name}": weight for name, weight in named_global_parameters(model)}
         self.tensors |= {f"router weight {name}": weight for name, weight in router.named_parameters()}
-        self.tensors |= {f"router Adam exp_avg {n}": optimizer.state[p]["exp_avg"] for n, p in router.named_parameters()}
+        self.tensors |= {
+            f"router Adam exp_avg {n}": optimizer.state[p]["exp_avg"] for n, p in router.named_parameters()
+        }
         self.tensors["gates ffn of micro-batch 1"] = self.gates[1].weights[Axis.FFN]
         self.tensors["sample ids of micro-batch 0"] = self.batches[0].sample_ids.view(torch.int32)
 
