@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from elastic.train.pipeline import PipelineRunner
 from elastic.train.run_training import run_elastic
 from tests.distributed.elastic_step import tiny_space
 from tests.distributed.harness import DistributedRunError, run_distributed
-from tests.distributed.training import elastic_values, rows, train
+from tests.distributed.training import CURRICULUM, elastic_values, rows, train
 
 FOUR = dict(tensor=2, pipeline=2, sequence=True, recompute="full")
 NAN, INF = math.nan, math.inf
@@ -242,3 +243,19 @@ def test_the_two_halves_of_the_optimizers_step_are_its_step(dtype, clip_grad):
     (whole_norm, our_norm), (whole, ours) = run_distributed(two_optimizers, 1, dtype, clip_grad)[0]
     assert our_norm == whole_norm > 1.0
     assert same(whole, ours)
+
+
+def test_a_loss_that_stands_out_is_reported_with_its_samples(start):
+    """Every value above the median stands out at this threshold; two steps of 8 samples go into each."""
+    short = {**CURRICULUM[0], "steps": 26}
+    trainer = dict(loss_spike_deviations=1e-6, log_every_n_steps=2, checkpoint_every_n_steps=100)
+    run_distributed(train, 1, elastic_values(start, "spikes", curriculum=[short], trainer=trainer))
+    logged = rows(start, "spikes")
+    events = [json.loads(line) for line in (start / "run" / "spikes" / "events.jsonl").read_text().splitlines()]
+    assert events
+    for event in events:
+        step, name = event["step"], event["name"]
+        past = [logged[earlier][f"train/{name}/kl"] for earlier in range(2, step, 2)]
+        assert step > 20 and event["event"] == "loss_spike" and event["phase"] == "short"
+        assert event["loss"] == logged[step][f"train/{name}/kl"] > event["usual"] == pytest.approx(median(past))
+        assert (event["first_step"], event["samples"]) == (step - 1, [8 * (step - 2), 8 * step - 1])

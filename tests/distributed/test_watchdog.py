@@ -1,4 +1,4 @@
-"""A rank that is killed, stopped or stuck: the others end in time, say which rank and step, and nothing stays behind."""
+"""A rank that is killed, stopped or stuck: the others end in time, name rank and step, and nothing stays behind."""
 
 import json
 import os
@@ -37,43 +37,71 @@ def processes_of(mark):
     return found
 
 
-def run_and_end_rank_1(start, signal_name, tmp_path):
-    """Start two replicas under torchrun; return its exit code, its output, and what of it still runs afterwards."""
-    timeouts = dict(watchdog_timeout_s=6, collective_timeout_s=60, checkpoint_every_n_steps=100)
-    (tmp_path / "values.json").write_text(json.dumps(elastic_values(start, signal_name, trainer=timeouts)))
-    mark = uuid.uuid4().hex
-    environment = os.environ | {MARK: mark, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--shutdown-timeout=2"]
-    script = [str(ROOT / "tests" / "distributed" / "stalled_run.py"), str(tmp_path / "values.json"), signal_name]
-    with (tmp_path / "output").open("w") as output:
-        run = subprocess.Popen(
-            [sys.executable, "-m", *torchrun, *script], env=environment, stdout=output, stderr=output
-        )
+class Run:
+    """Two replicas under torchrun, one of which ends itself with a signal in its third step."""
+
+    def __init__(self, start, signal_name, folder):
+        timeouts = dict(watchdog_timeout_s=6, collective_timeout_s=60, checkpoint_every_n_steps=100)
+        values = folder / f"{signal_name}.json"
+        values.write_text(json.dumps(elastic_values(start, signal_name, trainer=timeouts)))
+        self.mark, self.output_file = uuid.uuid4().hex, folder / f"{signal_name}.txt"
+        variables = {MARK: self.mark, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        script = [str(ROOT / "tests" / "distributed" / "stalled_run.py"), str(values), signal_name]
+        with self.output_file.open("w") as output:
+            self.process = subprocess.Popen(
+                [*torchrun, *script], env=os.environ | variables, stdout=output, stderr=output
+            )
+
+    @property
+    def output(self):
+        return self.output_file.read_text()
+
+    def wait_for(self, text):
+        until_s = time.monotonic() + 240
+        while text not in self.output and self.process.poll() is None and time.monotonic() < until_s:
+            time.sleep(0.1)
+
+    def end(self):
+        """Wait for torchrun; return its exit code and the processes of the run that are still there."""
         try:
-            code = run.wait(timeout=240)
+            code = self.process.wait(timeout=240)
         finally:
-            left = processes_of(mark)
+            left = processes_of(self.mark)
             for process in left:
                 process.kill()
-            run.wait()
-    return code, (tmp_path / "output").read_text(), [process.pid for process in left]
+            self.process.wait()
+        return code, [process.pid for process in left]
+
+
+@pytest.fixture(scope="module")
+def runs(start, tmp_path_factory):
+    """Run both at once where it costs nothing: torchrun gives a stopped process 30 s to heed SIGTERM."""
+    folder = tmp_path_factory.mktemp("runs")
+    stopped = Run(start, "SIGSTOP", folder)
+    stopped.wait_for("SIGTERM")
+    killed = Run(start, "SIGKILL", folder)
+    return {run: run.end() for run in (killed, stopped)}
 
 
 NAMED = "rank 1 gives no sign of life, last seen at step 3, forward and backward"
 
 
-def test_killed_in_a_step(start, tmp_path):
-    code, output, left = run_and_end_rank_1(start, "SIGKILL", tmp_path)
-    assert code != 0 and left == [], output
-    assert re.search(rf"watchdog: rank 0 on \S+ failed in step 3, .*: {NAMED}", output), output
+def test_nothing_is_left_of_a_run_whose_rank_was_killed_or_stopped(runs):
+    for run, (code, left) in runs.items():
+        assert code != 0 and left == [], run.output
 
 
-def test_stopped_in_a_step(start, tmp_path):
-    code, output, left = run_and_end_rank_1(start, "SIGSTOP", tmp_path)
-    assert code != 0 and left == [], output
-    assert re.search(r"watchdog: rank 0 on \S+ has made no progress for 6 s: step 3, ", output), output
-    assert re.search(rf"watchdog: rank 0 on \S+: {NAMED}", output), output
-    assert re.search(rf"exitcode\s*: {EXIT_STALLED}", output), output
+def test_the_other_rank_names_the_killed_one_and_its_step(runs):
+    killed, _ = runs
+    assert re.search(rf"watchdog: rank 0 on \S+ failed in step 3, .*: {NAMED}", killed.output), killed.output
+
+
+def test_the_other_rank_ends_in_time_and_names_the_stopped_one_and_its_step(start, runs):
+    _, stopped = runs
+    assert re.search(r"watchdog: rank 0 on \S+ has made no progress for 6 s: step 3, ", stopped.output), stopped.output
+    assert re.search(rf"watchdog: rank 0 on \S+: {NAMED}", stopped.output), stopped.output
+    assert re.search(rf"exitcode\s*: {EXIT_STALLED}", stopped.output), stopped.output
     report = (start / "run" / "SIGSTOP" / "watchdog" / "rank_0.txt").read_text()
     assert "rank 0 on" in report and NAMED in report and "train_step" in report, "with the stacks of all threads"
 
