@@ -155,7 +155,7 @@ def nonfinite_gradients(model: ElasticModel) -> list[str]:
     return [
         name
         for name, parameter in named_global_parameters(model)
-        if parameter.requires_grad and not bool(parameter.main_grad.isfinite().all())  # type: ignore[attr-defined] (the wrapper's)
+        if parameter.requires_grad and not bool(parameter.main_grad.isfinite().all())  # type: ignore[attr-defined]  # the wrapper's
     ]
 
 

@@ -20,6 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
+import psutil
 import torch
 from torch.distributed import Store
 from torch.distributed.distributed_c10d import _get_default_store
@@ -104,7 +105,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         # A connection of its own: the main thread may be waiting inside the first one.
-        self._store = _get_default_store().clone()  # type: ignore[attr-defined] (missing in torch's stubs)
+        self._store = _get_default_store().clone()  # type: ignore[attr-defined]  # missing in torch's stubs
         self._store.set_timeout(timedelta(seconds=max(5 * self.beat_s, 1.0)))
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -152,17 +153,19 @@ class Watchdog:
         faulthandler.dump_traceback_later(END_ANYWAY_S, exit=True)
         _, step, doing = place
         header = f"{self._me()} has made no progress for {self.timeout_s:g} s: step {step}, {doing}"
-        print(header, file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
-        text = f"{header}\n{self._verdict()}\n"
-        print(f"{self._me()}: {text.splitlines()[1]}", file=sys.stderr, flush=True)
         try:
+            print(header, file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
+            found = self._verdict()
+            print(f"{self._me()}: {found}", file=sys.stderr, flush=True)
             folder = self.run_folder / WATCHDOG_FOLDER
             folder.mkdir(exist_ok=True)
             with (folder / f"rank_{self.rank}.txt").open("a") as file:
-                file.write(text)
+                file.write(f"{header}\n{found}\n")
                 file.flush()
                 faulthandler.dump_traceback(file=file, all_threads=True)
+            for child in psutil.Process().children(recursive=True):  # of a checkpoint that was being written
+                child.kill()
         finally:
             os._exit(EXIT_STALLED)
 
