@@ -149,7 +149,7 @@ class Watchdog:
             store.set(_key(self.rank), sign.encode())
 
     def _end(self, place: tuple[int, int, str]) -> None:
-        """Report and end this process, whatever its main thread is stuck in."""
+        """Report and end this process, whatever its main thread is stuck in; let it live if it moves on meanwhile."""
         faulthandler.dump_traceback_later(END_ANYWAY_S, exit=True)
         _, step, doing = place
         header = f"{self._me()} has made no progress for {self.timeout_s:g} s: step {step}, {doing}"
@@ -158,6 +158,10 @@ class Watchdog:
             faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
             found = self._verdict()
             print(f"{self._me()}: {found}", file=sys.stderr, flush=True)
+            if self.progress.place != place:
+                print(f"{self._me()} goes on after all, at step {self.progress.place[1]}", file=sys.stderr, flush=True)
+                faulthandler.cancel_dump_traceback_later()
+                return
             folder = self.run_folder / WATCHDOG_FOLDER
             folder.mkdir(exist_ok=True)
             with (folder / f"rank_{self.rank}.txt").open("a") as file:
@@ -166,8 +170,9 @@ class Watchdog:
                 faulthandler.dump_traceback(file=file, all_threads=True)
             for child in psutil.Process().children(recursive=True):  # of a checkpoint that was being written
                 child.kill()
-        finally:
-            os._exit(EXIT_STALLED)
+        except Exception as error:
+            print(f"{self._me()}: no full report, {error!r}", file=sys.stderr, flush=True)
+        os._exit(EXIT_STALLED)
 
     def _verdict(self) -> str:
         """Read all signs of life twice and say who stopped."""

@@ -52,6 +52,8 @@ class PoisonedRunner(PipelineRunner):
             states = work[1].teacher_hidden.clone()
             states.view(-1)[5] = NAN
             work[1] = replace(work[1], teacher_hidden=states)
+        if self.deed() == "loud":
+            work = [replace(batch, teacher_hidden=batch.teacher_hidden * 10) for batch in work]
         return work
 
     def forward_backward(self, micro_batches):
@@ -246,16 +248,20 @@ def test_the_two_halves_of_the_optimizers_step_are_its_step(dtype, clip_grad):
 
 
 def test_a_loss_that_stands_out_is_reported_with_its_samples(start):
-    """Every value above the median stands out at this threshold; two steps of 8 samples go into each."""
-    short = {**CURRICULUM[0], "steps": 26}
-    trainer = dict(loss_spike_deviations=1e-6, log_every_n_steps=2, checkpoint_every_n_steps=100)
-    run_distributed(train, 1, elastic_values(start, "spikes", curriculum=[short], trainer=trainer))
+    """Another teacher for one step: finite, so the step is taken, but far from the ten values logged before."""
+    trainer = dict(log_every_n_steps=2, checkpoint_every_n_steps=100)
+    curriculum = [{**CURRICULUM[0], "steps": 26}]
+    values = elastic_values(start, "spikes", curriculum=curriculum, trainer=trainer)
+    run_distributed(train_poisoned, 1, values, {23: (0, "loud")})
     logged = rows(start, "spikes")
     events = [json.loads(line) for line in (start / "run" / "spikes" / "events.jsonl").read_text().splitlines()]
-    assert events
+    assert [(event["event"], event["step"], event["name"]) for event in events] == [
+        ("loss_spike", 24, "full"),
+        ("loss_spike", 24, "half"),
+    ]
     for event in events:
-        step, name = event["step"], event["name"]
-        past = [logged[earlier][f"train/{name}/kl"] for earlier in range(2, step, 2)]
-        assert step > 20 and event["event"] == "loss_spike" and event["phase"] == "short"
-        assert event["loss"] == logged[step][f"train/{name}/kl"] > event["usual"] == pytest.approx(median(past))
-        assert (event["first_step"], event["samples"]) == (step - 1, [8 * (step - 2), 8 * step - 1])
+        past = [logged[step][f"train/{event['name']}/kl"] for step in range(2, 24, 2)]
+        assert event["loss"] == logged[24][f"train/{event['name']}/kl"] > event["usual"] == pytest.approx(median(past))
+        # Steps 23 and 24 of 8 samples each.
+        assert (event["phase"], event["first_step"], event["samples"]) == ("short", 23, [176, 191])
+        assert event["deviations"] > 8

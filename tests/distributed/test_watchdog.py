@@ -41,7 +41,7 @@ class Run:
     """Two replicas under torchrun, one of which ends itself with a signal in its third step."""
 
     def __init__(self, start, signal_name, folder):
-        timeouts = dict(watchdog_timeout_s=6, collective_timeout_s=60, checkpoint_every_n_steps=100)
+        timeouts = dict(watchdog_timeout_s=12, collective_timeout_s=60, checkpoint_every_n_steps=100)
         values = folder / f"{signal_name}.json"
         values.write_text(json.dumps(elastic_values(start, signal_name, trainer=timeouts)))
         self.mark, self.output_file = uuid.uuid4().hex, folder / f"{signal_name}.txt"
@@ -99,7 +99,7 @@ def test_the_other_rank_names_the_killed_one_and_its_step(runs):
 
 def test_the_other_rank_ends_in_time_and_names_the_stopped_one_and_its_step(start, runs):
     _, stopped = runs
-    assert re.search(r"watchdog: rank 0 on \S+ has made no progress for 6 s: step 3, ", stopped.output), stopped.output
+    assert re.search(r"watchdog: rank 0 on \S+ has made no progress for 12 s: step 3, ", stopped.output), stopped.output
     assert re.search(rf"watchdog: rank 0 on \S+: {NAMED}", stopped.output), stopped.output
     assert re.search(rf"exitcode\s*: {EXIT_STALLED}", stopped.output), stopped.output
     report = (start / "run" / "SIGSTOP" / "watchdog" / "rank_0.txt").read_text()
@@ -127,6 +127,22 @@ def test_a_rank_that_is_stuck_alone_shows_where_and_ends(tmp_path):
     assert "rank 1 is behind the others, at step 7, data and gates" in report
     assert re.search(r'test_watchdog.py", line \d+ in stuck', report)
     assert not (tmp_path / "watchdog" / "rank_0.txt").exists()
+
+
+def slow(folder):
+    """One thing takes longer than it may, but ends while the watchdog still looks around."""
+    progress = Progress()
+    with Watchdog(progress, Path(folder), 2.0) as watchdog:
+        progress.enter(1, "SaveCheckpoints.after_step")
+        time.sleep(2.0 + 2 * watchdog.beat_s)
+        progress.enter(2, "data and gates")
+        time.sleep(10 * watchdog.beat_s)
+        return watchdog.progress.place[1]
+
+
+def test_a_rank_that_moves_on_after_all_is_left_alive(tmp_path):
+    assert run_distributed(slow, 2, str(tmp_path)) == [2, 2]
+    assert not (tmp_path / "watchdog").exists()
 
 
 def sign(begun, step, doing="forward and backward", beat=1):
