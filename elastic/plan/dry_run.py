@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.parallel_state import get_global_memory_buffer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -75,6 +76,9 @@ def dry_run(
             gradients = live.bytes - 2 * parameters
             wrapped.config.finalize_model_grads_func = _reduce_gradients
             runner = PipelineRunner(here, wrapped, distill, teacher)
+            if run.layout.sequence:  # it would count as what the first forward pass keeps
+                size = [run.tokens // run.batch, run.batch, run.parent.hidden]
+                get_global_memory_buffer().get_tensor(size, run.layout.dtype, "mpu")
             # 2. One micro-batch's forward pass alone.
             activations = _held_after_forward(live, wrapped, run, space, here)
             # 3. The step.

@@ -7,7 +7,7 @@ Megatron-Core does in its own count. The letters are those of `work`.
 from dataclasses import dataclass, replace
 
 from elastic.plan.activations import FUSED_CHUNK_TOKENS, TORCH_CHUNK_TOKENS
-from elastic.plan.work import KernelSet, LayerWork, MicroBatchWork, ScanSizes
+from elastic.plan.work import KernelSet, LayerWork, MicroBatchWork, ScanSizes, distinct
 from elastic.space.gates import Execution
 from elastic.space.pattern import LayerKind
 from elastic.space.subnet import Subnet
@@ -116,4 +116,4 @@ def whole_parent(run: MicroBatchWork) -> MicroBatchWork:
 
 
 def _sum(layers: tuple[LayerWork, ...]) -> Flops:
-    return sum((layer_flops(layer) for layer in layers), Flops())
+    return sum((layer_flops(layer) * count for layer, count in distinct(layers)), Flops())

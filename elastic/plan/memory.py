@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from elastic.modules.model import Layout
 from elastic.modules.sharding import sharded_dim
 from elastic.plan.activations import checkpoint_bytes, fused_scan_workspace_bytes, saved_bytes
-from elastic.plan.work import FP32_BYTES, KernelSet, LayerWork, MicroBatchWork, stage_layers
+from elastic.plan.work import FP32_BYTES, KernelSet, LayerWork, MicroBatchWork, distinct, stage_layers
 from elastic.space.nesting import LAYER_PARAMETERS, LAYER_PREFIX, parameter_size
 from elastic.space.pattern import LayerKind
 from elastic.space.shape import ModelShape
@@ -116,10 +116,9 @@ def stage_memory(
         teacher=parameters,
         teacher_hidden=micro_batches * teacher_stream if last else 0,
         activations=in_flight * stage_activation_bytes(run, stage),
-        working_set=max((layer_working_set_bytes(layer) for layer in run.layers(stage)), default=0),
+        working_set=max((layer_working_set_bytes(layer) for layer, _ in distinct(run.layers(stage))), default=0),
         logits=loss_bytes(run, num_chunks) if last else 0,
-        # Megatron-Core keeps one buffer for gathered streams (GlobalMemoryBuffer "mpu").
-        buffers=run.gathered_bytes if layout.sequence else 0,
+        buffers=gather_buffer_bytes(run),
     )
 
 
@@ -128,13 +127,21 @@ def stage_activation_bytes(run: MicroBatchWork, stage: int) -> int:
     layers = run.layers(stage)
     first, last = stage == 0, stage == run.layout.pipeline - 1
     recompute = run.layout.recompute
-    kept = sum(checkpoint_bytes(run) if recompute else sum(saved_bytes(layer).values()) for layer in layers)
+    kept = sum(
+        count * (checkpoint_bytes(run) if recompute else sum(saved_bytes(layer).values()))
+        for layer, count in distinct(layers)
+    )
     if first and run.masked:
         # The hidden gate keeps the embedding it multiplies. Later stages' received stream lives in the first layer.
         kept += run.stream_bytes
     if last:  # the final norm, as every norm; its output is gathered for the loss and then gone
         kept += run.stream_tokens * run.hidden * (FP32_BYTES + run.element_bytes)
     return kept
+
+
+def gather_buffer_bytes(run: MicroBatchWork) -> int:
+    """Return the buffer Megatron-Core keeps for gathered streams (GlobalMemoryBuffer "mpu"); the teacher's is full."""
+    return run.tokens * run.parent.hidden * run.element_bytes if run.layout.sequence else 0
 
 
 def layer_working_set_bytes(layer: LayerWork) -> int:

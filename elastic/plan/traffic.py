@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from elastic.plan.memory import parameter_bytes, rank_parameters
-from elastic.plan.work import FP32_BYTES, KernelSet, LayerWork, MicroBatchWork
+from elastic.plan.work import FP32_BYTES, KernelSet, LayerWork, MicroBatchWork, distinct
 from elastic.plan.flops import whole_parent
 from elastic.space.pattern import LayerKind
 
@@ -26,13 +26,12 @@ def micro_batch_traffic(run: MicroBatchWork, stage: int) -> Traffic:
     found: Counter[tuple[str, str]] = Counter()
     first, last = stage == 0, stage == run.layout.pipeline - 1
     teacher = whole_parent(run)
-    for layer in teacher.layers(stage):
-        found.update(_forward(layer))
-    for layer in run.layers(stage):
-        found.update(_forward(layer))
-        found.update(_backward(layer))
+    for layer, count in distinct(teacher.layers(stage)):
+        _add(found, count, _forward(layer))
+    for layer, count in distinct(run.layers(stage)):
+        _add(found, count, _forward(layer), _backward(layer))
         if run.layout.recompute:
-            found.update(_forward(layer, again=True))
+            _add(found, count, _forward(layer, again=True))
     full = run.stream_tokens * run.parent.hidden * run.element_bytes
     if not last:  # forward of both; between stages a slice is padded to the full width
         found["pp", "send"] += 2 * full
@@ -41,6 +40,12 @@ def micro_batch_traffic(run: MicroBatchWork, stage: int) -> Traffic:
     if run.layout.tensor > 1:
         found.update(_ends(run, first, last))
     return found
+
+
+def _add(total: Counter[tuple[str, str]], times: int, *parts: Traffic) -> None:
+    for part in parts:
+        for key, payload in part.items():
+            total[key] += times * payload
 
 
 def _forward(layer: LayerWork, again: bool = False) -> Traffic:

@@ -5,8 +5,10 @@ Mamba scan sees (T x cp: the exchange trades tokens for heads), d hidden, f ffn,
 N state, i = h*P, a attention channels; lower case and `local` = this tensor-parallel rank's shard.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 
 from elastic.modules.model import Layout
 from elastic.modules.segments import balanced_segments
@@ -209,9 +211,23 @@ class ScanSizes:
         return self.batch * -(-length // chunk_tokens) * chunk_tokens
 
 
-def stage_layers(parent: ModelShape, layout: Layout) -> list[range]:
+def distinct(layers: tuple[LayerWork, ...]) -> list[tuple[LayerWork, int]]:
+    """Return one layer of each (kind, width) and how many there are: the others cost the same."""
+    first: dict[tuple[LayerKind, int], LayerWork] = {}
+    for layer in layers:
+        first.setdefault((layer.kind, layer.width), layer)
+    counts = Counter((layer.kind, layer.width) for layer in layers)
+    return [(layer, counts[key]) for key, layer in first.items()]
+
+
+def stage_layers(parent: ModelShape, layout: Layout) -> tuple[range, ...]:
     """Return the layer indices of every pipeline stage, as `modules.segments` cuts them."""
+    return _stages(parent, layout.pipeline)
+
+
+@cache
+def _stages(parent: ModelShape, pipeline: int) -> tuple[range, ...]:
     marked = parent.pattern.segments
-    sizes = list(marked) if len(marked) > 1 and layout.pipeline > 1 else balanced_segments(parent, layout.pipeline)
+    sizes = list(marked) if len(marked) > 1 and pipeline > 1 else balanced_segments(parent, pipeline)
     starts = [sum(sizes[:stage]) for stage in range(len(sizes))]
-    return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    return tuple(range(start, start + size) for start, size in zip(starts, sizes, strict=True))
