@@ -4,6 +4,8 @@ Read off `elastic.modules` and the two kernel sets; tests/distributed/test_plan.
 the bytes of an element; a half-precision norm works on an fp32 copy, which it keeps. The letters are those of `work`.
 """
 
+from functools import cache
+
 import torch
 
 from elastic.plan.work import FP32_BYTES, KernelSet, LayerWork, MicroBatchWork, ScanSizes
@@ -154,17 +156,22 @@ def weight_copy_bytes(layer: LayerWork) -> int:
         lanes=run.lanes,
         tensor_parallel=run.layout.tensor,
     )
+    return _copied_elements(cut, layer.kind) * run.element_bytes
+
+
+@cache
+def _copied_elements(cut: Cut, kind: LayerKind) -> int:
     rows, columns = {
         LayerKind.MAMBA: (DimKind.IN_PROJ, DimKind.INNER),
         LayerKind.ATTENTION: (DimKind.QKV, DimKind.CONTEXT),
         LayerKind.MLP: (DimKind.FFN, DimKind.FFN),
-    }[layer.kind]
+    }[kind]
     copied = 0
     for kinds in ((rows, DimKind.HIDDEN), (DimKind.HIDDEN, columns)):
-        layouts = [cut.layout(kind) for kind in kinds]
-        weight = torch.empty([layout.full_size for layout in layouts], dtype=run.layout.dtype, device="meta")
+        layouts = [cut.layout(dim) for dim in kinds]
+        weight = torch.empty([layout.full_size for layout in layouts], device="meta")
         kept = weight
         for dim, layout in reversed(list(enumerate(layouts))):
             kept = take(kept, dim, layout)
-        copied += 0 if kept._base is weight or kept is weight else kept.nbytes
+        copied += 0 if kept._base is weight or kept is weight else kept.numel()
     return copied

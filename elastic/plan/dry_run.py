@@ -30,7 +30,7 @@ from elastic.space.axes import Space
 from elastic.space.gates import Execution, Gates
 from elastic.train.config_elastic import DistillConfig
 from elastic.train.config_sections import OptimConfig
-from elastic.train.optimizer import wrap_for_training
+from elastic.train.optimizer import build_optimizer, wrap_for_training
 from elastic.train.parallel import World
 from elastic.train.pipeline import MicroBatch, PipelineRunner
 
@@ -40,12 +40,13 @@ class Trace:
     """What one rank's step was seen to do; bytes, and FLOPs of matrix products without the stand-ins'.
 
     `activations` is what one micro-batch keeps on this stage after its forward pass; `peak` everything alive at once
-    during the step but for the optimizer's state.
+    during forward and backward; `optimizer` is 0 where it was left out.
     """
 
     stage: int
     parameters: int
     gradients: int
+    optimizer: int
     teacher_hidden: int
     activations: int
     peak: int
@@ -64,39 +65,62 @@ def dry_run(
     optim: OptimConfig,
 ) -> Trace:
     """Trace one step of `micro_batches`, all like `run`, on global rank `rank` of `num_gpus`."""
+    with fake_world(run.layout, num_gpus, rank) as here, FakeTensorMode():
+        return trace_step(run, space, here, micro_batches=micro_batches, distill=distill, optim=optim)
+
+
+def trace_step(
+    run: MicroBatchWork,
+    space: Space,
+    here: World,
+    *,
+    micro_batches: int,
+    distill: DistillConfig,
+    optim: OptimConfig,
+    with_optimizer: bool = False,
+) -> Trace:
+    """Build what a training run builds and watch one step of it, on fake tensors or real ones.
+
+    `with_optimizer` builds and steps it too, which asks for values: real tensors only.
+    """
     kernels = STAND_INS if run.kernels is KernelSet.FUSED else Kernels.choose(torch.device("cpu"))
-    with fake_world(run.layout, num_gpus, rank) as here:
-        groups = {"tp": here.groups.tp, "pp": here.groups.pp, "cp": here.groups.cp, "dp": here.groups.dp_cp}
-        # 1. Build: student, teacher, gradient buffers.
-        with FakeTensorMode(), LiveBytes() as live:
-            student, teacher = (build_model(space, run.layout, kernels=kernels) for _ in range(2))
-            teacher.requires_grad_(False)
-            parameters = live.bytes // 2
-            wrapped = wrap_for_training(student, optim)
-            gradients = live.bytes - 2 * parameters
-            wrapped.config.finalize_model_grads_func = _reduce_gradients
-            runner = PipelineRunner(here, wrapped, distill, teacher)
-            if run.layout.sequence:  # it would count as what the first forward pass keeps
-                size = [run.tokens // run.batch, run.batch, run.parent.hidden]
-                get_global_memory_buffer().get_tensor(size, run.layout.dtype, "mpu")
-            # 2. One micro-batch's forward pass alone.
-            activations = _held_after_forward(live, wrapped, run, space, here)
-            # 3. The step.
-            work = [_micro_batch(run, space) for _ in range(micro_batches)]
-            before = live.bytes
-            with ProductFlops() as flops, CollectiveBytes(groups) as collectives:
-                work = runner.with_teacher(work)
-                teacher_hidden = live.bytes - before
-                live.reset_peak()
-                runner.forward_backward(work)
+    groups = {"tp": here.groups.tp, "pp": here.groups.pp, "cp": here.groups.cp, "dp": here.groups.dp_cp}
+    with LiveBytes() as live:
+        # 1. Build: student, teacher, gradient buffers, optimizer.
+        student, teacher = (build_model(space, run.layout, kernels=kernels) for _ in range(2))
+        teacher.requires_grad_(False)
+        parameters = live.bytes // 2
+        wrapped = wrap_for_training(student, optim)
+        gradients = live.bytes - 2 * parameters
+        optimizer = build_optimizer(wrapped, optim, here) if with_optimizer else None
+        masters = live.bytes - gradients - 2 * parameters
+        wrapped.config.finalize_model_grads_func = _reduce_gradients
+        runner = PipelineRunner(here, wrapped, distill, teacher)
+        if run.layout.sequence:  # it would count as what the first forward pass keeps
+            size = [run.tokens // run.batch, run.batch, run.parent.hidden]
+            get_global_memory_buffer().get_tensor(size, run.layout.dtype, "mpu")
+        # 2. One micro-batch's forward pass alone.
+        activations = _held_after_forward(live, wrapped, run, space)
+        # 3. The step.
+        work = [_micro_batch(run, space) for _ in range(micro_batches)]
+        before = live.bytes
+        with ProductFlops() as products, CollectiveBytes(groups) as collectives:
+            work = runner.with_teacher(work)
+            teacher_hidden = live.bytes - before
+            live.reset_peak()
+            runner.forward_backward(work)
+        peak, before = live.peak_bytes, live.bytes
+        if optimizer is not None:
+            optimizer.step()
     return Trace(
-        stage=_stage(rank, run.layout, num_gpus),
+        stage=here.groups.pp.rank(),
         parameters=parameters,
         gradients=gradients,
+        optimizer=masters + live.bytes - before if with_optimizer else 0,
         teacher_hidden=teacher_hidden,
         activations=activations,
-        peak=live.peak_bytes,
-        flops=sum(flops.flops.values()),
+        peak=peak,
+        flops=sum(products.flops.values()),
         traffic=dict(collectives.payload),
     )
 
@@ -128,10 +152,6 @@ def fake_world(layout: Layout, num_gpus: int, rank: int) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _stage(rank: int, layout: Layout, num_gpus: int) -> int:
-    return rank // (num_gpus // layout.pipeline)
-
-
 def _reduce_gradients(models: list[Any], *_args: Any, **_kwargs: Any) -> None:
     """Reduce every bucket of the gradient buffers over replicas and context ranks, one collective each.
 
@@ -161,7 +181,7 @@ def _gates(run: MicroBatchWork, space: Space) -> Gates:
     return Gates.mask({axis: torch.zeros(size).requires_grad_() for axis, size in choices.items()})
 
 
-def _held_after_forward(live: LiveBytes, student: Any, run: MicroBatchWork, space: Space, here: World) -> int:
+def _held_after_forward(live: LiveBytes, student: Any, run: MicroBatchWork, space: Space) -> int:
     """Return the bytes one micro-batch keeps alive once its forward pass of this stage is over, output left out."""
     bare, batch = student.module, _micro_batch(run, space)
     stream: Tensor | None = None

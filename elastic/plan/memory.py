@@ -6,6 +6,7 @@ The letters are those of `work`; v this rank's rows of the vocabulary, n tokens 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import cache
 
 from elastic.modules.model import Layout
 from elastic.modules.sharding import sharded_dim
@@ -54,7 +55,13 @@ class StageMemory:
 
 def rank_parameters(parent: ModelShape, layout: Layout, stage: int) -> dict[str, int]:
     """Return the number of elements of every parameter on one rank of a stage, exactly."""
-    return {name: _local_elements(name, parent, layout.tensor) for name in _names(parent, layout, stage)}
+    return dict(_elements(parent, layout.tensor, layout.pipeline, stage))
+
+
+@cache
+def _elements(parent: ModelShape, tensor: int, pipeline: int, stage: int) -> tuple[tuple[str, int], ...]:
+    names = _names(parent, Layout(tensor=tensor, pipeline=pipeline), stage)
+    return tuple((name, _local_elements(name, parent, tensor)) for name in names)
 
 
 def _names(parent: ModelShape, layout: Layout, stage: int) -> Iterator[str]:
@@ -114,7 +121,8 @@ def stage_memory(
         gradients=FP32_BYTES * count,
         optimizer=optimizer_bytes(elements, layout, sharding),
         teacher=parameters,
-        teacher_hidden=micro_batches * teacher_stream if last else 0,
+        # On the last stage; on all but the first the teacher also holds on to the last stream it was sent.
+        teacher_hidden=(micro_batches if last else 0) * teacher_stream + (teacher_stream if stage > 0 else 0),
         activations=in_flight * stage_activation_bytes(run, stage),
         working_set=max((layer_working_set_bytes(layer) for layer, _ in distinct(run.layers(stage))), default=0),
         logits=loss_bytes(run, num_chunks) if last else 0,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from elastic.modules.model import Layout
 from elastic.plan.config import PlanConfig
@@ -49,7 +50,7 @@ class PhasePlan:
         )
         return max(plans, key=lambda plan: plan.total)
 
-    @property
+    @cached_property
     def peak_bytes(self) -> int:
         """Return the peak of the fullest stage."""
         return max(self.memory(stage).total for stage in range(self.layout.pipeline))

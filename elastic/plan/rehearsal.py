@@ -44,15 +44,17 @@ def comparison(
 ) -> list[dict[str, Any]]:
     """Return plan and trace of one rank side by side.
 
-    The trace has no optimizer, the stand-ins no FLOPs; the gather of new weights belongs to the optimizer.
+    A dry run has no optimizer, the stand-ins no FLOPs; the gather of new weights belongs to the optimizer.
     """
     count, stage = run.layout.pipeline, trace.stage
     memory = stage_memory(run, stage, count, plan.num_chunks, OptimizerSharding())
-    memory = replace(memory, optimizer=0)
+    if trace.optimizer == 0:
+        memory = replace(memory, optimizer=0)
     work = stage_flops(run, stage).total
     planned: dict[str, float] = {
         "parameters": memory.parameters,
         "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
         "teacher's states": memory.teacher_hidden,
         "activations of one micro-batch": stage_activation_bytes(run, stage),
         "peak": memory.total,
@@ -61,6 +63,7 @@ def comparison(
     traced: dict[str, float] = {
         "parameters": trace.parameters,
         "gradients": trace.gradients,
+        "optimizer": trace.optimizer,
         "teacher's states": trace.teacher_hidden,
         "activations of one micro-batch": trace.activations,
         "peak": trace.peak,

@@ -18,7 +18,7 @@ from elastic.plan.report import (
     time_table,
     work_table,
 )
-from elastic.plan.search import Candidate, candidate, layout_rule_problems, search
+from elastic.plan.search import Candidate, candidate, run_problems, search
 from elastic.train.config_load import ConfigError
 from elastic.train.run_cost import cost_space
 from elastic.train.run_folder import write_json
@@ -34,7 +34,7 @@ def run_plan(config: PlanConfig, console: Console) -> dict[str, Any]:
     samples = budget_samples(config, space)
     report: dict[str, Any] = {"cluster": asdict(config.cluster), "assumed": asdict(config.plan)}
     # 1. The layout of the config.
-    if problems := layout_rule_problems(config, config.parallel, config.data.micro_batch):
+    if problems := run_problems(config):
         raise ConfigError(problems)
     chosen = candidate(config, config.parallel, config.data.micro_batch, samples)
     report |= {"chosen": candidate_values(config, chosen), "warnings": warnings(config, chosen)}

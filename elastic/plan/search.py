@@ -8,7 +8,7 @@ from elastic.plan.phases import PhasePlan, phase_plans
 from elastic.plan.timing import StepTime, step_time
 from elastic.space.reach import Sample
 from elastic.train.config_load import Problem
-from elastic.train.config_rules import RULES
+from elastic.train.config_rules import RULES, rule_problems
 from elastic.train.config_rules_layout import Cluster
 from elastic.train.config_sections import ParallelConfig
 
@@ -56,10 +56,21 @@ def layout_name(parallel: ParallelConfig, micro_batch: int) -> str:
 
 def candidate(config: PlanConfig, parallel: ParallelConfig, micro_batch: int, samples: dict[str, Sample]) -> Candidate:
     """Plan every phase on a legal layout."""
-    plans = phase_plans(config, parallel, micro_batch, samples)
+    return _timed(config, parallel, micro_batch, phase_plans(config, parallel, micro_batch, samples))
+
+
+def _timed(
+    config: PlanConfig, parallel: ParallelConfig, micro_batch: int, plans: tuple[PhasePlan, ...]
+) -> Candidate:
     distributed = config.optim.use_distributed_optimizer
     times = tuple(step_time(plan, config.cluster, config.plan, distributed) for plan in plans)
     return Candidate(parallel, micro_batch, plans, times)
+
+
+def run_problems(config: PlanConfig) -> tuple[Problem, ...]:
+    """List everything the run's own verb would refuse of the config on this cluster, inputs apart."""
+    cluster = Cluster(num_processes=config.cluster.num_gpus, has_gpu=True)
+    return rule_problems(config.run_config(config.parallel, config.data.micro_batch), cluster)
 
 
 def layout_rule_problems(config: PlanConfig, parallel: ParallelConfig, micro_batch: int) -> list[Problem]:
@@ -78,12 +89,13 @@ def search(config: PlanConfig, samples: dict[str, Sample]) -> tuple[list[Candida
         if problems := layout_rule_problems(config, parallel, micro_batch):
             rejected.append(Rejection(name, problems[0].field, str(problems[0])))
             continue
-        plan = candidate(config, parallel, micro_batch, samples)
-        if plan.peak_bytes > config.cluster.budget_bytes:
-            reason = f"needs {plan.peak_bytes / 1e9:.1f} GB of {config.cluster.budget_bytes / 1e9:.1f}"
+        plans = phase_plans(config, parallel, micro_batch, samples)
+        peak_bytes = max(plan.peak_bytes for plan in plans)
+        if peak_bytes > config.cluster.budget_bytes:
+            reason = f"needs {peak_bytes / 1e9:.1f} GB of {config.cluster.budget_bytes / 1e9:.1f}"
             rejected.append(Rejection(name, "memory", reason))
             continue
-        found.append(plan)
+        found.append(_timed(config, parallel, micro_batch, plans))
     return sorted(found, key=lambda plan: (plan.seconds, plan.peak_bytes)), rejected
 
 
