@@ -9,6 +9,7 @@ from functools import cache
 import torch
 
 from elastic.plan.work import FP32_BYTES, KernelSet, LayerWork, MicroBatchWork, ScanSizes
+from elastic.space.axes import Axis
 from elastic.space.nesting import Cut, DimKind, take
 from elastic.space.pattern import LayerKind
 
@@ -28,11 +29,11 @@ def saved_bytes(layer: LayerWork) -> dict[str, int]:
         case LayerKind.MLP:
             # relu's result (which the square also keeps), and the gated square, which fc2 keeps
             terms["neurons"] = 2 * run.tokens * layer.local_width * e
-            if run.masked:  # the gate keeps what it multiplies, and its vector
+            if run.gates(Axis.FFN):  # the gate keeps what it multiplies
                 terms["gate"] = run.tokens * layer.local_width * e
-    if run.masked:  # the residual gate keeps the layer's output
+    if run.gates_stream:  # the residual gate keeps the layer's output
         terms["output"] = run.stream_bytes
-    else:
+    if not run.masked:
         terms["weight copies"] = weight_copy_bytes(layer)
     return terms
 
@@ -60,8 +61,8 @@ def _mamba(layer: LayerWork) -> dict[str, int]:
         # As `_norm`, for the group norm
         "group norm": tokens * inner * (FP32_BYTES + 2 * e) + tokens * layer.local_groups * 2 * FP32_BYTES,
     }
-    if run.masked:
-        terms["gate"] = 2 * tokens * inner * e  # channels, then heads: each keeps what it multiplies
+    # Channels, then heads: each gate keeps what it multiplies.
+    terms["gate"] = (run.gates(Axis.MAMBA_CHANNEL) + run.gates(Axis.MAMBA_HEAD)) * tokens * inner * e
     return terms
 
 
@@ -129,7 +130,7 @@ def _attention(layer: LayerWork) -> dict[str, int]:
     # One query per key: q is a view of linear_qkv's output like k and v.
     is_view = run.kernels is KernelSet.TORCH and layer.width == run.parent.kv_heads
     terms = {"q": 0 if is_view else query, "out": query, "log-sum": run.tokens * layer.local_width * FP32_BYTES}
-    terms["context"] = query if run.masked else 0  # the gated output, which linear_proj keeps
+    terms["context"] = query if run.gates(Axis.ATTENTION_HEAD) else 0  # the gated output, which linear_proj keeps
     if run.kernels is KernelSet.FUSED:
         terms["k v"] = keys_values
     elif run.layout.context == 1:

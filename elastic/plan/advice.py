@@ -72,7 +72,7 @@ def _width_warnings(plan: PhasePlan) -> Iterator[str]:
             if layer.row_columns < MIN_LOCAL_COLUMNS:
                 yield f"{share.budget}: {layer.row_columns} columns of a {layer.kind.name} layer on one rank are few"
             if layer.kind is LayerKind.MAMBA and layer.scan.rows % 8:
-                yield f"{share.budget}: {layer.scan.rows} rows of in_proj on one rank: the convolution's input is copied"
+                yield f"{share.budget}: {layer.scan.rows} in_proj rows on one rank: the convolution's input is copied"
     length = plan.phase.sequence_length
     if length % FUSED_CHUNK_TOKENS:
         yield f"sequence length {length} is not a multiple of the scan's chunk of {FUSED_CHUNK_TOKENS} tokens"

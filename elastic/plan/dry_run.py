@@ -112,14 +112,15 @@ def trace_step(
         peak, before = live.peak_bytes, live.bytes
         if optimizer is not None:
             optimizer.step()
+        moments = live.bytes - before  # Adam makes them with its first step; from then on they are always there
     return Trace(
         stage=here.groups.pp.rank(),
         parameters=parameters,
         gradients=gradients,
-        optimizer=masters + live.bytes - before if with_optimizer else 0,
+        optimizer=masters + moments,
         teacher_hidden=teacher_hidden,
         activations=activations,
-        peak=peak,
+        peak=peak + moments,
         flops=sum(products.flops.values()),
         traffic=dict(collectives.payload),
     )
@@ -158,9 +159,10 @@ def _reduce_gradients(models: list[Any], *_args: Any, **_kwargs: Any) -> None:
     Stands for finalize_model_grads, which coalesces these (fake tensors cannot) and then asks for the number of tokens.
     """
     for bucket_group in (group for model in models for group in model.bucket_groups):
-        group = bucket_group.intra_distributed_optimizer_instance_group
+        sharded = bucket_group.ddp_config.use_distributed_optimizer
+        group = bucket_group.intra_distributed_optimizer_instance_group if sharded else bucket_group.data_parallel_group
         for bucket in bucket_group.buckets:
-            if bucket_group.ddp_config.use_distributed_optimizer:
+            if sharded:
                 shard = bucket.grad_data.chunk(group.size())[group.rank()]
                 dist.reduce_scatter_tensor(shard, bucket.grad_data, group=group)
             else:
@@ -195,4 +197,3 @@ def _held_after_forward(live: LiveBytes, student: Any, run: MicroBatchWork, spac
     bare.set_input_tensor(None)
     del output
     return held
-

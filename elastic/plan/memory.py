@@ -12,6 +12,7 @@ from elastic.modules.model import Layout
 from elastic.modules.sharding import sharded_dim
 from elastic.plan.activations import checkpoint_bytes, fused_scan_workspace_bytes, saved_bytes
 from elastic.plan.work import FP32_BYTES, KernelSet, LayerWork, MicroBatchWork, distinct, stage_layers
+from elastic.space.axes import Axis
 from elastic.space.nesting import LAYER_PARAMETERS, LAYER_PREFIX, parameter_size
 from elastic.space.pattern import LayerKind
 from elastic.space.shape import ModelShape
@@ -139,9 +140,11 @@ def stage_activation_bytes(run: MicroBatchWork, stage: int) -> int:
         count * (checkpoint_bytes(run) if recompute else sum(saved_bytes(layer).values()))
         for layer, count in distinct(layers)
     )
-    if first and run.masked:
+    if first and run.gates(Axis.HIDDEN):
         # The hidden gate keeps the embedding it multiplies. Later stages' received stream lives in the first layer.
         kept += run.stream_bytes
+    if recompute:  # a slice's first layer keeps a view of the whole stream it was given
+        kept += run.stream_tokens * (run.parent.hidden - run.hidden) * run.element_bytes
     if last:  # the final norm, as every norm; its output is gathered for the loss and then gone
         kept += run.stream_tokens * run.hidden * (FP32_BYTES + run.element_bytes)
     return kept

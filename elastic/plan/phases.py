@@ -111,12 +111,20 @@ def _shares(
     samples: dict[str, Sample],
     kernels: KernelSet,
 ) -> Iterator[Share]:
-    parent = config.parent_shape()
+    parent, gated = config.parent_shape(), frozenset(config.space().elastic_axes())
 
     def run(subnet: Subnet) -> MicroBatchWork:
-        lanes = config.elastic.space.lanes
-        length, execution = phase.sequence_length, phase.execution
-        return MicroBatchWork(parent, layout, micro_batch, length, execution, subnet, kernels, lanes)
+        return MicroBatchWork(
+            parent=parent,
+            layout=layout,
+            batch=micro_batch,
+            length_tokens=phase.sequence_length,
+            execution=phase.execution,
+            subnet=subnet,
+            kernels=kernels,
+            lanes=config.elastic.space.lanes,
+            gated_axes=gated,
+        )
 
     if phase.execution is Execution.MASK:  # full-size work whatever the budget
         yield Share("all", 1.0, run(Subnet.full(parent)))

@@ -20,33 +20,35 @@ from elastic.space.axes import Space
 def rehearse(config: PlanConfig, space: Space, chosen: Candidate) -> list[dict[str, Any]]:
     """Trace first, a middle and last stage of every phase; return one row per phase, stage and quantity.
 
-    A step has as many micro-batches as the pipeline has stages: more change nothing but the wait.
+    A step has just the micro-batches that are alive at once on the stage under 1F1B: more only take longer.
     """
     rows = []
     for plan in chosen.plans:
         run = max(plan.shares, key=lambda share: share.weight).run
         for rank in ranks_of_stages(plan.layout, config.cluster.num_gpus):
+            stage = rank * plan.layout.pipeline // config.cluster.num_gpus
+            in_flight = plan.layout.pipeline - stage
             trace = dry_run(
                 run,
                 space,
                 num_gpus=config.cluster.num_gpus,
                 rank=rank,
-                micro_batches=plan.layout.pipeline,
+                micro_batches=in_flight,
                 distill=config.distill,
                 optim=config.optim,
             )
-            rows += comparison(plan, run, trace, config.optim.use_distributed_optimizer)
+            rows += comparison(plan, run, trace, in_flight, config.optim.use_distributed_optimizer)
     return rows
 
 
 def comparison(
-    plan: PhasePlan, run: MicroBatchWork, trace: Trace, distributed_optimizer: bool
+    plan: PhasePlan, run: MicroBatchWork, trace: Trace, count: int, distributed_optimizer: bool
 ) -> list[dict[str, Any]]:
-    """Return plan and trace of one rank side by side.
+    """Return plan and trace of one rank side by side, for a step of `count` micro-batches.
 
     A dry run has no optimizer, the stand-ins no FLOPs; the gather of new weights belongs to the optimizer.
     """
-    count, stage = run.layout.pipeline, trace.stage
+    stage = trace.stage
     memory = stage_memory(run, stage, count, plan.num_chunks, OptimizerSharding())
     if trace.optimizer == 0:
         memory = replace(memory, optimizer=0)
@@ -86,7 +88,7 @@ def comparison(
 
 def rehearsal_table(rows: list[dict[str, Any]]) -> Table:
     """Render plan and trace side by side."""
-    table = Table(title="dry run: one micro-batch per stage, on one rank")
+    table = Table(title="dry run of one rank: micro-batches alive at once on its stage")
     for number, heading in enumerate(("phase", "stage", "what", "plan", "trace", "plan / trace")):
         table.add_column(heading, justify="right" if number in (1, 3, 4, 5) else "left", no_wrap=True)
     for row in rows:

@@ -10,7 +10,7 @@ from rich.table import Table
 from elastic.plan.advice import spare_share
 from elastic.plan.config import PlanConfig
 from elastic.plan.phases import PhasePlan
-from elastic.plan.search import Candidate, Rejection, largest_micro_batch
+from elastic.plan.search import Candidate, Found, Rejection, largest_micro_batch
 from elastic.plan.timing import StepTime
 from elastic.plan.traffic import micro_batch_traffic, moved_bytes, step_traffic
 
@@ -20,9 +20,7 @@ SECONDS_PER_DAY = 86400.0
 
 def candidate_values(config: PlanConfig, chosen: Candidate) -> dict[str, Any]:
     """Return everything about one layout as plain values."""
-    phases = [
-        phase_values(config, plan, time) for plan, time in zip(chosen.plans, chosen.times, strict=True)
-    ]
+    phases = [phase_values(config, plan, time) for plan, time in zip(chosen.plans, chosen.times, strict=True)]
     return {
         "layout": asdict(chosen.parallel) | {"micro_batch": chosen.micro_batch, "replicas": chosen.plans[0].replicas},
         "peak_gb": chosen.peak_bytes / 1e9,
@@ -30,6 +28,13 @@ def candidate_values(config: PlanConfig, chosen: Candidate) -> dict[str, Any]:
         "phases": phases,
         **_bill(config, chosen.seconds, sum(phase["days_at_mfu"] for phase in phases) * SECONDS_PER_DAY),
     }
+
+
+def candidate_summary(one: Candidate) -> dict[str, Any]:
+    """Return a layout of the ranking in short."""
+    steps = {plan.phase.name: time.total for plan, time in zip(one.plans, one.times, strict=True)}
+    days = one.seconds / SECONDS_PER_DAY
+    return {"name": one.name, "days": days, "peak_gb": one.peak_bytes / 1e9, "step_seconds": steps}
 
 
 def phase_values(config: PlanConfig, plan: PhasePlan, time: StepTime) -> dict[str, Any]:
@@ -80,13 +85,29 @@ def _bill(config: PlanConfig, seconds: float, seconds_at_mfu: float) -> dict[str
     bill = {}
     for suffix, amount in (("", seconds), ("_at_mfu", seconds_at_mfu)):
         hours = amount / 3600 * gpus
-        bill |= {f"days{suffix}": amount / SECONDS_PER_DAY, f"gpu_hours{suffix}": hours, f"price{suffix}": hours * price}
+        bill |= {
+            f"days{suffix}": amount / SECONDS_PER_DAY,
+            f"gpu_hours{suffix}": hours,
+            f"price{suffix}": hours * price,
+        }
     return bill
 
 
 def memory_table(values: dict[str, Any]) -> Table:
     """Render GB per GPU by phase and pipeline stage."""
-    headings = ("", "stage", "weights", "grads", "Adam", "teacher", "its states", "activations", "layer", "logits", "peak")
+    headings = (
+        "",
+        "stage",
+        "weights",
+        "grads",
+        "Adam",
+        "teacher",
+        "its states",
+        "activations",
+        "layer",
+        "logits",
+        "peak",
+    )
     table = _table("GB on one GPU", headings)
     for phase in values["phases"]:
         for stage, memory in enumerate(phase["memory_bytes"]):
@@ -97,7 +118,20 @@ def memory_table(values: dict[str, Any]) -> Table:
 
 def work_table(values: dict[str, Any]) -> Table:
     """Render work, traffic and time of a step by phase."""
-    headings = ("", "runs", "micro-batches", "PFLOP", "TP GB", "CP GB", "PP GB", "DP GB", "step", "MFU", "days", "mb fits")
+    headings = (
+        "",
+        "runs",
+        "micro-batches",
+        "PFLOP",
+        "TP GB",
+        "CP GB",
+        "PP GB",
+        "DP GB",
+        "step",
+        "MFU",
+        "days",
+        "mb fits",
+    )
     table = _table("one step: work of all GPUs, GB sent by one, seconds", headings)
     for phase in values["phases"]:
         sent: defaultdict[str, float] = defaultdict(float)
@@ -129,7 +163,9 @@ def time_table(names_and_times: Sequence[tuple[str, StepTime]]) -> Table:
 def ranking_table(found: Sequence[Candidate], config: PlanConfig) -> Table:
     """Render the best layouts: days of the whole curriculum, peak, and where the time goes."""
     headings = ("layout", "days", "peak GB", "spare", "products", "memory", "TP", "CP", "DP", "bubble")
-    table = _table(f"fastest of {len(found)} layouts that fit {config.cluster.num_gpus} x {config.cluster.gpu}", headings)
+    table = _table(
+        f"fastest of {len(found)} layouts that fit {config.cluster.num_gpus} x {config.cluster.gpu}", headings
+    )
     for one in found[: config.plan.top]:
         seconds: Counter[str] = Counter()
         for plan, time in zip(one.plans, one.times, strict=True):
@@ -147,15 +183,32 @@ def ranking_table(found: Sequence[Candidate], config: PlanConfig) -> Table:
     return table
 
 
+def alone_lines(found: Found) -> list[str]:
+    """Say what each phase would gain as a run of its own, over the best layout for all."""
+    lines = []
+    for number, one in enumerate(found.alone):
+        if one is None or not found.fitting:
+            continue
+        best, alone = found.fitting[0].times[number].total, one.times[number].total
+        name = one.plans[number].phase.name
+        lines.append(f"{name} alone: {one.name}, {alone:.1f} s a step, {best:.1f} s with {found.fitting[0].name}")
+    return lines
+
+
 def rejection_lines(rejected: Sequence[Rejection]) -> list[str]:
     """Group what is out by the rule it breaks, with one example each."""
+    width = 90  # of a reason; the whole stands in the report
     groups: defaultdict[str, list[Rejection]] = defaultdict(list)
     for one in rejected:
         groups[one.rule].append(one)
     return [
-        f"out for {rule}: {len(group)} layouts, such as {group[0].name}: {group[0].reason}"
+        f"out for {rule}: {len(group)} layouts, such as {group[0].name}: {_short(group[0].reason, width)}"
         for rule, group in sorted(groups.items(), key=lambda item: -len(item[1]))
     ]
+
+
+def _short(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def bill_lines(values: dict[str, Any], config: PlanConfig) -> list[str]:

@@ -10,7 +10,9 @@ from elastic.plan.advice import warnings
 from elastic.plan.config import PlanConfig
 from elastic.plan.phases import budget_samples
 from elastic.plan.report import (
+    alone_lines,
     bill_lines,
+    candidate_summary,
     candidate_values,
     memory_table,
     ranking_table,
@@ -41,11 +43,11 @@ def run_plan(config: PlanConfig, console: Console) -> dict[str, Any]:
     _print_chosen(console, config, chosen, report)
     # 2. The others.
     if config.plan.search:
-        found, rejected = search(config, samples)
-        report["found"] = [{"name": one.name, "days": one.seconds / 86400, "peak_gb": one.peak_bytes / 1e9} for one in found]
-        report["rejected"] = [asdict(one) for one in rejected]
-        console.print(ranking_table(found, config))
-        for line in rejection_lines(rejected):
+        found = search(config, samples)
+        report["found"] = [candidate_summary(one) for one in found.fitting]
+        report["rejected"] = [asdict(one) for one in found.rejected]
+        console.print(ranking_table(found.fitting, config))
+        for line in [*alone_lines(found), *rejection_lines(found.rejected)]:
             console.print(line, highlight=False)
     # 3. The rehearsal.
     if config.plan.dry_run:
@@ -74,4 +76,3 @@ def _print_chosen(console: Console, config: PlanConfig, chosen: Candidate, repor
     console.print(time_table([(plan.phase.name, time) for plan, time in zip(chosen.plans, chosen.times, strict=True)]))
     for line in [*bill_lines(values, config), *(f"warning: {text}" for text in report["warnings"])]:
         console.print(line, highlight=False)
-

@@ -56,12 +56,7 @@ def layout_name(parallel: ParallelConfig, micro_batch: int) -> str:
 
 def candidate(config: PlanConfig, parallel: ParallelConfig, micro_batch: int, samples: dict[str, Sample]) -> Candidate:
     """Plan every phase on a legal layout."""
-    return _timed(config, parallel, micro_batch, phase_plans(config, parallel, micro_batch, samples))
-
-
-def _timed(
-    config: PlanConfig, parallel: ParallelConfig, micro_batch: int, plans: tuple[PhasePlan, ...]
-) -> Candidate:
+    plans = phase_plans(config, parallel, micro_batch, samples)
     distributed = config.optim.use_distributed_optimizer
     times = tuple(step_time(plan, config.cluster, config.plan, distributed) for plan in plans)
     return Candidate(parallel, micro_batch, plans, times)
@@ -81,22 +76,43 @@ def layout_rule_problems(config: PlanConfig, parallel: ParallelConfig, micro_bat
     return [problem for rule in rules for problem in rule.problems(run, cluster)]
 
 
-def search(config: PlanConfig, samples: dict[str, Sample]) -> tuple[list[Candidate], list[Rejection]]:
-    """Return every legal layout that fits, the fastest first, and why the others are out."""
-    found, rejected = [], []
+@dataclass(frozen=True)
+class Found:
+    """What a search found: layouts that fit, the fastest first; why the others are out; and per phase the fastest
+    layout that fits that phase, were it a run of its own (checkpoints reshard)."""
+
+    fitting: tuple[Candidate, ...]
+    rejected: tuple[Rejection, ...]
+    alone: tuple[Candidate | None, ...]
+
+
+def search(config: PlanConfig, samples: dict[str, Sample]) -> Found:
+    """Try every layout, by the run's own rules, then by memory, then by time."""
+    legal, rejected, fitting = [], [], []
+    limit = config.cluster.budget_bytes
     for parallel, micro_batch in layouts(config):
-        name = layout_name(parallel, micro_batch)
         if problems := layout_rule_problems(config, parallel, micro_batch):
-            rejected.append(Rejection(name, problems[0].field, str(problems[0])))
+            name = layout_name(parallel, micro_batch)
+            rejected.append(Rejection(name, _rule(problems[0]), str(problems[0])))
             continue
-        plans = phase_plans(config, parallel, micro_batch, samples)
-        peak_bytes = max(plan.peak_bytes for plan in plans)
-        if peak_bytes > config.cluster.budget_bytes:
-            reason = f"needs {peak_bytes / 1e9:.1f} GB of {config.cluster.budget_bytes / 1e9:.1f}"
-            rejected.append(Rejection(name, "memory", reason))
-            continue
-        found.append(_timed(config, parallel, micro_batch, plans))
-    return sorted(found, key=lambda plan: (plan.seconds, plan.peak_bytes)), rejected
+        one = candidate(config, parallel, micro_batch, samples)
+        legal.append(one)
+        if one.peak_bytes <= limit:
+            fitting.append(one)
+        else:
+            reason = f"needs {one.peak_bytes / 1e9:.1f} GB of {limit / 1e9:.1f}"
+            rejected.append(Rejection(one.name, "memory", reason))
+    alone = []
+    for number in range(len(config.curriculum)):
+        fits = [one for one in legal if one.plans[number].peak_bytes <= limit]
+        alone.append(min(fits, key=lambda one, number=number: one.times[number].total, default=None))  # type: ignore[misc]
+    ranked = sorted(fitting, key=lambda one: (one.seconds, one.peak_bytes))
+    return Found(tuple(ranked), tuple(rejected), tuple(alone))
+
+
+def _rule(problem: Problem) -> str:
+    """Return the field a problem is about, the entry of a list left out."""
+    return problem.field.rpartition(".choices.")[0] or problem.field
 
 
 def layouts(config: PlanConfig) -> Iterator[tuple[ParallelConfig, int]]:

@@ -54,9 +54,7 @@ def step_time(plan: PhasePlan, cluster: ClusterConfig, assumed: PlanSection, dis
     )
 
 
-def _micro_batch_time(
-    plan: PhasePlan, stage: int, cluster: ClusterConfig, assumed: PlanSection
-) -> dict[str, float]:
+def _micro_batch_time(plan: PhasePlan, stage: int, cluster: ClusterConfig, assumed: PlanSection) -> dict[str, float]:
     """Return the seconds of one mean micro-batch on one stage, by kind."""
     memory_speed = cluster.memory_gb_per_s * 1e9 * assumed.memory_efficiency
     parts = dict.fromkeys(("products", "elementwise", "tensor", "context", "pipeline"), 0.0)

@@ -7,9 +7,9 @@ those of `work`. Left out for their size: gate gradients, router gradients, the 
 from collections import Counter
 from collections.abc import Mapping
 
+from elastic.plan.flops import whole_parent
 from elastic.plan.memory import parameter_bytes, rank_parameters
 from elastic.plan.work import FP32_BYTES, KernelSet, LayerWork, MicroBatchWork, distinct
-from elastic.plan.flops import whole_parent
 from elastic.space.pattern import LayerKind
 
 Traffic = Mapping[tuple[str, str], float]  # (group, operation) -> payload bytes of one rank
@@ -54,7 +54,7 @@ def _forward(layer: LayerWork, again: bool = False) -> Traffic:
     found: Counter[tuple[str, str]] = Counter()
     if run.layout.tensor > 1:
         # Recompute needs the layer's output only where the residual gate keeps it.
-        outputs = 0 if again and not run.masked else 1
+        outputs = 0 if again and not run.gates_stream else 1
         if run.layout.sequence:
             found["tp", "all_gather"] += stream
             found["tp", "reduce_scatter"] += outputs * stream

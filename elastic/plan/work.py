@@ -12,6 +12,7 @@ from functools import cache
 
 from elastic.modules.model import Layout
 from elastic.modules.segments import balanced_segments
+from elastic.space.axes import Axis
 from elastic.space.gates import Execution
 from elastic.space.pattern import LayerKind
 from elastic.space.shape import ModelShape
@@ -31,7 +32,8 @@ class KernelSet(StrEnum):
 class MicroBatchWork:
     """One micro-batch on one layout: `batch` sequences of `length_tokens`, whole, before context parallelism.
 
-    `subnet` is what a slice computes; in mask execution the parent is computed whatever the budget.
+    `subnet` is what a slice computes; in mask execution the parent is computed whatever the budget, and the
+    `gated_axes`, those of the space with a choice, multiply it.
     """
 
     parent: ModelShape
@@ -42,6 +44,7 @@ class MicroBatchWork:
     subnet: Subnet
     kernels: KernelSet
     lanes: int = 8
+    gated_axes: frozenset[Axis] = frozenset(Axis)
 
     @property
     def tokens(self) -> int:
@@ -62,6 +65,15 @@ class MicroBatchWork:
     def masked(self) -> bool:
         """Tell whether gate vectors multiply the activations."""
         return self.execution is Execution.MASK
+
+    def gates(self, *axes: Axis) -> bool:
+        """Tell whether a mask multiplies by the gate of one of these axes."""
+        return self.masked and not self.gated_axes.isdisjoint(axes)
+
+    @property
+    def gates_stream(self) -> bool:
+        """Tell whether layer outputs are multiplied, by the hidden gate or the depth gate."""
+        return self.gates(Axis.HIDDEN, Axis.DEPTH)
 
     @property
     def hidden(self) -> int:

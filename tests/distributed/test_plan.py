@@ -1,7 +1,7 @@
 """Plan against reality: a small model's step on gloo processes, every byte and product counted as it happens; and the
 12B's step as one rank of 256 and 512 GPUs, on tensors without memory."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -47,14 +47,15 @@ def micro_batch(layout: Layout, execution: Execution, kernels: KernelSet) -> Mic
     """One micro-batch; sliced, every axis is at its smaller choice."""
     here = space()
     subnet = here.subnet({axis: (1,) * here.num_slots(axis) for axis in here.elastic_axes()})
-    return MicroBatchWork(here.parent, layout, 1, LENGTH, execution, subnet, kernels)
+    gated = frozenset(here.elastic_axes())
+    return MicroBatchWork(here.parent, layout, 1, LENGTH, execution, subnet, kernels, here.lanes, gated)
 
 
 def compared(run: MicroBatchWork, trace: Trace, optim: OptimConfig) -> dict[str, tuple[float, float]]:
     """Plan and trace of every quantity, by name."""
     share = Share("all", 1.0, run)
     plan = PhasePlan(ElasticPhaseConfig(name="p"), (share,), run.layout.pipeline, 1, NUM_CHUNKS, OptimizerSharding())
-    rows = comparison(plan, run, trace, optim.use_distributed_optimizer)
+    rows = comparison(plan, run, trace, run.layout.pipeline, optim.use_distributed_optimizer)
     return {row["what"]: (row["plan"], row["trace"]) for row in rows}
 
 
@@ -75,10 +76,15 @@ def real_steps(layouts: list[tuple[Layout, Execution]]) -> list[dict[str, Any]]:
 ONE = [(Layout(), Execution.MASK), (Layout(recompute=True, dtype=torch.bfloat16), Execution.SLICE)]
 TWO = [
     (Layout(tensor=2, sequence=True, dtype=torch.bfloat16), Execution.MASK),
-    (Layout(tensor=2, recompute=True), Execution.SLICE),
+    (Layout(tensor=2, sequence=True, recompute=True), Execution.SLICE),
     (Layout(pipeline=2), Execution.SLICE),
     (Layout(pipeline=2, recompute=True, dtype=torch.bfloat16), Execution.MASK),
 ]
+
+
+def check_peak(plan: float, seen: float) -> None:
+    """A plan may not promise less than is used. It is coarse for tiny layers; the 12B's is held to 10%."""
+    assert seen / 1.05 <= plan <= 1.4 * seen
 
 
 @pytest.mark.parametrize(("world_size", "layouts"), [(1, ONE), (2, TWO)], ids=["one process", "two processes"])
@@ -91,13 +97,13 @@ def test_memory_of_a_real_step_is_what_the_plan_says(world_size: int, layouts: l
             for what in ("parameters", "gradients", "optimizer", "activations of one micro-batch"):
                 plan, seen = found[what]
                 assert plan == pytest.approx(seen, rel=0.1), f"{what} of stage {trace.stage} with {layout}, {execution}"
-            assert found["peak"][0] == pytest.approx(found["peak"][1], rel=0.25)
+            check_peak(*found["peak"])
 
 
 @pytest.mark.parametrize("execution", list(Execution))
 @pytest.mark.parametrize("recompute", [False, True], ids=["all saved", "recompute"])
 def test_dry_run_of_a_small_model_sees_what_the_plan_says(recompute: bool, execution: Execution) -> None:
-    """Last of two stages of one of 2 x 2 x 2 x 2 ranks; FLOPs and traffic exactly, with the stand-ins for the kernels."""
+    """Last of two stages of one of 2 x 2 x 2 x 2 ranks; FLOPs and traffic as they are."""
     layout = Layout(2, 2, 2, sequence=True, recompute=recompute, dtype=torch.bfloat16)
     run = micro_batch(layout, execution, KernelSet.FUSED)
     optim = OptimConfig(use_distributed_optimizer=True)
@@ -106,8 +112,10 @@ def test_dry_run_of_a_small_model_sees_what_the_plan_says(recompute: bool, execu
     trace = dry_run(run, space(), num_gpus=16, rank=rank, micro_batches=2, distill=distill, optim=optim)
     assert trace.stage == 1 and not torch.distributed.is_initialized()
     for what, (plan, seen) in compared(run, trace, optim).items():
-        limit = 0.25 if what == "peak" else 0.03
-        assert plan == pytest.approx(seen, rel=limit), what
+        if what == "peak":
+            check_peak(plan, seen)
+        else:
+            assert plan == pytest.approx(seen, rel=0.03), what
 
 
 @pytest.mark.slow
@@ -118,6 +126,6 @@ def test_dry_run_of_the_12b_sees_what_the_plan_says(num_gpus: int) -> None:
     config: PlanConfig = values("plan", f"cluster.num_gpus={num_gpus}")
     here = config.space()
     chosen = candidate(config, config.parallel, config.data.micro_batch, budget_samples(config, here))
-    for row in rehearse(replace(config), here, chosen):
+    for row in rehearse(config, here, chosen):
         limit = 0.05 if row["what"] == "FLOPs" else 0.10
         assert row["plan"] == pytest.approx(row["trace"], rel=limit), row

@@ -63,7 +63,9 @@ def small_run(execution: Execution, dtype: torch.dtype) -> tuple[MicroBatchWork,
         sizes = {axis: (here.num_slots(axis), len(here.axes[axis].choices)) for axis in here.elastic_axes()}
         gates = Gates.mask({axis: torch.full(size, 0.5).requires_grad_() for axis, size in sizes.items()})
     layout = Layout(dtype=dtype)
-    return MicroBatchWork(here.parent, layout, BATCH, LENGTH, execution, subnet, KernelSet.TORCH), gates
+    gated = frozenset(here.elastic_axes())
+    work = MicroBatchWork(here.parent, layout, BATCH, LENGTH, execution, subnet, KernelSet.TORCH, here.lanes, gated)
+    return work, gates
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -133,8 +135,10 @@ def test_parameters_of_all_ranks_add_up_to_the_12b() -> None:
         stages = [rank_parameters(parent, layout, stage) for stage in range(pipeline)]
         whole = sum(sum(elements.values()) for elements in stages)
         replicated = sum(
-            count for elements in stages for name, count in elements.items() if name.endswith("norm.weight") and
-            "mixer.norm" not in name
+            count
+            for elements in stages
+            for name, count in elements.items()
+            if name.endswith("norm.weight") and "mixer.norm" not in name
         )
         assert (whole - replicated) * tensor + replicated == shape_cost(parent).params == 12_310_001_152
 
@@ -205,10 +209,13 @@ def test_search_ranks_what_fits_and_says_why_the_rest_is_out() -> None:
     budgets = ", ".join(f"{{name: {name}, ratio: {ratio}}}" for name, ratio in (("12b", 1), ("9b", 0.9), ("6b", 0.8)))
     arguments = ("cluster.num_gpus=64", "cluster.memory_gb=40", "plan.max_micro_batch=1", "elastic.space.depth=null")
     config = values("plan", *arguments, "model.pattern=M-M*-M-M-", f"elastic.budgets=[{budgets}]")
-    found, rejected = search(config, budget_samples(config, config.space()))
-    assert [one.seconds for one in found] == sorted(one.seconds for one in found) and len(found) > 3
-    assert all(one.peak_bytes <= config.cluster.budget_bytes for one in found)
-    reasons = {one.rule: one for one in rejected}
+    found = search(config, budget_samples(config, config.space()))
+    times = [one.seconds for one in found.fitting]
+    assert times == sorted(times) and len(times) > 3
+    assert all(one.peak_bytes <= config.cluster.budget_bytes for one in found.fitting)
+    for number, one in enumerate(found.alone):
+        assert one is not None and one.times[number].total <= found.fitting[0].times[number].total
+    reasons = {one.rule: one for one in found.rejected}
     assert "memory" in reasons and "GB of" in reasons["memory"].reason
     assert layout_name(ParallelConfig(tensor=2, recompute="full"), 4) == "TP2 mb4 recompute"
 
