@@ -73,10 +73,10 @@ def comparison(
     }
     sent: Counter[tuple[str, str]] = Counter()
     for key, payload in micro_batch_traffic(run, stage).items():
-        sent[key] += count * payload  # type: ignore[assignment]
+        sent[key] += count * payload
     for key, payload in step_traffic(run, stage, distributed_optimizer).items():
         if key != ("dp", "all_gather"):
-            sent[key] += payload  # type: ignore[assignment]
+            sent[key] += payload
     for key in sorted({*sent, *trace.traffic}):
         planned[" ".join(key)], traced[" ".join(key)] = sent[key], trace.traffic.get(key, 0)
     return [

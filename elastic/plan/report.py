@@ -1,6 +1,6 @@
 """What a plan says, as plain values and as tables. GB are 10^9 bytes, FLOPs count a multiply and an add as two."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -67,14 +67,14 @@ def traffic_values(plan: PhasePlan, distributed_optimizer: bool) -> dict[str, fl
     ranks = {"tp": plan.layout.tensor, "cp": plan.layout.context, "pp": 2}
     stages = []
     for stage in range(plan.layout.pipeline):
-        sent: Counter[str] = Counter()
+        sent: defaultdict[str, float] = defaultdict(float)
         for share in plan.shares:
             for (group, operation), payload in micro_batch_traffic(share.run, stage).items():
                 moved = moved_bytes(operation, payload, ranks[group]) * share.weight * plan.micro_batches
-                sent[f"{group} {operation}"] += moved  # type: ignore[assignment]
+                sent[f"{group} {operation}"] += moved
         for (group, operation), payload in step_traffic(plan.shares[0].run, stage, distributed_optimizer).items():
             moved = moved_bytes(operation, payload, plan.replicas * plan.layout.context)
-            sent[f"{group} {operation}"] += moved  # type: ignore[assignment]
+            sent[f"{group} {operation}"] += moved
         stages.append(dict(sent))
     return max(stages, key=lambda sent: sum(sent.values()))
 
@@ -82,7 +82,7 @@ def traffic_values(plan: PhasePlan, distributed_optimizer: bool) -> dict[str, fl
 def _bill(config: PlanConfig, seconds: float, seconds_at_mfu: float) -> dict[str, float]:
     """Return days, GPU-hours and price, as estimated and at the stated utilisation."""
     gpus, price = config.cluster.num_gpus, config.cluster.price_per_gpu_hour
-    bill = {}
+    bill: dict[str, float] = {}
     for suffix, amount in (("", seconds), ("_at_mfu", seconds_at_mfu)):
         hours = amount / 3600 * gpus
         bill |= {
@@ -103,7 +103,7 @@ def memory_table(values: dict[str, Any]) -> Table:
         "Adam",
         "teacher",
         "its states",
-        "activations",
+        "saved",
         "layer",
         "logits",
         "peak",
@@ -121,7 +121,7 @@ def work_table(values: dict[str, Any]) -> Table:
     headings = (
         "",
         "runs",
-        "micro-batches",
+        "batches",
         "PFLOP",
         "TP GB",
         "CP GB",
@@ -163,14 +163,12 @@ def time_table(names_and_times: Sequence[tuple[str, StepTime]]) -> Table:
 def ranking_table(found: Sequence[Candidate], config: PlanConfig) -> Table:
     """Render the best layouts: days of the whole curriculum, peak, and where the time goes."""
     headings = ("layout", "days", "peak GB", "spare", "products", "memory", "TP", "CP", "DP", "bubble")
-    table = _table(
-        f"fastest of {len(found)} layouts that fit {config.cluster.num_gpus} x {config.cluster.gpu}", headings
-    )
+    table = _table(f"fastest of {len(found)} layouts that fit on {config.cluster.num_gpus} GPUs", headings)
     for one in found[: config.plan.top]:
-        seconds: Counter[str] = Counter()
+        seconds: defaultdict[str, float] = defaultdict(float)
         for plan, time in zip(one.plans, one.times, strict=True):
             for name, amount in asdict(time).items():
-                seconds[name] += amount * plan.phase.num_steps  # type: ignore[assignment]
+                seconds[name] += amount * plan.phase.num_steps
         shares = (f"{seconds[n] / one.seconds:.0%}" for n in ("products", "elementwise", "tensor", "context", "data"))
         table.add_row(
             one.name,

@@ -1,4 +1,4 @@
-"""The verb plan: memory, FLOPs, traffic, time and price of a run's layout, the layouts it could have, and a rehearsal."""
+"""The verb plan: memory, FLOPs, traffic, time and price of a run, other layouts, a rehearsal."""
 
 from dataclasses import asdict
 from pathlib import Path

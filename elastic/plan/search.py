@@ -116,7 +116,7 @@ def _rule(problem: Problem) -> str:
 
 
 def layouts(config: PlanConfig) -> Iterator[tuple[ParallelConfig, int]]:
-    """List layouts by powers of two whose replicas fill the cluster; sequence parallelism wherever there is tensor's."""
+    """List layouts by powers of two whose replicas fill the cluster; always with sequence parallelism."""
     cluster = config.cluster
     depth = len(config.parent_shape().pattern)
     for tensor in _powers(min(8, cluster.gpus_per_node)):
@@ -131,7 +131,7 @@ def layouts(config: PlanConfig) -> Iterator[tuple[ParallelConfig, int]]:
                             pipeline=pipeline,
                             context=context,
                             sequence=tensor > 1,
-                            recompute=recompute,  # type: ignore[arg-type]
+                            recompute=recompute,
                         )
                         yield parallel, micro_batch
 

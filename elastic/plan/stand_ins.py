@@ -69,7 +69,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         _, x, dt, _, a, b, c, d = ctx.saved_tensors
-        tokens, heads, channels, groups, state = _padded(dt), *x.shape[2:], *b.shape[2:]
+        tokens, (heads, channels), (groups, state) = _padded(dt), x.shape[2:], b.shape[2:]
         chunks = tokens // FUSED_CHUNK_TOKENS
         workspace = [
             dt.new_empty(2, chunks, heads, channels, state),

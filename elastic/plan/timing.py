@@ -1,7 +1,7 @@
 """How long a step takes on a cluster: a model of assumed efficiencies, good for ranking layouts, not measured.
 
 Nothing is assumed to overlap: products, elementwise work over GPU memory, tensor-, context- and data-parallel traffic
-follow each other on a rank; pipeline stages work at the pace of the slowest (1F1B: (m + p - 1) turns for m micro-batches).
+follow each other on a rank; stages work at the pace of the slowest (1F1B: m + p - 1 turns for m micro-batches).
 """
 
 from dataclasses import dataclass, fields

@@ -12,7 +12,7 @@ from elastic.plan.memory import parameter_bytes, rank_parameters
 from elastic.plan.work import FP32_BYTES, KernelSet, LayerWork, MicroBatchWork, distinct
 from elastic.space.pattern import LayerKind
 
-Traffic = Mapping[tuple[str, str], float]  # (group, operation) -> payload bytes of one rank
+Traffic = Mapping[tuple[str, str], int]  # (group, operation) -> payload bytes of one rank
 
 
 def moved_bytes(operation: str, payload: float, ranks: int) -> float:
