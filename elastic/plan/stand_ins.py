@@ -32,6 +32,16 @@ class StandInStateSpace:
         """Keep out, x, dt, dA_cumsum, a, b, c, d."""
         return _Scan.apply(x, dt, a.float(), b, c, d.float())
 
+    def continued_conv(self, x: Tensor, weight: Tensor, bias: Tensor, before: Tensor) -> Tensor:
+        """Refuse: a rehearsal of training decodes nothing."""
+        raise AssertionError("decoding is not rehearsed")
+
+    def continued_scan(
+        self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor
+    ) -> Tensor:
+        """Refuse: a rehearsal of training decodes nothing."""
+        raise AssertionError("decoding is not rehearsed")
+
 
 class StandInAttention(MegatronModule):
     """What Transformer Engine's causal attention leaves behind, its ring over the context ranks included."""
