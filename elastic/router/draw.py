@@ -22,6 +22,10 @@ NUM_COST_DRAWS = 16  # ours; with 8, about one toy run in forty misses a budget 
 COST_STREAM = -1  # where a micro-batch's number stands in the noise streams of the gates
 
 
+class RouterError(ValueError):
+    """A router that no choice can be read from."""
+
+
 class Mode(StrEnum):
     """What masks are made of while the router trains."""
 
@@ -125,7 +129,8 @@ class GateSource:
         if execution is Execution.SLICE:
             return Gates.slice(decide(self.router, self.space, budget), budget)
         with torch.no_grad():
-            return Gates.mask({axis: _one_hot(values[budget]) for axis, values in self.router().items()}, budget)
+            logits = _decided(self.router, budget)
+            return Gates.mask({axis: _one_hot(values) for axis, values in logits.items()}, budget)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -147,6 +152,20 @@ def _one_hot(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decide(router: Router, space: Space, budget: int) -> Subnet:
-    """Return the subnet a router chooses for a budget: argmax, no noise, ties to the wider choice."""
-    chosen = {axis: tuple(values[budget].argmax(dim=-1).tolist()) for axis, values in router().items()}
-    return space.subnet(chosen)
+    """Return the subnet a router chooses for a budget: argmax, no noise, ties to the wider choice.
+
+    Raises RouterError for logits that are NaN or Inf, whose argmax would be a subnet like any other.
+    """
+    return space.subnet({axis: tuple(values.argmax(-1).tolist()) for axis, values in _decided(router, budget).items()})
+
+
+def _decided(router: Router, budget: int) -> dict[Axis, Tensor]:
+    """Return the logits [slots, K] of one budget; raises RouterError unless all are finite."""
+    logits = {axis: values[budget] for axis, values in router().items()}
+    wrong = [axis.value for axis, values in logits.items() if not bool(values.isfinite().all())]
+    if wrong:
+        raise RouterError(
+            f"router: its logits for budget {budget} (counted from 0) are NaN or Inf on {', '.join(wrong)}, so it "
+            "chooses nothing; its weights are damaged: take an earlier checkpoint"
+        )
+    return logits

@@ -20,6 +20,7 @@ from elastic.train.config_sections import (
     ComputeConfig,
     DataConfig,
     DataFolder,
+    DebugConfig,
     ExpManagerConfig,
     ImportanceSection,
     ModelConfig,
@@ -59,6 +60,7 @@ class TrainConfig(RunConfig):
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     exp_manager: TrainExpManagerConfig = field(default_factory=TrainExpManagerConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
 
     def parent_shape(self) -> ModelShape:
         """Return the parent's shape; raises ValueError while model.vocab is null."""

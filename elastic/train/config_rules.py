@@ -51,6 +51,7 @@ RULES = (
     Rule(ImportanceConfig, ("importance", "parallel"), layout_rules.check_importance),
     Rule(TRAINING, ("optim",), layout_rules.check_optimizer),
     Rule(TRAINING, ("exp_manager", "trainer"), layout_rules.check_exp_manager),
+    Rule(TRAINING, ("trainer",), layout_rules.check_timeouts),
     Rule(TRAINING, ("curriculum", "parallel"), elastic_rules.check_phases),
     Rule(TRAINING, ("curriculum", "data", "parallel"), elastic_rules.check_phase_batches),
     Rule(ElasticConfig, ("curriculum", "elastic", "data", "parallel"), elastic_rules.check_draws),

@@ -215,3 +215,12 @@ def check_exp_manager(config: TrainConfig, cluster: Cluster) -> Iterator[Problem
     if milestone is not None:
         path = "exp_manager.keep_milestones_every_n_steps"
         yield from multiple_problem(path, milestone, every, "trainer.checkpoint_every_n_steps")
+
+
+def check_timeouts(config: TrainConfig, cluster: Cluster) -> Iterator[Problem]:
+    """The watchdog speaks first: a collective that times out ends the process without saying which rank stopped."""
+    trainer = config.trainer
+    if trainer.watchdog_timeout_s >= trainer.collective_timeout_s:
+        rule = f"must be below trainer.collective_timeout_s = {trainer.collective_timeout_s:g}"
+        remedy = f"two thirds of it, {trainer.collective_timeout_s * 2 / 3:g}, leaves time for the report"
+        yield Problem("trainer.watchdog_timeout_s", trainer.watchdog_timeout_s, rule, remedy)

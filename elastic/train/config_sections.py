@@ -120,21 +120,41 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """How numbers are computed, for every verb. `num_threads` null leaves PyTorch's choice."""
+    """How numbers are computed, for every verb. `num_threads` null leaves PyTorch's choice.
+
+    `collective_timeout_s` is how long a rank waits for another before the run ends in an error.
+    """
 
     precision: Literal["fp32", "bf16"] = "fp32"
     num_threads: Count | None = None
     deterministic: bool = True
+    collective_timeout_s: Positive = 900.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig(ComputeConfig):
-    """Length and rhythm of a training run, in optimizer steps. `max_steps` null runs the whole curriculum."""
+    """Length and rhythm of a training run, in optimizer steps. `max_steps` null runs the whole curriculum.
+
+    A step with a loss or gradient that is not finite is skipped; `max_skipped_in_a_row` of them end the run.
+    `loss_spike_deviations` (null: never) is how far above its recent median, in robust standard deviations, a budget's
+    loss is reported. `watchdog_timeout_s` is how long a rank may do one thing before it says where it stands and ends.
+    """
 
     max_steps: Count | None = None
     log_every_n_steps: Count = 10
     val_check_interval: Count = 100
     checkpoint_every_n_steps: Count = 100
+    max_skipped_in_a_row: Count = 5
+    loss_spike_deviations: Positive | None = 8.0
+    watchdog_timeout_s: Positive = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DebugConfig:
+    """Checks that cost time. `sanity` compares every copy of weights, router and gates around every nth step."""
+
+    sanity: bool = False
+    sanity_every_n_steps: Count = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,16 +4,22 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from elastic.router.phases import Place
 from elastic.space.cost import subnet_cost
 from elastic.train.chosen import chosen_subnets
 from elastic.train.metrics import LossMeter, MeanLoss
+from elastic.train.nonfinite import NONFINITE_FOLDER, readable
+from elastic.train.spikes import LossSpikes
 from elastic.train.trainer import StepResult, Trainer
+
+EVENTS_FILE = "events.jsonl"
 
 
 class ScalarWriter(Protocol):
@@ -51,6 +57,7 @@ class RunLog:
     def __init__(self, folder: Path | None, *, tensorboard: bool, extra: tuple[ScalarWriter, ...] = ()) -> None:
         self._writers: list[ScalarWriter] = list(extra)
         self._rows = None
+        self._events = None if folder is None else folder / EVENTS_FILE
         if folder is None:
             return
         self._rows = (folder / "metrics.jsonl").open("a", buffering=1)
@@ -60,14 +67,21 @@ class RunLog:
             self._writers.append(SummaryWriter(str(folder / "tensorboard")))
 
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
-        """Write one row: all values to metrics.jsonl, finite numbers to the scalar writers."""
+        """Write one row: all values to metrics.jsonl (NaN and Inf as text), finite numbers to the scalar writers."""
         if self._rows is None:
             return
-        self._rows.write(json.dumps({"step": step, **values}) + "\n")
+        row = {name: value if isinstance(value, str) else readable(value) for name, value in values.items()}
+        self._rows.write(json.dumps({"step": step, **row}) + "\n")
         for tag, value in values.items():
             if not isinstance(value, str) and math.isfinite(value):
                 for writer in self._writers:
                     writer.add_scalar(tag, value, step)
+
+    def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append something out of the ordinary to events.jsonl."""
+        if self._events is not None:
+            with self._events.open("a") as file:
+                file.write(json.dumps({"event": kind, "step": step, **values}) + "\n")
 
     def close(self) -> None:
         """Flush and close all files."""
@@ -80,8 +94,15 @@ class RunLog:
 class LogSteps:
     """Reduces the losses every n steps, writes them and shows them: loss per budget, cost ratio, tokens/s, ETA."""
 
-    def __init__(self, log: RunLog, budget_names: tuple[str, ...], every_steps: int, console: Console) -> None:
-        self.log, self.names, self.every_steps = log, budget_names, every_steps
+    def __init__(
+        self,
+        log: RunLog,
+        budget_names: tuple[str, ...],
+        every_steps: int,
+        console: Console,
+        spikes: LossSpikes | None = None,
+    ) -> None:
+        self.log, self.names, self.every_steps, self.spikes = log, budget_names, every_steps, spikes
         columns = (
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
@@ -93,6 +114,7 @@ class LogSteps:
         self._task: TaskID | None = None
         self._meter: LossMeter | None = None
         self._tokens, self._since = 0, time.perf_counter()
+        self._places: list[Place] = []  # of the steps since the last log point
 
     def on_start(self, trainer: Trainer) -> None:
         """Open the progress bar on rank 0."""
@@ -107,7 +129,11 @@ class LogSteps:
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Add the step; on log points reduce (all ranks) and write (rank 0)."""
         assert self._meter is not None
-        self._meter.add(result.losses)
+        if result.skipped:  # its losses would make the whole interval NaN
+            self._say(trainer, "skipped_step", f"skipped step {trainer.step}: NaN or Inf, see {NONFINITE_FOLDER}/", {})
+        else:
+            self._meter.add(result.losses)
+        self._places.append(result.place)
         self._tokens += result.num_tokens
         if trainer.step % self.every_steps and trainer.step != trainer.total_steps:
             return
@@ -120,7 +146,9 @@ class LogSteps:
             "grad_norm": result.grad_norm,
             "learning_rate": result.learning_rate,
             "tokens_per_s": tokens_per_s,
+            "skipped_steps": trainer.skipped.count,
         }
+        self._report_spikes(trainer, means)
         row |= self._loss_values(means) | self._router_values(trainer, result)
         self.log.write(trainer.step, row)
         if self._task is not None:
@@ -136,6 +164,27 @@ class LogSteps:
         if self._task is not None:
             self.progress.stop()
         self.log.close()
+
+    def _report_spikes(self, trainer: Trainer, means: list[MeanLoss]) -> None:
+        """Warn of losses that stand out, with the samples they were measured on."""
+        places, self._places = self._places, []
+        if self.spikes is None:
+            return
+        last = places[-1]
+        first = next(place for place in places if place.phase_index == last.phase_index)
+        samples = [first.consumed_samples, last.consumed_samples + last.phase.global_batch - 1]
+        for name, mean in zip(self.names, means, strict=True):
+            loss = mean.cross_entropy if mean.kl is None else mean.kl
+            spike = None if loss is None else self.spikes.judge(name, loss, last.phase_index)
+            if spike is not None:
+                values = {"phase": last.phase.name, "first_step": first.step + 1, "samples": samples, **asdict(spike)}
+                text = f"{spike}; steps {first.step + 1} to {trainer.step}, samples {samples[0]} to {samples[1]}"
+                self._say(trainer, "loss_spike", text, values)
+
+    def _say(self, trainer: Trainer, kind: str, text: str, values: Mapping[str, Any]) -> None:
+        self.log.event(kind, trainer.step, values)
+        if trainer.world.is_main:
+            self.progress.console.print(f"[yellow]{text}")
 
     def _loss_values(self, means: list[MeanLoss]) -> dict[str, float]:
         values = {}

@@ -1,9 +1,12 @@
 """Optimizers: Megatron-Core's Adam for the model, torch's AdamW for the router."""
 
+import math
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from torch import nn
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from elastic.modules.model import ElasticModel
@@ -25,7 +28,7 @@ def wrap_for_training(model: ElasticModel, optim: OptimConfig) -> DistributedDat
     )
 
 
-def build_optimizer(wrapped: DistributedDataParallel, optim: OptimConfig, world: World) -> MegatronOptimizer:
+def build_optimizer(wrapped: DistributedDataParallel, optim: OptimConfig, world: World) -> ChainedOptimizer:
     """Build the model's optimizer; apex or Transformer Engine provide the fused Adam on a GPU, torch elsewhere."""
     half = world.layout.dtype is torch.bfloat16
     config = OptimizerConfig(
@@ -42,6 +45,7 @@ def build_optimizer(wrapped: DistributedDataParallel, optim: OptimConfig, world:
         log_num_zeros_in_grad=False,
     )
     optimizer = get_megatron_optimizer(config, [wrapped])
+    assert isinstance(optimizer, ChainedOptimizer)
     for group in optimizer.param_groups:
         # Norms, biases, A_log, D and dt_bias are not decayed; Megatron-Core leaves this to its own scheduler.
         group["weight_decay"] *= group["wd_mult"]
@@ -67,3 +71,31 @@ def set_learning_rate(optimizer: Optimizer | MegatronOptimizer, learning_rate: f
     """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+
+
+def gradient_norm(optimizer: ChainedOptimizer) -> Tensor | float:
+    """Return the norm of all gradients, equal on all ranks of a replica; the first half of the optimizer's step()."""
+    optimizer.prepare_grads()
+    norm: Tensor | float = optimizer.get_grad_norm()
+    return norm
+
+
+def largest_gradients(wrapped: DistributedDataParallel) -> list[Tensor]:
+    """Return the largest absolute gradient of each buffer on this rank, NaN if one is NaN; reads them all once.
+
+    The norm counts a weight that several ranks hold only once, so it cannot speak for the gradients of the copies.
+    """
+    return [torch.linalg.vector_norm(buffer.grad_data, ord=math.inf) for buffer in wrapped.buffers]
+
+
+def apply_gradients(optimizer: ChainedOptimizer, norm: Tensor | float) -> None:
+    """Clip by `norm` and update the weights; the second half of the optimizer's step().
+
+    In two halves so that nothing is touched before it is known that every number is finite: Megatron-Core looks for
+    NaN and Inf only where it scales fp16 losses. `tests/distributed/test_nonfinite.py` compares the halves with step().
+    """
+    for part in optimizer.chained_optimizers:
+        parameters = [] if part.is_stub_optimizer else part.get_parameters()
+        if parameters and part.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
+    optimizer.step_with_ready_grads()

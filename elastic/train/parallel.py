@@ -1,6 +1,7 @@
 """Start and stop the process groups of one run."""
 
 import datetime
+import faulthandler
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from elastic.modules.model import Layout
 from elastic.train.config_sections import ComputeConfig, ParallelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LEAVE_TIME_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,12 @@ def model_layout(parallel: ParallelConfig, compute: ComputeConfig) -> Layout:
 
 
 @contextmanager
-def world(layout: Layout, timeout_s: float = 600.0) -> Iterator[World]:
+def world(layout: Layout, timeout_s: float = 900.0) -> Iterator[World]:
     """Initialise torch.distributed and Megatron-Core's groups from torchrun's environment; alone without it.
 
-    Processes that torch.distributed connects already are used as they are, and stay connected afterwards.
+    No exchange between ranks waits longer than `timeout_s` for one of them, and after an error the process ends at the
+    latest LEAVE_TIME_S later. Processes that torch.distributed connects already are used as they are, and stay
+    connected afterwards.
     """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
@@ -93,19 +97,26 @@ def world(layout: Layout, timeout_s: float = 600.0) -> Iterator[World]:
             "nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=timeout_s), **alone
         )
     try:
-        yield join_world(layout, device)
+        yield join_world(layout, device, timeout_s)
+    except BaseException:
+        if not connected:
+            # Leaving a group whose other ranks hang can hang too; this clock needs no Python thread to run.
+            faulthandler.dump_traceback_later(LEAVE_TIME_S, exit=True)
+        raise
     finally:
         parallel_state.destroy_model_parallel()
         if not connected:
             torch.distributed.destroy_process_group()
+            faulthandler.cancel_dump_traceback_later()
 
 
-def join_world(layout: Layout, device: torch.device) -> World:
+def join_world(layout: Layout, device: torch.device, timeout_s: float = 900.0) -> World:
     """Build Megatron-Core's groups for `layout` over the processes that torch.distributed already connects."""
     use_cpu_backend()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
+        distributed_timeout_minutes=timeout_s / 60.0,  # goes into a timedelta: fractions are fine
     )
     return World(layout, ProcessGroupCollection.use_mpu_process_groups(), device)

@@ -36,6 +36,7 @@ RULES: tuple[tuple[str, May, str], ...] = (
     ("optim.*", May.BE_ACCEPTED, "the optimizer goes on otherwise with the moments it has gathered"),
     ("trainer.precision", May.NOT_CHANGE, "weights and optimizer state are stored in this number format"),
     ("trainer.*", May.CHANGE, "length and rhythm of this attempt"),
+    ("debug.*", May.CHANGE, "it looks, and changes nothing"),
     ("parallel.*", May.CHANGE, "a checkpoint loads at every layout"),
     ("exp_manager.*", May.CHANGE, "where the run writes"),
 )

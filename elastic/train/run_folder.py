@@ -86,7 +86,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def is_unfinished(folder: Path) -> bool:
     """Tell whether a run was stopped before its first checkpoint: logs, config and an unfinished checkpoint only."""
-    expected = (CONFIG_FILE, "metrics.jsonl", "tensorboard", "checkpoints")
+    expected = (CONFIG_FILE, "metrics.jsonl", "events.jsonl", "tensorboard", "checkpoints", "nonfinite", "watchdog")
     return not list_checkpoints(folder) and all(path.name in expected for path in folder.iterdir())
 
 

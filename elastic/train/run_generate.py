@@ -61,7 +61,7 @@ def run_generate(config: GenerateConfig, console: Console) -> Path:
     prompts = list(config.prompts)
     if config.prompt_file is not None:
         prompts.append(_read(Path(config.prompt_file)))
-    with world(model_layout(config.parallel, config.trainer)) as here:
+    with world(model_layout(config.parallel, config.trainer), config.trainer.collective_timeout_s) as here:
         folder, _ = open_run_folder(config.exp_manager, asdict(config), here)
         served = open_served(config, here, console)
         limits, rows = Limits(config.max_new_tokens, served.eos_ids), []

@@ -40,7 +40,7 @@ def run_importance(config: ImportanceConfig, console: Console) -> Path:
     Raises PermutationError, and writes no checkpoint, if the logits of the permuted parent moved.
     """
     stream = TokenStream(Path(config.data.path) / "train")
-    with world(model_layout(config.parallel, config.trainer)) as here:
+    with world(model_layout(config.parallel, config.trainer), config.trainer.collective_timeout_s) as here:
         full = config.init_from.verify == "full"
         start = resolve_checkpoint(config.init_from.parent, full=full, world=here, say=console.print)
         record = Record.read(start)

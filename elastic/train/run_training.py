@@ -19,6 +19,7 @@ from elastic.train.config_load import config_dict
 from elastic.train.data import PackedSequences, TokenStream
 from elastic.train.logging import LogSteps, RunLog, ScalarWriter, WandbWriter
 from elastic.train.manifest import Manifest
+from elastic.train.nonfinite import SkippedSteps
 from elastic.train.optimizer import build_optimizer, build_router_optimizer, wrap_for_training
 from elastic.train.parallel import World, model_layout, world
 from elastic.train.phase_data import PhaseData
@@ -26,9 +27,12 @@ from elastic.train.pipeline import PipelineRunner
 from elastic.train.record import Family, Record, check_same_shape
 from elastic.train.resume import RunStart, load_run_state, open_training_run
 from elastic.train.run_folder import FINISHED_FILE, write_finished
+from elastic.train.sanity import Sanity
 from elastic.train.save_checkpoints import SaveCheckpoints
 from elastic.train.signals import StopOnSignal
+from elastic.train.spikes import LossSpikes
 from elastic.train.trainer import Callback, Trainer
+from elastic.train.watchdog import Watchdog
 
 
 def run_pretrain(config: PretrainConfig, console: Console) -> Path:
@@ -38,7 +42,7 @@ def run_pretrain(config: PretrainConfig, console: Console) -> Path:
     space = Space(config.parent_shape(), {}, lanes=1)
     record = Record("parent", space.parent, data=config.data.path)
     with (
-        world(model_layout(config.parallel, config.trainer)) as here,
+        world(model_layout(config.parallel, config.trainer), config.trainer.collective_timeout_s) as here,
         open_training_run(config, _manifest(stream), record, here, console.print) as opened,
     ):
         model = build_model(space, here.layout, seed=config.seed, init_std=config.model.init_std)
@@ -54,7 +58,7 @@ def run_elastic(config: ElasticConfig, console: Console, callbacks: Sequence[Cal
     """
     stream = TokenStream(Path(config.data.path) / "train")
     config = with_vocab(config, stream.vocab_size)
-    with world(model_layout(config.parallel, config.trainer)) as here:
+    with world(model_layout(config.parallel, config.trainer), config.trainer.collective_timeout_s) as here:
         full = config.init_from.verify == "full"
         start = resolve_checkpoint(config.init_from.permuted_parent, full=full, world=here, say=console.print)
         parent = Record.read(start)
@@ -123,6 +127,9 @@ def _trainer(
     gates: GateSource | None = None,
 ) -> Trainer:
     wrapped = wrap_for_training(student, config.optim)
+    router = None if gates is None else gates.router
+    router_optimizer = None if router is None else build_router_optimizer(router, config.optim)
+    every = config.debug.sanity_every_n_steps
     trainer = Trainer(
         world=here,
         runner=PipelineRunner(here, wrapped, loss, teacher),
@@ -136,8 +143,10 @@ def _trainer(
         config=config_dict(config),
         origin=opened.origin,
         total_steps=min(curriculum.total_steps, config.trainer.max_steps or curriculum.total_steps),
+        skipped=SkippedSteps(opened.folder, config.trainer.max_skipped_in_a_row),
         gates=gates,
-        router_optimizer=None if gates is None else build_router_optimizer(gates.router, config.optim),
+        router_optimizer=router_optimizer,
+        sanity=Sanity(student, router, router_optimizer, here, config.seed, every) if config.debug.sanity else None,
     )
     if opened.checkpoint is not None:
         trainer.step = load_run_state(opened.checkpoint, trainer.trainable(), record)
@@ -179,11 +188,12 @@ def _fit(
             log=log,
             console=console,
         ),
-        LogSteps(log, budget_names or ("parent",), config.trainer.log_every_n_steps, console),
+        LogSteps(log, budget_names or ("parent",), config.trainer.log_every_n_steps, console, _spikes(config)),
         *trainer.callbacks,
         StopOnSignal(),  # last: its handlers stay until the final checkpoint is written
     ]
-    trainer.fit()
+    with Watchdog(trainer.progress, folder, config.trainer.watchdog_timeout_s):
+        trainer.fit()
     if trainer.world.is_main:
         if trainer.step >= trainer.total_steps:
             whole = trainer.curriculum.total_steps
@@ -192,3 +202,8 @@ def _fit(
         else:
             console.print(f"stopped by {trainer.stop_reason} after step {trainer.step}; run the same command to go on")
     return folder
+
+
+def _spikes(config: TrainConfig) -> LossSpikes | None:
+    threshold = config.trainer.loss_spike_deviations
+    return None if threshold is None else LossSpikes(threshold)

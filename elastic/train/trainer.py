@@ -7,23 +7,30 @@ from typing import Any, Protocol
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer
+from torch import Tensor
 from torch.optim import Optimizer
 
-from elastic.router.draw import GateSource
+from elastic.router.draw import Draw, GateSource
 from elastic.router.phases import Curriculum, Place
 from elastic.train.checkpoint import Trainable, TrainingState
 from elastic.train.gate_gradients import sum_gate_gradients, sum_router_gradients
-from elastic.train.optimizer import set_learning_rate
+from elastic.train.nonfinite import SkippedSteps, StepParts, judge
+from elastic.train.optimizer import apply_gradients, gradient_norm, largest_gradients, set_learning_rate
 from elastic.train.parallel import World
 from elastic.train.phase_data import PhaseData
 from elastic.train.pipeline import MicroBatchLoss, PipelineRunner
 from elastic.train.record import Record
+from elastic.train.sanity import Sanity
+from elastic.train.watchdog import Progress
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step leaves for the callbacks. Losses are sums of this rank's tokens (last stage only)."""
+    """What one step leaves for the callbacks. Losses are sums of this rank's tokens (last stage only).
+
+    `skipped`: something was not finite, so neither weights nor router took the step, on any rank.
+    """
 
     step: int
     place: Place
@@ -50,13 +57,14 @@ class Callback(Protocol):
 class Trainer:
     """One training run, parent or elastic (then `gates` and `router_optimizer` are there).
 
-    `carried_from` is the checkpoint whose export settings and tokenizer go into this run's checkpoints.
+    `carried_from` is the checkpoint whose export settings and tokenizer go into this run's checkpoints. `progress`
+    is where this rank stands, for its watchdog.
     """
 
     world: World
     runner: PipelineRunner
     wrapped: DistributedDataParallel
-    optimizer: MegatronOptimizer
+    optimizer: ChainedOptimizer
     data: PhaseData
     curriculum: Curriculum
     record: Record
@@ -65,9 +73,12 @@ class Trainer:
     config: dict[str, Any]
     origin: Mapping[str, Any]
     total_steps: int
+    skipped: SkippedSteps
     gates: GateSource | None = None
     router_optimizer: Optimizer | None = None
     carried_from: Path | None = None
+    sanity: Sanity | None = None
+    progress: Progress = field(default_factory=Progress)
     callbacks: list[Callback] = field(default_factory=list)
     step: int = 0
     stop_reason: str | None = None
@@ -75,62 +86,87 @@ class Trainer:
     def fit(self) -> None:
         """Train from `step` to `total_steps`, or until a callback sets `stop_reason`."""
         for callback in self.callbacks:
+            self._entering(callback, "on_start")
             callback.on_start(self)
         while self.step < self.total_steps and self.stop_reason is None:
             result = self.train_step()
             self.step += 1
             for callback in self.callbacks:
+                self._entering(callback, "after_step")
                 callback.after_step(self, result)
         for callback in self.callbacks:
+            self._entering(callback, "on_end")
             callback.on_end(self)
 
     def train_step(self) -> StepResult:
-        """Run one optimizer step over the global batch."""
-        place = self.curriculum.at(self.step)
+        """Run one optimizer step over the global batch; raises NonFiniteError after too many bad ones in a row."""
+        place, number = self.curriculum.at(self.step), self.step + 1
+        self.progress.enter(number, "data and gates")
         batches = self.data.micro_batches(place)
         # 1. A budget for every micro-batch, and the router's gates for it.
         replica, replicas = self.world.data_rank, self.world.data_size
         draw = None if self.gates is None else self.gates.draw(place, len(batches), replica, replicas)
         choices = [None] * len(batches) if draw is None else draw.gates
         work = [self.runner.micro_batch(batch, gates) for batch, gates in zip(batches, choices, strict=True)]
+        if self.sanity is not None:
+            self.sanity.before_step(place, batches, choices)
         # 2. The teacher's hidden states, then the student forward and backward under its gates.
+        self.progress.enter(number, "teacher")
         work = self.runner.with_teacher(work)
+        self.progress.enter(number, "forward and backward")
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         losses = self.runner.forward_backward(work)
         # 3. Through the gates to the router, outside the sharded graph.
-        router_lr, budget_losses = None, None
-        if self.gates is not None and draw is not None:
-            budget_losses = draw.budget_losses
-            router_lr = self._router_step(place, draw)
-        # 4. Weights.
-        set_learning_rate(self.optimizer, place.learning_rate)
-        updated, grad_norm, _ = self.optimizer.step()
+        self.progress.enter(number, "optimizer")
+        trains_router = draw is not None and not place.phase.router_frozen
+        if draw is not None and trains_router:
+            self._router_gradients(place, draw)
+        # 4. One decision for all ranks, then weights and router take the step, or neither does.
+        grad_norm = gradient_norm(self.optimizer)
+        router = self.gates.router if self.gates is not None and trains_router else None
+        finite = judge(losses, [grad_norm, *largest_gradients(self.wrapped)], router, self.world)
+        if finite:
+            self._update(place, grad_norm, trains_router)
+        else:
+            names = () if self.gates is None else [budget.name for budget in self.gates.budgets]
+            parts = StepParts(number, batches, draw, losses, float(grad_norm), self.runner.student_model, names)
+            self.skipped.step_skipped(finite, parts, self.world)
+        if self.sanity is not None:
+            self.sanity.after_step(place)
         return StepResult(
             step=self.step,
             place=place,
             losses=losses,
             num_tokens=place.phase.tokens_per_step,
-            grad_norm=float(grad_norm or 0.0),
-            skipped=not updated,
+            grad_norm=float(grad_norm),
+            skipped=not finite,
             learning_rate=place.learning_rate,
-            router_learning_rate=router_lr,
-            budget_losses=budget_losses,
+            router_learning_rate=place.router_learning_rate if trains_router else None,
+            budget_losses=None if draw is None else draw.budget_losses,
         )
 
-    def _router_step(self, place: Place, draw: Any) -> float | None:
-        """Push the gates' gradients through the router once and step it; nothing happens while it is frozen."""
-        if place.phase.router_frozen:
-            return None
+    def _router_gradients(self, place: Place, draw: Draw) -> None:
+        """Push the gates' gradients through the router once, and sum what came out over replicas."""
         assert self.gates is not None and self.router_optimizer is not None
         # The task loss is a mean over the tokens of the global batch; gate gradients are sums over one replica.
         flat = sum_gate_gradients(draw.flat_gradients(), draw.entries(), self.world) / place.phase.tokens_per_step
         self.router_optimizer.zero_grad(set_to_none=False)
         draw.push(flat, router_loss_scale=1.0 / self.world.data_size)
         sum_router_gradients(self.gates.router.parameters(), self.world)
-        set_learning_rate(self.router_optimizer, place.router_learning_rate)
-        self.router_optimizer.step()
-        return place.router_learning_rate
+
+    def _update(self, place: Place, grad_norm: Tensor | float, trains_router: bool) -> None:
+        """Step the weights, and the router where it trains."""
+        self.skipped.step_taken()
+        set_learning_rate(self.optimizer, place.learning_rate)
+        apply_gradients(self.optimizer, grad_norm)
+        if trains_router:
+            assert self.router_optimizer is not None
+            set_learning_rate(self.router_optimizer, place.router_learning_rate)
+            self.router_optimizer.step()
+
+    def _entering(self, callback: Callback, method: str) -> None:
+        self.progress.enter(self.step, f"{type(callback).__name__}.{method}")
 
     def trainable(self) -> Trainable:
         """Return what a checkpoint holds."""

@@ -13,7 +13,8 @@ from elastic.modules.model import Layout
 from elastic.router.router import Router
 from elastic.train import phase_data
 from elastic.train.callbacks import NoCallback
-from elastic.train.checkpoint import list_checkpoints, read_training_state
+from elastic.train.checkpoint import read_training_state
+from elastic.train.checkpoint_find import list_checkpoints
 from elastic.train.config import ElasticConfig
 from elastic.train.config_load import load
 from elastic.train.data import PackedSequences, TokenStream, micro_batch

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from elastic.train import callbacks
 from elastic.train.callbacks import NoCallback
-from elastic.train.checkpoint import list_checkpoints
+from elastic.train.checkpoint_find import list_checkpoints
 from elastic.train.config import ElasticConfig
 from elastic.train.config_load import load
 from elastic.train.evaluation import evaluate_subnets

@@ -12,6 +12,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from elastic.plan.config import PlanConfig
 from elastic.train.config import (
     ElasticConfig,
     EvaluateConfig,
@@ -44,6 +45,7 @@ WHOLE_RUNS: dict[str, type] = {
     "smoke_extract": ExtractConfig,
     "import_hf": ImportConfig,
     "generate": GenerateConfig,
+    "plan": PlanConfig,
 }
 ONE_PROCESS = Cluster()
 STARTED_ON = {
@@ -52,6 +54,7 @@ STARTED_ON = {
     "extract": ONE_PROCESS,
     "smoke_extract": ONE_PROCESS,
     "generate": ONE_PROCESS,
+    "plan": ONE_PROCESS,
 }
 TWO_CORES = Cluster(num_processes=2)
 # What a user must say where a file cannot leave ???: one of two fields, or a list.
@@ -141,6 +144,7 @@ def test_every_option_of_a_group_loads_in_a_whole_run(group: str, option: str) -
         "importance": "estimate_importance",
         "trainer": "train_elastic" if option.endswith("_training") else "evaluate",
         "exp_manager": "train_elastic" if option == "training" else "evaluate",
+        "cluster": "plan",
         "curriculum": "pretrain_parent" if option.startswith("pretrain") else "train_elastic",
     }
     name = names.get(group, "train_elastic")

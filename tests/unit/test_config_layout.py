@@ -153,6 +153,13 @@ BAD: tuple[BadConfig, ...] = (
     ),
     (
         PretrainConfig,
+        {"trainer.watchdog_timeout_s": 900},
+        1,
+        "trainer.watchdog_timeout_s = 900.0: must be below trainer.collective_timeout_s = 900; two thirds of it, 600, "
+        "leaves time for the report",
+    ),
+    (
+        PretrainConfig,
         {"exp_manager.overwrite": True},
         1,
         "exp_manager.overwrite = true: contradicts exp_manager.resume_if_exists = true; nearest legal value is false",

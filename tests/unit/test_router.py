@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from elastic.router.budget_loss import budget_loss, cost_shares
-from elastic.router.draw import GateSource, Mode, decide
+from elastic.router.draw import GateSource, Mode, RouterError, decide
 from elastic.router.gumbel import choice_entropy, choice_probabilities
 from elastic.router.phases import Curriculum, Phase
 from elastic.router.router import Router
@@ -177,6 +177,21 @@ def test_ties_go_to_the_wider_choice():
     for parameter in router.parameters():
         torch.nn.init.zeros_(parameter)
     assert decide(router, where, 2).hidden == 128 and len(decide(router, where, 2).kept_layers) == 12
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_router_with_a_bad_weight_decides_nothing(value):
+    """Its argmax would be a subnet like any other."""
+    gates = source()
+    with torch.no_grad():
+        gates.router.networks["ffn"][2].bias[-1] = value
+    for ask in (
+        lambda: decide(gates.router, gates.space, 1),
+        lambda: gates.draw(place(frozen=True), 3, 0, 1),
+        lambda: gates.draw(place(frozen=True, execution=Execution.SLICE), 3, 0, 1),
+    ):
+        with pytest.raises(RouterError, match=r"logits for budget \d .* NaN or Inf on ffn, .* earlier checkpoint"):
+            ask()
 
 
 def test_initial_router_depends_on_the_seed_alone():

@@ -1,0 +1,199 @@
+"""The rehearsal: one rank of a large job, the project's own code on tensors without memory.
+
+torch's fake process group answers every collective at once, FakeTensorMode gives tensors shapes and no storage. The
+run builds student and teacher, Megatron-Core's data-parallel wrapper and pipeline schedule as `run_training` does, and
+traces teacher, forward, recompute, backward and gradient reduction of one step. The optimizer is left out: its
+grad norm decides on values.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.parallel_state import get_global_memory_buffer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from elastic.modules.cpu_backend import use_cpu_backend
+from elastic.modules.model import Layout, build_model
+from elastic.modules.specs import Kernels
+from elastic.plan.live import CollectiveBytes, LiveBytes, ProductFlops
+from elastic.plan.stand_ins import STAND_INS
+from elastic.plan.work import KernelSet, MicroBatchWork
+from elastic.space.axes import Space
+from elastic.space.gates import Execution, Gates
+from elastic.train.config_elastic import DistillConfig
+from elastic.train.config_sections import OptimConfig
+from elastic.train.optimizer import build_optimizer, wrap_for_training
+from elastic.train.parallel import World
+from elastic.train.pipeline import MicroBatch, PipelineRunner
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one rank's step was seen to do; bytes, and FLOPs of matrix products without the stand-ins'.
+
+    `activations` is what one micro-batch keeps on this stage after its forward pass; `peak` everything alive at once
+    during forward and backward; `optimizer` is 0 where it was left out.
+    """
+
+    stage: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    teacher_hidden: int
+    activations: int
+    peak: int
+    flops: int
+    traffic: Mapping[tuple[str, str], int]
+
+
+def dry_run(
+    run: MicroBatchWork,
+    space: Space,
+    *,
+    num_gpus: int,
+    rank: int,
+    micro_batches: int,
+    distill: DistillConfig,
+    optim: OptimConfig,
+) -> Trace:
+    """Trace one step of `micro_batches`, all like `run`, on global rank `rank` of `num_gpus`."""
+    with fake_world(run.layout, num_gpus, rank) as here, FakeTensorMode():
+        return trace_step(run, space, here, micro_batches=micro_batches, distill=distill, optim=optim)
+
+
+def trace_step(
+    run: MicroBatchWork,
+    space: Space,
+    here: World,
+    *,
+    micro_batches: int,
+    distill: DistillConfig,
+    optim: OptimConfig,
+    with_optimizer: bool = False,
+) -> Trace:
+    """Build what a training run builds and watch one step of it, on fake tensors or real ones.
+
+    `with_optimizer` builds and steps it too, which asks for values: real tensors only.
+    """
+    kernels = STAND_INS if run.kernels is KernelSet.FUSED else Kernels.choose(torch.device("cpu"))
+    groups = {"tp": here.groups.tp, "pp": here.groups.pp, "cp": here.groups.cp, "dp": here.groups.dp_cp}
+    with LiveBytes() as live:
+        # 1. Build: student, teacher, gradient buffers, optimizer.
+        student, teacher = (build_model(space, run.layout, kernels=kernels) for _ in range(2))
+        teacher.requires_grad_(False)
+        parameters = live.bytes // 2
+        wrapped = wrap_for_training(student, optim)
+        gradients = live.bytes - 2 * parameters
+        optimizer = build_optimizer(wrapped, optim, here) if with_optimizer else None
+        masters = live.bytes - gradients - 2 * parameters
+        wrapped.config.finalize_model_grads_func = _reduce_gradients
+        runner = PipelineRunner(here, wrapped, distill, teacher)
+        if run.layout.sequence:  # it would count as what the first forward pass keeps
+            size = [run.tokens // run.batch, run.batch, run.parent.hidden]
+            get_global_memory_buffer().get_tensor(size, run.layout.dtype, "mpu")
+        # 2. One micro-batch's forward pass alone.
+        activations = _held_after_forward(live, wrapped, run, space)
+        # 3. The step.
+        work = [_micro_batch(run, space) for _ in range(micro_batches)]
+        before = live.bytes
+        with ProductFlops() as products, CollectiveBytes(groups) as collectives:
+            work = runner.with_teacher(work)
+            teacher_hidden = live.bytes - before
+            live.reset_peak()
+            runner.forward_backward(work)
+        peak, before = live.peak_bytes, live.bytes
+        if optimizer is not None:
+            optimizer.step()
+        moments = live.bytes - before  # Adam makes them with its first step; from then on they are always there
+    return Trace(
+        stage=here.groups.pp.rank(),
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=masters + moments,
+        teacher_hidden=teacher_hidden,
+        activations=activations,
+        peak=peak + moments,
+        flops=sum(products.flops.values()),
+        traffic=dict(collectives.payload),
+    )
+
+
+def ranks_of_stages(layout: Layout, num_gpus: int) -> list[int]:
+    """Return the first rank of the first, a middle and the last pipeline stage (Megatron-Core's order: stages last)."""
+    per_stage = num_gpus // layout.pipeline
+    return [stage * per_stage for stage in sorted({0, layout.pipeline // 2, layout.pipeline - 1})]
+
+
+@contextmanager
+def fake_world(layout: Layout, num_gpus: int, rank: int) -> Iterator[World]:
+    """Be one rank of a job that is not there; no other process group may be up."""
+    assert not dist.is_initialized(), "a dry run brings its own process group"
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_gpus)
+    try:
+        use_cpu_backend()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            context_parallel_size=layout.context,
+            create_gloo_process_groups=False,
+        )
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        yield World(layout, ProcessGroupCollection.use_mpu_process_groups(), device)
+    finally:
+        parallel_state.destroy_model_parallel()
+        parallel_state.destroy_global_memory_buffer()
+        dist.destroy_process_group()
+
+
+def _reduce_gradients(models: list[Any], *_args: Any, **_kwargs: Any) -> None:
+    """Reduce every bucket of the gradient buffers over replicas and context ranks, one collective each.
+
+    Stands for finalize_model_grads, which coalesces these (fake tensors cannot) and then asks for the number of tokens.
+    """
+    for bucket_group in (group for model in models for group in model.bucket_groups):
+        sharded = bucket_group.ddp_config.use_distributed_optimizer
+        group = bucket_group.intra_distributed_optimizer_instance_group if sharded else bucket_group.data_parallel_group
+        for bucket in bucket_group.buckets:
+            if sharded:
+                shard = bucket.grad_data.chunk(group.size())[group.rank()]
+                dist.reduce_scatter_tensor(shard, bucket.grad_data, group=group)
+            else:
+                dist.all_reduce(bucket.grad_data, group=group)
+
+
+def _micro_batch(run: MicroBatchWork, space: Space) -> MicroBatch:
+    """Make this context-parallel rank's tokens and labels, and gates of the run's execution."""
+    shape = (run.batch, run.length_tokens // run.layout.context)
+    tokens, labels = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
+    return MicroBatch(tokens, labels, None, _gates(run, space))
+
+
+def _gates(run: MicroBatchWork, space: Space) -> Gates:
+    if run.execution is Execution.SLICE:
+        return Gates.slice(run.subnet)
+    choices = {axis: (space.num_slots(axis), len(space.axes[axis].choices)) for axis in space.elastic_axes()}
+    return Gates.mask({axis: torch.zeros(size).requires_grad_() for axis, size in choices.items()})
+
+
+def _held_after_forward(live: LiveBytes, student: Any, run: MicroBatchWork, space: Space) -> int:
+    """Return the bytes one micro-batch keeps alive once its forward pass of this stage is over, output left out."""
+    bare, batch = student.module, _micro_batch(run, space)
+    stream: Tensor | None = None
+    before = live.bytes
+    if not bare.pre_process:
+        size = (run.stream_tokens // run.batch, run.batch, run.parent.hidden)
+        stream = torch.zeros(size, dtype=run.layout.dtype).requires_grad_()
+        bare.set_input_tensor(stream)
+    output = student(batch.tokens, batch.gates)
+    held = live.bytes - before - output.nbytes
+    bare.set_input_tensor(None)
+    del output
+    return held

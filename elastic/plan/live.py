@@ -1,0 +1,114 @@
+"""Count the bytes of tensors that are alive, and of collectives, while real or fake tensors are computed with.
+
+Nothing is patched: both counters are dispatch modes, which see every operation between `with` and its end.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages made while it is entered and still alive, and the most there were at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self.peak_bytes = 0
+        self._alive: dict[int, tuple[weakref.ref[Any], int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._see(leaf.untyped_storage())
+        return result
+
+    def forget(self, tensors: Any) -> None:
+        """Leave out tensors that were there before."""
+        for tensor in tensors:
+            self._alive.setdefault(id(tensor.untyped_storage()), (weakref.ref(tensor.untyped_storage()), 0))
+
+    def reset_peak(self) -> None:
+        """Start a new peak from what is alive now."""
+        self.peak_bytes = self.bytes
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        if key in self._alive:
+            return
+        size = storage.nbytes()
+        self._alive[key] = (weakref.ref(storage, partial(self._gone, key)), size)
+        self.bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
+
+    def _gone(self, key: int, _reference: Any) -> None:
+        self.bytes -= self._alive.pop(key)[1]
+
+
+class CollectiveBytes(TorchDispatchMode):
+    """Payload bytes of collectives by (group, operation): the whole tensor that is gathered, scattered or reduced.
+
+    A point-to-point exchange counts what is sent. `groups` names the process groups of interest.
+    """
+
+    def __init__(self, groups: Mapping[str, dist.ProcessGroup]) -> None:
+        super().__init__()
+        self.names = {group.group_name: name for name, group in groups.items()}
+        self.payload: Counter[tuple[str, str]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self._count(func, args)
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, func: Any, args: Any) -> None:
+        name = func._schema.name.removeprefix("c10d::").strip("_")
+        kind, payload = _COLLECTIVES.get(name, (name, max))
+        if kind is None:
+            return
+        sizes = [leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+        group = next((dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject)), None)
+        name = "other" if group is None else self.names.get(group.group_name, "other")
+        self.payload[name, kind] += payload(sizes)
+
+
+class ProductFlops(TorchDispatchMode):
+    """FLOPs of matrix products by operator, from torch's own table of formulas (the one FlopCounterMode uses).
+
+    FlopCounterMode itself hooks every module to say where FLOPs fall, which the pipeline schedule's streams without a
+    graph break.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.flops[func.overloadpacket.__name__] += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+_COLLECTIVES: dict[str, tuple[str | None, Any]] = {
+    "allreduce": ("all_reduce", sum),
+    "allreduce_coalesced": ("all_reduce", sum),
+    "allgather_base": ("all_gather", max),
+    "allgather_into_tensor_coalesced": ("all_gather", lambda sizes: sum(sizes) * 1),
+    "reduce_scatter_base": ("reduce_scatter", max),
+    "alltoall_base": ("all_to_all", max),
+    "send": ("send", sum),
+    "recv": (None, sum),
+    "recv_any_source": (None, sum),
+    "barrier": (None, sum),
+}

@@ -1,0 +1,198 @@
+"""Bytes of one rank: what stands still (weights, gradients, optimizer, teacher) and what a step adds at its peak.
+
+The letters are those of `work`; v this rank's rows of the vocabulary, n tokens of one chunk of the loss.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import cache
+
+from elastic.modules.model import Layout
+from elastic.modules.sharding import sharded_dim
+from elastic.plan.activations import checkpoint_bytes, fused_scan_workspace_bytes, saved_bytes
+from elastic.plan.work import FP32_BYTES, KernelSet, LayerWork, MicroBatchWork, distinct, stage_layers
+from elastic.space.axes import Axis
+from elastic.space.nesting import LAYER_PARAMETERS, LAYER_PREFIX, parameter_size
+from elastic.space.pattern import LayerKind
+from elastic.space.shape import ModelShape
+
+# Parameters of each kind's layers, by the first part of their names.
+_PARTS = {
+    LayerKind.MAMBA: ("norm", "mixer"),
+    LayerKind.ATTENTION: ("input_layernorm", "self_attention"),
+    LayerKind.MLP: ("pre_mlp_layernorm", "mlp"),
+}
+_KEPT_IN_FP32 = ("mixer.A_log", "mixer.D")  # FACTS 3
+
+
+@dataclass(frozen=True)
+class OptimizerSharding:
+    """How gradients and Adam's state are held: `ranks` share them, 1 without the distributed optimizer."""
+
+    ranks: int = 1
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of one rank of one pipeline stage at its peak; `activations` of all micro-batches in flight."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    teacher: int
+    teacher_hidden: int
+    activations: int
+    working_set: int
+    logits: int
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        """Return the peak: the largest layer's working set and the loss never live at once."""
+        steady = sum(getattr(self, field.name) for field in fields(self) if field.name not in ("working_set", "logits"))
+        return steady + max(self.working_set, self.logits)
+
+
+def rank_parameters(parent: ModelShape, layout: Layout, stage: int) -> dict[str, int]:
+    """Return the number of elements of every parameter on one rank of a stage, exactly."""
+    return dict(_elements(parent, layout.tensor, layout.pipeline, stage))
+
+
+@cache
+def _elements(parent: ModelShape, tensor: int, pipeline: int, stage: int) -> tuple[tuple[str, int], ...]:
+    names = _names(parent, Layout(tensor=tensor, pipeline=pipeline), stage)
+    return tuple((name, _local_elements(name, parent, tensor)) for name in names)
+
+
+def _names(parent: ModelShape, layout: Layout, stage: int) -> Iterator[str]:
+    if stage == 0:
+        yield "embedding.word_embeddings.weight"
+    for layer_index in stage_layers(parent, layout)[stage]:
+        for name in LAYER_PARAMETERS:
+            if name.partition(".")[0] in _PARTS[parent.pattern.kinds[layer_index]]:
+                yield f"{LAYER_PREFIX}{layer_index}.{name}"
+    if stage == layout.pipeline - 1:
+        yield "decoder.final_norm.weight"
+        if not parent.tied_embeddings or stage > 0:
+            yield "output_layer.weight"
+
+
+def _local_elements(name: str, parent: ModelShape, tensor: int) -> int:
+    elements = math.prod(parameter_size(name, parent))
+    return elements if sharded_dim(name) is None else elements // tensor
+
+
+def parameter_bytes(elements: dict[str, int], layout: Layout) -> int:
+    """Return the bytes of parameters; A_log and D stay in fp32."""
+    return sum(
+        count * (FP32_BYTES if name.endswith(_KEPT_IN_FP32) else layout.dtype.itemsize)
+        for name, count in elements.items()
+    )
+
+
+def optimizer_bytes(elements: dict[str, int], layout: Layout, sharding: OptimizerSharding) -> int:
+    """Return the bytes of Adam: two fp32 moments, and an fp32 master of whatever is not fp32 itself.
+
+    The distributed optimizer holds 1 / ranks of them, a master of the fp32 parameters included in its buffer.
+    """
+    masters = sum(
+        count
+        for name, count in elements.items()
+        if layout.dtype.itemsize < FP32_BYTES and not name.endswith(_KEPT_IN_FP32)
+    )
+    return (2 * sum(elements.values()) + masters) * FP32_BYTES // sharding.ranks
+
+
+def stage_memory(
+    run: MicroBatchWork, stage: int, micro_batches: int, num_chunks: int, sharding: OptimizerSharding
+) -> StageMemory:
+    """Add up one rank of a stage for a step of `micro_batches`, all like `run`.
+
+    1F1B: stage s of p keeps min(p - s, micro-batches) of them. The teacher runs first and leaves the final hidden
+    states of every micro-batch of the step on the last stage.
+    """
+    layout, elements = run.layout, rank_parameters(run.parent, run.layout, stage)
+    in_flight = min(layout.pipeline - stage, micro_batches)
+    last = stage == layout.pipeline - 1
+    count, parameters = sum(elements.values()), parameter_bytes(elements, layout)
+    teacher_stream = run.stream_tokens * run.parent.hidden * run.element_bytes
+    return StageMemory(
+        parameters=parameters,
+        gradients=FP32_BYTES * count,
+        optimizer=optimizer_bytes(elements, layout, sharding),
+        teacher=parameters,
+        # On the last stage; on all but the first the teacher also holds on to the last stream it was sent.
+        teacher_hidden=(micro_batches if last else 0) * teacher_stream + (teacher_stream if stage > 0 else 0),
+        activations=in_flight * stage_activation_bytes(run, stage),
+        working_set=max((layer_working_set_bytes(layer) for layer, _ in distinct(run.layers(stage))), default=0),
+        logits=loss_bytes(run, num_chunks) if last else 0,
+        buffers=gather_buffer_bytes(run),
+    )
+
+
+def stage_activation_bytes(run: MicroBatchWork, stage: int) -> int:
+    """Return what one micro-batch keeps on one stage between its forward and its backward pass."""
+    layers = run.layers(stage)
+    first, last = stage == 0, stage == run.layout.pipeline - 1
+    recompute = run.layout.recompute
+    kept = sum(
+        count * (checkpoint_bytes(run) if recompute else sum(saved_bytes(layer).values()))
+        for layer, count in distinct(layers)
+    )
+    if first and run.gates(Axis.HIDDEN):
+        # The hidden gate keeps the embedding it multiplies. Later stages' received stream lives in the first layer.
+        kept += run.stream_bytes
+    if recompute:  # a slice's first layer keeps a view of the whole stream it was given
+        kept += run.stream_tokens * (run.parent.hidden - run.hidden) * run.element_bytes
+    if last:  # the final norm, as every norm; its output is gathered for the loss and then gone
+        kept += run.stream_tokens * run.hidden * (FP32_BYTES + run.element_bytes)
+    return kept
+
+
+def gather_buffer_bytes(run: MicroBatchWork) -> int:
+    """Return the buffer Megatron-Core keeps for gathered streams (GlobalMemoryBuffer "mpu"); the teacher's is full."""
+    return run.tokens * run.parent.hidden * run.element_bytes if run.layout.sequence else 0
+
+
+def layer_working_set_bytes(layer: LayerWork) -> int:
+    """Return what one layer's backward pass needs beside what all layers keep.
+
+    A recomputed layer first makes its saved tensors again. Then gradients: the stream's, gathered and not, and of the
+    widest inner tensors (three of them at once: two from the ends of an elementwise step and one in fp32).
+    """
+    run, e = layer.run, layer.run.element_bytes
+    again = sum(saved_bytes(layer).values()) if run.layout.recompute else 0
+    gradients = 2 * run.gathered_bytes + 2 * run.stream_bytes
+    match layer.kind:
+        case LayerKind.MLP:
+            gradients += 3 * run.tokens * layer.local_width * e
+        case LayerKind.ATTENTION:
+            gradients += 2 * run.tokens * (layer.inner + 2 * layer.local_kv) * e
+        case LayerKind.MAMBA:
+            scan = layer.scan
+            in_norm = 3 * run.tokens * layer.inner * FP32_BYTES
+            workspace = fused_scan_workspace_bytes(scan, e) if run.kernels is KernelSet.FUSED else 0
+            in_scan = workspace + scan.tokens * (scan.rows + scan.inner) * e
+            gradients += max(in_norm, in_scan)
+    return again + gradients + largest_weight_gradient_bytes(layer)
+
+
+def largest_weight_gradient_bytes(layer: LayerWork) -> int:
+    """Return the bytes of the gradient of the layer's first weight, before it is added to the fp32 buffer."""
+    return layer.column_rows * layer.run.hidden * layer.run.element_bytes
+
+
+def loss_bytes(run: MicroBatchWork, num_chunks: int) -> int:
+    """Return what the chunked loss holds at once (`elastic.distill.kl`).
+
+    Student's and teacher's hidden states gathered over the tensor-parallel group, the gradient of the student's; the
+    head's gradient in fp32 and one product to be added to it; three [n, v] buffers in fp32.
+    """
+    layout, e = run.layout, run.element_bytes
+    gathers = layout.tensor > 1 and layout.sequence
+    teacher = run.tokens * run.parent.hidden * e
+    hidden = run.gathered_bytes + (run.gathered_bytes + teacher if gathers else 0)
+    head = run.local_vocab * run.hidden * (2 * FP32_BYTES)
+    chunk = math.ceil(run.tokens / num_chunks)
+    return hidden + head + 3 * chunk * run.local_vocab * FP32_BYTES

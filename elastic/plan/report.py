@@ -1,0 +1,226 @@
+"""What a plan says, as plain values and as tables. GB are 10^9 bytes, FLOPs count a multiply and an add as two."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+from elastic.plan.advice import spare_share
+from elastic.plan.config import PlanConfig
+from elastic.plan.phases import PhasePlan
+from elastic.plan.search import Candidate, Found, Rejection, largest_micro_batch
+from elastic.plan.timing import StepTime
+from elastic.plan.traffic import micro_batch_traffic, moved_bytes, step_traffic
+
+MEMORY = ("parameters", "gradients", "optimizer", "teacher", "teacher_hidden", "activations", "working_set", "logits")
+SECONDS_PER_DAY = 86400.0
+
+
+def candidate_values(config: PlanConfig, chosen: Candidate) -> dict[str, Any]:
+    """Return everything about one layout as plain values."""
+    phases = [phase_values(config, plan, time) for plan, time in zip(chosen.plans, chosen.times, strict=True)]
+    return {
+        "layout": asdict(chosen.parallel) | {"micro_batch": chosen.micro_batch, "replicas": chosen.plans[0].replicas},
+        "peak_gb": chosen.peak_bytes / 1e9,
+        "spare": spare_share(config.cluster, chosen.peak_bytes),
+        "phases": phases,
+        **_bill(config, chosen.seconds, sum(phase["days_at_mfu"] for phase in phases) * SECONDS_PER_DAY),
+    }
+
+
+def candidate_summary(one: Candidate) -> dict[str, Any]:
+    """Return a layout of the ranking in short."""
+    steps = {plan.phase.name: time.total for plan, time in zip(one.plans, one.times, strict=True)}
+    days = one.seconds / SECONDS_PER_DAY
+    return {"name": one.name, "days": days, "peak_gb": one.peak_bytes / 1e9, "step_seconds": steps}
+
+
+def phase_values(config: PlanConfig, plan: PhasePlan, time: StepTime) -> dict[str, Any]:
+    """Return one phase on one layout: memory per stage, work, traffic, time."""
+    cluster = config.cluster
+    peak = cluster.num_gpus * cluster.peak_tflops * 1e12
+    flops = plan.step_flops(recompute=False)
+    steps = plan.phase.num_steps
+    return {
+        "name": plan.phase.name,
+        "execution": str(plan.phase.execution),
+        "micro_batches": plan.micro_batches,
+        "memory_bytes": [
+            asdict(plan.memory(stage)) | {"total": plan.memory(stage).total} for stage in range(plan.layout.pipeline)
+        ],
+        "largest_micro_batch": largest_micro_batch(config, plan),
+        "step_flops": flops,
+        "step_flops_with_recompute": plan.step_flops(recompute=True),
+        "traffic_bytes": traffic_values(plan, config.optim.use_distributed_optimizer),
+        "step_seconds": asdict(time) | {"total": time.total},
+        "mfu": flops / (time.total * peak),
+        "steps": steps,
+        "days": steps * time.total / SECONDS_PER_DAY,
+        "days_at_mfu": steps * flops / (peak * config.plan.mfu) / SECONDS_PER_DAY,
+    }
+
+
+def traffic_values(plan: PhasePlan, distributed_optimizer: bool) -> dict[str, float]:
+    """Return the bytes one GPU sends in a step, of the busiest stage, by group and operation."""
+    ranks = {"tp": plan.layout.tensor, "cp": plan.layout.context, "pp": 2}
+    stages = []
+    for stage in range(plan.layout.pipeline):
+        sent: defaultdict[str, float] = defaultdict(float)
+        for share in plan.shares:
+            for (group, operation), payload in micro_batch_traffic(share.run, stage).items():
+                moved = moved_bytes(operation, payload, ranks[group]) * share.weight * plan.micro_batches
+                sent[f"{group} {operation}"] += moved
+        for (group, operation), payload in step_traffic(plan.shares[0].run, stage, distributed_optimizer).items():
+            moved = moved_bytes(operation, payload, plan.replicas * plan.layout.context)
+            sent[f"{group} {operation}"] += moved
+        stages.append(dict(sent))
+    return max(stages, key=lambda sent: sum(sent.values()))
+
+
+def _bill(config: PlanConfig, seconds: float, seconds_at_mfu: float) -> dict[str, float]:
+    """Return days, GPU-hours and price, as estimated and at the stated utilisation."""
+    gpus, price = config.cluster.num_gpus, config.cluster.price_per_gpu_hour
+    bill: dict[str, float] = {}
+    for suffix, amount in (("", seconds), ("_at_mfu", seconds_at_mfu)):
+        hours = amount / 3600 * gpus
+        bill |= {
+            f"days{suffix}": amount / SECONDS_PER_DAY,
+            f"gpu_hours{suffix}": hours,
+            f"price{suffix}": hours * price,
+        }
+    return bill
+
+
+def memory_table(values: dict[str, Any]) -> Table:
+    """Render GB per GPU by phase and pipeline stage."""
+    headings = (
+        "",
+        "stage",
+        "weights",
+        "grads",
+        "Adam",
+        "teacher",
+        "its states",
+        "saved",
+        "layer",
+        "logits",
+        "peak",
+    )
+    table = _table("GB on one GPU", headings)
+    for phase in values["phases"]:
+        for stage, memory in enumerate(phase["memory_bytes"]):
+            row = [f"{memory[name] / 1e9:.1f}" for name in (*MEMORY, "total")]
+            table.add_row(phase["name"], str(stage), *row)
+    return table
+
+
+def work_table(values: dict[str, Any]) -> Table:
+    """Render work, traffic and time of a step by phase."""
+    headings = (
+        "",
+        "runs",
+        "batches",
+        "PFLOP",
+        "TP GB",
+        "CP GB",
+        "PP GB",
+        "DP GB",
+        "step",
+        "MFU",
+        "days",
+        "mb fits",
+    )
+    table = _table("one step: work of all GPUs, GB sent by one, seconds", headings)
+    for phase in values["phases"]:
+        sent: defaultdict[str, float] = defaultdict(float)
+        for name, amount in phase["traffic_bytes"].items():
+            sent[name.partition(" ")[0]] += amount
+        table.add_row(
+            phase["name"],
+            phase["execution"],
+            str(phase["micro_batches"]),
+            f"{phase['step_flops'] / 1e15:,.0f}",
+            *(f"{sent[group] / 1e9:.1f}" for group in ("tp", "cp", "pp", "dp")),
+            f"{phase['step_seconds']['total']:.1f} s",
+            f"{phase['mfu']:.0%}",
+            f"{phase['days']:.1f}",
+            str(phase["largest_micro_batch"]),
+        )
+    return table
+
+
+def time_table(names_and_times: Sequence[tuple[str, StepTime]]) -> Table:
+    """Render where the seconds of a step go."""
+    parts = ("products", "elementwise", "tensor", "context", "pipeline", "data", "bubble")
+    table = _table("seconds of a step, nothing overlapping", ("", *parts, "all"))
+    for name, time in names_and_times:
+        table.add_row(name, *(f"{getattr(time, part):.2f}" for part in parts), f"{time.total:.2f}")
+    return table
+
+
+def ranking_table(found: Sequence[Candidate], config: PlanConfig) -> Table:
+    """Render the best layouts: days of the whole curriculum, peak, and where the time goes."""
+    headings = ("layout", "days", "peak GB", "spare", "products", "memory", "TP", "CP", "DP", "bubble")
+    table = _table(f"fastest of {len(found)} layouts that fit on {config.cluster.num_gpus} GPUs", headings)
+    for one in found[: config.plan.top]:
+        seconds: defaultdict[str, float] = defaultdict(float)
+        for plan, time in zip(one.plans, one.times, strict=True):
+            for name, amount in asdict(time).items():
+                seconds[name] += amount * plan.phase.num_steps
+        shares = (f"{seconds[n] / one.seconds:.0%}" for n in ("products", "elementwise", "tensor", "context", "data"))
+        table.add_row(
+            one.name,
+            f"{one.seconds / SECONDS_PER_DAY:.1f}",
+            f"{one.peak_bytes / 1e9:.1f}",
+            f"{spare_share(config.cluster, one.peak_bytes):.0%}",
+            *shares,
+            f"{(seconds['bubble'] + seconds['pipeline']) / one.seconds:.0%}",
+        )
+    return table
+
+
+def alone_lines(found: Found) -> list[str]:
+    """Say what each phase would gain as a run of its own, over the best layout for all."""
+    lines = []
+    for number, one in enumerate(found.alone):
+        if one is None or not found.fitting:
+            continue
+        best, alone = found.fitting[0].times[number].total, one.times[number].total
+        name = one.plans[number].phase.name
+        lines.append(f"{name} alone: {one.name}, {alone:.1f} s a step, {best:.1f} s with {found.fitting[0].name}")
+    return lines
+
+
+def rejection_lines(rejected: Sequence[Rejection]) -> list[str]:
+    """Group what is out by the rule it breaks, with one example each."""
+    width = 90  # of a reason; the whole stands in the report
+    groups: defaultdict[str, list[Rejection]] = defaultdict(list)
+    for one in rejected:
+        groups[one.rule].append(one)
+    return [
+        f"out for {rule}: {len(group)} layouts, such as {group[0].name}: {_short(group[0].reason, width)}"
+        for rule, group in sorted(groups.items(), key=lambda item: -len(item[1]))
+    ]
+
+
+def _short(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def bill_lines(values: dict[str, Any], config: PlanConfig) -> list[str]:
+    """State days, GPU-hours and price."""
+    price = config.cluster.price_per_gpu_hour
+    return [
+        f"{what}: {values[f'days{suffix}']:.1f} days, {values[f'gpu_hours{suffix}']:,.0f} GPU-hours, "
+        f"{values[f'price{suffix}']:,.0f} dollars at {price:g} a GPU-hour (an assumption)"
+        for what, suffix in (("as estimated", ""), (f"at {config.plan.mfu:.0%} MFU", "_at_mfu"))
+    ]
+
+
+def _table(title: str, headings: Sequence[str]) -> Table:
+    table = Table(title=title)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if number == 0 else "right", no_wrap=True)
+    return table

@@ -1,0 +1,127 @@
+"""Bytes of collectives of a step: the payload is the whole tensor that is gathered, scattered, reduced or exchanged.
+
+Read off Megatron-Core's tensor-parallel layers and mappings, `elastic.modules` and `elastic.train`. The letters are
+those of `work`. Left out for their size: gate gradients, router gradients, the grad norm, the tokens of a batch.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+
+from elastic.plan.flops import whole_parent
+from elastic.plan.memory import parameter_bytes, rank_parameters
+from elastic.plan.work import FP32_BYTES, KernelSet, LayerWork, MicroBatchWork, distinct
+from elastic.space.pattern import LayerKind
+
+Traffic = Mapping[tuple[str, str], int]  # (group, operation) -> payload bytes of one rank
+
+
+def moved_bytes(operation: str, payload: float, ranks: int) -> float:
+    """Return what one rank sends over its link: ring algorithms, an all-reduce is a scatter and a gather."""
+    share = (ranks - 1) / ranks
+    return {"all_reduce": 2 * share, "send": 1.0}.get(operation, share) * payload
+
+
+def micro_batch_traffic(run: MicroBatchWork, stage: int) -> Traffic:
+    """Return one rank's traffic for one micro-batch: teacher's and student's pass, recompute and backward."""
+    found: Counter[tuple[str, str]] = Counter()
+    first, last = stage == 0, stage == run.layout.pipeline - 1
+    teacher = whole_parent(run)
+    for layer, count in distinct(teacher.layers(stage)):
+        _add(found, count, _forward(layer))
+    for layer, count in distinct(run.layers(stage)):
+        _add(found, count, _forward(layer), _backward(layer))
+        if run.layout.recompute:
+            _add(found, count, _forward(layer, again=True))
+    full = run.stream_tokens * run.parent.hidden * run.element_bytes
+    if not last:  # forward of both; between stages a slice is padded to the full width
+        found["pp", "send"] += 2 * full
+    if not first:
+        found["pp", "send"] += full
+    if run.layout.tensor > 1:
+        found.update(_ends(run, first, last))
+    return found
+
+
+def _add(total: Counter[tuple[str, str]], times: int, *parts: Traffic) -> None:
+    for part in parts:
+        for key, payload in part.items():
+            total[key] += times * payload
+
+
+def _forward(layer: LayerWork, again: bool = False) -> Traffic:
+    """Count a layer's forward pass; recompute (`again`) stops once the last saved tensor is there."""
+    run, stream = layer.run, layer.run.gathered_bytes
+    found: Counter[tuple[str, str]] = Counter()
+    if run.layout.tensor > 1:
+        # Recompute needs the layer's output only where the residual gate keeps it.
+        outputs = 0 if again and not run.gates_stream else 1
+        if run.layout.sequence:
+            found["tp", "all_gather"] += stream
+            found["tp", "reduce_scatter"] += outputs * stream
+        else:
+            found["tp", "all_reduce"] += outputs * stream
+    found.update(_context(layer, backward=False))
+    return found
+
+
+def _backward(layer: LayerWork) -> Traffic:
+    """Count a layer's backward pass: the mirror of forward, and the input gathered once more for the weight."""
+    run, stream = layer.run, layer.run.gathered_bytes
+    found: Counter[tuple[str, str]] = Counter()
+    if run.layout.tensor > 1:
+        if run.layout.sequence:
+            found["tp", "all_gather"] += 2 * stream
+            found["tp", "reduce_scatter"] += stream
+        else:
+            found["tp", "all_reduce"] += stream
+    found.update(_context(layer, backward=True))
+    return found
+
+
+def _context(layer: LayerWork, backward: bool) -> Traffic:
+    """Count the context-parallel exchange of one pass.
+
+    Mamba trades tokens for heads and back (all-to-all of [z, x, B, C, dt], then of the scan's output). The PyTorch
+    attention gathers keys and values; Transformer Engine passes them round the ring, in backward with their gradients.
+    """
+    run, ranks = layer.run, layer.run.layout.context
+    if ranks == 1 or layer.kind is LayerKind.MLP:
+        return {}
+    if layer.kind is LayerKind.MAMBA:
+        return {("cp", "all_to_all"): run.tokens * (layer.exchanged_rows + layer.inner) * run.element_bytes}
+    keys_values = 2 * run.tokens * layer.local_kv * run.element_bytes
+    if run.kernels is KernelSet.FUSED:
+        return {("cp", "send"): keys_values * (2 * ranks - 1 if backward else ranks - 1)}
+    return {("cp", "reduce_scatter" if backward else "all_gather"): keys_values * ranks}
+
+
+def _ends(run: MicroBatchWork, first: bool, last: bool) -> Traffic:
+    """Count embedding and loss: the vocabulary is split over the tensor-parallel ranks."""
+    found: Counter[tuple[str, str]] = Counter()
+    full = run.tokens * run.parent.hidden * run.element_bytes
+    if first and run.layout.sequence:  # both models embed; the student's gradient is gathered
+        found["tp", "reduce_scatter"] += 2 * full
+        found["tp", "all_gather"] += full
+    elif first:
+        found["tp", "all_reduce"] += 2 * full
+    if last:
+        # Two maxima, then label logit, teacher, product and student sums of every token, fp32.
+        found["tp", "all_reduce"] += 6 * run.tokens * FP32_BYTES
+        if run.layout.sequence:
+            found["tp", "all_gather"] += run.gathered_bytes + full
+            found["tp", "reduce_scatter"] += run.gathered_bytes
+        else:
+            found["tp", "all_reduce"] += run.gathered_bytes
+    return found
+
+
+def step_traffic(run: MicroBatchWork, stage: int, distributed_optimizer: bool) -> Traffic:
+    """Return one rank's traffic that comes once a step: gradients over replicas and context ranks, fp32.
+
+    The distributed optimizer scatters them and gathers the new weights; without it they are all-reduced.
+    """
+    elements = rank_parameters(run.parent, run.layout, stage)
+    gradients = FP32_BYTES * sum(elements.values())
+    if not distributed_optimizer:
+        return {("dp", "all_reduce"): gradients}
+    return {("dp", "reduce_scatter"): gradients, ("dp", "all_gather"): parameter_bytes(elements, run.layout)}

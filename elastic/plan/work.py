@@ -1,0 +1,245 @@
+"""What one rank computes: a micro-batch on a layout, and the sizes of one layer's shard.
+
+Shapes: T tokens of this context-parallel rank, t tokens of its stream (T / tp under sequence parallelism), U tokens a
+Mamba scan sees (T x cp: the exchange trades tokens for heads), d hidden, f ffn, h heads, P head channels, g groups,
+N state, i = h*P, a attention channels; lower case and `local` = this tensor-parallel rank's shard.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+
+from elastic.modules.model import Layout
+from elastic.modules.segments import balanced_segments
+from elastic.space.axes import Axis
+from elastic.space.gates import Execution
+from elastic.space.pattern import LayerKind
+from elastic.space.shape import ModelShape
+from elastic.space.subnet import Subnet
+
+FP32_BYTES = 4
+
+
+class KernelSet(StrEnum):
+    """Which kernels run the scan, the convolution and the attention: they differ in what they keep for backward."""
+
+    TORCH = "torch"
+    FUSED = "fused"
+
+
+@dataclass(frozen=True)
+class MicroBatchWork:
+    """One micro-batch on one layout: `batch` sequences of `length_tokens`, whole, before context parallelism.
+
+    `subnet` is what a slice computes; in mask execution the parent is computed whatever the budget, and the
+    `gated_axes`, those of the space with a choice, multiply it.
+    """
+
+    parent: ModelShape
+    layout: Layout
+    batch: int
+    length_tokens: int
+    execution: Execution
+    subnet: Subnet
+    kernels: KernelSet
+    lanes: int = 8
+    gated_axes: frozenset[Axis] = frozenset(Axis)
+
+    @property
+    def tokens(self) -> int:
+        """Return T."""
+        return self.batch * self.length_tokens // self.layout.context
+
+    @property
+    def stream_tokens(self) -> int:
+        """Return t."""
+        return self.tokens // self.layout.tensor if self.layout.sequence else self.tokens
+
+    @property
+    def element_bytes(self) -> int:
+        """Return the bytes of one activation."""
+        return self.layout.dtype.itemsize
+
+    @property
+    def masked(self) -> bool:
+        """Tell whether gate vectors multiply the activations."""
+        return self.execution is Execution.MASK
+
+    def gates(self, *axes: Axis) -> bool:
+        """Tell whether a mask multiplies by the gate of one of these axes."""
+        return self.masked and not self.gated_axes.isdisjoint(axes)
+
+    @property
+    def gates_stream(self) -> bool:
+        """Tell whether layer outputs are multiplied, by the hidden gate or the depth gate."""
+        return self.gates(Axis.HIDDEN, Axis.DEPTH)
+
+    @property
+    def hidden(self) -> int:
+        """Return the width of the stream that is computed."""
+        return self.parent.hidden if self.masked else self.subnet.hidden
+
+    @property
+    def local_vocab(self) -> int:
+        """Return this rank's rows of the embedding and of the head."""
+        return self.parent.vocab // self.layout.tensor
+
+    @property
+    def stream_bytes(self) -> int:
+        """Return the bytes of this rank's stream [t, d]."""
+        return self.stream_tokens * self.hidden * self.element_bytes
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Return the bytes of the stream of all tokens of this tensor-parallel group [T, d]."""
+        return self.tokens * self.hidden * self.element_bytes
+
+    def layers(self, stage: int) -> tuple["LayerWork", ...]:
+        """Return the layers that run on one pipeline stage; a slice leaves out those its subnet skips."""
+        kept = range(len(self.parent.pattern)) if self.masked else self.subnet.kept_layers
+        return tuple(LayerWork(self, index) for index in stage_layers(self.parent, self.layout)[stage] if index in kept)
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """One layer on one rank."""
+
+    run: MicroBatchWork
+    layer_index: int
+
+    @property
+    def kind(self) -> LayerKind:
+        """Return the layer's kind."""
+        return self.run.parent.pattern.kinds[self.layer_index]
+
+    @property
+    def full_width(self) -> int:
+        """Return the parent's inner width of this layer, all ranks together."""
+        return self.run.parent.width(self.layer_index)
+
+    @property
+    def width(self) -> int:
+        """Return the inner width that is computed, all ranks together: neurons or heads."""
+        return self.full_width if self.run.masked else self.run.subnet.width(self.run.parent, self.layer_index)
+
+    @property
+    def local_width(self) -> int:
+        """Return this tensor-parallel rank's neurons or heads."""
+        return self.width // self.run.layout.tensor
+
+    @property
+    def head_channels(self) -> int:
+        """Return P."""
+        return self.run.parent.head_channels if self.run.masked else self.run.subnet.head_channels
+
+    @property
+    def inner(self) -> int:
+        """Return i of a Mamba layer, or h*a of an attention layer."""
+        if self.kind is LayerKind.ATTENTION:
+            return self.local_width * self.run.parent.attention_channels
+        return self.local_width * self.head_channels
+
+    @property
+    def local_groups(self) -> int:
+        """Return g of a Mamba layer."""
+        return self.run.parent.mamba_groups // self.run.layout.tensor
+
+    @property
+    def local_kv(self) -> int:
+        """Return the channels of all keys (or all values) of this rank, kv*a."""
+        return self.run.parent.kv_heads // self.run.layout.tensor * self.run.parent.attention_channels
+
+    @property
+    def in_proj_rows(self) -> int:
+        """Return the rows [z, x, B, C, dt] of this rank's input projection."""
+        return 2 * self.inner + 2 * self.local_groups * self.run.parent.mamba_state + self.local_width
+
+    @property
+    def exchanged_rows(self) -> int:
+        """Return the rows [z, x, B, C, dt] before the context-parallel exchange: groups are repeated to go round."""
+        groups = max(self.local_groups, self.run.layout.context)
+        return 2 * self.inner + 2 * groups * self.run.parent.mamba_state + self.local_width
+
+    @property
+    def scan(self) -> "ScanSizes":
+        """Return the sizes of a Mamba layer between the exchanges."""
+        context = self.run.layout.context
+        return ScanSizes(
+            tokens=self.run.tokens * context,
+            heads=self.local_width // context,
+            channels=self.head_channels,
+            groups=max(1, self.local_groups // context),
+            state=self.run.parent.mamba_state,
+            batch=self.run.batch,
+        )
+
+    @property
+    def column_rows(self) -> int:
+        """Return the rows of this rank's first projection: in_proj, linear_qkv or linear_fc1."""
+        match self.kind:
+            case LayerKind.MAMBA:
+                return self.in_proj_rows
+            case LayerKind.ATTENTION:
+                return self.inner + 2 * self.local_kv
+            case LayerKind.MLP:
+                return self.local_width
+
+    @property
+    def row_columns(self) -> int:
+        """Return the columns of this rank's second projection: out_proj, linear_proj or linear_fc2."""
+        return self.local_width if self.kind is LayerKind.MLP else self.inner
+
+
+@dataclass(frozen=True)
+class ScanSizes:
+    """Sizes of one scan: U tokens of `batch` sequences, and this rank's heads and groups after the exchange."""
+
+    tokens: int
+    heads: int
+    channels: int
+    groups: int
+    state: int
+    batch: int
+
+    @property
+    def inner(self) -> int:
+        """Return the channels of all heads."""
+        return self.heads * self.channels
+
+    @property
+    def conv(self) -> int:
+        """Return the channels of the convolution, [x, B, C]."""
+        return self.inner + 2 * self.groups * self.state
+
+    @property
+    def rows(self) -> int:
+        """Return the rows [z, x, B, C, dt]."""
+        return self.inner + self.conv + self.heads
+
+    def padded_tokens(self, chunk_tokens: int) -> int:
+        """Return the tokens once every sequence is filled up to whole chunks."""
+        length = self.tokens // self.batch
+        return self.batch * -(-length // chunk_tokens) * chunk_tokens
+
+
+def distinct(layers: tuple[LayerWork, ...]) -> list[tuple[LayerWork, int]]:
+    """Return one layer of each (kind, width) and how many there are: the others cost the same."""
+    first: dict[tuple[LayerKind, int], LayerWork] = {}
+    for layer in layers:
+        first.setdefault((layer.kind, layer.width), layer)
+    counts = Counter((layer.kind, layer.width) for layer in layers)
+    return [(layer, counts[key]) for key, layer in first.items()]
+
+
+def stage_layers(parent: ModelShape, layout: Layout) -> tuple[range, ...]:
+    """Return the layer indices of every pipeline stage, as `modules.segments` cuts them."""
+    return _stages(parent, layout.pipeline)
+
+
+@cache
+def _stages(parent: ModelShape, pipeline: int) -> tuple[range, ...]:
+    marked = parent.pattern.segments
+    sizes = list(marked) if len(marked) > 1 and pipeline > 1 else balanced_segments(parent, pipeline)
+    starts = [sum(sizes[:stage]) for stage in range(len(sizes))]
+    return tuple(range(start, start + size) for start, size in zip(starts, sizes, strict=True))

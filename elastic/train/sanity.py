@@ -1,0 +1,175 @@
+"""debug.sanity: what has to be equal on several ranks is equal, bit for bit, before and after a step.
+
+Fingerprints (fingerprint.py), never tensors, travel between ranks. Compared are
+
+    over data- and context-parallel ranks   every weight
+    over tensor-parallel ranks              every weight that is not sharded
+    over first and last pipeline stage      a tied embedding
+    over all ranks                          router weights and their Adam state, seed, step, data position, the step's
+                                            budgets (each replica's in any order)
+    over the ranks of one replica           the gates and sample ids of each micro-batch
+
+and every rank with itself: between two steps nothing may change, which also tells which of only two copies is wrong.
+Everything random is a function of (seed, step, micro-batch) and reaches the model as gates, so random state is compared
+by its seed and by what was drawn. Not compared: the weights' Adam states and the fp32 weights behind bf16 ones.
+"""
+
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup, ReduceOp
+from torch.optim import Optimizer
+
+from elastic.modules.initialize import named_global_parameters
+from elastic.modules.model import ElasticModel
+from elastic.modules.sharding import sharded_dim
+from elastic.router.phases import Place
+from elastic.space.gates import Gates
+from elastic.train.data import Batch
+from elastic.train.fingerprint import fingerprint, text_fingerprint
+from elastic.train.parallel import World
+
+EMBEDDING = "embedding.word_embeddings.weight"
+MAX_SHOWN = 5
+
+
+class SanityError(ValueError):
+    """Copies that should be equal and are not, or weights that changed between two steps."""
+
+
+@dataclass
+class Sanity:
+    """Compares the copies around every nth step; every method is called by all ranks. Waits for the device."""
+
+    model: ElasticModel
+    router: nn.Module | None
+    router_optimizer: Optimizer | None
+    world: World
+    seed: int
+    every_n_steps: int = 1
+    _left: Mapping[str, int] = field(default_factory=dict)
+    _left_after_step: int | None = None
+
+    def before_step(self, place: Place, batches: Sequence[Batch], choices: Sequence[Gates | None]) -> None:
+        """Compare what a step starts from; raises SanityError on all ranks alike."""
+        if place.step % self.every_n_steps:
+            return
+        state = self._state()
+        moved = set()
+        if self._left_after_step == place.step - 1:
+            values = _read(state)
+            moved = {name for name in values if values[name] != self._left.get(name, values[name])}
+        found = self._compare_state(state, moved)
+        position = {"seed": self.seed, "step": place.step, "phase": place.phase_index, "data": place.consumed_samples}
+        if choices[0] is not None:
+            position["budgets"] = text_fingerprint(sorted(str(gates.budget) for gates in choices if gates is not None))
+        found += self._compare(position, None, "all ranks")
+        drawn: dict[str, Tensor | int] = {}
+        for index, (batch, gates) in enumerate(zip(batches, choices, strict=True)):
+            drawn[f"sample ids of micro-batch {index}"] = fingerprint(batch.sample_ids)
+            drawn |= {f"{name} of micro-batch {index}": value for name, value in _gate_values(gates).items()}
+        groups = self.world.groups
+        for group, over in ((groups.tp, "tensor"), (groups.pp, "pipeline"), (groups.cp, "context")):
+            found += self._compare(drawn, group, f"{over}-parallel ranks")
+        self._raise_on_all_ranks(found, f"before step {place.step + 1}")
+
+    def after_step(self, place: Place) -> None:
+        """Compare what the step left; raises SanityError on all ranks alike."""
+        if place.step % self.every_n_steps:
+            return
+        state = self._state()
+        self._raise_on_all_ranks(self._compare_state(state, set()), f"after step {place.step + 1}")
+        self._left, self._left_after_step = _read(state), place.step
+
+    def _state(self) -> dict[str, Tensor]:
+        """Return the fingerprints of this rank's weights and of the router, by name."""
+        state = {f"weight {name}": fingerprint(weight) for name, weight in named_global_parameters(self.model)}
+        if self.router is not None:
+            for name, parameter in self.router.named_parameters():
+                state[f"router weight {name}"] = fingerprint(parameter)
+                adam = {} if self.router_optimizer is None else self.router_optimizer.state.get(parameter, {})
+                state |= {f"router Adam {key} {name}": fingerprint(value) for key, value in adam.items()}
+        return {name: value.to(self.world.device) for name, value in state.items()}
+
+    def _compare_state(self, state: Mapping[str, Tensor], moved: set[str]) -> list[str]:
+        """Return one message per copy that differs, and per value that moved without a step."""
+        groups = self.world.groups
+        rank = torch.distributed.get_rank()
+        found = [f"{name} changed on rank {rank} since the last step" for name in state if name in moved]
+        weights = {name: value for name, value in state.items() if name.startswith("weight ")}
+        replicated = {n: v for n, v in weights.items() if sharded_dim(n.removeprefix("weight ")) is None}
+        routers = {name: value for name, value in state.items() if name not in weights}
+        found += self._compare(weights, groups.dp_cp, "data-parallel ranks", moved)
+        found += self._compare(replicated, groups.tp, "tensor-parallel ranks", moved)
+        if self.model.share_embeddings_and_output_weights and f"weight {EMBEDDING}" in weights:
+            tied = {f"weight {EMBEDDING}": weights[f"weight {EMBEDDING}"]}
+            found += self._compare(tied, groups.embd, "first and last pipeline stage", moved)
+        return found + self._compare(routers, None, "all ranks", moved)
+
+    def _compare(
+        self, values: Mapping[str, Tensor | int], group: ProcessGroup | None, over: str, moved: set[str] | None = None
+    ) -> list[str]:
+        """Return a message for each value that differs over `group` (None: all ranks), the same on all its ranks."""
+        ranks = torch.distributed.get_process_group_ranks(group)
+        if len(ranks) == 1 or not values:
+            return []
+        device = self.world.device
+        own = torch.stack([torch.as_tensor(value, dtype=torch.int64, device=device) for value in values.values()])
+        flags = torch.tensor([name in (moved or ()) for name in values], dtype=torch.int64, device=device)
+        gathered = [torch.empty(2, len(values), dtype=torch.int64, device=device) for _ in ranks]
+        torch.distributed.all_gather(gathered, torch.stack([own, flags]), group=group)
+        table = torch.stack(gathered).tolist()
+        found = []
+        for column, name in enumerate(values):
+            seen = {rank: row[0][column] for rank, row in zip(ranks, table, strict=True)}
+            if len(set(seen.values())) > 1:
+                suspects = [rank for rank, row in zip(ranks, table, strict=True) if row[1][column]]
+                found.append(f"{name} differs over {over} {_listed(ranks)}: {_blame(seen, suspects)}")
+        return found
+
+    def _raise_on_all_ranks(self, found: Sequence[str], when: str) -> None:
+        count = torch.tensor([len(found)], device=self.world.device)
+        torch.distributed.all_reduce(count, op=ReduceOp.MAX)
+        if not count.item():
+            return
+        everyone: list[tuple[str, Sequence[str]]] = [("", ())] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, (platform.node(), found))
+        messages = list(dict.fromkeys(message for _, theirs in everyone for message in theirs))
+        shown = messages[:MAX_SHOWN] + [f"and {len(messages) - MAX_SHOWN} more"] * (len(messages) > MAX_SHOWN)
+        named = [rank for rank in range(len(everyone)) if any(f"rank {rank} " in message for message in messages)]
+        hosts = "".join(f"\n  rank {rank} runs on {everyone[rank][0]}" for rank in named)
+        passed = "none yet" if self._left_after_step is None else f"after step {self._left_after_step + 1}"
+        raise SanityError(
+            f"debug.sanity: {when} copies differ\n  " + "\n  ".join(shown) + hosts + f"\nThe last check that passed: "
+            f"{passed}. Leave the machine of a rank named here out, and go on from a checkpoint up to that step"
+        )
+
+
+def _read(state: Mapping[str, Tensor]) -> dict[str, int]:
+    return dict(zip(state, torch.stack(list(state.values())).tolist(), strict=True))
+
+
+def _gate_values(gates: Gates | None) -> dict[str, Tensor | int]:
+    """Return what has to be equal of one micro-batch's gates."""
+    if gates is None:
+        return {}
+    values: dict[str, Tensor | int] = {"budget": text_fingerprint((gates.budget, gates.subnet))}
+    return values | {f"gates {axis.value}": fingerprint(leaf) for axis, leaf in gates.weights.items()}
+
+
+def _blame(seen: Mapping[int, int], moved: Sequence[int]) -> str:
+    """Say which ranks are wrong: those that changed by themselves, else those the majority contradicts."""
+    if 0 < len(moved) < len(seen):
+        return " and ".join(f"rank {rank} changed" for rank in moved) + " since the last step"
+    (most, count), *others = Counter(seen.values()).most_common()
+    if others and others[0][1] == count:
+        return "as many ranks for one value as for another, none of them changed between steps"
+    return " and ".join(f"rank {rank} contradicts" for rank, value in seen.items() if value != most) + " the others"
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))

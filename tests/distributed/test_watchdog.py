@@ -1,0 +1,208 @@
+"""A rank that is killed, stopped or stuck: the others end in time, name rank and step, and nothing stays behind."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch.distributed import distributed_c10d
+
+from elastic.modules.model import Layout
+from elastic.train.parallel import join_world, world
+from elastic.train.watchdog import EXIT_STALLED, Progress, Sign, Watchdog, verdict
+from tests.distributed.harness import DistributedRunError, run_distributed
+from tests.distributed.training import elastic_values
+
+ROOT = Path(__file__).parents[2]
+MARK = "ELASTIC_TEST_RUN"
+
+
+def processes_of(mark):
+    """List the processes that were started with this mark in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark:
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+class Run:
+    """Two replicas under torchrun, one of which ends itself with a signal in its third step."""
+
+    def __init__(self, start, signal_name, folder):
+        timeouts = dict(watchdog_timeout_s=12, collective_timeout_s=60, checkpoint_every_n_steps=100)
+        values = folder / f"{signal_name}.json"
+        values.write_text(json.dumps(elastic_values(start, signal_name, trainer=timeouts)))
+        self.mark, self.output_file = uuid.uuid4().hex, folder / f"{signal_name}.txt"
+        variables = {MARK: self.mark, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        script = [str(ROOT / "tests" / "distributed" / "stalled_run.py"), str(values), signal_name]
+        with self.output_file.open("w") as output:
+            self.process = subprocess.Popen(
+                [*torchrun, *script], env=os.environ | variables, stdout=output, stderr=output
+            )
+
+    @property
+    def output(self):
+        return self.output_file.read_text()
+
+    def wait_for(self, text):
+        until_s = time.monotonic() + 240
+        while text not in self.output and self.process.poll() is None and time.monotonic() < until_s:
+            time.sleep(0.1)
+
+    def end(self):
+        """Wait for torchrun; return its exit code and the processes of the run that are still there."""
+        try:
+            code = self.process.wait(timeout=240)
+        finally:
+            left = processes_of(self.mark)
+            for process in left:
+                process.kill()
+            self.process.wait()
+        return code, [process.pid for process in left]
+
+
+@pytest.fixture(scope="module")
+def runs(start, tmp_path_factory):
+    """Run both at once where it costs nothing: torchrun gives a stopped process 30 s to heed SIGTERM."""
+    folder = tmp_path_factory.mktemp("runs")
+    stopped = Run(start, "SIGSTOP", folder)
+    stopped.wait_for("SIGTERM")
+    killed = Run(start, "SIGKILL", folder)
+    return {run: run.end() for run in (killed, stopped)}
+
+
+NAMED = "rank 1 gives no sign of life, last seen at step 3, forward and backward"
+
+
+def test_nothing_is_left_of_a_run_whose_rank_was_killed_or_stopped(runs):
+    for run, (code, left) in runs.items():
+        assert code != 0 and left == [], run.output
+
+
+def test_the_other_rank_names_the_killed_one_and_its_step(runs):
+    killed, _ = runs
+    assert re.search(rf"watchdog: rank 0 on \S+ failed in step 3, .*: {NAMED}", killed.output), killed.output
+
+
+def test_the_other_rank_ends_in_time_and_names_the_stopped_one_and_its_step(start, runs):
+    _, stopped = runs
+    assert re.search(r"watchdog: rank 0 on \S+ has made no progress for 12 s: step 3, ", stopped.output), stopped.output
+    assert re.search(rf"watchdog: rank 0 on \S+: {NAMED}", stopped.output), stopped.output
+    assert re.search(rf"exitcode\s*: {EXIT_STALLED}", stopped.output), stopped.output
+    report = (start / "run" / "SIGSTOP" / "watchdog" / "rank_0.txt").read_text()
+    assert "rank 0 on" in report and NAMED in report and "train_step" in report, "with the stacks of all threads"
+
+
+def stuck(folder):
+    progress = Progress()
+    with Watchdog(progress, Path(folder), 1.0):
+        progress.enter(7, "data and gates")
+        if torch.distributed.get_rank() == 1:
+            time.sleep(600)
+        while True:
+            # Rank 0 goes on and shows signs of life from further on.
+            progress.enter(8, "optimizer")
+            time.sleep(0.02)
+
+
+def test_a_rank_that_is_stuck_alone_shows_where_and_ends(tmp_path):
+    with pytest.raises(DistributedRunError) as caught:
+        run_distributed(stuck, 2, str(tmp_path), timeout_s=60)
+    assert f"rank 1, exit code {EXIT_STALLED}" in str(caught.value)
+    report = (tmp_path / "watchdog" / "rank_1.txt").read_text()
+    assert "has made no progress for 1 s: step 7, data and gates" in report
+    assert "rank 1 is behind the others, at step 7, data and gates" in report
+    assert re.search(r'test_watchdog.py", line \d+ in stuck', report)
+    assert not (tmp_path / "watchdog" / "rank_0.txt").exists()
+
+
+def slow(folder):
+    """One thing takes longer than it may, but ends while the watchdog still looks around."""
+    progress = Progress()
+    with Watchdog(progress, Path(folder), 2.0) as watchdog:
+        progress.enter(1, "SaveCheckpoints.after_step")
+        time.sleep(2.0 + 2 * watchdog.beat_s)
+        progress.enter(2, "data and gates")
+        time.sleep(10 * watchdog.beat_s)
+        return watchdog.progress.place[1]
+
+
+def test_a_rank_that_moves_on_after_all_is_left_alive(tmp_path):
+    assert run_distributed(slow, 2, str(tmp_path)) == [2, 2]
+    assert not (tmp_path / "watchdog").exists()
+
+
+def sign(begun, step, doing="forward and backward", beat=1):
+    return Sign(beat, begun, step, doing)
+
+
+def later(signs):
+    return [Sign(s.beat + 5, s.begun, s.step, s.doing) for s in signs]
+
+
+def test_verdicts():
+    same = [sign(30, 5), sign(30, 5), sign(30, 5)]
+    assert (
+        verdict(same, later(same)) == "all 3 ranks are alive and stand at the same place, step 5, forward and backward"
+    )
+    silent = later(same)
+    silent[1] = same[1]
+    assert verdict(same, silent) == "rank 1 gives no sign of life, last seen at step 5, forward and backward"
+    assert verdict([None, *same], [None, *later(same)]) == "rank 0 gives no sign of life, last seen at its start"
+    behind = [sign(30, 5), sign(28, 5, "data and gates"), sign(30, 5)]
+    assert verdict(behind, later(behind)) == "rank 1 is behind the others, at step 5, data and gates"
+    failed = [sign(30, 5), sign(30, 5, "failed: DataError"), sign(30, 5)]
+    assert verdict(failed, later(failed)) == "rank 1 failed: DataError in step 5"
+    many = [sign(30, 5)] * 20
+    assert verdict(many, [*many[:19], *later(many[19:])]).endswith("; and 11 more ranks")
+    assert Sign.decode(sign(3, 4, "a b c").encode().encode()) == sign(3, 4, "a b c")
+
+
+def test_the_thread_ends_with_the_block_and_slow_work_that_goes_on_is_left_alone(tmp_path):
+    progress = Progress()
+    with world(Layout()), Watchdog(progress, tmp_path, 0.4):
+        for step in range(8):
+            progress.enter(step, "optimizer")
+            time.sleep(0.1)
+        assert "watchdog" in [thread.name for thread in threading.enumerate()]
+    assert "watchdog" not in [thread.name for thread in threading.enumerate()]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_group_takes_the_time_out():
+    with world(Layout(), 77.0):
+        found = {
+            group.group_desc: group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+            for group in distributed_c10d._world.pg_map
+        }
+    # Megatron-Core forgets it for one group of experts, which this model does not have.
+    assert found.pop("EXPERT_DATA_PARALLEL_GROUP_GLOO") == 1800.0
+    assert len(found) > 10 and set(found.values()) == {77.0}
+
+
+def wait_in_vain(kind):
+    here = join_world(Layout(tensor=2) if kind == "tp" else Layout(), torch.device("cpu"), 2.0)
+    if torch.distributed.get_rank() == 1:
+        time.sleep(60)
+    group = here.groups.tp if kind == "tp" else here.groups.dp_cp
+    torch.distributed.all_reduce(torch.zeros(3), group=group)
+
+
+@pytest.mark.parametrize("kind", ["tp", "dp"])
+def test_a_collective_without_its_partner_ends_in_an_error(kind):
+    with pytest.raises(DistributedRunError, match=r"(?i)timed out") as caught:
+        run_distributed(wait_in_vain, 2, kind, timeout_s=50)
+    assert isinstance(caught.value.__cause__, RuntimeError)
