@@ -1,7 +1,6 @@
 """The verb plan: memory, FLOPs, traffic, time and price of a run, other layouts, a rehearsal."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -22,16 +21,17 @@ from elastic.plan.report import (
 )
 from elastic.plan.search import Candidate, candidate, run_problems, search
 from elastic.train.config_load import ConfigError
+from elastic.train.report_file import check_output, write_output
 from elastic.train.run_cost import cost_space
-from elastic.train.run_folder import write_json
 
 
 def run_plan(config: PlanConfig, console: Console) -> dict[str, Any]:
     """Print the plan of the config's layout, warnings, and the ranked layouts; returns what `output` would hold.
 
-    Raises ConfigError if the layout is not legal on this cluster, and RecordError for a permuted parent of another
-    model.
+    Raises ConfigError if the layout is not legal on this cluster, RecordError for a permuted parent of another model,
+    and OutputError for an output that exists already.
     """
+    check_output(config)
     space = cost_space(config)
     samples = budget_samples(config, space)
     report: dict[str, Any] = {"cluster": asdict(config.cluster), "assumed": asdict(config.plan)}
@@ -55,11 +55,7 @@ def run_plan(config: PlanConfig, console: Console) -> dict[str, Any]:
 
         report["rehearsal"] = rehearse(config, space, chosen)
         console.print(rehearsal_table(report["rehearsal"]))
-    if config.output is not None:
-        path = Path(config.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, report)
-        console.print(f"written to {path}", highlight=False)
+    write_output(config, report, console)
     return report
 
 

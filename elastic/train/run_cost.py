@@ -1,7 +1,6 @@
 """The verb cost: what a run of the main job can reach and what it costs, from its config alone."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,15 +19,11 @@ from elastic.space.subnet import Subnet, heterogeneous_layers
 from elastic.train.checkpoint_find import resolve_checkpoint
 from elastic.train.config import CostConfig
 from elastic.train.record import Record, check_same_shape
+from elastic.train.report_file import check_output, write_output
 from elastic.train.run_evaluate import subnet_summary
-from elastic.train.run_folder import write_json
 
 TENSOR_PARALLEL = (1, 2, 4, 8)  # sizes a submodel is served at
 COSTS = ("params", "weight_bytes", "kv_bytes", "ssm_bytes", "conv_bytes", "deploy_bytes", "flops_per_token")
-
-
-class OutputError(ValueError):
-    """A file that exists already and may not be replaced."""
 
 
 def run_cost(config: CostConfig, console: Console) -> dict[str, Any]:
@@ -37,10 +32,7 @@ def run_cost(config: CostConfig, console: Console) -> dict[str, Any]:
     Reads no data and no weights: of a permuted parent, where one is given, only the record. Raises RecordError if that
     is of another model, OutputError for an output that exists already.
     """
-    if config.output is not None and Path(config.output).exists() and not config.exp_manager.overwrite:
-        raise OutputError(
-            f"output = {config.output}: exists already; choose another file, or set exp_manager.overwrite=true"
-        )
+    check_output(config)
     space, deployment, budgets = cost_space(config), config.deployment(), config.budgets()
     samples = [sample_subnet(space, budget, deployment) for budget in budgets]
     report = {
@@ -57,11 +49,7 @@ def run_cost(config: CostConfig, console: Console) -> dict[str, Any]:
     console.print(sample_table(report, space.parent))
     for note in notes(report, config):
         console.print(note, highlight=False)
-    if config.output is not None:
-        path = Path(config.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, report)
-        console.print(f"written to {path}", highlight=False)
+    write_output(config, report, console)
     return report
 
 

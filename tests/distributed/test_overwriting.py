@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from elastic.plan.config import PlanConfig
+from elastic.plan.run_plan import run_plan
 from elastic.train.config import (
     CostConfig,
     ElasticConfig,
@@ -21,8 +23,9 @@ from elastic.train.config_sections import ExpManagerConfig
 from elastic.train.manifest import DataError
 from elastic.train.prepare import prepare
 from elastic.train.prepare_config import PrepareConfig
+from elastic.train.report_file import OutputError
 from elastic.train.resume import ResumeError
-from elastic.train.run_cost import OutputError, run_cost
+from elastic.train.run_cost import run_cost
 from elastic.train.run_evaluate import run_evaluate
 from elastic.train.run_extract import run_extract
 from elastic.train.run_folder import RunFolderError, prepare_run_folder
@@ -55,8 +58,9 @@ def values_of(start, verb, target):
         "extract": dict(init_from=dict(checkpoint=permuted)),
         "import_hf": dict(source=str(start / "stock")),
         "cost": dict(model={**MODEL, "vocab": 320}, elastic=dict(space=SPACE, budgets=BUDGETS)),
+        "plan": dict(model={**MODEL, "vocab": 320}, elastic=dict(space=SPACE, budgets=BUDGETS)),
     }[verb]
-    if verb == "cost":
+    if verb in ("cost", "plan"):
         return dict(given, output=str(target / "precious.json"))
     return dict(
         given, exp_manager=dict(exp_dir=str(target.parent.parent), name=target.parent.name, version=target.name)
@@ -72,6 +76,7 @@ VERBS = {
     "extract": (ExtractConfig, run_extract, RunFolderError),
     "import_hf": (ImportConfig, run_import, RunFolderError),
     "cost": (CostConfig, run_cost, OutputError),
+    "plan": (PlanConfig, run_plan, OutputError),
 }
 
 
