@@ -23,7 +23,7 @@ from elastic.train.parallel import World, model_layout, world
 from elastic.train.phase_data import PhaseData
 from elastic.train.pipeline import PipelineRunner
 from elastic.train.record import Family, Record, check_same_shape
-from elastic.train.run_folder import open_run_folder
+from elastic.train.run_folder import open_run_folder, write_json
 from elastic.train.trainer import Callback, Trainer
 
 
@@ -138,6 +138,9 @@ def _fit(
         StopOnSignal(),  # last: its handlers stay until the final checkpoint is written
     ]
     trainer.fit()
+    if trainer.world.is_main and trainer.step == trainer.total_steps:
+        # A launcher starts no further job for a run that has this file.
+        write_json(folder / "finished.json", {"step": trainer.step, "total_steps": trainer.total_steps})
     if trainer.world.is_main and trainer.stop_reason is not None:
         console.print(f"stopped by {trainer.stop_reason} after step {trainer.step}; run the same command to go on")
     return folder
