@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # What the launchers share. A launcher sources this and calls `launch VERB --config-name=RUN "$@"`.
 #
 # Under Slurm: preflight on every node, an all-reduce over all ranks, then the verb, each as one srun. Elsewhere the
@@ -68,7 +69,15 @@ step() { # arguments: log name, then a command; fills STEP with the srun that ru
     --output="$LOGS/$1_%n.log" ${CONTAINER[@]+"${CONTAINER[@]}"} "${@:2}")
 }
 
-torchrun() { # arguments: log name, then a command; under srun or as it is; returns its code
+torchrun() { # arguments: what each rank runs; fills TORCHRUN with one node's share, to be run by bash -c
+  # torchrun itself would die of USR1; the ranks set their own handler for it. Ranks follow the order of the nodes.
+  # shellcheck disable=SC2016
+  TORCHRUN=(bash -c 'trap "" USR1; exec "$0" -m torch.distributed.run --node-rank="${SLURM_NODEID:-${NODE_RANK:-0}}" "$@"'
+    "$PY" --nnodes="$NODES" --nproc-per-node="$PROCESSES_PER_NODE" --master-addr="$MASTER_ADDR"
+    --master-port="$MASTER_PORT" "$@")
+}
+
+run() { # arguments: log name, then a command; under srun or as it is; returns its code
   local code=0 told
   if [ -n "$IN_SLURM" ]; then
     step "$@"
@@ -121,7 +130,7 @@ planned() { # argument: a name; prints its value in the plan that preflight left
 
 report() { # argument: log name; prints each problem once with the nodes that have it, and ends the job
   say "preflight failed, nothing was started (logs: $LOGS/$1_*.log)"
-  awk -v nodes="$NODES" -f "$REPO/launch/problems.awk" "$LOGS/$1"_*.log ||
+  awk -v nodes="$NODES" -f "$REPO/launch/problems.awk" "$LOGS/$1"_*.log 2>/dev/null ||
     say "no log was written: srun could not start on the nodes, or could not write to $LOGS there"
   exit "$EXIT_PREFLIGHT"
 }

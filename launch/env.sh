@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Environment of every process of a run, sourced by the launchers. A value that is set already wins. What depends on
 # the cluster (NCCL_SOCKET_IFNAME, NCCL_IB_HCA, GLOO_SOCKET_IFNAME, ...) is not set here: export it before sbatch.
 
