@@ -63,9 +63,11 @@ container_options() { # arguments: the overrides; every existing absolute path i
 }
 
 step() { # arguments: log name, then a command; fills STEP with the srun that runs it once on each node
-  # --cpu-bind: a task is a whole node's torchrun; bound to its "one CPU", its eight ranks would share a core.
-  # --kill-on-bad-exit, --wait: when one node ends, with an error or without, the others do not outlive it for long.
-  STEP=(srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 --wait=60
+  # When one node ends, with an error or without, the others do not outlive it for long; but all have a say in preflight.
+  local together=(--kill-on-bad-exit=1 --wait=60)
+  if [ "$1" = preflight ]; then together=(--kill-on-bad-exit=0 --wait=300); fi
+  # A task is a whole node's torchrun: bound to its "one CPU", its eight ranks would share a core.
+  STEP=(srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --cpu-bind=none "${together[@]}"
     --output="$LOGS/$1_%n.log" ${CONTAINER[@]+"${CONTAINER[@]}"} "${@:2}")
 }
 
