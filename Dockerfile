@@ -32,10 +32,12 @@ ENV PIP_BREAK_SYSTEM_PACKAGES=1 \
 
 WORKDIR /opt/elastic
 
-# What changes rarely first: the packages. What the base brings keeps its version, everything else has the tested one.
+# What changes rarely first: the packages. The base's torch and what is compiled against it stay, the rest is as tested.
+# --ignore-installed: pip cannot remove what the system's package manager installed, only put ours before it.
 COPY pyproject.toml constraints.txt ./
 COPY launch/image_requirements.py launch/
 RUN python3 launch/image_requirements.py . && \
+    python3 -m pip install --constraint image-constraints.txt --ignore-installed packaging setuptools && \
     python3 -m pip install --constraint image-constraints.txt --requirement image-requirements.txt && \
     python3 launch/image_requirements.py --kernels "${KERNELS}" \
         "transformer-engine[pytorch]==${TRANSFORMER_ENGINE_VERSION}" \

@@ -1,9 +1,9 @@
 """Say what pip must add to a container's base image, which brings some packages in versions of its own.
 
 `image_requirements.py FOLDER` reads pyproject.toml and constraints.txt there and writes image-requirements.txt and
-image-constraints.txt beside them: a package of the base that satisfies the project keeps its version, everything else
-gets the tested one. `image_requirements.py --kernels auto REQUIREMENT ...` prints the requirements that the base does
-not have; with `--kernels none`, which a base without a GPU's compiler needs, nothing. Needs pip and nothing else.
+image-constraints.txt beside them: torch of the base and what is compiled against it keep their versions, everything
+else gets the tested one. `image_requirements.py --kernels auto REQUIREMENT ...` prints the requirements that the base
+does not have; with `--kernels none`, which a base without a GPU's compiler needs, nothing. Needs pip and nothing else.
 """
 
 import argparse
@@ -14,8 +14,10 @@ from pathlib import Path
 
 from pip._vendor.packaging.requirements import Requirement
 
-# Built with torch and for it: where torch comes from the base, ours would pull in a second CUDA.
-COMES_WITH_TORCH = re.compile(r"nvidia-|cuda-|triton$|torch$")
+# Compiled against each other: where the base has one of them it stays, ours would pull in a second CUDA.
+BELONGS_TO_TORCH = re.compile(
+    r"(torch|torchvision|triton|numpy|nvidia-.*|cuda-.*|transformer-engine.*|flash-attn|apex|mamba-ssm|causal-conv1d)$"
+)
 
 
 def installed() -> dict[str, str]:
@@ -30,26 +32,17 @@ def normalised(name: str) -> str:
 
 def write_requirements(folder: Path) -> None:
     """Write image-requirements.txt and image-constraints.txt for the image this runs in."""
-    project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    requirements = {normalised(Requirement(line).name): Requirement(line) for line in project["dependencies"]}
+    content = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
     base = installed()
-    lines = (folder / "constraints.txt").read_text(encoding="utf-8").splitlines()
     constraints = {}
-    for line in lines:
+    for line in (folder / "constraints.txt").read_text(encoding="utf-8").splitlines():
         name, _, version = line.partition("==")
-        if not version:
-            continue
-        if "torch" in base and COMES_WITH_TORCH.match(name):
-            continue
-        keeps = name in base and (
-            name not in requirements or requirements[name].specifier.contains(base[name], prereleases=True)
-        )
-        constraints[name] = base[name] if keeps else version
-    if "torch" in base:
-        constraints["torch"] = base["torch"]
-    # setuptools is what builds the project itself; a base's old one cannot.
-    constraints.pop("setuptools", None)
-    texts = [str(requirement) for requirement in requirements.values()] + ["setuptools>=77"]
+        if version and not ("torch" in base and BELONGS_TO_TORCH.match(name)):
+            constraints[name] = version
+    for name, version in base.items():
+        if BELONGS_TO_TORCH.match(name):
+            constraints[name] = version
+    texts = [*content["project"]["dependencies"], *content["build-system"]["requires"]]
     (folder / "image-requirements.txt").write_text("\n".join(texts) + "\n")
     pins = [f"{name}=={version}" for name, version in sorted(constraints.items())]
     (folder / "image-constraints.txt").write_text("\n".join(pins) + "\n")

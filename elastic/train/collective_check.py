@@ -28,7 +28,7 @@ class CollectiveProblem(ValueError):
     """Ranks that cannot work together."""
 
 
-def check_collectives(folder: Path, timeout_s: float = TIMEOUT_S) -> float:
+def check_collectives(folder: Path, timeout_s: float) -> float:
     """Sum over all ranks and look for one rank's file on every node; returns the seconds of the second sum.
 
     Takes the ranks from torchrun's environment. `folder` is the run folder; it is neither made nor written to, the
@@ -96,9 +96,10 @@ def main() -> None:
     """Check, print one line, and leave with code 2 if it failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="the run folder, there or not")
+    parser.add_argument("--timeout", type=float, default=TIMEOUT_S, help=f"seconds (default {TIMEOUT_S:g})")
     arguments = parser.parse_args()
     try:
-        seconds = check_collectives(arguments.folder.absolute())
+        seconds = check_collectives(arguments.folder.absolute(), arguments.timeout)
     except CollectiveProblem as error:
         print(f"  {error}", flush=True)
         sys.exit(EXIT_PROBLEM)

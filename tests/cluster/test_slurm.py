@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from recipes.preflight import compose_run
 from tests.cluster.local_slurm import LocalSlurm, local_slurm, processes_of, why_not
+from tests.cluster.overrides import tiny_overrides
 from tests.distributed.harness import run_distributed
 from tests.distributed.training import rows, train
 
@@ -30,10 +31,6 @@ ON_CPUS = {
     "GLOO_SOCKET_IFNAME": "lo",
     "PYTHONWARNINGS": "ignore",
 }
-GROUPS = (
-    "model=tiny_test", "space=tiny_test", "budgets=smoke", "curriculum=smoke", "router=smoke", "distill=default",
-    "data=own", "optim=adam", "parallel=none", "trainer=cpu_training",
-)  # fmt: skip
 END_S = 480.0  # generous: a busy machine starts a rank in a minute
 
 pytestmark = [
@@ -49,32 +46,6 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSlurm]:
     with local_slurm(folder, nodes=4) as cluster:
         yield cluster
     assert processes_of(folder) == []
-
-
-def overrides(start: Path, folder: Path, version: str, steps: tuple[int, int], *more: str) -> list[str]:
-    """Return the overrides that turn the 12B run into one of seconds, written to folder/run/version."""
-    curriculum = {
-        "sequence_length": (32, 64),
-        "global_batch": (8, 8),
-        "steps": steps,
-        "lr.warmup_steps": (0, 0),
-        "router_lr.warmup_steps": (0, 0),
-    }
-    return [
-        *GROUPS,
-        *(f"curriculum.{phase}.{key}={values[phase]}" for key, values in curriculum.items() for phase in (0, 1)),
-        f"data.path={start}/data",
-        f"init_from.permuted_parent={start}/run/permuted",
-        "data.micro_batch=1",
-        "data.validation_sequences=4",
-        "elastic.router.draws_per_step=2",
-        "elastic.router.hidden_width=16",
-        "trainer.log_every_n_steps=1",
-        f"exp_manager.exp_dir={folder}",
-        "exp_manager.name=run",
-        f"exp_manager.version={version}",
-        *more,
-    ]
 
 
 def submit(slurm: LocalSlurm, folder: Path, nodes: int, arguments: list[str], **environment: str) -> int:
@@ -118,7 +89,7 @@ def pid_of_rank(job: int, rank: int) -> int:
 
 
 def test_four_nodes_train_to_the_end(slurm: LocalSlurm, start: Path, tmp_path: Path) -> None:
-    job = submit(slurm, tmp_path, 4, overrides(start, tmp_path, "four", (3, 2)))
+    job = submit(slurm, tmp_path, 4, tiny_overrides(start, tmp_path, "four", (3, 2)))
     ended = slurm.wait(job, timeout_s=END_S)
     assert ended["JobState"] == "COMPLETED", output_of(tmp_path, job)
     run = tmp_path / "run" / "four"
@@ -132,9 +103,9 @@ def test_four_nodes_train_to_the_end(slurm: LocalSlurm, start: Path, tmp_path: P
 
 def test_usr1_is_a_checkpoint_a_requeue_and_the_same_losses(slurm: LocalSlurm, start: Path, tmp_path: Path) -> None:
     steps = (60, 20)
-    values = compose_run(["--config-name=elastic_12b", *overrides(start, tmp_path, "uninterrupted", steps)])
+    values = compose_run(["--config-name=elastic_12b", *tiny_overrides(start, tmp_path, "uninterrupted", steps)])
     run_distributed(train, 2, OmegaConf.to_container(values, resolve=True))
-    arguments, run = overrides(start, tmp_path, "told", steps), tmp_path / "run" / "told"
+    arguments, run = tiny_overrides(start, tmp_path, "told", steps), tmp_path / "run" / "told"
     job = submit(slurm, tmp_path, 2, arguments)
     wait_for_step(slurm, job, run, 3)
     # What `#SBATCH --signal=B:USR1@300` does five minutes before the time limit.
@@ -154,7 +125,7 @@ def test_usr1_is_a_checkpoint_a_requeue_and_the_same_losses(slurm: LocalSlurm, s
 
 
 def test_a_crashed_worker_ends_the_job_within_a_minute(slurm: LocalSlurm, start: Path, tmp_path: Path) -> None:
-    job = submit(slurm, tmp_path, 2, overrides(start, tmp_path, "crashed", (100_000, 1)))
+    job = submit(slurm, tmp_path, 2, tiny_overrides(start, tmp_path, "crashed", (100_000, 1)))
     wait_for_step(slurm, job, tmp_path / "run" / "crashed", 2)
     killed = time.time()
     os.kill(pid_of_rank(job, 1), signal.SIGABRT)
