@@ -21,7 +21,7 @@ EXIT_PREFLIGHT=2 EXIT_BUDGET=75
 say() { printf 'launch: %s\n' "$*"; }
 
 header() { # the value of one #SBATCH option of the launcher: what sbatch would have asked for
-  sed -n "s/^#SBATCH --$1=\([^ ]*\).*/\1/p" "$LAUNCHER" | head -n 1
+  sed -n "s/^#SBATCH --$1=\([^ ]*\).*/\1/p" "$LAUNCHER"
 }
 
 find_place() { # which nodes, which ranks, where they meet, where the logs go
@@ -30,7 +30,7 @@ find_place() { # which nodes, which ranks, where they meet, where the logs go
   JOB=${SLURM_JOB_ID:-local_$(date +%Y%m%d_%H%M%S)} TRY=${SLURM_RESTART_COUNT:-0}
   if [ -n "$IN_SLURM" ]; then
     NODES=$SLURM_JOB_NUM_NODES
-    MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+    MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)}
     # Below the range from which systems take ports for outgoing connections (32768), one for each job.
     MASTER_PORT=${MASTER_PORT:-$((12000 + SLURM_JOB_ID % 18000))}
   else
