@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from elastic.train.config_load import Problem
-from elastic.train.preflight_node import KERNEL_MODULES, Node, node_number, node_problems, package_problems, probe, probe_packages
+from elastic.train.preflight_node import (
+    KERNEL_MODULES,
+    Node,
+    node_number,
+    node_problems,
+    package_problems,
+    probe,
+    probe_packages,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 EXIT_PROBLEMS = 2
@@ -71,7 +79,8 @@ def check_run(options: argparse.Namespace, node: Node) -> list[Problem]:
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
         config = load_run(kinds[options.verb], values, cluster, is_main=node_number() == 0)  # type: ignore[arg-type]
     except (HydraException, OmegaConfBaseException) as error:
-        return [Problem("override", " ".join(options.arguments), str(error).splitlines()[0], "see conf/ for the groups")]
+        rule = str(error).splitlines()[0]
+        return [Problem("override", " ".join(options.arguments), rule, "see conf/ for groups and their files")]
     except ConfigError as error:
         return list(error.problems)
     plan, problems = plan_run(config, options.phase)
@@ -90,7 +99,8 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, help="write what a launcher needs to know of the run to PLAN_<node>")
     parser.add_argument("--show", action="store_true", help="print the resolved config; does not judge the node")
     parser.add_argument("verb", choices=VERBS)
-    options, options.arguments = parser.parse_known_args()
+    options, rest = parser.parse_known_args()
+    options.arguments = rest
     wanted = requirements(options.gpus > 0)
     versions = probe_packages(wanted)
     problems = list(package_problems(sys.version_info[:2], versions, wanted))

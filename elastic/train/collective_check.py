@@ -1,4 +1,4 @@
-"""Let every rank of a job meet every other once, before the run starts: `torchrun ... -m elastic.train.collective_check`.
+"""Let every rank of a job meet every other once, before the run starts (`torchrun ... -m` this module).
 
 Three things fail here in seconds that would otherwise fail in the first step or at the first checkpoint, with a trace
 of somebody else's code: a rank that cannot reach the others, a sum that comes out wrong, and a run folder that is not

@@ -113,7 +113,9 @@ def package_problems(
         version, wanted = versions.get(requirement.name), str(requirement.specifier)
         remedy = "install it, or take the image of the Dockerfile"
         if version is None:
-            yield Problem(f"package {requirement.name}", None, f"is not installed{wanted and f', needs {wanted}'}", remedy)
+            yield Problem(
+                f"package {requirement.name}", None, f"is not installed{wanted and f', needs {wanted}'}", remedy
+            )
         elif not requirement.specifier.contains(version, prereleases=True):  # NVIDIA's images carry 2.9.0a0+...
             yield Problem(f"package {requirement.name}", version, f"must be {wanted}", remedy)
 

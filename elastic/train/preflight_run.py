@@ -53,7 +53,9 @@ def plan_run(config: VerbConfig, phase: str | None) -> tuple[Plan, tuple[Problem
     if phase is not None:
         names = [p.name for p in phases]
         if phase not in names:
-            return Plan(str(run_dir)), (Problem("PHASE", phase, "is not in the curriculum", f"it has {', '.join(names)}"),)
+            return Plan(str(run_dir)), (
+                Problem("PHASE", phase, "is not in the curriculum", f"it has {', '.join(names)}"),
+            )
         total = min(total, sum(p.num_steps for p in phases[: names.index(phase) + 1]))
         override = f"trainer.max_steps={total}"
     finished = not config.exp_manager.overwrite and finished_step(run_dir) >= total
@@ -102,7 +104,7 @@ def disk_problems(config: TrainConfig) -> Iterator[Problem]:
     place = nearest_existing(run_dir)
     free = shutil.disk_usage(place).free
     there = 0 if config.exp_manager.overwrite else len(list((run_dir / "checkpoints").glob("step_*")))
-    keep = config.exp_manager.keep_last_checkpoints  # type: ignore[attr-defined]
+    keep = config.exp_manager.keep_last_checkpoints
     count = max(1, keep + 1 - there)
     need = count * checkpoint_bytes(config)
     if free < need:

@@ -52,7 +52,7 @@ ResumeProgram=/bin/true
 SuspendTime=-1
 NodeName=DEFAULT CPUs=112 RealMemory=4000 Gres=gpu:h100:8
 NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last_started}] State=UNKNOWN
-NodeName=n[{not_started}-{configured}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first_not_started}-{last}] State=CLOUD
+NodeName=n[{not_started}-{configured}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first_cloud}-{last}] State=CLOUD
 PartitionName=batch Nodes=n[1-{nodes}] Default=YES MaxTime=INFINITE State=UP
 PartitionName=all Nodes=ALL MaxTime=INFINITE State=UP
 """
@@ -107,7 +107,9 @@ class LocalSlurm:
                 # A requeued job waits two minutes, so that the nodes can recover.
                 self.command("scontrol", "update", f"JobId={number}", "StartTime=now")
             time.sleep(0.2)
-        raise TimeoutError(f"job {number} is not {' or '.join(states)} after {timeout_s:.0f} s: {dict(self.job(number))}")
+        raise TimeoutError(
+            f"job {number} is not {' or '.join(states)} after {timeout_s:.0f} s: {dict(self.job(number))}"
+        )
 
 
 @contextlib.contextmanager
@@ -136,7 +138,7 @@ def _write_configuration(folder: Path, names: Sequence[str]) -> None:
     port = 16000 + os.getpid() % 7000
     conf = CONF.format(
         host=host, port=port, folder=folder, user=getpass.getuser(), configured=CONFIGURED_NODES, nodes=nodes,
-        not_started=nodes + 1, first=port + 1, last_started=port + nodes, first_not_started=port + nodes + 1,
+        not_started=nodes + 1, first=port + 1, last_started=port + nodes, first_cloud=port + nodes + 1,
         last=port + CONFIGURED_NODES,
     )  # fmt: skip
     (folder / "slurm.conf").write_text(conf)

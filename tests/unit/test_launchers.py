@@ -55,7 +55,9 @@ case "$*" in
   *) {train} ;;
 esac
 """
-PLAN = 'printf "run_dir={run}\\ntotal_steps=9\\nfinished={finished}\\noverride={override}\\n" >"$LOGS/plan_$SLURM_NODEID"'
+PLAN = (
+    'printf "run_dir={run}\\ntotal_steps=9\\nfinished={finished}\\noverride={override}\\n" >"$LOGS/plan_$SLURM_NODEID"'
+)
 
 
 class Job:
@@ -301,7 +303,10 @@ def test_the_image_is_mounted_with_all_that_the_run_reads(job: Job) -> None:
     assert job.start("elastic_12b", *overrides, **image).returncode == 0
     mounts = f"{ROOT}:{ROOT},{job.folder}:{job.folder},{job.folder}/data:{job.folder}/data,/scratch:/scratch"
     for call in job.calls("srun"):
-        assert f"--container-image=registry#elastic:1 --container-mounts={mounts} --container-workdir={job.folder} " in call
+        assert (
+            f"--container-image=registry#elastic:1 --container-mounts={mounts} --container-workdir={job.folder} "
+            in call
+        )
 
 
 def test_dry_run_prints_the_command_and_the_config_and_starts_nothing(job: Job) -> None:
