@@ -1,5 +1,6 @@
-"""The overrides that turn the 12B run into one of seconds."""
+"""The overrides that turn the 12B run into one of seconds, and what such a run has logged."""
 
+import json
 from pathlib import Path
 
 GROUPS = (
@@ -36,3 +37,12 @@ def tiny_overrides(start: Path, folder: Path, version: str, steps: tuple[int, in
         *more,
     ]
     return list({override.partition("=")[0]: override for override in given}.values())
+
+
+def logged_steps(run: Path) -> list[int]:
+    """List the training steps of metrics.jsonl in the order they were logged, as often as they were."""
+    if not (run / "metrics.jsonl").exists():
+        return []
+    whole = (run / "metrics.jsonl").read_text().rpartition("\n")[0]  # the last line may be half written
+    logged = map(json.loads, whole.splitlines())
+    return [row["step"] for row in logged if "tokens_per_s" in row]
