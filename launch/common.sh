@@ -85,7 +85,8 @@ run() { # arguments: log name, then a command; under srun or as it is; returns i
     step "$@"
     "${STEP[@]}" &
   else
-    "${@:2}" > >(tee "$LOGS/$1_${NODE_RANK:-0}.log") 2>&1 &
+    # tee becomes a child of the command, beside the ranks, and would die of the signal meant for them.
+    "${@:2}" > >(trap '' USR1 && exec tee "$LOGS/$1_${NODE_RANK:-0}.log") 2>&1 &
   fi
   CHILD=$!
   while :; do
@@ -154,8 +155,12 @@ is_finished() { # whether the run's own flag says that it reached the planned nu
 go_on_later() { # back into the queue, as often as MAX_REQUEUES allows; the run resumes from its checkpoint
   if [ -n "$IN_SLURM" ] && [ "$TRY" -lt "$MAX_REQUEUES" ]; then
     say "requeue $((TRY + 1)) of at most $MAX_REQUEUES"
-    scontrol requeue "$SLURM_JOB_ID"
-    exit 0
+    local attempt
+    for attempt in 1 2 3 4 5; do # a busy controller may not answer the first time
+      if scontrol requeue "$SLURM_JOB_ID"; then exit 0; fi
+      sleep "$((attempt * 3))"
+    done
+    say "Slurm did not take the job back"
   fi
   say "stopped before the end (requeues used: $TRY of $MAX_REQUEUES); the same command goes on"
   exit "$EXIT_BUDGET"

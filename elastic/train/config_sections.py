@@ -118,11 +118,16 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """How numbers are computed, for every verb. `num_threads` null leaves PyTorch's choice."""
+    """How numbers are computed, for every verb. `num_threads` null leaves PyTorch's choice.
+
+    A collective that one rank does not join within `collective_timeout_s` seconds ends the run instead of hanging; it
+    must leave room for what one rank does alone, such as writing the end of a checkpoint.
+    """
 
     precision: Literal["fp32", "bf16"] = "fp32"
     num_threads: Count | None = None
     deterministic: bool = True
+    collective_timeout_s: Positive = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)

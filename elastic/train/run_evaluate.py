@@ -28,7 +28,7 @@ EVALUATION_FILE = "evaluation.json"
 def run_evaluate(config: EvaluateConfig, console: Console) -> Path:
     """Evaluate and write evaluation.json; returns the run folder."""
     held_out = TokenStream(Path(config.data.path) / "validation")
-    with world(model_layout(config.parallel, config.trainer)) as here:
+    with world(model_layout(config.parallel, config.trainer), config.trainer.collective_timeout_s) as here:
         folder, _ = open_run_folder(config.exp_manager, asdict(config), here)
         source = config.init_from
         family = open_family(source.checkpoint, source.router, config.budget_names, config.subnets)

@@ -41,7 +41,7 @@ def run_importance(config: ImportanceConfig, console: Console) -> Path:
     start = resolve_checkpoint(config.init_from.parent)
     record = Record.read(start)
     stream = TokenStream(Path(config.data.path) / "train")
-    with world(model_layout(config.parallel, config.trainer)) as here:
+    with world(model_layout(config.parallel, config.trainer), config.trainer.collective_timeout_s) as here:
         folder, _ = open_run_folder(config.exp_manager, asdict(config), here)
         space = Space(record.shape, {}, lanes=config.lanes)
         model = build_model(space, here.layout)

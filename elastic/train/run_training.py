@@ -31,7 +31,7 @@ def run_pretrain(config: PretrainConfig, console: Console) -> Path:
     """Train a parent from scratch with cross-entropy; returns the run folder."""
     stream = TokenStream(Path(config.data.path) / "train")
     config = with_vocab(config, stream.vocab_size)
-    with world(model_layout(config.parallel, config.trainer)) as here:
+    with world(model_layout(config.parallel, config.trainer), config.trainer.collective_timeout_s) as here:
         space = Space(config.parent_shape(), {}, lanes=1)
         model = build_model(space, here.layout, seed=config.seed, init_std=config.model.init_std)
         record = Record("parent", space.parent, data=config.data.path)
@@ -50,7 +50,7 @@ def run_elastic(config: ElasticConfig, console: Console, callbacks: Sequence[Cal
     start = resolve_checkpoint(config.init_from.permuted_parent)
     parent = Record.read(start)
     check_same_shape(config.parent_shape(), parent.shape, start)
-    with world(model_layout(config.parallel, config.trainer)) as here:
+    with world(model_layout(config.parallel, config.trainer), config.trainer.collective_timeout_s) as here:
         space = Space(config.parent_shape(), config.elastic.space.axes(), parent.lanes, parent.depth_ranking)
         student = build_model(space, here.layout, seed=config.seed)
         teacher = build_model(space, here.layout, seed=config.seed)

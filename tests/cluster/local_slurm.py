@@ -93,7 +93,13 @@ class LocalSlurm:
 
     def job(self, number: int) -> Mapping[str, str]:
         """Return what `scontrol show job` says of a job."""
-        words = self.command("scontrol", "--oneliner", "show", "job", str(number)).split()
+        for attempt in range(10):
+            with contextlib.suppress(RuntimeError):  # a busy controller drops a connection now and then
+                words = self.command("scontrol", "--oneliner", "show", "job", str(number)).split()
+                break
+            time.sleep(0.2 * attempt)
+        else:
+            raise RuntimeError(f"the controller says nothing of job {number}")
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, number: int, states: Sequence[str] = ENDED, timeout_s: float = 240.0) -> Mapping[str, str]:
