@@ -93,19 +93,21 @@ def world(layout: Layout, timeout_s: float = 600.0) -> Iterator[World]:
             "nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=timeout_s), **alone
         )
     try:
-        yield join_world(layout, device)
+        yield join_world(layout, device, timeout_s)
     finally:
         parallel_state.destroy_model_parallel()
         if not connected:
             torch.distributed.destroy_process_group()
 
 
-def join_world(layout: Layout, device: torch.device) -> World:
+def join_world(layout: Layout, device: torch.device, timeout_s: float = 600.0) -> World:
     """Build Megatron-Core's groups for `layout` over the processes that torch.distributed already connects."""
     use_cpu_backend()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
+        # Its groups have a time-out of their own, half an hour unless told otherwise.
+        distributed_timeout_minutes=timeout_s / 60,
     )
     return World(layout, ProcessGroupCollection.use_mpu_process_groups(), device)
