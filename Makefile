@@ -5,6 +5,7 @@ override VENV := $(patsubst ~/%,$(HOME)/%,$(VENV))
 PY = $(VENV)/bin/python
 TESTS ?= tests
 MARKERS ?= not gpu and not slow
+IMAGE ?= elastic
 
 export VENV
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -17,7 +18,7 @@ test: export OMP_NUM_THREADS := 1
 benchmark: export PYTHONWARNINGS := ignore
 benchmark: export KINETO_LOG_LEVEL := 99
 
-.PHONY: help setup smoke test lint benchmark clean
+.PHONY: help setup smoke test lint benchmark docker clean
 .DEFAULT_GOAL := help
 
 help: ## list these commands
@@ -39,13 +40,19 @@ smoke: setup ## train one nested family on real text and export it: runs/smoke/s
 test: setup ## run the tests that need no GPU
 	"$(PY)" -m pytest -m "$(MARKERS)" $(TESTS)
 
-lint: setup ## check style (ruff check, ruff format) and types (mypy)
+lint: setup ## check style (ruff), types (mypy) and, where it is installed, shell scripts (shellcheck)
 	"$(PY)" -m ruff check .
 	"$(PY)" -m ruff format --check .
 	"$(PY)" -m mypy elastic recipes
+ifneq ($(shell command -v shellcheck),)
+	shellcheck -x .ci/run $(wildcard launch/*.sh tests/*/*.sh)
+endif
 
 benchmark: setup ## measure the ratios that the README states
 	"$(PY)" recipes/benchmark.py
+
+docker: ## build the container image (IMAGE=elastic; BASE_IMAGE=... for another base)
+	docker build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) --tag $(IMAGE) .
 
 clean: ## remove caches and build products; never runs/, data/ or the environment
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -39,7 +39,9 @@ WHOLE_RUNS: dict[str, type] = {
     "train_elastic": ElasticConfig,
     "smoke_elastic": ElasticConfig,
     "elastic_12b": ElasticConfig,
+    "importance_12b": ImportanceConfig,
     "evaluate": EvaluateConfig,
+    "evaluate_12b": EvaluateConfig,
     "smoke_evaluate": EvaluateConfig,
     "extract": ExtractConfig,
     "smoke_extract": ExtractConfig,
@@ -50,6 +52,8 @@ WHOLE_RUNS: dict[str, type] = {
 ONE_PROCESS = Cluster()
 STARTED_ON = {
     "elastic_12b": Cluster(num_processes=512, has_gpu=True),
+    "importance_12b": Cluster(num_processes=8, has_gpu=True),
+    "evaluate_12b": Cluster(num_processes=8, has_gpu=True),
     "import_hf": ONE_PROCESS,
     "extract": ONE_PROCESS,
     "smoke_extract": ONE_PROCESS,

@@ -1,0 +1,144 @@
+"""Say what this machine has, and show that the elastic model works on it: `python -m elastic.selftest`.
+
+Prints Python, torch, CUDA and each optional kernel package with its version, found or not; then runs a small model
+forward and backward as masks and as slices and compares the two. Leaves with code 1 if they differ or something that
+is installed does not work. Needs no data, no network and no other process; a second on a CPU after the imports.
+"""
+
+import importlib
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+
+import torch
+from torch import Tensor
+
+# package (as pip knows it): the module a run imports, and what stands in where it is missing
+OPTIONAL = {
+    "transformer-engine": ("transformer_engine.pytorch", "attention by PyTorch (CPU only: a GPU run needs it)"),
+    "mamba-ssm": ("mamba_ssm.ops.triton.ssd_combined", "state-space scan by PyTorch (CPU only: a GPU run needs it)"),
+    "causal-conv1d": ("causal_conv1d", "convolution by PyTorch (CPU only: a GPU run needs it)"),
+    "apex": ("amp_C", "fused Adam by Transformer Engine, else torch's"),
+}
+NEEDED = ("torch", "megatron-core", "transformers", "nemo-toolkit", "hydra-core")
+# Mask and slice add in another order; a GPU's matrix units round fp32 to TF32 on top.
+TOLERANCE = {"cpu": 1e-4, "cuda": 3e-2}
+
+
+def versions() -> Iterator[tuple[str, str]]:
+    """Yield what this process runs on, as (name, text) pairs."""
+    yield "python", f"{platform.python_version()} ({platform.machine()})"
+    for package in NEEDED:
+        yield package, metadata.version(package)
+    if not torch.cuda.is_available():
+        built = f", torch is built for {torch.version.cuda}" if torch.version.cuda else ""
+        yield "CUDA", f"no device{built}: runs on the CPU over gloo"
+        return
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    yield "CUDA", f"{torch.version.cuda}, {len(names)} devices: {', '.join(sorted(set(names)))}"
+    yield "NCCL", ".".join(map(str, torch.cuda.nccl.version()))
+
+
+def backends() -> Iterator[tuple[str, str, bool]]:
+    """Yield (package, what was found, whether it is broken) for the optional kernels.
+
+    Only an import tells: a kernel built for another torch is installed and does not load. Without a device some refuse
+    to be imported, so there the version is all that is asked for.
+    """
+    for package, (module, instead) in OPTIONAL.items():
+        try:
+            version = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            yield package, f"not found: {instead}", False
+            continue
+        if not torch.cuda.is_available():
+            yield package, f"{version}, not tried without a device", False
+            continue
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # a broken wheel can raise anything
+            yield package, f"{version}, BROKEN: {type(error).__name__}: {error}".splitlines()[0], True
+        else:
+            yield package, version, False
+
+
+def mask_against_slice() -> dict[str, float]:
+    """Run one small subnet both ways; returns the relative differences of logits and of the kept weights' gradients."""
+    from elastic.modules.model import Layout, build_model
+    from elastic.space.axes import Axis, AxisChoices, Space
+    from elastic.space.gates import Gates
+    from elastic.space.shape import ModelShape
+    from elastic.train.parallel import world
+
+    shape = ModelShape.uniform(
+        "M-*M-", vocab=128, hidden=64, ffn=128, mamba_heads=8, head_channels=32, mamba_groups=2, mamba_state=32,
+        conv_kernel=4, attention_heads=8, kv_heads=2, attention_channels=32,
+    )  # fmt: skip
+    axes = {
+        Axis.HIDDEN: AxisChoices((64, 32)),
+        Axis.FFN: AxisChoices((128, 64), per_layer=True),
+        Axis.MAMBA_HEAD: AxisChoices((8, 4)),
+        Axis.MAMBA_CHANNEL: AxisChoices((32, 24)),
+        Axis.ATTENTION_HEAD: AxisChoices((8, 4)),
+        Axis.DEPTH: AxisChoices((5, 4)),
+    }
+    space = Space(shape, axes, lanes=8)
+    chosen = {axis: (1,) * space.num_slots(axis) for axis in space.elastic_axes()}
+    with world(Layout(), timeout_s=60.0) as here:
+        model = build_model(space, here.layout, seed=1, init_std=0.3)
+        weights = {
+            axis: torch.nn.functional.one_hot(torch.tensor(picks), len(axes[axis].choices)).float().to(here.device)
+            for axis, picks in chosen.items()
+        }
+        generator = torch.Generator().manual_seed(1)
+        tokens = torch.randint(shape.vocab, (2, 96), generator=generator).to(here.device)
+        outcomes = []
+        for gates in (Gates.mask(weights), Gates.slice(space.subnet(chosen))):
+            logits = model(tokens, gates) @ model.head_weight(gates).T
+            gradients = torch.autograd.grad(logits.square().mean(), list(model.parameters()), allow_unused=True)
+            found = {str(i): g for i, g in enumerate(gradients) if g is not None}
+            outcomes.append(({"logits": logits.detach()}, found))
+    (mask_logits, mask_gradients), (slice_logits, slice_gradients) = outcomes
+    kept = mask_gradients.keys() & slice_gradients.keys()
+    return {
+        "logits": largest_difference(mask_logits, slice_logits),
+        "gradients": largest_difference(
+            {name: mask_gradients[name] for name in kept}, {name: slice_gradients[name] for name in kept}
+        ),
+    }
+
+
+def largest_difference(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
+    """Return the largest difference of two sets of tensors over the largest value; infinite for a NaN or nothing."""
+    scale = max((float(tensor.abs().max()) for tensor in right.values()), default=0.0)
+    differences = [float((left[name] - tensor).abs().max()) for name, tensor in right.items()]
+    if not differences or not all(map(math.isfinite, differences)) or scale == 0:
+        return math.inf
+    return max(differences) / scale
+
+
+def main() -> None:
+    """Report and test."""
+    if not torch.cuda.is_available():
+        # Megatron-Core's fused functions otherwise compile C++ at their first call.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    is_broken = False
+    for name, text in versions():
+        print(f"{name:20} {text}")
+    for name, text, broken in backends():
+        print(f"{name:20} {text}")
+        is_broken |= broken
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for what, difference in mask_against_slice().items():
+        fits = difference <= TOLERANCE[device]
+        print(f"{'mask == slice':20} {what} on {device}: {difference:.1e} {'ok' if fits else 'WRONG'}")
+        is_broken |= not fits
+    print("selftest: " + ("FAILED" if is_broken else "passed"))
+    sys.exit(1 if is_broken else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Check one node and one run before its first training process starts, and print every problem.
+
+`python recipes/preflight.py VERB [--gpus=N --processes=N ...] --config-name=RUN key=value ...`, the verb and the
+overrides as the recipe gets them; the launchers run it on every node. Leaves with code 2 and one line for each problem.
+VERB `smoke` checks the node alone: the chain has no data yet.
+"""
+
+import argparse
+import sys
+import tomllib
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from elastic.train.config_load import Problem
+from elastic.train.preflight_node import (
+    KERNEL_MODULES,
+    Node,
+    node_number,
+    node_problems,
+    package_problems,
+    probe,
+    probe_packages,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+EXIT_PROBLEMS = 2
+VERBS = ("train_elastic", "pretrain_parent", "estimate_importance", "evaluate", "smoke")
+
+
+def requirements(with_gpus: bool) -> list[str]:
+    """Return the project's own requirements, kernels included for a run on GPUs."""
+    file = ROOT / "pyproject.toml"
+    if not file.is_file():  # installed, not a clone
+        lines = metadata.requires("elastic") or []
+        return [line.partition(";")[0] for line in lines if "extra" not in line or (with_gpus and '"gpu"' in line)]
+    project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
+    return [*project["dependencies"], *(project["optional-dependencies"]["gpu"] if with_gpus else ())]
+
+
+def compose_run(arguments: Sequence[str]) -> Any:
+    """Compose the config that a recipe would get from these arguments, without the folder Hydra makes for a job."""
+    from hydra import compose, initialize_config_dir
+
+    from recipes._common import CONF, hydra_arguments
+
+    parser = argparse.ArgumentParser(prog="preflight", allow_abbrev=False)
+    parser.add_argument("--config-name", "-cn", required=True)
+    parser.add_argument("overrides", nargs="*")
+    given = parser.parse_args([word for word in hydra_arguments(arguments) if not word.startswith("hydra.")])
+    with initialize_config_dir(config_dir=str(CONF), version_base=None):
+        return compose(given.config_name.removesuffix(".yaml"), given.overrides)
+
+
+def check_run(options: argparse.Namespace, node: Node) -> list[Problem]:
+    """Judge the run that the overrides describe; writes its plan beside the logs."""
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from elastic.train.config import ElasticConfig, EvaluateConfig, ImportanceConfig, PretrainConfig, VerbConfig
+    from elastic.train.config_files import load_run
+    from elastic.train.config_load import ConfigError
+    from elastic.train.config_rules_layout import Cluster
+    from elastic.train.preflight_run import plan_run, run_problems
+
+    kinds: dict[str, type[VerbConfig]] = {
+        "train_elastic": ElasticConfig,
+        "pretrain_parent": PretrainConfig,
+        "estimate_importance": ImportanceConfig,
+        "evaluate": EvaluateConfig,
+    }
+    cluster = Cluster(num_processes=options.processes, has_gpu=options.gpus > 0)
+    try:
+        cfg = compose_run(options.arguments)
+        if options.show:
+            print(OmegaConf.to_yaml(cfg, resolve=True))
+        values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+        config = load_run(kinds[options.verb], values, cluster, is_main=node_number() == 0)  # type: ignore[arg-type]
+    except (HydraException, OmegaConfBaseException) as error:
+        rule = str(error).splitlines()[0]
+        return [Problem("override", " ".join(options.arguments), rule, "see conf/ for groups and their files")]
+    except ConfigError as error:
+        return list(error.problems)
+    plan, problems = plan_run(config, options.phase)
+    if options.plan is not None:
+        options.plan.with_name(f"{options.plan.name}_{node_number()}").write_text(plan.text())
+    return [*problems, *run_problems(config, cluster, node.gpus)]
+
+
+def main() -> None:
+    """Parse the command line, check, report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs that each node must have (default 0: runs on CPUs)")
+    parser.add_argument("--processes", type=int, default=1, help="ranks of the job (default 1)")
+    parser.add_argument("--port", type=int, help="port that the ranks will meet at, on the first node")
+    parser.add_argument("--phase", help="last phase of the curriculum to train")
+    parser.add_argument("--plan", type=Path, help="write what a launcher needs to know of the run to PLAN_<node>")
+    parser.add_argument("--show", action="store_true", help="print the resolved config; does not judge the node")
+    parser.add_argument("verb", choices=VERBS)
+    options, rest = parser.parse_known_args()
+    options.arguments = rest
+    wanted = requirements(options.gpus > 0)
+    versions = probe_packages(wanted)
+    problems = list(package_problems(sys.version_info[:2], versions, wanted))
+    if options.show:
+        problems = []  # asked for on a login node, whose packages and GPUs are not the job's
+    if all(versions[name] is not None for name in versions if name not in KERNEL_MODULES):  # else the imports end here
+        port = options.port if node_number() == 0 else None
+        node = probe(versions, with_gpus=options.gpus > 0, port=port)
+        if not options.show:
+            problems += node_problems(node, options.gpus)
+        if options.verb != "smoke":
+            problems += check_run(options, node)
+    if problems:
+        print(f"{len(problems)} problems:" if len(problems) > 1 else "1 problem:")
+        print("\n".join(f"  {problem}" for problem in problems))
+        sys.exit(EXIT_PROBLEMS)
+
+
+if __name__ == "__main__":
+    main()

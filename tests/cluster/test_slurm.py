@@ -1,0 +1,139 @@
+"""The launchers on a real Slurm of this machine: to the end, through a requeue, and out of a crash.
+
+Nodes of one process each, gloo over loopback, the smallest model; what a user types, with overrides.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from recipes.preflight import compose_run
+from tests.cluster.local_slurm import LocalSlurm, local_slurm, processes_of, why_not
+from tests.cluster.overrides import logged_steps, tiny_overrides
+from tests.distributed.harness import run_distributed
+from tests.distributed.training import rows, train
+
+ROOT = Path(__file__).parents[2]
+LAUNCHER = ROOT / "launch" / "elastic_12b.sh"
+ON_CPUS = {
+    "PY": sys.executable,
+    "GPUS_PER_NODE": "0",
+    "PROCESSES_PER_NODE": "1",
+    # The nodes' names resolve nowhere, and all of them are this machine.
+    "MASTER_ADDR": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "PYTHONWARNINGS": "ignore",
+}
+END_S = 480.0  # generous: a busy machine starts a rank in a minute
+
+pytestmark = [
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+    pytest.mark.timeout(1200),
+]
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSlurm]:
+    """Start four nodes for the tests of this file; all their processes are gone afterwards."""
+    folder = tmp_path_factory.mktemp("slurm") / "cluster"
+    with local_slurm(folder, nodes=4) as cluster:
+        yield cluster
+    assert processes_of(folder) == []
+
+
+def submit(slurm: LocalSlurm, folder: Path, nodes: int, arguments: list[str], **environment: str) -> int:
+    """Submit the main job from `folder`, as a user would."""
+    options = ["--parsable", f"--nodes={nodes}", "--time=00:30:00", str(LAUNCHER)]
+    return int(slurm.command("sbatch", *options, *arguments, cwd=folder, **ON_CPUS, **environment))
+
+
+def output_of(folder: Path, job: int) -> str:
+    """Return what the job's shell printed, over all its tries."""
+    return (folder / f"slurm-{job}.out").read_text()
+
+
+def wait_for_step(slurm: LocalSlurm, job: int, run: Path, step: int) -> None:
+    """Wait until a run has logged a step."""
+    deadline = time.monotonic() + END_S
+    while max(logged_steps(run), default=0) < step:
+        assert time.monotonic() < deadline and slurm.job(job)["JobState"] not in ("FAILED", "COMPLETED")
+        time.sleep(0.05)
+
+
+def pid_of_rank(job: int, rank: int) -> int:
+    """Find the process of one rank of a job."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            variables, command = (entry / "environ").read_bytes().split(b"\0"), (entry / "cmdline").read_bytes()
+        except OSError:
+            continue
+        is_rank = f"RANK={rank}".encode() in variables and f"SLURM_JOB_ID={job}".encode() in variables
+        if is_rank and b"recipes/train_elastic.py" in command:
+            return int(entry.name)
+    raise AssertionError(f"job {job} has no process of rank {rank}")
+
+
+def test_four_nodes_train_to_the_end(slurm: LocalSlurm, start: Path, tmp_path: Path) -> None:
+    job = submit(slurm, tmp_path, 4, tiny_overrides(start, tmp_path, "four", (3, 2)))
+    ended = slurm.wait(job, timeout_s=END_S)
+    assert ended["JobState"] == "COMPLETED", output_of(tmp_path, job)
+    run = tmp_path / "run" / "four"
+    assert json.loads((run / "finished.json").read_text())["step"] == 5
+    assert (run / "checkpoints" / "step_00000005" / "record.json").is_file()
+    assert logged_steps(run) == [1, 2, 3, 4, 5]
+    logs = tmp_path / "logs" / str(job) / "try_0"
+    assert {file.name for file in logs.glob("node_*.log")} == {f"node_{node}.log" for node in range(4)}
+    assert "4 MiB over 4 ranks" in (logs / "collective_0.log").read_text()
+
+
+def test_usr1_is_a_checkpoint_a_requeue_and_the_same_losses(slurm: LocalSlurm, start: Path, tmp_path: Path) -> None:
+    steps = (60, 20)
+    values = compose_run(["--config-name=elastic_12b", *tiny_overrides(start, tmp_path, "uninterrupted", steps)])
+    run_distributed(train, 2, OmegaConf.to_container(values, resolve=True))
+    arguments, run = tiny_overrides(start, tmp_path, "told", steps), tmp_path / "run" / "told"
+    job = submit(slurm, tmp_path, 2, arguments)
+    wait_for_step(slurm, job, run, 3)
+    # What `#SBATCH --signal=B:USR1@300` does five minutes before the time limit.
+    slurm.command("scancel", "--batch", "--signal=USR1", str(job))
+    waiting = slurm.wait(job, ["PENDING", "COMPLETED", "FAILED"], timeout_s=END_S)
+    assert waiting["JobState"] == "PENDING" and waiting["Restarts"] == "1", output_of(tmp_path, job)
+    stopped = max(logged_steps(run))
+    assert 3 <= stopped < sum(steps)
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == [f"step_{stopped:08d}"]
+    assert not (run / "finished.json").exists()
+    ended = slurm.wait(job, timeout_s=END_S)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), output_of(tmp_path, job)
+    assert logged_steps(run) == list(range(1, sum(steps) + 1))  # the very next step, none twice
+    assert rows(tmp_path, "told") == rows(tmp_path, "uninterrupted")
+    assert json.loads((run / "finished.json").read_text())["step"] == sum(steps)
+    assert {folder.name for folder in (tmp_path / "logs" / str(job)).iterdir()} == {"try_0", "try_1"}
+
+
+def test_a_crashed_worker_ends_the_job_within_a_minute(slurm: LocalSlurm, start: Path, tmp_path: Path) -> None:
+    job = submit(slurm, tmp_path, 2, tiny_overrides(start, tmp_path, "crashed", (100_000, 1)))
+    wait_for_step(slurm, job, tmp_path / "run" / "crashed", 2)
+    killed = time.time()
+    os.kill(pid_of_rank(job, 1), signal.SIGABRT)
+    ended = slurm.wait(job, timeout_s=END_S)
+    assert ended["JobState"] == "FAILED" and ended["ExitCode"] != "0:0"
+    assert time.time() - killed < 60
+    assert ended["Restarts"] == "0"  # a crash is not a reason to try again
+    printed = output_of(tmp_path, job)
+    named = printed.partition("the likeliest culprit first:")[2].splitlines()[1]
+    assert "rank 1 " in named and "Fatal Python error: Aborted" in named and "node_1.log" in named, printed
+    trace = (tmp_path / "logs" / str(job) / "try_0" / "node_1.log").read_text()
+    assert "Current thread" in trace and "in train_step" in trace
+    assert not (tmp_path / "run" / "crashed" / "finished.json").exists()
+
+
+@pytest.mark.parametrize("name", ["elastic_12b", "importance_12b", "evaluate", "smoke"])
+def test_sbatch_accepts_the_launcher_as_it_is(slurm: LocalSlurm, name: str) -> None:
+    printed = slurm.command("sbatch", "--test-only", "--partition=all", str(ROOT / "launch" / f"{name}.sh"))
+    assert "to start at" in printed
