@@ -10,14 +10,15 @@ from rich.table import Table
 
 MOMENTS = ("start", "step", "step", "save", "save")
 VICTIMS = ("worker 0", "worker 1", "both workers", "agent", "everything")
-WALL_CLOCK = ("tokens_per_s",)
+# Time, and the bytes of a checkpoint, whose index and config hold the path of its run.
+NOT_COMPARED = ("tokens_per_s", "checkpoint/seconds", "checkpoint/blocked_seconds", "checkpoint/bytes")
 
 
 def logged(folder: Path) -> dict[int, dict[str, object]]:
     """Return the numbers of a run by step; raises ChaosError where a step was logged twice with other numbers."""
     found: dict[int, dict[str, object]] = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
-        row = {name: value for name, value in json.loads(line).items() if name not in WALL_CLOCK}
+        row = {name: value for name, value in json.loads(line).items() if name not in NOT_COMPARED}
         known = found.setdefault(row["step"], {})
         moved = [name for name in row.keys() & known.keys() if row[name] != known[name]]
         if moved:
