@@ -160,10 +160,9 @@ class LogSteps:
             )
 
     def on_end(self, trainer: Trainer) -> None:
-        """Close the bar and the files."""
+        """Close the bar."""
         if self._task is not None:
             self.progress.stop()
-        self.log.close()
 
     def _report_spikes(self, trainer: Trainer, means: list[MeanLoss]) -> None:
         """Warn of losses that stand out, with the samples they were measured on."""

@@ -180,6 +180,8 @@ def _fit(
             num_sequences=config.data.validation_sequences,
             micro_batch=config.data.micro_batch,
         ),
+        # Before the save: a step whose checkpoint is whole is not run again, and its row would be missing for ever.
+        LogSteps(log, budget_names or ("parent",), config.trainer.log_every_n_steps, console, _spikes(config)),
         SaveCheckpoints(
             config.trainer.checkpoint_every_n_steps,
             keep_last=settings.keep_last_checkpoints,
@@ -188,12 +190,12 @@ def _fit(
             log=log,
             console=console,
         ),
-        LogSteps(log, budget_names or ("parent",), config.trainer.log_every_n_steps, console, _spikes(config)),
         *trainer.callbacks,
         StopOnSignal(),  # last: its handlers stay until the final checkpoint is written
     ]
     with Watchdog(trainer.progress, folder, config.trainer.watchdog_timeout_s):
         trainer.fit()
+    log.close()
     if trainer.world.is_main:
         if trainer.step >= trainer.total_steps:
             whole = trainer.curriculum.total_steps

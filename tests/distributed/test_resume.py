@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections import defaultdict
 from unittest import mock
 
@@ -23,6 +24,7 @@ from elastic.train.resume import ResumeError
 from elastic.train.router_columns import load_router_columns
 from elastic.train.run_folder import RunFolderError, run_lock
 from elastic.train.run_training import run_elastic
+from elastic.train.save_checkpoints import SaveCheckpoints
 from tests.distributed.harness import DistributedRunError, run_distributed
 from tests.distributed.training import (
     BUDGETS,
@@ -65,6 +67,26 @@ def test_stopped_at_the_boundary_of_two_phases_and_resumed_to_the_last_digit(sta
     assert {step: {k: v for k, v in found[step].items() if k in row} for step, row in uninterrupted.items()} == (
         uninterrupted
     )
+
+
+def train_and_be_killed_behind_the_save(values, step):
+    save = SaveCheckpoints.after_step
+
+    def killed(self, trainer, result):
+        save(self, trainer, result)
+        if trainer.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with mock.patch.object(SaveCheckpoints, "after_step", killed):
+        train(values)
+
+
+def test_killed_the_moment_a_checkpoint_is_whole_the_row_of_its_step_is_there(start, uninterrupted):
+    values = family(start, "behind", trainer=dict(checkpoint_every_n_steps=3))
+    with pytest.raises(DistributedRunError):
+        run_distributed(train_and_be_killed_behind_the_save, 1, values, 3)
+    run_distributed(train, 1, values)
+    assert rows(start, "behind") == uninterrupted
 
 
 def test_resumed_with_another_micro_batch_and_two_replicas_the_losses_are_the_same(start, uninterrupted):

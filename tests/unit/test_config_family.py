@@ -123,6 +123,13 @@ BAD: tuple[BadConfig, ...] = (
     ),
     (
         ElasticConfig,
+        {"elastic.router.draws_per_step": 2, "elastic.router.noise_draws_per_step": 3},
+        1,
+        "elastic.router.noise_draws_per_step = 3: must divide the 8 micro-batches of a step in short into whole parts "
+        "of the 2 budgets drawn for it; nearest legal value is 2, null draws for every micro-batch",
+    ),
+    (
+        ElasticConfig,
         {"distill.kl_weight": 0},
         1,
         "distill.kl_weight = 0.0: distill.kl_weight and distill.cross_entropy_weight must not both be 0; nearest legal "
