@@ -80,10 +80,10 @@ def use_cpu_backend(without: Iterable[str] = ()) -> None:
 
     `without` leaves some out by name, for the test that shows they are needed.
     """
-    if torch.cuda.is_available() or isinstance(torch.cuda.current_device, _Installed):
-        return
     left_out = set(without)
     assert left_out <= ADAPTATIONS.keys(), f"unknown adaptations: {left_out - ADAPTATIONS.keys()}"
+    if torch.cuda.is_available() or isinstance(torch.cuda.current_device, _Installed):
+        return
     for name, adapt in ADAPTATIONS.items():
         if name not in left_out:
             adapt()
