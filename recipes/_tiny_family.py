@@ -62,13 +62,13 @@ def tiny_family_values(folder: Path, version: str) -> dict[str, Any]:
             dict(phase, name="first", steps=7),
             dict(phase, name="second", steps=7, sequence_length=32, router_frozen=True, execution="slice"),
         ],
-        # Workers whose agent is killed while they start wait for it that long.
+        # Workers whose agent is killed while they start wait that long for it.
         trainer=dict(
             log_every_n_steps=1,
             val_check_interval=5,
             checkpoint_every_n_steps=2,
-            collective_timeout_s=60,
-            watchdog_timeout_s=40,
+            collective_timeout_s=30,
+            watchdog_timeout_s=20,
         ),
         exp_manager=_place(folder, version),
     )
