@@ -159,7 +159,7 @@ def train_flipped(values):
 
 def test_a_weight_silently_changed_on_one_rank_stops_the_run(start):
     with pytest.raises(DistributedRunError) as caught:
-        run_distributed(train_flipped, 2, elastic_values(start, "flipped", debug=dict(sanity=True)))
+        run_distributed(train_flipped, 2, elastic_values(start, "one_bit", debug=dict(sanity=True)))
     error = caught.value.__cause__
     assert isinstance(error, SanityError), str(caught.value)
     name = "weight decoder.layers.1.mlp.linear_fc1.weight"
