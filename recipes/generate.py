@@ -5,7 +5,7 @@ from recipes._nemo import hydra_runner  # isort: skip (first, it holds back what
 from omegaconf import DictConfig
 from rich.console import Console
 
-from elastic.train.config import GenerateConfig
+from elastic.train.config_family import GenerateConfig
 from elastic.train.run_generate import run_generate
 from recipes._common import load_config, run
 

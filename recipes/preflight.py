@@ -59,7 +59,8 @@ def check_run(options: argparse.Namespace, node: Node) -> list[Problem]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from elastic.train.config import ElasticConfig, EvaluateConfig, ImportanceConfig, PretrainConfig, VerbConfig
+    from elastic.train.config import ElasticConfig, ImportanceConfig, PretrainConfig, VerbConfig
+    from elastic.train.config_family import EvaluateConfig
     from elastic.train.config_files import load_run
     from elastic.train.config_load import ConfigError
     from elastic.train.config_rules_layout import Cluster

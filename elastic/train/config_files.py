@@ -12,16 +12,13 @@ from elastic.train.config import (
     CostConfig,
     ElasticConfig,
     ElasticRunConfig,
-    EvaluateConfig,
-    ExtractConfig,
-    GenerateConfig,
     ImportanceConfig,
-    ImportConfig,
     TrainConfig,
     VerbConfig,
     with_vocab,
 )
 from elastic.train.config_data import tokenizer_problems, vocab_problems
+from elastic.train.config_family import EvaluateConfig, ExtractConfig, GenerateConfig, ImportConfig
 from elastic.train.config_load import ConfigError, Problem, load_with_problems
 from elastic.train.config_rules import rule_problems
 from elastic.train.config_rules_layout import Cluster, layout_problems, nearest_divisor

@@ -14,15 +14,11 @@ from elastic.train.config import (
     CostConfig,
     ElasticConfig,
     ElasticRunConfig,
-    EvaluateConfig,
-    ExtractConfig,
-    FamilyConfig,
-    GenerateConfig,
     ImportanceConfig,
-    ImportConfig,
     PretrainConfig,
     RunConfig,
 )
+from elastic.train.config_family import EvaluateConfig, ExtractConfig, FamilyConfig, GenerateConfig, ImportConfig
 from elastic.train.config_load import ConfigError, Problem, load_with_problems
 from elastic.train.config_rules_layout import Cluster
 

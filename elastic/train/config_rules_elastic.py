@@ -11,15 +11,9 @@ from elastic.space.gates import Execution
 from elastic.space.pattern import LayerKind
 from elastic.space.reach import smallest_subnet
 from elastic.space.shape import ModelShape
-from elastic.train.config import (
-    ElasticConfig,
-    ElasticRunConfig,
-    ExtractConfig,
-    FamilyConfig,
-    PretrainConfig,
-    total_steps,
-)
+from elastic.train.config import ElasticConfig, ElasticRunConfig, PretrainConfig, total_steps
 from elastic.train.config_elastic import BudgetConfig, LearningRateConfig, PhaseConfig
+from elastic.train.config_family import ExtractConfig, FamilyConfig
 from elastic.train.config_load import Problem, show
 from elastic.train.config_rules_layout import (
     Cluster,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from elastic.train.config import GenerateConfig
+from elastic.train.config_family import GenerateConfig
 from elastic.train.config_load import Problem
 from elastic.train.config_rules_elastic import unique_names
 from elastic.train.config_rules_layout import Cluster

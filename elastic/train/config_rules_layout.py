@@ -9,13 +9,13 @@ from elastic.space.shape import ModelShape
 from elastic.train.config import (
     CostConfig,
     ElasticConfig,
-    EvaluateConfig,
     ImportanceConfig,
     PretrainConfig,
     RunConfig,
     TrainConfig,
     VerbConfig,
 )
+from elastic.train.config_family import EvaluateConfig
 from elastic.train.config_load import Problem
 from elastic.train.config_sections import ParallelConfig
 

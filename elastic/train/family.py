@@ -14,7 +14,7 @@ from elastic.space.subnet import Subnet
 from elastic.train.checkpoint import Trainable, load_checkpoint, load_router
 from elastic.train.checkpoint_find import resolve_checkpoint
 from elastic.train.checkpoint_reader import StoredTensors
-from elastic.train.config import SubnetConfig
+from elastic.train.config_family import SubnetConfig
 from elastic.train.parallel import World
 from elastic.train.record import Record, check_same_shape
 

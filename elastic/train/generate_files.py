@@ -7,7 +7,7 @@ from pathlib import Path
 
 from elastic.space.shape import ModelShape, ShapeError
 from elastic.space.subnet import SubnetError
-from elastic.train.config import GenerateConfig
+from elastic.train.config_family import GenerateConfig
 from elastic.train.config_load import Problem
 from elastic.train.config_rules_layout import layout_problems, nearest_multiple
 from elastic.train.manifest import DataError

@@ -115,6 +115,7 @@ class LogSteps:
         self._meter: LossMeter | None = None
         self._tokens, self._since = 0, time.perf_counter()
         self._places: list[Place] = []  # of the steps since the last log point
+        self._unlogged: StepResult | None = None  # the last of them
 
     def on_start(self, trainer: Trainer) -> None:
         """Open the progress bar on rank 0."""
@@ -135,8 +136,21 @@ class LogSteps:
             self._meter.add(result.losses)
         self._places.append(result.place)
         self._tokens += result.num_tokens
-        if trainer.step % self.every_steps and trainer.step != trainer.total_steps:
-            return
+        self._unlogged = result
+        if trainer.step % self.every_steps == 0 or trainer.step == trainer.total_steps:
+            self._write(trainer, result)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Write the steps since the last log point, of a run that was told to stop; close the bar."""
+        if self._unlogged is not None:
+            self._write(trainer, self._unlogged)
+        if self._task is not None:
+            self.progress.stop()
+
+    def _write(self, trainer: Trainer, result: StepResult) -> None:
+        """Reduce the losses since the last log point (all ranks), write and show them (rank 0)."""
+        assert self._meter is not None
+        self._unlogged = None
         means = self._meter.read()  # waits for the device: the one place per log interval
         now = time.perf_counter()
         tokens_per_s = self._tokens / max(now - self._since, 1e-9)
@@ -158,11 +172,6 @@ class LogSteps:
                 description=result.place.phase.name,
                 status=self._status(means, row, tokens_per_s),
             )
-
-    def on_end(self, trainer: Trainer) -> None:
-        """Close the bar."""
-        if self._task is not None:
-            self.progress.stop()
 
     def _report_spikes(self, trainer: Trainer, means: list[MeanLoss]) -> None:
         """Warn of losses that stand out, with the samples they were measured on."""

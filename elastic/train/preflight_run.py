@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from elastic.space.cost import shape_cost
-from elastic.train.config import ElasticConfig, EvaluateConfig, ImportanceConfig, TrainConfig, VerbConfig
+from elastic.train.config import ElasticConfig, ImportanceConfig, TrainConfig, VerbConfig
+from elastic.train.config_family import EvaluateConfig
 from elastic.train.config_load import Problem
 from elastic.train.config_rules_layout import Cluster, data_parallel
 from elastic.train.config_sections import ParallelConfig

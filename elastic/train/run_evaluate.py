@@ -12,8 +12,8 @@ from elastic.space.axes import Axis, Space
 from elastic.space.cost import subnet_cost
 from elastic.space.gates import Gates
 from elastic.space.subnet import Subnet
-from elastic.train.config import EvaluateConfig
 from elastic.train.config_elastic import DistillConfig
+from elastic.train.config_family import EvaluateConfig
 from elastic.train.data import PackedSequences, TokenStream
 from elastic.train.evaluation import evaluate_subnets
 from elastic.train.family import OpenFamily, open_family

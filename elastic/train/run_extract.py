@@ -19,7 +19,7 @@ from elastic.compress.slicing import parameter_names, parent_parameter, submodel
 from elastic.compress.tokenizer_files import find_tokenizer
 from elastic.train.checkpoint_find import checkpoint_folder
 from elastic.train.checkpoint_writer import save_streamed
-from elastic.train.config import ExtractConfig
+from elastic.train.config_family import ExtractConfig
 from elastic.train.export_check import choose_check
 from elastic.train.family import Member, OpenFamily, open_family
 from elastic.train.parallel import DTYPES

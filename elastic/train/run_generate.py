@@ -18,7 +18,7 @@ from elastic.generate.sampling import Sampling
 from elastic.generate.text import End, Generation, Limits, Marker, Part, PhasePlan, generate, ignore
 from elastic.modules.model import ElasticModel
 from elastic.space.subnet import Subnet
-from elastic.train.config import GenerateConfig
+from elastic.train.config_family import GenerateConfig
 from elastic.train.family import open_family
 from elastic.train.generate_files import tokenizer_path
 from elastic.train.hf_model import load_hf_model

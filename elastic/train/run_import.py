@@ -13,7 +13,7 @@ from elastic.compress.slicing import parameter_names
 from elastic.train.checkpoint_find import checkpoint_folder
 from elastic.train.checkpoint_manifest import writing_folder
 from elastic.train.checkpoint_writer import save_streamed, stored_bytes
-from elastic.train.config import ImportConfig
+from elastic.train.config_family import ImportConfig
 from elastic.train.record import Record
 from elastic.train.run_folder import RunFolderError, prepare_run_folder
 from elastic.train.transfer import transfer_progress

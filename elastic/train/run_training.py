@@ -129,12 +129,14 @@ def _trainer(
     wrapped = wrap_for_training(student, config.optim)
     router = None if gates is None else gates.router
     router_optimizer = None if router is None else build_router_optimizer(router, config.optim)
+    optimizer = build_optimizer(wrapped, config.optim, here)
     every = config.debug.sanity_every_n_steps
+    sanity = Sanity(student, router, router_optimizer, here, config.seed, every, optimizer)
     trainer = Trainer(
         world=here,
         runner=PipelineRunner(here, wrapped, loss, teacher),
         wrapped=wrapped,
-        optimizer=build_optimizer(wrapped, config.optim, here),
+        optimizer=optimizer,
         data=PhaseData(stream, curriculum, micro_batch_size=config.data.micro_batch, seed=config.seed, world=here),
         curriculum=curriculum,
         record=record,
@@ -146,7 +148,7 @@ def _trainer(
         skipped=SkippedSteps(opened.folder, config.trainer.max_skipped_in_a_row),
         gates=gates,
         router_optimizer=router_optimizer,
-        sanity=Sanity(student, router, router_optimizer, here, config.seed, every) if config.debug.sanity else None,
+        sanity=sanity if config.debug.sanity else None,
     )
     if opened.checkpoint is not None:
         trainer.step = load_run_state(opened.checkpoint, trainer.trainable(), record)

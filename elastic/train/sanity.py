@@ -2,16 +2,17 @@
 
 Fingerprints (fingerprint.py), never tensors, travel between ranks. Compared are
 
-    over data- and context-parallel ranks   every weight
-    over tensor-parallel ranks              every weight that is not sharded
+    over data- and context-parallel ranks   every weight, its fp32 main weight and Adam state
+    over tensor-parallel ranks              of those, what is not sharded
     over first and last pipeline stage      a tied embedding
     over all ranks                          router weights and their Adam state, seed, step, data position, the step's
                                             budgets (each replica's in any order)
     over the ranks of one replica           the gates and sample ids of each micro-batch
 
-and every rank with itself: between two steps nothing may change, which also tells which of only two copies is wrong.
-Everything random is a function of (seed, step, micro-batch) and reaches the model as gates, so random state is compared
-by its seed and by what was drawn. Not compared: the weights' Adam states and the fp32 weights behind bf16 ones.
+and every rank with itself: between two steps nothing may change, which also tells which of only two copies is wrong,
+and is all that can be said of the parts of a distributed optimizer, which have no copies. Everything random is a
+function of (seed, step, micro-batch) and reaches the model as gates, so random state is compared by its seed and by
+what was drawn.
 """
 
 import platform
@@ -20,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, ReduceOp
 from torch.optim import Optimizer
@@ -34,6 +36,7 @@ from elastic.train.fingerprint import fingerprint, text_fingerprint
 from elastic.train.parallel import World
 
 EMBEDDING = "embedding.word_embeddings.weight"
+COPIED = ("weight ", "main weight ", "Adam ")  # what a replica has a copy of
 MAX_SHOWN = 5
 
 
@@ -51,6 +54,7 @@ class Sanity:
     world: World
     seed: int
     every_n_steps: int = 1
+    optimizer: ChainedOptimizer | None = None
     _left: Mapping[str, int] = field(default_factory=dict)
     _left_after_step: int | None = None
 
@@ -86,8 +90,9 @@ class Sanity:
         self._left, self._left_after_step = _read(state), place.step
 
     def _state(self) -> dict[str, Tensor]:
-        """Return the fingerprints of this rank's weights and of the router, by name."""
+        """Return the fingerprints of this rank's weights, optimizer state and router, by name."""
         state = {f"weight {name}": fingerprint(weight) for name, weight in named_global_parameters(self.model)}
+        state |= self._optimizer_state()
         if self.router is not None:
             for name, parameter in self.router.named_parameters():
                 state[f"router weight {name}"] = fingerprint(parameter)
@@ -95,18 +100,37 @@ class Sanity:
                 state |= {f"router Adam {key} {name}": fingerprint(value) for key, value in adam.items()}
         return {name: value.to(self.world.device) for name, value in state.items()}
 
+    def _optimizer_state(self) -> dict[str, Tensor]:
+        """Return the fingerprints of what the optimizer keeps of each weight. A shard of one has a name of its own."""
+        names = {}
+        for name, weight in named_global_parameters(self.model):
+            main = getattr(weight, "main_param", None)
+            names[id(weight if main is None else main)] = (name, main is not None)
+        state = {}
+        for number, part in enumerate(() if self.optimizer is None else self.optimizer.chained_optimizers):
+            kept = [] if part.is_stub_optimizer else [p for group in part.param_groups for p in group["params"]]
+            for place, parameter in enumerate(kept):
+                name, is_main = names.get(id(parameter), (f"{place} of optimizer {number}", True))
+                sharded = "shard of " if part.config.use_distributed_optimizer else ""
+                if is_main:
+                    state[f"{sharded}main weight {name}"] = fingerprint(parameter)
+                for key, value in part.optimizer.state[parameter].items():
+                    if isinstance(value, Tensor):
+                        state[f"{sharded}Adam {key} {name}"] = fingerprint(value)
+        return state
+
     def _compare_state(self, state: Mapping[str, Tensor], moved: set[str]) -> list[str]:
         """Return one message per copy that differs, and per value that moved without a step."""
         groups = self.world.groups
         rank = torch.distributed.get_rank()
         found = [f"{name} changed on rank {rank} since the last step" for name in state if name in moved]
-        weights = {name: value for name, value in state.items() if name.startswith("weight ")}
-        replicated = {n: v for n, v in weights.items() if sharded_dim(n.removeprefix("weight ")) is None}
-        routers = {name: value for name, value in state.items() if name not in weights}
-        found += self._compare(weights, groups.dp_cp, "data-parallel ranks", moved)
+        copies = {name: value for name, value in state.items() if name.startswith(COPIED)}
+        replicated = {name: value for name, value in copies.items() if sharded_dim(name.rpartition(" ")[2]) is None}
+        routers = {name: value for name, value in state.items() if name.startswith("router ")}
+        found += self._compare(copies, groups.dp_cp, "data-parallel ranks", moved)
         found += self._compare(replicated, groups.tp, "tensor-parallel ranks", moved)
-        if self.model.share_embeddings_and_output_weights and f"weight {EMBEDDING}" in weights:
-            tied = {f"weight {EMBEDDING}": weights[f"weight {EMBEDDING}"]}
+        if self.model.share_embeddings_and_output_weights and f"weight {EMBEDDING}" in copies:
+            tied = {f"weight {EMBEDDING}": copies[f"weight {EMBEDDING}"]}
             found += self._compare(tied, groups.embd, "first and last pipeline stage", moved)
         return found + self._compare(routers, None, "all ranks", moved)
 

@@ -19,7 +19,7 @@ from elastic.space.budget import Budget
 from elastic.space.cost import Deployment, Metric
 from elastic.train.checkpoint import Trainable, save_checkpoint
 from elastic.train.checkpoint_find import checkpoint_folder
-from elastic.train.config import ExtractConfig, GenerateConfig
+from elastic.train.config_family import ExtractConfig, GenerateConfig
 from elastic.train.config_files import load_run
 from elastic.train.config_load import load
 from elastic.train.config_rules_layout import Cluster

@@ -8,16 +8,8 @@ from rich.console import Console
 
 from elastic.plan.config import PlanConfig
 from elastic.plan.run_plan import run_plan
-from elastic.train.config import (
-    CostConfig,
-    ElasticConfig,
-    EvaluateConfig,
-    ExtractConfig,
-    GenerateConfig,
-    ImportanceConfig,
-    ImportConfig,
-    PretrainConfig,
-)
+from elastic.train.config import CostConfig, ElasticConfig, ImportanceConfig, PretrainConfig
+from elastic.train.config_family import EvaluateConfig, ExtractConfig, GenerateConfig, ImportConfig
 from elastic.train.config_load import load
 from elastic.train.config_sections import ExpManagerConfig
 from elastic.train.manifest import DataError

@@ -144,25 +144,41 @@ def test_the_majority_of_three_replicas_is_right():
     check(3, Layout(), False, [(weight, 2, "within", "data-parallel ranks 0, 1, 2: rank 2 contradicts the others")])
 
 
+FLIPPED = "decoder.layers.1.mlp.linear_fc1.weight"
+
+
 class FlipBit(NoCallback):
-    """Changes one bit of one weight on rank 1 after the second step."""
+    """Changes one bit of one weight, or of what the optimizer keeps of it, on rank 1 after the second step."""
+
+    def __init__(self, what):
+        self.what = what
 
     def after_step(self, trainer, result):
-        if trainer.step == 2 and torch.distributed.get_rank() == 1:
-            named = dict(named_global_parameters(trainer.runner.student_model))
-            flip_lowest_bit(named["decoder.layers.1.mlp.linear_fc1.weight"])
+        if trainer.step != 2 or torch.distributed.get_rank() != 1:
+            return
+        weight = dict(named_global_parameters(trainer.runner.student_model))[FLIPPED]
+        if self.what == "weight":
+            flip_lowest_bit(weight)
+        elif self.what == "main weight":
+            flip_lowest_bit(weight.main_param)
+        else:
+            states = [part.optimizer.state for part in trainer.optimizer.chained_optimizers]
+            flip_lowest_bit(next(state[weight]["exp_avg"] for state in states if weight in state))
 
 
-def train_flipped(values):
-    run_elastic(load(ElasticConfig, values), Console(quiet=True), [FlipBit()])
+def train_flipped(values, what):
+    run_elastic(load(ElasticConfig, values), Console(quiet=True), [FlipBit(what)])
 
 
-def test_a_weight_silently_changed_on_one_rank_stops_the_run(start):
+@pytest.mark.parametrize(("what", "precision"), [("weight", "fp32"), ("main weight", "bf16"), ("Adam exp_avg", "fp32")])
+def test_a_value_silently_changed_on_one_rank_stops_the_run(start, what, precision):
+    trainer, version = dict(precision=precision), f"one_bit_{what.replace(' ', '_')}"
     with pytest.raises(DistributedRunError) as caught:
-        run_distributed(train_flipped, 2, elastic_values(start, "one_bit", debug=dict(sanity=True)))
+        values = elastic_values(start, version, trainer=trainer, debug=dict(sanity=True))
+        run_distributed(train_flipped, 2, values, what)
     error = caught.value.__cause__
     assert isinstance(error, SanityError), str(caught.value)
-    name = "weight decoder.layers.1.mlp.linear_fc1.weight"
+    name = f"{what} {FLIPPED}"
     assert str(error).startswith("debug.sanity: before step 3 copies differ")
     assert f"{name} differs over data-parallel ranks 0, 1: rank 1 changed since the last step" in str(error)
     assert "last check that passed: after step 2" in str(error)

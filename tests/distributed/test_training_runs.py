@@ -93,6 +93,32 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_the_same_command_goes_on(st
     assert rows(start, "told") == uninterrupted
 
 
+class StopAfter(NoCallback):
+    """Tells a run to stop after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def after_step(self, trainer, result):
+        if trainer.step == self.step:
+            trainer.stop_reason = "a test"
+
+
+def train_until(values, step):
+    run_elastic(load(ElasticConfig, values), Console(quiet=True), [StopAfter(step)])
+
+
+def test_a_stop_between_two_log_points_loses_no_step_of_the_log(start, uninterrupted):
+    values = elastic_values(start, "between", trainer=dict(log_every_n_steps=3))
+    run_distributed(train_until, 1, values, 4)
+    found = rows(start, "between")
+    assert list(found) == [3, 4]
+    losses = [name for name in uninterrupted[4] if name.startswith("train/")]
+    assert losses and {name: found[4][name] for name in losses} == {name: uninterrupted[4][name] for name in losses}
+    run_distributed(train, 1, values)
+    assert list(rows(start, "between")) == [3, 4, 6, 9]
+
+
 class KeepRouter(NoCallback):
     """Takes the router's weights and the subnets it chose off every rank at the end of a run."""
 

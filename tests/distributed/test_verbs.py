@@ -9,7 +9,8 @@ from rich.console import Console
 from elastic.space.axes import Axis
 from elastic.train.checkpoint_find import resolve_checkpoint
 from elastic.train.checkpoint_metadata import CheckpointError
-from elastic.train.config import EvaluateConfig, ExtractConfig, ImportanceConfig, ImportConfig
+from elastic.train.config import ImportanceConfig
+from elastic.train.config_family import EvaluateConfig, ExtractConfig, ImportConfig
 from elastic.train.config_load import load
 from elastic.train.family import FamilyError
 from elastic.train.record import Record

@@ -20,7 +20,7 @@ from elastic.space.shape import ModelShape
 from elastic.train.checkpoint import CheckpointError, Trainable, load_checkpoint
 from elastic.train.checkpoint_find import resolve_checkpoint
 from elastic.train.checkpoint_reader import StoredTensors
-from elastic.train.config import ExtractConfig, ImportConfig
+from elastic.train.config_family import ExtractConfig, ImportConfig
 from elastic.train.config_load import load
 from elastic.train.parallel import join_world
 from elastic.train.record import Record

@@ -10,16 +10,8 @@ import torch
 from omegaconf import OmegaConf
 
 from elastic.train.checkpoint_manifest import write_manifest
-from elastic.train.config import (
-    CostConfig,
-    ElasticConfig,
-    EvaluateConfig,
-    ExtractConfig,
-    GenerateConfig,
-    ImportanceConfig,
-    ImportConfig,
-    PretrainConfig,
-)
+from elastic.train.config import CostConfig, ElasticConfig, ImportanceConfig, PretrainConfig
+from elastic.train.config_family import EvaluateConfig, ExtractConfig, GenerateConfig, ImportConfig
 from elastic.train.config_load import ConfigError
 from elastic.train.config_sections import ModelConfig
 from elastic.train.manifest import Manifest, TokenizerRecord

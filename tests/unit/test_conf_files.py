@@ -13,16 +13,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from elastic.plan.config import PlanConfig
-from elastic.train.config import (
-    ElasticConfig,
-    EvaluateConfig,
-    ExtractConfig,
-    GenerateConfig,
-    ImportanceConfig,
-    ImportConfig,
-    PretrainConfig,
-    with_vocab,
-)
+from elastic.train.config import ElasticConfig, ImportanceConfig, PretrainConfig, with_vocab
+from elastic.train.config_family import EvaluateConfig, ExtractConfig, GenerateConfig, ImportConfig
 from elastic.train.config_load import ConfigError, load
 from elastic.train.config_rules import check, load_and_check
 from elastic.train.config_rules_layout import Cluster

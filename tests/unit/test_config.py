@@ -11,15 +11,9 @@ import pytest
 from elastic.space.axes import Axis
 from elastic.space.cost import Metric, shape_cost
 from elastic.space.gates import Execution
-from elastic.train.config import (
-    ElasticConfig,
-    GenerateConfig,
-    PretrainConfig,
-    SubnetConfig,
-    total_steps,
-    with_vocab,
-)
+from elastic.train.config import ElasticConfig, PretrainConfig, total_steps, with_vocab
 from elastic.train.config_elastic import BudgetConfig, ElasticPhaseConfig, PhaseConfig, RouterConfig
+from elastic.train.config_family import GenerateConfig, SubnetConfig
 from elastic.train.config_load import ConfigError, config_dict, load
 from elastic.train.config_rules import check, load_and_check
 from elastic.train.config_rules_layout import Cluster

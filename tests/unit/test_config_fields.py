@@ -4,15 +4,8 @@ import math
 
 import pytest
 
-from elastic.train.config import (
-    CostConfig,
-    ElasticConfig,
-    EvaluateConfig,
-    ExtractConfig,
-    ImportanceConfig,
-    ImportConfig,
-    PretrainConfig,
-)
+from elastic.train.config import CostConfig, ElasticConfig, ImportanceConfig, PretrainConfig
+from elastic.train.config_family import EvaluateConfig, ExtractConfig, ImportConfig
 from elastic.train.prepare_config import PrepareConfig
 from tests.unit.configs import BadConfig, ProblemsOf
 

@@ -11,14 +11,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from elastic.train.checkpoint_manifest import write_manifest
-from elastic.train.config import (
-    ElasticConfig,
-    EvaluateConfig,
-    ExtractConfig,
-    GenerateConfig,
-    ImportanceConfig,
-    PretrainConfig,
-)
+from elastic.train.config import ElasticConfig, ImportanceConfig, PretrainConfig
+from elastic.train.config_family import EvaluateConfig, ExtractConfig, GenerateConfig
 from elastic.train.config_files import load_run
 from elastic.train.config_load import ConfigError
 from elastic.train.config_rules_layout import Cluster

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from elastic.train.config import GenerateConfig
+from elastic.train.config_family import GenerateConfig
 from elastic.train.config_load import ConfigError
 from elastic.train.config_rules import load_and_check
 from elastic.train.config_rules_layout import Cluster

@@ -2,7 +2,8 @@
 
 import pytest
 
-from elastic.train.config import ElasticConfig, EvaluateConfig, ImportanceConfig, PretrainConfig
+from elastic.train.config import ElasticConfig, ImportanceConfig, PretrainConfig
+from elastic.train.config_family import EvaluateConfig
 from tests.unit.configs import BadConfig, ProblemsOf
 
 # verb, changes, number of processes, the one line of the error: field = value: rule; remedy

@@ -1,6 +1,7 @@
 """Several mistakes at once: all in one message, each once."""
 
-from elastic.train.config import ElasticConfig, ExtractConfig, ImportanceConfig, PretrainConfig
+from elastic.train.config import ElasticConfig, ImportanceConfig, PretrainConfig
+from elastic.train.config_family import ExtractConfig
 from elastic.train.config_rules import load_and_check
 from elastic.train.config_rules_layout import Cluster
 from elastic.train.prepare_config import PrepareConfig

@@ -2,7 +2,8 @@
 
 import pytest
 
-from elastic.train.config import CostConfig, EvaluateConfig, ExtractConfig, ImportConfig
+from elastic.train.config import CostConfig
+from elastic.train.config_family import EvaluateConfig, ExtractConfig, ImportConfig
 from elastic.train.prepare_config import PrepareConfig
 from tests.unit.configs import BadConfig, ProblemsOf
 

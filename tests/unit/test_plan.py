@@ -2,7 +2,9 @@
 FLOP formulas, and layouts the run's rules refuse."""
 
 import io
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -195,6 +197,28 @@ def test_the_12b_run_fits_with_a_tenth_to_spare_at_both_sizes(num_gpus: int) -> 
     chosen = candidate(config, config.parallel, config.data.micro_batch, budget_samples(config, config.space()))
     assert max(plan.phase.sequence_length for plan in chosen.plans) == 49_152
     assert chosen.peak_bytes / 1e9 + 3.0 <= 0.9 * 80.0
+
+
+def test_the_readme_shows_what_the_plan_says() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    table = re.findall(r"^\| ([\d,]+) tokens, (mask|slice), stage (\d) \| (.*) \|$", text, re.MULTILINE)
+    config = values("plan")
+    chosen = candidate(config, config.parallel, config.data.micro_batch, budget_samples(config, config.space()))
+    assert len(table) == 3
+    for tokens, execution, stage, cells in table:
+        (plan,) = (one for one in chosen.plans if one.phase.sequence_length == int(tokens.replace(",", "")))
+        assert plan.phase.execution == Execution(execution)
+        memory = plan.memory(int(stage))
+        columns = [
+            *(memory.parameters, memory.gradients, memory.optimizer, memory.teacher, memory.teacher_hidden),
+            *(memory.activations, max(memory.working_set, memory.logits), memory.total),
+        ]
+        assert cells.split(" | ") == [f"{amount / 1e9:.1f}" for amount in columns]
+    seconds = re.search(r"The step is estimated at ([\d.]+) s and ([\d.]+) s", text)
+    assert seconds is not None
+    assert list(seconds.groups()) == [f"{time.total:.1f}" for time in chosen.times]
+    spare = 1 - chosen.peak_bytes / 1e9 / 80.0 - config.cluster.reserved_gb / 80.0
+    assert f"{spare:.0%} of 80 GB is to spare" in text
 
 
 def test_rules_of_the_run_refuse_a_layout() -> None:

@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from elastic.space.pattern import LayerPattern
-from elastic.train.config import EvaluateConfig
+from elastic.train.config_family import EvaluateConfig
 from elastic.train.config_sections import ComputeConfig
 from recipes import _common
 
