@@ -5,6 +5,7 @@ override VENV := $(patsubst ~/%,$(HOME)/%,$(VENV))
 PY = $(VENV)/bin/python
 TESTS ?= tests
 MARKERS ?= not gpu and not slow
+JOBS ?= 2
 IMAGE ?= elastic
 
 export VENV
@@ -28,6 +29,7 @@ help: ## list these commands
 	@echo "  PYTHON=FILE   make the environment with this Python 3.12 or 3.13 (default: the first that runs)"
 	@echo "  PY=FILE       run with this interpreter as it is and set up nothing (containers)"
 	@echo "  TESTS=PATH    test only this (default tests); MARKERS=EXPR picks by marker (default '$(MARKERS)')"
+	@echo "  JOBS=N        test files at a time (default $(JOBS)); many of them start processes of their own"
 
 setup: ## make the environment, if it is not up to date
 ifneq ($(origin PY),command line)
@@ -38,7 +40,7 @@ smoke: setup ## train one nested family on real text and export it: runs/smoke/s
 	"$(PY)" recipes/smoke.py
 
 test: setup ## run the tests that need no GPU
-	"$(PY)" -m pytest -m "$(MARKERS)" $(TESTS)
+	"$(PY)" -m pytest -n $(JOBS) --dist loadfile -m "$(MARKERS)" $(TESTS)
 
 lint: setup ## check style (ruff), types (mypy) and, where it is installed, shell scripts (shellcheck)
 	"$(PY)" -m ruff check .

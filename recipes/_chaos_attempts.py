@@ -11,6 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,18 +33,34 @@ class Agent(Protocol):
 
     def is_running(self) -> bool: ...
 
+    def wait(self, timeout_s: float) -> int | None: ...
+
 
 class ForkedAgent:
-    """torchrun's agent and workers, forked from this process: its imports, the dear part of a start, are made once."""
+    """torchrun's agent and workers, forked from this process (or from `context`'s server): its imports, the dear part
+    of a start, are made once. Each worker calls `main(values)`, and gets SIGINT from the kernel when the agent dies."""
 
-    def __init__(self, values: dict[str, Any], log: Path) -> None:
-        self._process = multiprocessing.get_context("fork").Process(target=_agent_main, args=(values, log))
+    def __init__(
+        self,
+        values: dict[str, Any],
+        log: Path,
+        main: Callable[[dict[str, Any]], None] = train_tiny_family,
+        context: BaseContext | None = None,
+    ) -> None:
+        context = context or multiprocessing.get_context("fork")
+        self._process = context.Process(target=_agent_main, args=(values, log, main))  # type: ignore[attr-defined]
         self._process.start()
         self.pid = self._process.pid
 
     def is_running(self) -> bool:
         """Tell whether the agent still runs."""
-        return self._process.is_alive()
+        return bool(self._process.is_alive())
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Wait for the agent; returns its exit code (negative: the signal that ended it), None if it still runs."""
+        self._process.join(timeout_s)
+        code: int | None = self._process.exitcode
+        return code
 
 
 class FreshAgent:
@@ -63,8 +80,14 @@ class FreshAgent:
         """Tell whether the agent still runs."""
         return self._process.poll() is None
 
+    def wait(self, timeout_s: float) -> int | None:
+        """Wait for the agent; returns its exit code (negative: the signal that ended it), None if it still runs."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(timeout_s)
+        return None
 
-def _agent_main(values: dict[str, Any], log: Path) -> None:
+
+def _agent_main(values: dict[str, Any], log: Path, main: Callable[[dict[str, Any]], None]) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(output, descriptor)
@@ -79,7 +102,7 @@ def _agent_main(values: dict[str, Any], log: Path) -> None:
         monitor_interval=0.1,
         start_method="fork",
     )
-    elastic_launch(settings, train_tiny_family)(values)
+    elastic_launch(settings, main)(values)
 
 
 class Attempts:

@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from elastic.train.agent import end_with_agent
+
 __all__ = ["hydra_runner"]
 
 
@@ -38,6 +40,8 @@ def held_back_output() -> Iterator[None]:
                 held.seek(0)
                 os.write(2, held.read())
 
+
+end_with_agent()  # the imports below take seconds, in which torchrun's agent may die
 
 with held_back_output():
     from nemo.core.config import hydra_runner

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from elastic.train.agent import end_with_agent
 from elastic.train.config import ElasticConfig, ImportanceConfig, PretrainConfig
 from elastic.train.config_load import load
 from elastic.train.prepare import prepare
@@ -62,7 +63,6 @@ def tiny_family_values(folder: Path, version: str) -> dict[str, Any]:
             dict(phase, name="first", steps=7),
             dict(phase, name="second", steps=7, sequence_length=32, router_frozen=True, execution="slice"),
         ],
-        # Workers whose agent is killed while they start wait that long for it.
         trainer=dict(
             log_every_n_steps=1,
             val_check_interval=5,
@@ -76,6 +76,7 @@ def tiny_family_values(folder: Path, version: str) -> dict[str, Any]:
 
 def train_tiny_family(values: dict[str, Any]) -> None:
     """Run the main job in the calling process, one of torchrun's workers or alone, and say nothing."""
+    end_with_agent()
     run_elastic(load(ElasticConfig, values), Console(quiet=True))
 
 

@@ -1,4 +1,4 @@
-"""An orderly stop: SIGTERM, SIGUSR1, or the end of torchrun's agent end a run with a checkpoint.
+"""An orderly stop: SIGTERM or SIGUSR1 ends a run with a checkpoint (so does the end of torchrun's agent, agent.py).
 
     first signal    the running step is finished, with the validation or the save that is due; then one checkpoint is
                     written and every rank leaves with code 0. That takes at most a step, a validation and a save.
@@ -10,15 +10,16 @@ agent itself dies of SIGUSR1 unless it is ignored there (`trap "" USR1` before i
 SIGTERM, and returns an error after it: signal the workers, as `srun` does, where the exit code matters.
 
 Before training starts (building and loading the model) signals take their default course: there is nothing to lose.
+Under a launcher, whose ranks ignore SIGUSR1 until then, the file that STOP_FILE_VARIABLE names stands for the signal.
 """
 
 import os
-import select
 import signal
 import socket
 import threading
 import time
 from multiprocessing.util import register_after_fork
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from elastic.train.trainer import StepResult, Trainer
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SAME_SIGNAL_S = 3.0
-LOOK_AT_PARENT_S = 1.0
+STOP_FILE_VARIABLE = "ELASTIC_STOP_FILE"
 
 
 class StopOnSignal(NoCallback):
@@ -47,6 +48,9 @@ class StopOnSignal(NoCallback):
             self._group = torch.distributed.new_group(backend="gloo")
         self._listener = _Listener(self)
         self._listener.start()
+        # In this order: a signal before the handlers were there left the file, one after them is heard.
+        if Path(os.environ.get(STOP_FILE_VARIABLE, "")).is_file():
+            self.received = "a signal that came before training"
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Agree over all ranks whether one of them was told to stop: one number on the CPU a step.
@@ -76,8 +80,6 @@ class _Listener:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
-        # torchrun's agent can be killed alone; its workers would train on, beside the next attempt's.
-        self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._before: dict[signal.Signals, Any] = {}
         self._wakeup_before = -1
 
@@ -102,10 +104,6 @@ class _Listener:
     def _listen(self) -> None:
         first_s = 0.0
         while True:
-            if not select.select([self._reader], [], [], LOOK_AT_PARENT_S)[0]:
-                if self._agent not in (None, os.getppid()) and self._owner.received is None:
-                    self._owner.received, first_s = "the end of torchrun's agent", time.monotonic()
-                continue
             heard = self._reader.recv(1)
             if not heard:
                 return

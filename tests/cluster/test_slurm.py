@@ -133,6 +133,37 @@ def test_a_crashed_worker_ends_the_job_within_a_minute(slurm: LocalSlurm, start:
     assert not (tmp_path / "run" / "crashed" / "finished.json").exists()
 
 
+@pytest.mark.slow
+def test_the_verbs_and_phases_as_a_chain_of_jobs(slurm: LocalSlurm, start: Path, tmp_path: Path) -> None:
+    steps = (3, 2)
+    place = [f"data.path={start}/data", "trainer=cpu", "parallel=none", f"exp_manager.exp_dir={tmp_path}"]
+    importance = [
+        *(f"init_from.parent={start}/run/parent", "importance=smoke", "importance.sequence_length=32"),
+        *("importance.num_sequences=8", "importance.depth_sequences=4", *place, "exp_manager.name=permuted"),
+    ]
+    evaluate = [
+        *(f"init_from.checkpoint={tmp_path}/run/chained", "data=own", "data.micro_batch=1"),
+        *("data.validation_sequences=4", "sequence_length=32", *place, "exp_manager.name=evaluation"),
+    ]
+    train = tiny_overrides(start, tmp_path, "chained", steps, f"init_from.permuted_parent={tmp_path}/permuted")
+    chain = {
+        "PHASES": "short_context long_context", "OPTIONS": "--nodes=2 --nodes=1", "IMPORTANCE": " ".join(importance),
+        "EVALUATE": " ".join(evaluate),
+    }  # fmt: skip
+    said = slurm.command("bash", str(ROOT / "launch" / "chain.sh"), *train, cwd=tmp_path, **ON_CPUS, **chain)
+    jobs = [int(line.split()[2].rstrip(":")) for line in said.splitlines() if line.startswith("chain: job")]
+    assert len(jobs) == 4
+    for job in jobs:
+        assert slurm.wait(job, timeout_s=END_S)["JobState"] == "COMPLETED", output_of(tmp_path, job)
+    run = tmp_path / "run" / "chained"
+    assert logged_steps(run) == [1, 2, 3, 4, 5]
+    assert json.loads((run / "finished.json").read_text())["step"] == sum(steps)
+    first_phase = tmp_path / "logs" / str(jobs[1]) / "try_0"
+    assert {file.name for file in first_phase.glob("node_*.log")} == {"node_0.log", "node_1.log"}
+    (evaluation,) = (tmp_path / "evaluation").rglob("evaluation.json")
+    assert [row["name"] for row in json.loads(evaluation.read_text())["members"]] == ["full", "medium", "small"]
+
+
 @pytest.mark.parametrize("name", ["elastic_12b", "importance_12b", "evaluate", "smoke"])
 def test_sbatch_accepts_the_launcher_as_it_is(slurm: LocalSlurm, name: str) -> None:
     printed = slurm.command("sbatch", "--test-only", "--partition=all", str(ROOT / "launch" / f"{name}.sh"))

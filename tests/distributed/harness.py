@@ -99,22 +99,28 @@ def run_distributed(
 
 def _start(folder: Path, world_size: int, deadline_s: float, env: dict[str, str]) -> list[BaseProcess]:
     """Start one process per rank."""
-    context: Any
-    if "forkserver" in get_all_start_methods():
-        context = get_context("forkserver")
-        context.set_forkserver_preload(list(PRELOAD))
-        with _environment(ENVIRONMENT):
-            forkserver.ensure_running()
-    else:
-        context = get_context("spawn")
-    ranks = [
-        context.Process(target=_rank_main, args=(folder, rank, world_size, deadline_s, env), name=f"rank {rank}")
-        for rank in range(world_size)
-    ]
-    with _environment(ENVIRONMENT):
+    with fork_server() as context:
+        ranks = [
+            context.Process(target=_rank_main, args=(folder, rank, world_size, deadline_s, env), name=f"rank {rank}")
+            for rank in range(world_size)
+        ]
         for process in ranks:
             process.start()
     return ranks
+
+
+@contextlib.contextmanager
+def fork_server() -> Iterator[Any]:
+    """Give the multiprocessing context whose processes are forked from the server; start them inside the block."""
+    context: Any
+    with _environment(ENVIRONMENT):
+        if "forkserver" in get_all_start_methods():
+            context = get_context("forkserver")
+            context.set_forkserver_preload(list(PRELOAD))
+            forkserver.ensure_running()
+        else:
+            context = get_context("spawn")
+        yield context
 
 
 @contextlib.contextmanager

@@ -1,10 +1,9 @@
 """Signals to real processes: an orderly stop of all ranks with a checkpoint, whenever they come; at once the second."""
 
+import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -21,9 +20,10 @@ from elastic.train.config import ElasticConfig
 from elastic.train.config_load import load
 from elastic.train.evaluation import evaluate_subnets
 from elastic.train.run_training import run_elastic
-from elastic.train.signals import SAME_SIGNAL_S
+from elastic.train.signals import SAME_SIGNAL_S, STOP_FILE_VARIABLE
 from tests.distributed.harness import DistributedRunError, run_distributed
-from tests.distributed.training import elastic_values, rows
+from tests.distributed.torchrun import Torchrun
+from tests.distributed.training import CURRICULUM, elastic_values, rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,6 +68,14 @@ class AtStart(NoCallback):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def test_a_signal_that_came_while_the_run_loaded_stops_it_after_a_step(start, tmp_path):
+    (tmp_path / "stop").touch()  # by launch/common.sh, whose ranks ignore the signal itself until they listen
+    values = elastic_values(start, "told_early")
+    run_distributed(run, 1, values, env={STOP_FILE_VARIABLE: str(tmp_path / "stop")})
+    assert list(rows(start, "told_early")) == [1]
+    assert_stopped_with_a_checkpoint(start / "run" / "told_early")
+
+
 def signal_at_start(values):
     run(values, AtStart())
 
@@ -107,59 +115,52 @@ def test_a_second_signal_ends_a_rank_at_once_even_inside_a_collective(start):
 
 
 @pytest.fixture
-def torchrun(start, tmp_path):
-    """Start two workers as a user would; give the agent, its workers and the run's folder once two steps are done."""
-    agents = []
+def torchrun(start, tmp_path, monkeypatch):
+    """Start two workers as a user would; give them once two steps are done."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    with contextlib.ExitStack() as runs:
 
-    def launch(version):
-        file = tmp_path / f"{version}.json"
-        file.write_text(json.dumps(elastic_values(start, version, trainer=dict(checkpoint_every_n_steps=100))))
-        values = json.loads(file.read_text())
-        values["curriculum"][0] |= dict(steps=500)
-        file.write_text(json.dumps(values))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        agent = psutil.Popen(
-            [*command, "-m", "recipes._tiny_worker", str(file)],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        agents.append(agent)
-        metrics = start / "run" / version / "metrics.jsonl"
-        while not metrics.exists() or '"step": 2,' not in metrics.read_text():
-            assert agent.poll() is None, agent.stderr.read()
-            time.sleep(0.05)
-        workers = [child for child in agent.children() if "recipes._tiny_worker" in " ".join(child.cmdline())]
-        assert len(workers) == 2
-        return agent, workers, start / "run" / version
+        def launch(version):
+            phases = [{**phase, "steps": 500} for phase in CURRICULUM]
+            values = elastic_values(start, version, trainer=dict(checkpoint_every_n_steps=100), curriculum=phases[:1])
+            run = runs.enter_context(Torchrun(values, tmp_path / f"{version}.log"))
+            run.wait_for_step(2)
+            assert len(run.workers) == 2
+            return run
 
-    yield launch
-    for agent in agents:
-        for process in [*agent.children(recursive=True), agent] if agent.is_running() else []:
-            process.kill()
-        agent.wait()
+        yield launch
 
 
 def assert_stopped_with_a_checkpoint(folder):
     (checkpoint,) = list_checkpoints(folder)
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert checkpoint.name == f"step_{max(steps):08d}" and max(steps) < 504
+    assert checkpoint.name == f"step_{max(steps):08d}" and max(steps) < 500
     assert not (folder / "finished.json").exists()
 
 
 def test_one_signalled_worker_stops_both_and_torchrun_leaves_with_0(torchrun):
-    agent, workers, folder = torchrun("one_worker")
-    workers[1].send_signal(signal.SIGUSR1)
-    assert agent.wait(timeout=120) == 0, agent.stderr.read()
-    assert_stopped_with_a_checkpoint(folder)
+    run = torchrun("one_worker")
+    run.workers[1].send_signal(signal.SIGUSR1)
+    assert run.end() == 0, run.output
+    assert_stopped_with_a_checkpoint(run.run_folder)
 
 
 def test_sigterm_to_agent_and_workers_alike_is_one_signal_and_saves(torchrun):
     """As Slurm does at a time limit: the agent hands its own on, so that each worker gets two."""
-    agent, workers, folder = torchrun("everybody")
-    for process in (agent, *workers):
+    run = torchrun("everybody")
+    workers = run.workers
+    for process in (run.agent, *workers):
         process.send_signal(signal.SIGTERM)
-    assert agent.wait(timeout=120) != 0  # torchrun's own answer to SIGTERM
+    assert run.end() not in (0, None), run.output  # torchrun's own answer to SIGTERM
     psutil.wait_procs(workers, timeout=60)
-    assert not any(worker.is_running() for worker in workers)
-    assert_stopped_with_a_checkpoint(folder)
+    assert run.left() == []
+    assert_stopped_with_a_checkpoint(run.run_folder)
+
+
+def test_workers_whose_agent_is_killed_stop_in_order(torchrun):
+    run = torchrun("orphans")
+    workers = run.workers
+    run.agent.kill()
+    psutil.wait_procs(workers, timeout=60)
+    assert run.left() == []
+    assert_stopped_with_a_checkpoint(run.run_folder)

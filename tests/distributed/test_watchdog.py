@@ -1,108 +1,101 @@
 """A rank that is killed, stopped or stuck: the others end in time, name rank and step, and nothing stays behind."""
 
-import json
+import contextlib
 import os
 import re
-import subprocess
-import sys
+import signal
 import threading
 import time
-import uuid
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
+from rich.console import Console
 from torch.distributed import distributed_c10d
 
 from elastic.modules.model import Layout
+from elastic.train.callbacks import NoCallback
+from elastic.train.config import ElasticConfig
+from elastic.train.config_load import load
 from elastic.train.parallel import join_world, world
+from elastic.train.pipeline import PipelineRunner
+from elastic.train.run_training import run_elastic
 from elastic.train.watchdog import EXIT_STALLED, Progress, Sign, Watchdog, verdict
 from tests.distributed.harness import DistributedRunError, run_distributed
+from tests.distributed.torchrun import Torchrun
 from tests.distributed.training import elastic_values
 
-ROOT = Path(__file__).parents[2]
-MARK = "ELASTIC_TEST_RUN"
+NAMED = "rank 1 gives no sign of life, last seen at step 3, forward and backward"
 
 
-def processes_of(mark):
-    """List the processes that were started with this mark in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARK) == mark:
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
+class RunnerThatEnds(PipelineRunner):
+    """Sends its own process a signal in the middle of the third step's forward and backward."""
+
+    def __init__(self, trainer, number):
+        healthy = trainer.runner
+        super().__init__(healthy.world, healthy.student, healthy.loss, healthy.teacher)
+        self.trainer, self.number = trainer, number
+
+    def forward_backward(self, micro_batches):
+        if self.trainer.step == 2:
+            super().forward_backward(micro_batches[:1])
+            time.sleep(1.0)  # a few signs of life from where it ends
+            os.kill(os.getpid(), self.number)
+        return super().forward_backward(micro_batches)
 
 
-class Run:
-    """Two replicas under torchrun, one of which ends itself with a signal in its third step."""
+class EndRankOne(NoCallback):
+    """Gives rank 1 that runner."""
 
-    def __init__(self, start, signal_name, folder):
-        timeouts = dict(watchdog_timeout_s=12, collective_timeout_s=60, checkpoint_every_n_steps=100)
-        values = folder / f"{signal_name}.json"
-        values.write_text(json.dumps(elastic_values(start, signal_name, trainer=timeouts)))
-        self.mark, self.output_file = uuid.uuid4().hex, folder / f"{signal_name}.txt"
-        variables = {MARK: self.mark, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        script = [str(ROOT / "tests" / "distributed" / "stalled_run.py"), str(values), signal_name]
-        with self.output_file.open("w") as output:
-            self.process = subprocess.Popen(
-                [*torchrun, *script], env=os.environ | variables, stdout=output, stderr=output
-            )
+    def __init__(self, number):
+        self.number = number
 
-    @property
-    def output(self):
-        return self.output_file.read_text()
+    def on_start(self, trainer):
+        if torch.distributed.get_rank() == 1:
+            trainer.runner = RunnerThatEnds(trainer, self.number)
 
-    def wait_for(self, text):
-        until_s = time.monotonic() + 240
-        while text not in self.output and self.process.poll() is None and time.monotonic() < until_s:
-            time.sleep(0.1)
 
-    def end(self):
-        """Wait for torchrun; return its exit code and the processes of the run that are still there."""
-        try:
-            code = self.process.wait(timeout=240)
-        finally:
-            left = processes_of(self.mark)
-            for process in left:
-                process.kill()
-            self.process.wait()
-        return code, [process.pid for process in left]
+def killed(values):
+    run_elastic(load(ElasticConfig, values), Console(quiet=True), [EndRankOne(signal.SIGKILL)])
+
+
+def stopped(values):
+    run_elastic(load(ElasticConfig, values), Console(quiet=True), [EndRankOne(signal.SIGSTOP)])
 
 
 @pytest.fixture(scope="module")
 def runs(start, tmp_path_factory):
     """Run both at once where it costs nothing: torchrun gives a stopped process 30 s to heed SIGTERM."""
     folder = tmp_path_factory.mktemp("runs")
-    stopped = Run(start, "SIGSTOP", folder)
-    stopped.wait_for("SIGTERM")
-    killed = Run(start, "SIGKILL", folder)
-    return {run: run.end() for run in (killed, stopped)}
+    timeouts = dict(watchdog_timeout_s=12, collective_timeout_s=60, checkpoint_every_n_steps=100)
+    with contextlib.ExitStack() as stack:
 
+        def begin(main):
+            values = elastic_values(start, main.__name__, trainer=timeouts)
+            return stack.enter_context(Torchrun(values, folder / f"{main.__name__}.log", main))
 
-NAMED = "rank 1 gives no sign of life, last seen at step 3, forward and backward"
+        first = begin(stopped)
+        first.wait_until(lambda: "SIGTERM" in first.output)
+        second = begin(killed)
+        yield {run: (run.end(), run.left()) for run in (second, first)}
 
 
 def test_nothing_is_left_of_a_run_whose_rank_was_killed_or_stopped(runs):
     for run, (code, left) in runs.items():
-        assert code != 0 and left == [], run.output
+        assert code not in (0, None) and left == [], run.output
 
 
 def test_the_other_rank_names_the_killed_one_and_its_step(runs):
-    killed, _ = runs
-    assert re.search(rf"watchdog: rank 0 on \S+ failed in step 3, .*: {NAMED}", killed.output), killed.output
+    run, _ = runs
+    assert re.search(rf"watchdog: rank 0 on \S+ failed in step 3, .*: {NAMED}", run.output), run.output
 
 
-def test_the_other_rank_ends_in_time_and_names_the_stopped_one_and_its_step(start, runs):
-    _, stopped = runs
-    assert re.search(r"watchdog: rank 0 on \S+ has made no progress for 12 s: step 3, ", stopped.output), stopped.output
-    assert re.search(rf"watchdog: rank 0 on \S+: {NAMED}", stopped.output), stopped.output
-    assert re.search(rf"exitcode\s*: {EXIT_STALLED}", stopped.output), stopped.output
-    report = (start / "run" / "SIGSTOP" / "watchdog" / "rank_0.txt").read_text()
+def test_the_other_rank_ends_in_time_and_names_the_stopped_one_and_its_step(runs):
+    _, run = runs
+    assert re.search(r"watchdog: rank 0 on \S+ has made no progress for 12 s: step 3, ", run.output), run.output
+    assert re.search(rf"watchdog: rank 0 on \S+: {NAMED}", run.output), run.output
+    assert re.search(rf"exitcode\s*: {EXIT_STALLED}", run.output), run.output
+    report = (run.run_folder / "watchdog" / "rank_0.txt").read_text()
     assert "rank 0 on" in report and NAMED in report and "train_step" in report, "with the stacks of all threads"
 
 

@@ -221,11 +221,14 @@ def test_a_finished_run_ends_the_chain(job: Job) -> None:
 
 
 def test_usr1_reaches_the_step_and_the_job_goes_back_into_the_queue(job: Job) -> None:
-    job.train = 'if [ "$SLURM_NODEID" = 0 ]; then kill -USR1 "$(cat launcher)"; sleep 1; fi'
+    signal_and_look = '{ ls "$ELASTIC_STOP_FILE"; kill -USR1 "$(cat launcher)"; sleep 1; ls "$ELASTIC_STOP_FILE"; }'
+    job.train = f'if [ "$SLURM_NODEID" = 0 ]; then {signal_and_look} >looked 2>/dev/null; fi'
     ended = job.start("elastic_12b", SLURM_RESTART_COUNT="1", MAX_REQUEUES="2", BASH_ENV=remember_pid(job))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "requeue 2 of at most 2" in ended.stdout
     assert job.calls("scontrol requeue") == ["scontrol requeue 7"]
+    # Ranks that still load find out by a file of this try, which was not there before.
+    assert (job.folder / "looked").read_text() == f"{job.folder}/logs/7/try_1/stop\n"
 
 
 def test_requeues_are_counted(job: Job) -> None:
