@@ -95,19 +95,7 @@ def _bill(config: PlanConfig, seconds: float, seconds_at_mfu: float) -> dict[str
 
 def memory_table(values: dict[str, Any]) -> Table:
     """Render GB per GPU by phase and pipeline stage."""
-    headings = (
-        "",
-        "stage",
-        "weights",
-        "grads",
-        "Adam",
-        "teacher",
-        "its states",
-        "saved",
-        "layer",
-        "logits",
-        "peak",
-    )
+    headings = ("", "stage", "weights", "grads", "Adam", "teacher", "its states", "saved", "layer", "logits", "peak")
     table = _table("GB on one GPU", headings)
     for phase in values["phases"]:
         for stage, memory in enumerate(phase["memory_bytes"]):
@@ -118,20 +106,7 @@ def memory_table(values: dict[str, Any]) -> Table:
 
 def work_table(values: dict[str, Any]) -> Table:
     """Render work, traffic and time of a step by phase."""
-    headings = (
-        "",
-        "runs",
-        "batches",
-        "PFLOP",
-        "TP GB",
-        "CP GB",
-        "PP GB",
-        "DP GB",
-        "step",
-        "MFU",
-        "days",
-        "mb fits",
-    )
+    headings = ("", "runs", "batches", "PFLOP", "TP GB", "CP GB", "PP GB", "DP GB", "step", "MFU", "days", "mb fits")
     table = _table("one step: work of all GPUs, GB sent by one, seconds", headings)
     for phase in values["phases"]:
         sent: defaultdict[str, float] = defaultdict(float)

@@ -16,8 +16,8 @@ from elastic.train.config_rules_layout import Cluster, data_parallel
 from elastic.train.config_sections import ParallelConfig
 from elastic.train.manifest import DataError, check_folder, read_manifest
 from elastic.train.preflight_node import Gpu, gib
+from elastic.train.run_folder import FINISHED_FILE
 
-FINISHED_FILE = "finished.json"
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
 # What Adam keeps for a weight: two moments in fp32 and, beside half-precision weights, an fp32 copy of them.
 OPTIMIZER_BYTES = {"fp32": 8, "bf16": 12}

@@ -13,24 +13,10 @@ from elastic.modules.forward import SequenceLengthError, context_parallel_slice,
 from elastic.modules.model import Layout, build_model
 from elastic.space.axes import Axis, AxisChoices, Space
 from elastic.space.gates import Gates
-from elastic.space.shape import ModelShape
 from elastic.train.parallel import join_world
 from tests.distributed.harness import run_distributed
+from tests.shapes import UNEVEN as SHAPE
 
-SHAPE = ModelShape.uniform(
-    "M-*M-",
-    vocab=48,
-    hidden=24,
-    ffn=32,
-    mamba_heads=8,
-    head_channels=6,
-    mamba_groups=2,
-    mamba_state=8,
-    conv_kernel=4,
-    attention_heads=6,
-    kv_heads=2,
-    attention_channels=8,
-)
 SPACE = Space(
     SHAPE,
     {Axis.HIDDEN: AxisChoices((24, 14)), Axis.MAMBA_CHANNEL: AxisChoices((6, 3)), Axis.DEPTH: AxisChoices((5, 2))},

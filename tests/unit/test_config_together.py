@@ -5,13 +5,7 @@ from elastic.train.config_family import ExtractConfig
 from elastic.train.config_rules import load_and_check
 from elastic.train.config_rules_layout import Cluster
 from elastic.train.prepare_config import PrepareConfig
-from tests.unit import (
-    test_config_family,
-    test_config_fields,
-    test_config_generate,
-    test_config_layout,
-    test_config_verbs,
-)
+from tests.unit.bad_configs import family, fields, generate, layout, verbs
 from tests.unit.configs import VERBS, ProblemsOf, values_of
 
 
@@ -127,8 +121,7 @@ def test_all_problems_of_an_export_and_of_a_preparation_come_in_one_error(proble
 
 
 def test_at_least_forty_different_mistakes_are_in_the_tables() -> None:
-    files = (test_config_fields, test_config_layout, test_config_family, test_config_verbs, test_config_generate)
-    rows = [row for file in files for row in file.BAD]
+    rows = [row for file in (fields, layout, family, verbs, generate) for row in file.BAD]
     assert len({(kind, line) for kind, *_, line in rows}) == len(rows) >= 100
     for kind, _, _, line in rows:
         value, _, rest = line.partition(": ")

@@ -14,21 +14,8 @@ from elastic.space.nesting import LAYER_PARAMETERS, LAYER_PREFIX, Cut, DimKind, 
 from elastic.space.pattern import LayerKind
 from elastic.space.shape import WIDTH_FIELD, ModelShape
 from elastic.space.subnet import Subnet
+from tests.shapes import NANO_12B
 
-NANO_12B = ModelShape.uniform(
-    "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-",
-    vocab=131072,
-    hidden=5120,
-    ffn=20480,
-    mamba_heads=128,
-    head_channels=80,
-    mamba_groups=8,
-    mamba_state=128,
-    conv_kernel=4,
-    attention_heads=40,
-    kv_heads=8,
-    attention_channels=128,
-)
 NANO_9B_PATTERN = "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"
 NANO_4B_PATTERN = "M-M-M-MM-M-M*-M-M*-M-M-M*-M-M-MM*-MMM-M-M-"
 MODULES = {

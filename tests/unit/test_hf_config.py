@@ -20,21 +20,8 @@ from elastic.compress.hf_config import (
 )
 from elastic.compress.hf_config_read import import_warnings, settings_from_hf_config, shape_from_hf_config
 from elastic.space.shape import ModelShape
+from tests.shapes import NANO_12B
 
-NANO_12B = ModelShape.uniform(
-    "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-",
-    vocab=131072,
-    hidden=5120,
-    ffn=20480,
-    mamba_heads=128,
-    head_channels=80,
-    mamba_groups=8,
-    mamba_state=128,
-    conv_kernel=4,
-    attention_heads=40,
-    kv_heads=8,
-    attention_channels=128,
-)
 SMALL = replace(NANO_12B.with_vocab(64), hidden=48, norm_epsilon=1e-6, tied_embeddings=True)
 SHAPES = {
     "12B": NANO_12B,

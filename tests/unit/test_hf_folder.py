@@ -22,7 +22,7 @@ from elastic.compress.hf_names import hf_sizes
 from elastic.compress.tensor_files import TensorSpec, plan_shards, write_tensors
 from elastic.compress.tensor_index import INDEX_FILE, SINGLE_FILE
 from elastic.space.shape import ModelShape
-from tests.unit.test_hf_config import NANO_12B
+from tests.shapes import NANO_12B
 
 SHAPE = ModelShape.uniform(
     "M-*",

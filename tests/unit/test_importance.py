@@ -27,21 +27,8 @@ from elastic.space.gates import Gates
 from elastic.space.shape import ModelShape
 from elastic.space.subnet import Subnet
 from elastic.train.parallel import world
+from tests.shapes import UNEVEN as SHAPE
 
-SHAPE = ModelShape.uniform(
-    "M-*M-",
-    vocab=48,
-    hidden=24,
-    ffn=32,
-    mamba_heads=8,
-    head_channels=6,
-    mamba_groups=2,
-    mamba_state=8,
-    conv_kernel=4,
-    attention_heads=6,
-    kv_heads=2,
-    attention_channels=8,
-)
 SPACE = Space(SHAPE, {Axis.MAMBA_CHANNEL: AxisChoices((6, 4, 2))})
 
 

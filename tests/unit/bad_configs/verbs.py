@@ -1,11 +1,9 @@
 """A bad config of a verb that takes out of a family, imports, prices or prepares."""
 
-import pytest
-
 from elastic.train.config import CostConfig
 from elastic.train.config_family import EvaluateConfig, ExtractConfig, ImportConfig
 from elastic.train.prepare_config import PrepareConfig
-from tests.unit.configs import BadConfig, ProblemsOf
+from tests.unit.configs import BadConfig
 
 # verb, changes, number of processes, the one line of the error: field = value: rule; remedy
 BAD: tuple[BadConfig, ...] = (
@@ -128,14 +126,3 @@ BAD: tuple[BadConfig, ...] = (
         "max_document_bytes = 0: must be at least 1; nearest legal value is 1",
     ),
 )
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes", "num_processes", "line"),
-    BAD,
-    ids=[f"{row[0].__name__}-{row[3].split(' = ')[0]}" for row in BAD],
-)
-def test_bad_config_gets_one_line_with_field_value_rule_and_remedy(
-    problems_of: ProblemsOf, kind: type, changes: dict[str, object], num_processes: int, line: str
-) -> None:
-    assert problems_of(kind, changes, num_processes) == [line]

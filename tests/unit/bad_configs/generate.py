@@ -1,13 +1,7 @@
 """A bad config of text generation."""
 
-import pytest
-import torch
-
 from elastic.train.config_family import GenerateConfig
-from elastic.train.config_load import ConfigError
-from elastic.train.config_rules import load_and_check
-from elastic.train.config_rules_layout import Cluster
-from tests.unit.configs import BadConfig, values_of
+from tests.unit.configs import BadConfig
 
 # verb, changes, number of processes, the one line of the error: field = value: rule; remedy
 BAD: tuple[BadConfig, ...] = (
@@ -117,18 +111,3 @@ BAD: tuple[BadConfig, ...] = (
         "or set parallel.tensor",
     ),
 )
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes", "num_processes", "line"),
-    BAD,
-    ids=[f"{row[0].__name__}-{row[3].partition(' = ')[0]}" for row in BAD],
-)
-def test_bad_config_gets_one_line_with_field_value_rule_and_remedy(
-    kind: type, changes: dict[str, object], num_processes: int, line: str
-) -> None:
-    """Without the files, where a checkpoint that writes text needs a tokenizer and budgets (test_config_files.py)."""
-    with pytest.raises(ConfigError) as caught:
-        load_and_check(kind, values_of(kind, changes), Cluster(num_processes))
-    assert [str(problem) for problem in caught.value.problems] == [line]
-    assert not torch.distributed.is_initialized()

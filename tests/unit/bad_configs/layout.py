@@ -1,10 +1,8 @@
 """A bad size of the model, parallel layout, batch, optimizer or run folder."""
 
-import pytest
-
 from elastic.train.config import ElasticConfig, ImportanceConfig, PretrainConfig
 from elastic.train.config_family import EvaluateConfig
-from tests.unit.configs import BadConfig, ProblemsOf
+from tests.unit.configs import BadConfig
 
 # verb, changes, number of processes, the one line of the error: field = value: rule; remedy
 BAD: tuple[BadConfig, ...] = (
@@ -166,14 +164,3 @@ BAD: tuple[BadConfig, ...] = (
         "exp_manager.overwrite = true: contradicts exp_manager.resume_if_exists = true; nearest legal value is false",
     ),
 )
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes", "num_processes", "line"),
-    BAD,
-    ids=[f"{row[0].__name__}-{row[3].split(' = ')[0]}" for row in BAD],
-)
-def test_bad_config_gets_one_line_with_field_value_rule_and_remedy(
-    problems_of: ProblemsOf, kind: type, changes: dict[str, object], num_processes: int, line: str
-) -> None:
-    assert problems_of(kind, changes, num_processes) == [line]

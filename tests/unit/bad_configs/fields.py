@@ -2,12 +2,10 @@
 
 import math
 
-import pytest
-
 from elastic.train.config import CostConfig, ElasticConfig, ImportanceConfig, PretrainConfig
 from elastic.train.config_family import EvaluateConfig, ExtractConfig, ImportConfig
 from elastic.train.prepare_config import PrepareConfig
-from tests.unit.configs import BadConfig, ProblemsOf
+from tests.unit.configs import BadConfig
 
 # verb, changes, number of processes, the one line of the error: field = value: rule; remedy
 BAD: tuple[BadConfig, ...] = (
@@ -184,14 +182,3 @@ BAD: tuple[BadConfig, ...] = (
     (ImportConfig, {"parallel": {}}, 1, "parallel = {}: unknown key; known here: exp_manager, source"),
     (PrepareConfig, {"vocab_sze": 300}, 1, "vocab_sze = 300: unknown key; did you mean vocab_size?"),
 )
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes", "num_processes", "line"),
-    BAD,
-    ids=[f"{row[0].__name__}-{row[3].split(' = ')[0]}" for row in BAD],
-)
-def test_bad_config_gets_one_line_with_field_value_rule_and_remedy(
-    problems_of: ProblemsOf, kind: type, changes: dict[str, object], num_processes: int, line: str
-) -> None:
-    assert problems_of(kind, changes, num_processes) == [line]

@@ -1,9 +1,7 @@
 """A bad curriculum, space, budget or loss of the family."""
 
-import pytest
-
 from elastic.train.config import ElasticConfig, PretrainConfig
-from tests.unit.configs import BadConfig, ProblemsOf
+from tests.unit.configs import BadConfig
 
 ONE_BUDGET: dict[str, object] = {
     "elastic.budgets": [{"name": "full", "ratio": 1.0}],
@@ -208,14 +206,3 @@ BAD: tuple[BadConfig, ...] = (
         "null takes it from the data",
     ),
 )
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes", "num_processes", "line"),
-    BAD,
-    ids=[f"{row[0].__name__}-{row[3].split(' = ')[0]}" for row in BAD],
-)
-def test_bad_config_gets_one_line_with_field_value_rule_and_remedy(
-    problems_of: ProblemsOf, kind: type, changes: dict[str, object], num_processes: int, line: str
-) -> None:
-    assert problems_of(kind, changes, num_processes) == [line]
