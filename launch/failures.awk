@@ -9,6 +9,7 @@ function report() {
 }
 FNR == 1 { report(); root = 0; delete last }
 /^\[rank[0-9]+\]: [^ ]/ { key = $1; gsub(/[^0-9]/, "", key); text = $0; sub(/^[^ ]* /, "", text); last[key] = text }
+/^watchdog: rank [0-9]+ on [^ ]+: / { key = $3; text = $0; sub(/^[^:]*: [^:]*: /, "", text); last[key] = text }
 /^Fatal Python error/ { crash = $0 }
 /^Root Cause/ { root = 1; file = FILENAME }
 root && /^ *time *:/ { time = $3 }

@@ -136,16 +136,17 @@ def test_a_crashed_worker_ends_the_job_within_a_minute(slurm: LocalSlurm, start:
 @pytest.mark.slow
 def test_the_verbs_and_phases_as_a_chain_of_jobs(slurm: LocalSlurm, start: Path, tmp_path: Path) -> None:
     steps = (3, 2)
-    place = [f"data.path={start}/data", "trainer=cpu", "parallel=none", f"exp_manager.exp_dir={tmp_path}"]
+    small = ["trainer=cpu", "parallel.tensor=1", "parallel.sequence=false"]
+    place = [f"data.path={start}/data", *small, f"exp_manager.exp_dir={tmp_path}", "exp_manager.name=run"]
     importance = [
         *(f"init_from.parent={start}/run/parent", "importance=smoke", "importance.sequence_length=32"),
-        *("importance.num_sequences=8", "importance.depth_sequences=4", *place, "exp_manager.name=permuted"),
+        *("importance.num_sequences=8", "importance.depth_sequences=4", *place, "exp_manager.version=permuted"),
     ]
     evaluate = [
         *(f"init_from.checkpoint={tmp_path}/run/chained", "data=own", "data.micro_batch=1"),
-        *("data.validation_sequences=4", "sequence_length=32", *place, "exp_manager.name=evaluation"),
+        *("data.validation_sequences=4", "sequence_length=32", *place, "exp_manager.version=evaluation"),
     ]
-    train = tiny_overrides(start, tmp_path, "chained", steps, f"init_from.permuted_parent={tmp_path}/permuted")
+    train = tiny_overrides(start, tmp_path, "chained", steps, f"init_from.permuted_parent={tmp_path}/run/permuted")
     chain = {
         "PHASES": "short_context long_context", "OPTIONS": "--nodes=2 --nodes=1", "IMPORTANCE": " ".join(importance),
         "EVALUATE": " ".join(evaluate),
@@ -160,8 +161,8 @@ def test_the_verbs_and_phases_as_a_chain_of_jobs(slurm: LocalSlurm, start: Path,
     assert json.loads((run / "finished.json").read_text())["step"] == sum(steps)
     first_phase = tmp_path / "logs" / str(jobs[1]) / "try_0"
     assert {file.name for file in first_phase.glob("node_*.log")} == {"node_0.log", "node_1.log"}
-    (evaluation,) = (tmp_path / "evaluation").rglob("evaluation.json")
-    assert [row["name"] for row in json.loads(evaluation.read_text())["members"]] == ["full", "medium", "small"]
+    evaluation = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
+    assert [row["name"] for row in evaluation["members"]] == ["full", "medium", "small"]
 
 
 @pytest.mark.parametrize("name", ["elastic_12b", "importance_12b", "evaluate", "smoke"])

@@ -285,6 +285,18 @@ def test_a_failure_names_the_rank_that_caused_it_before_those_that_lost_it(job: 
     assert job.calls("scontrol requeue") == []
 
 
+def test_a_rank_that_waited_in_vain_names_the_one_it_waited_for(job: Job) -> None:
+    said = [
+        "watchdog: rank 0 on a has made no progress for 600 s: step 3, forward and backward",
+        "Thread 0x00007fc48b7fe6c0 (most recent call first):",
+        "watchdog: rank 0 on a: rank 1 gives no sign of life, last seen at step 3, optimizer",
+    ]
+    (job.folder / "said_0").write_text("\n".join(said) + "\n" + ROOT_CAUSE.format(second=1, host="a", rank=0, code=75))
+    job.train = 'if [ "$SLURM_NODEID" = 0 ]; then cat said_0; exit 1; fi'
+    named = job.start("elastic_12b").stdout.partition("the likeliest culprit first:\n")[2].splitlines()
+    assert named[0].startswith("  rank 0 on a, exit code 75: rank 1 gives no sign of life, last seen at step 3, opt")
+
+
 def test_a_job_that_ends_with_a_phase_says_so_to_the_recipe(job: Job) -> None:
     job.plan(finished="no", override="trainer.max_steps=5166")
     assert job.start("elastic_12b", "seed=3", PHASE="short_context").returncode == 0
