@@ -114,7 +114,7 @@ class Sanity:
                 sharded = "shard of " if part.config.use_distributed_optimizer else ""
                 if is_main:
                     state[f"{sharded}main weight {name}"] = fingerprint(parameter)
-                for key, value in part.optimizer.state[parameter].items():
+                for key, value in part.optimizer.state.get(parameter, {}).items():
                     if isinstance(value, Tensor):
                         state[f"{sharded}Adam {key} {name}"] = fingerprint(value)
         return state
