@@ -48,9 +48,11 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSlurm]:
     assert processes_of(folder) == []
 
 
-def submit(slurm: LocalSlurm, folder: Path, nodes: int, arguments: list[str], **environment: str) -> int:
-    """Submit the main job from `folder`, as a user would."""
-    options = ["--parsable", f"--nodes={nodes}", "--time=00:30:00", str(LAUNCHER)]
+def submit(
+    slurm: LocalSlurm, folder: Path, nodes: int, arguments: list[str], launcher: Path = LAUNCHER, **environment: str
+) -> int:
+    """Submit a job from `folder`, as a user would; the main one if nothing else is said."""
+    options = ["--parsable", f"--nodes={nodes}", "--time=00:30:00", str(launcher)]
     return int(slurm.command("sbatch", *options, *arguments, cwd=folder, **ON_CPUS, **environment))
 
 
@@ -129,7 +131,7 @@ def test_a_crashed_worker_ends_the_job_within_a_minute(slurm: LocalSlurm, start:
     named = printed.partition("the likeliest culprit first:")[2].splitlines()[1]
     assert "rank 1 " in named and "Fatal Python error: Aborted" in named and "node_1.log" in named, printed
     trace = (tmp_path / "logs" / str(job) / "try_0" / "node_1.log").read_text()
-    assert "Current thread" in trace and "in train_step" in trace
+    assert "Current thread" in trace and "in fit" in trace  # wherever in a step the signal came
     assert not (tmp_path / "run" / "crashed" / "finished.json").exists()
 
 
@@ -163,6 +165,21 @@ def test_the_verbs_and_phases_as_a_chain_of_jobs(slurm: LocalSlurm, start: Path,
     assert {file.name for file in first_phase.glob("node_*.log")} == {"node_0.log", "node_1.log"}
     evaluation = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
     assert [row["name"] for row in evaluation["members"]] == ["full", "medium", "small"]
+
+
+@pytest.mark.slow
+def test_the_smoke_chain_is_a_job(slurm: LocalSlurm, tmp_path: Path) -> None:
+    short = [
+        "pretrain_parent:trainer.max_steps=4",
+        "estimate_importance:importance.depth=one_shot",
+        "train_elastic:trainer.max_steps=4",
+        "evaluate:data.validation_sequences=4",
+    ]
+    job = submit(slurm, tmp_path, 1, short, ROOT / "launch" / "smoke.sh")
+    assert slurm.wait(job, timeout_s=900.0)["JobState"] == "COMPLETED", output_of(tmp_path, job)
+    summary = json.loads((tmp_path / "runs" / "smoke" / "summary.json").read_text())
+    assert summary and (tmp_path / "runs" / "smoke" / "family.png").stat().st_size > 10_000
+    assert "one run, a family" in (tmp_path / "logs" / str(job) / "try_0" / "node_0.log").read_text()
 
 
 @pytest.mark.parametrize("name", ["elastic_12b", "importance_12b", "evaluate", "smoke"])
