@@ -7,7 +7,13 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from elastic.space.pattern import LayerKind
+from elastic.space.shape import WIDTH_FIELD, ModelShape
+from elastic.train.checkpoint_find import list_checkpoints
 from elastic.train.data import PackedSequences, TokenStream, validation_batches
+from elastic.train.record import Record
+
+UNITS = {LayerKind.MAMBA: "Mamba\nheads", LayerKind.MLP: "FFN\nneurons", LayerKind.ATTENTION: "query\nheads"}
 
 
 def build_summary(
@@ -22,6 +28,7 @@ def build_summary(
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """Join the verbs' outputs into one row per budget; adds the loss of each folder in stock transformers."""
+    shape = Record.read(list_checkpoints(parent_dir)[0]).shape
     cut = {row["name"]: row for row in untrained}
     exported = {row["name"]: row for row in extraction}
     num_tokens = parent["num_tokens"]
@@ -42,6 +49,7 @@ def build_summary(
                 "max_abs_logit_diff_hf": exported[name]["max_abs_logit_diff"],
                 "export_dir": folder,
                 "subnet": row["subnet"],
+                "layers": layer_widths(shape, row["subnet"]),
             }
         )
     return {
@@ -56,6 +64,16 @@ def build_summary(
         "held_out_tokens": num_tokens,
         "seconds": seconds,
     }
+
+
+def layer_widths(shape: ModelShape, subnet: dict[str, Any]) -> list[dict[str, Any]]:
+    """Say layer by layer of the parent how wide a subnet is there (null: skipped), and how wide the parent."""
+    rows = []
+    for index, kind in enumerate(shape.pattern.kinds):
+        width = subnet[WIDTH_FIELD[kind]][shape.pattern.ordinal(index)]
+        kept = width if index in subnet["kept_layers"] else None
+        rows.append({"kind": str(kind), "width": kept, "parent_width": shape.width(index)})
+    return rows
 
 
 def hugging_face_loss(folder: Path, data: Path, num_tokens: int, sequence_length: int = 256) -> float:
@@ -105,13 +123,13 @@ def summary_table(summary: dict[str, Any]) -> Table:
 
 
 def draw_family(summary: dict[str, Any], path: Path) -> None:
-    """Draw loss against parameters, and the FFN width the router chose per layer and budget."""
+    """Draw loss against parameters, and what the router chose: the width of every layer, or that it is skipped."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8), width_ratios=(1.1, 1))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 4.8), width_ratios=(1, 1.5))
     rows, parent = summary["family"], summary["parent"]
     millions = [row["params"] / 1e6 for row in rows]
     left.plot(
@@ -126,15 +144,23 @@ def draw_family(summary: dict[str, Any], path: Path) -> None:
         ylabel="held-out loss (nats per token)",
         title="What each member costs and is worth",
     )
+    left.margins(x=0.12)
     left.legend()
     left.grid(alpha=0.3)
-    depth = len(rows[0]["subnet"]["ffn"])
-    bar = 0.8 / len(rows)
-    for index, row in enumerate(rows):
-        right.bar(np.arange(depth) + (index - (len(rows) - 1) / 2) * bar, row["subnet"]["ffn"], bar, label=row["name"])
-    right.set(xlabel="FFN layer", ylabel="neurons", title="FFN width the router chose")
-    right.set_xticks(range(depth))
-    right.legend(loc="lower right", framealpha=0.95)
+    shares = [[(layer["width"] or 0) / layer["parent_width"] for layer in row["layers"]] for row in rows]
+    right.pcolormesh(np.array(shares), cmap="Blues", vmin=0.0, vmax=1.6, edgecolors="white", linewidth=2)
+    right.invert_yaxis()
+    for y, row in enumerate(rows):
+        for x, layer in enumerate(row["layers"]):
+            text = "skipped" if layer["width"] is None else str(layer["width"])
+            right.text(x + 0.5, y + 0.5, text, ha="center", va="center", size=8)
+    right.set(title="What the router chose, layer by layer")
+    layers = rows[0]["layers"]
+    right.set_xticks(np.arange(len(layers)) + 0.5, [UNITS[LayerKind(layer["kind"])] for layer in layers], size=8)
+    subnets = {row["name"]: row["subnet"] for row in rows}
+    names = [f"{name}\nhidden {s['hidden']}\nchannels {s['head_channels']}" for name, s in subnets.items()]
+    right.set_yticks(np.arange(len(rows)) + 0.5, names)
+    right.tick_params(length=0)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
