@@ -103,15 +103,17 @@ class LocalSlurm:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, number: int, states: Sequence[str] = ENDED, timeout_s: float = 240.0) -> Mapping[str, str]:
-        """Wait until a job is in one of the states and return the job; a requeued job is let start at once."""
-        deadline = time.monotonic() + timeout_s
+        """Wait until a job is in one of the states and return the job; a requeued job is let start soon."""
+        deadline, was_put_off = time.monotonic() + timeout_s, True
         while time.monotonic() < deadline:
             job = self.job(number)
             if job["JobState"] in states:
                 return job
-            if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime":
-                # A requeued job waits two minutes, so that the nodes can recover.
-                self.command("scontrol", "update", f"JobId={number}", "StartTime=now")
+            if was_put_off and job["JobState"] == "PENDING" and job["Reason"] == "BeginTime":
+                # A requeued job waits two minutes, so that the nodes can recover. Within the second in which its
+                # credential was revoked it would fail.
+                self.command("scontrol", "update", f"JobId={number}", "StartTime=now+5seconds")
+                was_put_off = False
             time.sleep(0.2)
         raise TimeoutError(
             f"job {number} is not {' or '.join(states)} after {timeout_s:.0f} s: {dict(self.job(number))}"
