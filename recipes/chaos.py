@@ -3,7 +3,7 @@
     python recipes/chaos.py --kills 50            # starts forked from one process that has made the imports
     python recipes/chaos.py --kills 50 --fresh    # every start a `python -m torch.distributed.run` of its own
 
-Hardware: two CPU cores, shared. Time for 50 kills: 6 minutes; with --fresh 1 minute a kill. Expected: `equal`
+Hardware: two CPU cores, shared. Time for 50 kills: 6 minutes; with --fresh 12. Expected: `equal`
 behind every round, exit code 0.
 
 A tiny family is trained by two processes under torchrun's agent, once without interruption and then in rounds: SIGKILL
