@@ -33,8 +33,6 @@ class Agent(Protocol):
 
     def is_running(self) -> bool: ...
 
-    def wait(self, timeout_s: float) -> int | None: ...
-
 
 class ForkedAgent:
     """torchrun's agent and workers, forked from this process (or from `context`'s server): its imports, the dear part

@@ -30,15 +30,7 @@ def prepare_tiny_family(folder: Path) -> None:
     (folder / "corpus").mkdir(parents=True)
     for number in range(40):
         (folder / "corpus" / f"{number:02d}.txt").write_text(" ".join(draw.choices(WORDS, k=150)) + "\n")
-    prepare(
-        PrepareConfig(
-            output_dir=str(folder / "data"),
-            paths=[str(folder / "corpus")],
-            suffixes=[".txt"],
-            vocab_size=300,
-            validation_ratio=0.2,
-        )
-    )
+    prepare_corpus(folder)
     quiet = Console(quiet=True)
     phase = dict(name="pretrain", sequence_length=16, global_batch=4, steps=2, lr=dict(peak=3e-3))
     parent = dict(model=MODEL, data=_data(folder), curriculum=[phase], exp_manager=_place(folder, "parent"))
@@ -49,6 +41,19 @@ def prepare_tiny_family(folder: Path) -> None:
         exp_manager=_place(folder, "permuted"),
     )  # fmt: skip
     run_importance(load(ImportanceConfig, permuted), quiet)
+
+
+def prepare_corpus(folder: Path) -> None:
+    """Prepare the texts in folder/corpus as folder/data, with a small tokenizer of their own."""
+    prepare(
+        PrepareConfig(
+            output_dir=str(folder / "data"),
+            paths=[str(folder / "corpus")],
+            suffixes=[".txt"],
+            vocab_size=300,
+            validation_ratio=0.2,
+        )
+    )
 
 
 def tiny_family_values(folder: Path, version: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from elastic.space.subnet import Subnet
 from elastic.train.checkpoint import Trainable, load_checkpoint, load_router
 from elastic.train.checkpoint_find import resolve_checkpoint
 from elastic.train.checkpoint_reader import StoredTensors
-from elastic.train.config_family import SubnetConfig
+from elastic.train.config_family import FamilyConfig, SubnetConfig
 from elastic.train.parallel import World
 from elastic.train.record import Record, check_same_shape
 
@@ -83,6 +83,16 @@ def open_family(
     members += [Member(given.name, given.subnet(space.parent)) for given in subnets]
     deployment = Deployment() if chooser.family is None else chooser.family.deployment
     return OpenFamily(folder, record, space, deployment, tuple(members))
+
+
+def open_configured(
+    config: FamilyConfig, *, world: World | None = None, say: Callable[[str], object] = lambda text: None
+) -> OpenFamily:
+    """Open what a verb's config names; errors of `open_family`."""
+    source, full = config.init_from, config.init_from.verify == "full"
+    return open_family(
+        source.checkpoint, source.router, config.budget_names, config.subnets, full=full, world=world, say=say
+    )
 
 
 def _budget_members(record: Record, folder: Path, space: Space, wanted: Sequence[str] | None) -> list[Member]:

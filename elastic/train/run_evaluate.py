@@ -16,7 +16,7 @@ from elastic.train.config_elastic import DistillConfig
 from elastic.train.config_family import EvaluateConfig
 from elastic.train.data import PackedSequences, TokenStream
 from elastic.train.evaluation import evaluate_subnets
-from elastic.train.family import OpenFamily, open_family
+from elastic.train.family import OpenFamily, open_configured
 from elastic.train.metrics import MeanLoss
 from elastic.train.parallel import model_layout, world
 from elastic.train.pipeline import PipelineRunner
@@ -30,16 +30,7 @@ def run_evaluate(config: EvaluateConfig, console: Console) -> Path:
     held_out = TokenStream(Path(config.data.path) / "validation")
     with world(model_layout(config.parallel, config.trainer), config.trainer.collective_timeout_s) as here:
         folder, _ = open_run_folder(config.exp_manager, asdict(config), here)
-        source = config.init_from
-        family = open_family(
-            source.checkpoint,
-            source.router,
-            config.budget_names,
-            config.subnets,
-            full=source.verify == "full",
-            world=here,
-            say=console.print,
-        )
+        family = open_configured(config, world=here, say=console.print)
         runner = PipelineRunner(here, family.load_model(here.layout), DistillConfig(kl_weight=0.0))
         losses = evaluate_subnets(
             runner,

@@ -21,7 +21,7 @@ from elastic.train.checkpoint_find import checkpoint_folder
 from elastic.train.checkpoint_writer import save_streamed
 from elastic.train.config_family import ExtractConfig
 from elastic.train.export_check import choose_check
-from elastic.train.family import Member, OpenFamily, open_family
+from elastic.train.family import Member, OpenFamily, open_configured
 from elastic.train.parallel import DTYPES
 from elastic.train.record import Record
 from elastic.train.run_evaluate import subnet_summary
@@ -38,15 +38,7 @@ def run_extract(config: ExtractConfig, console: Console) -> Path:
     Each Hugging Face folder has been reloaded in stock transformers and its logits compared with the subnet in the
     nested checkpoint before this returns, or, where memory does not allow it, every stored value with the parent's.
     """
-    source = config.init_from
-    family = open_family(
-        source.checkpoint,
-        source.router,
-        config.budget_names,
-        config.subnets,
-        full=source.verify == "full",
-        say=console.print,
-    )
+    family = open_configured(config, say=console.print)
     carried = _carried(family, config)
     folder, _ = prepare_run_folder(config.exp_manager, asdict(config))
     rows = []

@@ -16,10 +16,9 @@ from elastic.train.config import ElasticConfig, ImportanceConfig, PretrainConfig
 from elastic.train.config_elastic import SpaceConfig
 from elastic.train.config_load import load
 from elastic.train.config_sections import ModelConfig
-from elastic.train.prepare import prepare
-from elastic.train.prepare_config import PrepareConfig
 from elastic.train.run_importance import run_importance
 from elastic.train.run_training import run_elastic, run_pretrain
+from recipes._tiny_family import prepare_corpus
 
 MODEL = dict(
     pattern="M-M*-", vocab=None, vocab_multiple=32, hidden=64, ffn=128, mamba_heads=8, head_channels=8, mamba_groups=4,
@@ -64,15 +63,7 @@ def place(folder: Path, version: str) -> dict[str, Any]:
 def prepare_start(folder: Path) -> None:
     """Make data, parent and permuted parent under `folder`; runs on one process."""
     write_corpus(folder / "corpus")
-    prepare(
-        PrepareConfig(
-            output_dir=str(folder / "data"),
-            paths=[str(folder / "corpus")],
-            suffixes=[".txt"],
-            vocab_size=300,
-            validation_ratio=0.2,
-        )
-    )
+    prepare_corpus(folder)
     data = dict(path=str(folder / "data"), micro_batch=1, validation_sequences=4)
     trainer = dict(log_every_n_steps=5, val_check_interval=100, checkpoint_every_n_steps=100)
     pretrain = dict(

@@ -26,6 +26,7 @@ from elastic.compress.model_card import CardInfo
 from elastic.space.shape import ModelShape
 from elastic.space.subnet import Subnet
 from tests.parity.hf_models import SHAPES, stock_model, tiny
+from tests.unit.hf_folders import PUBLISHED
 
 SHAPE = tiny("M-*")
 TOKENIZER = {
@@ -156,15 +157,7 @@ def test_a_classic_folder_comes_back_to_the_byte(rule: DtypeRule, tmp_path: Path
 
 def test_a_published_config_comes_back_but_for_the_rules(tmp_path: Path) -> None:
     stock_folder(tmp_path / "stock", SHAPE, torch.bfloat16)
-    published = hf_config(SHAPE, HfSettings(eos_token_id=12), torch.bfloat16) | {
-        "auto_map": {"AutoConfig": "configuration_nemotron_h.NemotronHConfig"},
-        "rescale_prenorm_residual": True,
-        "time_step_limit": [0.0, float("inf")],
-        "time_step_min": 0.001,
-        "time_step_rank": 256,
-        "transformers_version": "4.51.3",
-        "use_mamba_kernels": True,
-    }
+    published = hf_config(SHAPE, HfSettings(eos_token_id=12), torch.bfloat16) | PUBLISHED
     (tmp_path / "stock" / "config.json").write_text(json.dumps(published))
     back = there_and_back(tmp_path / "stock", tmp_path / "scratch")
     lost = {"auto_map", "time_step_limit", "transformers_version"}
