@@ -38,6 +38,7 @@ class StopOnSignal(NoCallback):
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._received_s = 0.0
         self._listener: _Listener | None = None
         self._group: ProcessGroup | None = None
 
@@ -50,7 +51,14 @@ class StopOnSignal(NoCallback):
         self._listener.start()
         # In this order: a signal before the handlers were there left the file, one after them is heard.
         if Path(os.environ.get(STOP_FILE_VARIABLE, "")).is_file():
-            self.received = "a signal that came before training"
+            self.hear("a signal that came before training")
+
+    def hear(self, what: str) -> bool:
+        """Note the first reason to stop; tell whether this is another signal, long enough after it to be a second."""
+        if self.received is None:
+            self._received_s, self.received = time.monotonic(), what
+            return False
+        return time.monotonic() - self._received_s > SAME_SIGNAL_S
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Agree over all ranks whether one of them was told to stop: one number on the CPU a step.
@@ -102,14 +110,6 @@ class _Listener:
         self._reader.close()
 
     def _listen(self) -> None:
-        first_s = 0.0
-        while True:
-            heard = self._reader.recv(1)
-            if not heard:
-                return
-            if heard[0] not in SIGNALS:
-                continue
-            if self._owner.received is None:
-                self._owner.received, first_s = signal.Signals(heard[0]).name, time.monotonic()
-            elif time.monotonic() - first_s > SAME_SIGNAL_S:
+        while heard := self._reader.recv(1):
+            if heard[0] in SIGNALS and self._owner.hear(signal.Signals(heard[0]).name):
                 os._exit(128 + heard[0])

@@ -76,6 +76,25 @@ def test_a_signal_that_came_while_the_run_loaded_stops_it_after_a_step(start, tm
     assert_stopped_with_a_checkpoint(start / "run" / "told_early")
 
 
+class SignalOnceMore(NoCallback):
+    """Passes on, during the first step, the signal that the file already stands for."""
+
+    def after_step(self, trainer, result):
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def train_and_hear_it_too(values):
+    run(values, SignalOnceMore())
+
+
+def test_the_file_and_the_signal_it_stands_for_are_one(start, tmp_path):
+    (tmp_path / "stop").touch()
+    values = elastic_values(start, "told_twice")
+    run_distributed(train_and_hear_it_too, 1, values, env={STOP_FILE_VARIABLE: str(tmp_path / "stop")})
+    assert list(rows(start, "told_twice")) == [1]
+    assert_stopped_with_a_checkpoint(start / "run" / "told_twice")
+
+
 def signal_at_start(values):
     run(values, AtStart())
 
