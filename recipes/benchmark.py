@@ -1,11 +1,13 @@
 """Print the ratios this project is held to, each measured in one run, alternating: `make benchmark`.
 
 Hardware: two CPU cores, 16 GiB memory and 25 GB of disk for the last two parts. Time: about 15 minutes. `--only PART`
-runs one part, `--rounds` sets how often every case of the first two runs.
+runs one part, `--rounds` sets how often every case of the first two runs. `--only full_size --where FOLDER` imports
+the whole 12B and extracts a 6B: 75 GB of disk, about 10 minutes; it is no part of the others.
 """
 
 import argparse
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from rich.table import Table
 
 from elastic.modules.model import Layout
 from elastic.train.parallel import world
-from recipes.benchmarks import conversion, execution, kl, serving
+from recipes.benchmarks import conversion, execution, full_size, kl, serving
 
 PARTS = ("execution", "kl", "conversion", "serving")
 
@@ -74,10 +76,22 @@ def serving_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def full_size_table(rows: list[dict[str, Any]]) -> Table:
+    """Render time, speed and memory of moving the whole model, beside plain copies."""
+    table = Table(title="the 12B in, a 6B out, at full size")
+    for heading in ("what", "GB", "seconds", "MB/s", "peak GiB"):
+        table.add_column(heading, justify="left" if heading == "what" else "right")
+    for row in rows:
+        peak = f"{row['peak_gib']:.2f}" if "peak_gib" in row else "-"
+        table.add_row(row["what"], f"{row['gb']:.2f}", f"{row['seconds']:.0f}", f"{row['mb_per_s']:.0f}", peak)
+    return table
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=PARTS)
+    parser.add_argument("--only", choices=(*PARTS, "full_size"))
+    parser.add_argument("--where", type=Path, help="folder that full_size works in (default: for temporary files)")
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     # One thread: on a small machine two threads measure the scheduler as much as the code.
@@ -94,6 +108,8 @@ def main() -> None:
         console.print(conversion_table(conversion.run()))
     if "serving" in parts:
         console.print(serving_table(serving.run()))
+    if "full_size" in parts:
+        console.print(full_size_table(full_size.run(arguments.where)))
 
 
 if __name__ == "__main__":
