@@ -2,13 +2,14 @@
 
 import os
 import random
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
+
+from tests.disks import mounted_disk
 
 if not torch.cuda.is_available():
     # Megatron-Core's fused functions otherwise compile C++ at their first call.
@@ -52,14 +53,5 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Mount a disk of 8 MiB; skips where that is not allowed."""
-    folder = tmp_path / "small_disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"a disk that fills up needs the right to mount one: {mounted.stderr.strip()}")
-    try:
+    with mounted_disk(tmp_path / "small_disk", "8m") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -2,8 +2,6 @@
 
 import os
 import resource
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +10,7 @@ import pytest
 
 from elastic.train.manifest import DataError
 from elastic.train.prepare import prepare
+from tests.disks import mounted_disk
 from tests.unit.preparing import config, contents, texts, write_jsonl
 
 NOBODY = 65534
@@ -80,35 +79,23 @@ def test_file_that_may_not_grow_is_reported_and_nothing_is_left(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def full_soon(tmp_path: Path) -> Iterator[Path]:
     """Mount a disk of 128 KiB; skips where that is not allowed."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount, umount = shutil.which("mount"), shutil.which("umount")
-    if mount is None or umount is None:
-        pytest.skip("no mount command")
-    mounted = subprocess.run(
-        [mount, "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"mounting is not allowed here: {mounted.stderr.strip()}")
-    try:
+    with mounted_disk(tmp_path / "disk", "128k") as disk:
         yield disk
-    finally:
-        subprocess.run([umount, "--lazy", str(disk)], check=False)
 
 
-def test_full_disk_is_reported_and_the_old_folder_stays(tmp_path: Path, small_disk: Path) -> None:
+def test_full_disk_is_reported_and_the_old_folder_stays(tmp_path: Path, full_soon: Path) -> None:
     source = tmp_path / "source.jsonl"
     write_jsonl(source, texts()[:20])
-    prepare(config(source, small_disk / "data"))
-    before = contents(small_disk / "data")
+    prepare(config(source, full_soon / "data"))
+    before = contents(full_soon / "data")
     write_jsonl(source, texts() * 30)
-    larger = config(source, small_disk / "data", skip_duplicates=False, overwrite=True)
+    larger = config(source, full_soon / "data", skip_duplicates=False, overwrite=True)
     with pytest.raises(DataError, match=rf"output_dir = .*No space left on device.*{REMEDY}"):
         prepare(larger)
-    assert contents(small_disk / "data") == before
-    assert [path.name for path in small_disk.iterdir()] == ["data"]
+    assert contents(full_soon / "data") == before
+    assert [path.name for path in full_soon.iterdir()] == ["data"]
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
