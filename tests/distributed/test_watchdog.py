@@ -125,9 +125,9 @@ def test_a_rank_that_is_stuck_alone_shows_where_and_ends(tmp_path):
 def slow(folder):
     """One thing takes longer than it may, but ends while the watchdog still looks around."""
     progress = Progress()
-    with Watchdog(progress, Path(folder), 2.0) as watchdog:
+    with Watchdog(progress, Path(folder), 4.0) as watchdog:
         progress.enter(1, "SaveCheckpoints.after_step")
-        time.sleep(2.0 + 2 * watchdog.beat_s)
+        time.sleep(watchdog.timeout_s + 2 * watchdog.beat_s)
         progress.enter(2, "data and gates")
         time.sleep(10 * watchdog.beat_s)
         return watchdog.progress.place[1]
@@ -166,10 +166,10 @@ def test_verdicts():
 
 def test_the_thread_ends_with_the_block_and_slow_work_that_goes_on_is_left_alone(tmp_path):
     progress = Progress()
-    with world(Layout()), Watchdog(progress, tmp_path, 0.4):
+    with world(Layout()), Watchdog(progress, tmp_path, 2.0):
         for step in range(8):
             progress.enter(step, "optimizer")
-            time.sleep(0.1)
+            time.sleep(0.3)
         assert "watchdog" in [thread.name for thread in threading.enumerate()]
     assert "watchdog" not in [thread.name for thread in threading.enumerate()]
     assert list(tmp_path.iterdir()) == []

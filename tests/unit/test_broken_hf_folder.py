@@ -200,7 +200,7 @@ def contents(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.lstat().st_mtime_ns for path in folder.rglob("*")}
 
 
-@pytest.mark.timeout(10)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("how", BROKEN)
 def test_every_broken_folder_has_its_own_message(how: str, tmp_path: Path) -> None:
     breaking, message = BROKEN[how]

@@ -175,7 +175,7 @@ def pipe(folder: Path) -> None:
     os.mkfifo(folder / "pipe.py")
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("make", "skipped"),
     [

@@ -138,7 +138,7 @@ def deep_place(tmp_path: Path) -> Iterator[Path]:
 
 
 @needs_proc
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("make", "skipped"),
     [
@@ -176,7 +176,7 @@ def test_the_innermost_of_very_deep_folders_is_read(deep_place: Path) -> None:
 
 
 @pytest.mark.parametrize("special", ["pipe", "zero"])
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(60)
 def test_special_file_given_itself_is_never_opened(tmp_path: Path, special: str) -> None:
     path = tmp_path / special
     if special == "pipe":

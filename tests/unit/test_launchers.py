@@ -126,7 +126,9 @@ def test_a_finished_run_ends_the_chain(job: Job) -> None:
 
 
 def test_usr1_reaches_the_step_and_the_job_goes_back_into_the_queue(job: Job) -> None:
-    signal_and_look = '{ ls "$ELASTIC_STOP_FILE"; kill -USR1 "$(cat launcher)"; sleep 1; ls "$ELASTIC_STOP_FILE"; }'
+    wait = 'for try in {1..600}; do if [ -e "$ELASTIC_STOP_FILE" ]; then break; fi; sleep 0.05; done'
+    look = 'ls "$ELASTIC_STOP_FILE"'
+    signal_and_look = f'{{ {look}; kill -USR1 "$(cat launcher)"; {wait}; {look}; }}'
     job.train = f'if [ "$SLURM_NODEID" = 0 ]; then {signal_and_look} >looked 2>/dev/null; fi'
     ended = job.start("elastic_12b", SLURM_RESTART_COUNT="1", MAX_REQUEUES="2", BASH_ENV=remember_pid(job))
     assert ended.returncode == 0, ended.stdout + ended.stderr
