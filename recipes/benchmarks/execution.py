@@ -1,6 +1,6 @@
 """Mask and slice execution against the plain HybridModel with the same kernels and against built submodels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,11 +126,11 @@ def _step(forward: Callable[[], Tensor], model: nn.Module) -> Callable[[], None]
     return run
 
 
-def run(rounds: int = 7) -> list[dict[str, Any]]:
-    """Measure both sizes in fp32 and bf16; one row per comparison."""
+def run(rounds: int, precisions: Sequence[torch.dtype]) -> list[dict[str, Any]]:
+    """Measure both sizes in each of `precisions` (fp32, bf16); one row per comparison."""
     rows = []
     for size in sizes():
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in precisions:
             rows += _measure(size, dtype, rounds)
     return rows
 

@@ -7,7 +7,7 @@ and student and `log_softmax` under autograd.
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -134,8 +134,10 @@ def measure(case: KlCase, num_turns: int, device: torch.device) -> list[dict[str
     ]
 
 
-def run(num_turns: int = 7, device: torch.device | None = None) -> list[dict[str, object]]:
-    """Measure every case and return one row per variant."""
+def run(
+    num_turns: int, precisions: Sequence[torch.dtype], device: torch.device | None = None
+) -> list[dict[str, object]]:
+    """Measure every case in one of `precisions` and return one row per variant."""
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return [row for case in CASES for row in measure(case, num_turns, device)]
+    return [row for case in CASES if case.dtype in precisions for row in measure(case, num_turns, device)]
