@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from elastic.modules.model import ElasticModel
 from elastic.train.checkpoint_manifest import damages, shown_problems
 from elastic.train.checkpoint_metadata import CheckpointError, refuse_code
 from elastic.train.checkpoint_save import CheckpointWrite, SavedCheckpoint
+from elastic.train.optimizer_state import begin_state, sharded_optimizer_state
 from elastic.train.parallel import World
 from elastic.train.record import Record
 
@@ -56,7 +57,7 @@ class Trainable:
     """The things with tensors that a training run saves."""
 
     model: ElasticModel
-    optimizer: MegatronOptimizer | None = None
+    optimizer: ChainedOptimizer | None = None
     router: nn.Module | None = None
     router_optimizer: Optimizer | None = None
 
@@ -123,6 +124,8 @@ def load_checkpoint(folder: Path, into: Trainable) -> TrainingState | None:
         raise CheckpointError(f"{folder} does not fit the model: {', '.join(wrong[:8])}")
     if into.optimizer is not None:
         into.optimizer.load_state_dict(loaded["optimizer"])
+        for part in into.optimizer.chained_optimizers:
+            begin_state(part)  # a checkpoint from before the first step says nothing of steps
     if into.router is not None:
         load_router(folder, into.router, into.router_optimizer)
     return read_training_state(folder)
@@ -203,7 +206,5 @@ def _sharded_state(trained: Trainable, is_loading: bool) -> dict[str, Any]:
     metadata = ensure_metadata_has_dp_cp_group({})
     sharded: dict[str, Any] = {"model": trained.model.sharded_state_dict(metadata=metadata)}
     if trained.optimizer is not None:
-        sharded["optimizer"] = trained.optimizer.sharded_state_dict(
-            sharded["model"], is_loading=is_loading, metadata=metadata
-        )
+        sharded["optimizer"] = sharded_optimizer_state(trained.optimizer, sharded["model"], is_loading, metadata)
     return sharded

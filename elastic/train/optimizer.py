@@ -11,6 +11,7 @@ from torch.optim import AdamW, Optimizer
 
 from elastic.modules.model import ElasticModel
 from elastic.train.config_sections import OptimConfig
+from elastic.train.optimizer_state import count_in_order
 from elastic.train.parallel import World
 
 
@@ -46,9 +47,8 @@ def build_optimizer(wrapped: DistributedDataParallel, optim: OptimConfig, world:
     )
     optimizer = get_megatron_optimizer(config, [wrapped])
     assert isinstance(optimizer, ChainedOptimizer)
-    for group in optimizer.param_groups:
-        # Norms, biases, A_log, D and dt_bias are not decayed; Megatron-Core leaves this to its own scheduler.
-        group["weight_decay"] *= group["wd_mult"]
+    count_in_order(optimizer)
+    set_hyperparameters(optimizer, optim)
     wrapped.config.finalize_model_grads_func = finalize_model_grads
     wrapped.config.grad_scale_func = optimizer.scale_loss
     if optim.overlap_grad_reduce:
@@ -65,6 +65,14 @@ def build_router_optimizer(router: nn.Module, optim: OptimConfig) -> Optimizer:
         eps=optim.eps,
         weight_decay=optim.router_weight_decay,
     )
+
+
+def set_hyperparameters(optimizer: MegatronOptimizer, optim: OptimConfig) -> None:
+    """Give every parameter group the config's values; a checkpoint brings those of the run that wrote it."""
+    for group in optimizer.param_groups:
+        group["betas"], group["eps"] = (optim.adam_beta1, optim.adam_beta2), optim.eps
+        # Norms, biases, A_log, D and dt_bias are not decayed; Megatron-Core leaves this to its own scheduler.
+        group["weight_decay"] = optim.weight_decay * group["wd_mult"]
 
 
 def set_learning_rate(optimizer: Optimizer | MegatronOptimizer, learning_rate: float) -> None:

@@ -20,7 +20,7 @@ from elastic.train.data import PackedSequences, TokenStream
 from elastic.train.logging import LogSteps, RunLog, ScalarWriter, WandbWriter
 from elastic.train.manifest import Manifest
 from elastic.train.nonfinite import SkippedSteps
-from elastic.train.optimizer import build_optimizer, build_router_optimizer, wrap_for_training
+from elastic.train.optimizer import build_optimizer, build_router_optimizer, set_hyperparameters, wrap_for_training
 from elastic.train.parallel import World, model_layout, world
 from elastic.train.phase_data import PhaseData
 from elastic.train.pipeline import PipelineRunner
@@ -152,6 +152,7 @@ def _trainer(
     )
     if opened.checkpoint is not None:
         trainer.step = load_run_state(opened.checkpoint, trainer.trainable(), record)
+        set_hyperparameters(optimizer, config.optim)
     return trainer
 
 
