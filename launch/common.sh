@@ -41,7 +41,7 @@ find_place() { # which nodes, which ranks, where they meet, where the logs go
   GPUS_PER_NODE=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-$(header gpus-per-node)}}
   PROCESSES_PER_NODE=${PROCESSES_PER_NODE:-$GPUS_PER_NODE}
   LOGS=$PWD/logs/$JOB/try_$TRY
-  export ELASTIC_STOP_FILE=$LOGS/stop # every rank looks for it once, when it has begun to listen
+  export ELASTIC_STOP_FILE=$LOGS/stop # rank 0 looks for it after every step
   if [ -n "${CONTAINER_IMAGE:-}" ]; then
     PY=${PY:-python}
   elif [ -z "${PY:-}" ]; then
@@ -102,9 +102,9 @@ on_usr1() { # the time is nearly over; a second USR1 would end the ranks at once
   TOLD=$((TOLD + 1))
   if [ "$TOLD" -gt 1 ] || [ -z "$IS_TRAINING" ]; then return; fi
   say "USR1: a checkpoint after the running step"
-  : >"$ELASTIC_STOP_FILE" # for ranks that still load and do not hear signals yet
+  : >"$ELASTIC_STOP_FILE" # for ranks that do not hear it: those that load, and all of them under proctrack/cgroup
   if [ -n "$IN_SLURM" ]; then
-    kill -USR1 "$CHILD" # srun hands it on to every process of its step
+    kill -USR1 "$CHILD" # srun hands it on to its tasks; under proctrack/linuxproc to every process of theirs
   else
     pkill -USR1 -P "$CHILD" # the ranks under this node's torchrun
   fi

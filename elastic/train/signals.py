@@ -10,7 +10,8 @@ agent itself dies of SIGUSR1 unless it is ignored there (`trap "" USR1` before i
 SIGTERM, and returns an error after it: signal the workers, as `srun` does, where the exit code matters.
 
 Before training starts (building and loading the model) signals take their default course: there is nothing to lose.
-Under a launcher, whose ranks ignore SIGUSR1 until then, the file that STOP_FILE_VARIABLE names stands for the signal.
+Under a launcher, whose ranks ignore SIGUSR1 until then, the file that STOP_FILE_VARIABLE names stands for the signal:
+when training starts, and after every step, for a Slurm with proctrack/cgroup signals torchrun alone, not its ranks.
 """
 
 import os
@@ -49,9 +50,11 @@ class StopOnSignal(NoCallback):
             self._group = torch.distributed.new_group(backend="gloo")
         self._listener = _Listener(self)
         self._listener.start()
-        # In this order: a signal before the handlers were there left the file, one after them is heard.
-        if Path(os.environ.get(STOP_FILE_VARIABLE, "")).is_file():
-            self.hear("a signal that came before training")
+        self._look_for_file()
+
+    def _look_for_file(self) -> None:
+        if self.received is None and Path(os.environ.get(STOP_FILE_VARIABLE, "")).is_file():
+            self.hear("the launcher's signal")
 
     def hear(self, what: str) -> bool:
         """Note the first reason to stop; tell whether this is another signal, long enough after it to be a second."""
@@ -65,6 +68,8 @@ class StopOnSignal(NoCallback):
 
         All ranks so stop at the same step. They have just met in the gradient norm, so nobody waits for a straggler.
         """
+        if trainer.world.is_main:  # one look a step, on the launcher's own node
+            self._look_for_file()
         told = torch.tensor(self.received is not None, dtype=torch.int32)
         torch.distributed.all_reduce(told, op=ReduceOp.MAX, group=self._group)
         if told.item():

@@ -76,6 +76,26 @@ def test_a_signal_that_came_while_the_run_loaded_stops_it_after_a_step(start, tm
     assert_stopped_with_a_checkpoint(start / "run" / "told_early")
 
 
+class LeaveFile(NoCallback):
+    """Does what launch/common.sh does when its time is nearly over, but for the signal."""
+
+    def after_step(self, trainer, result):
+        if trainer.step == 2 and trainer.world.is_main:
+            Path(os.environ[STOP_FILE_VARIABLE]).touch()
+
+
+def train_until_the_file(values):
+    run_elastic(load(ElasticConfig, values), Console(quiet=True), [LeaveFile()])
+
+
+def test_the_file_alone_stops_all_ranks(start, tmp_path):
+    """Under proctrack/cgroup Slurm signals a step's own processes, torchrun, and none of its children."""
+    values = elastic_values(start, "told_by_file")
+    run_distributed(train_until_the_file, 2, values, env={STOP_FILE_VARIABLE: str(tmp_path / "stop")})
+    assert list(rows(start, "told_by_file")) == [1, 2]
+    assert_stopped_with_a_checkpoint(start / "run" / "told_by_file")
+
+
 class SignalOnceMore(NoCallback):
     """Passes on, during the first step, the signal that the file already stands for."""
 
