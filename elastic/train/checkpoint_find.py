@@ -1,6 +1,6 @@
 """Find the checkpoint a user or a resumed run means: the newest whole one, said aloud when newer ones are not.
 
-There is no pointer file that could be wrong: the folders themselves are looked at.
+There is no pointer file that could be wrong: the folders themselves are looked at, by rank 0 for all.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from pathlib import Path
 from elastic.train.checkpoint_manifest import MANIFEST_FILE, damages, shown_problems, step_folders
 from elastic.train.checkpoint_metadata import CheckpointError
 from elastic.train.parallel import World
+from elastic.train.rank_0 import decided_by_rank_0
 from elastic.train.record import RECORD_FILE
 
 FOLDER = "checkpoints"
@@ -34,7 +35,7 @@ def newest_whole(
     CheckpointError, with the reasons, if none is whole.
     """
     reasons: list[str] = []
-    for folder in reversed(list_checkpoints(run_folder)):
+    for folder in reversed(decided_by_rank_0(lambda: list_checkpoints(run_folder), world)):
         found = damages(folder, full=full, world=world)
         if not found:
             for reason in reasons if world is None or world.is_main else ():
@@ -62,13 +63,17 @@ def resolve_checkpoint(
     names the damaged files, and the nearest whole checkpoint of the same run.
     """
     folder = Path(path)
-    is_named = (folder / MANIFEST_FILE).is_file() or (folder / RECORD_FILE).is_file()
-    if not is_named and folder not in step_folders(folder.parent):
+
+    def is_checkpoint() -> bool:
+        is_named = (folder / MANIFEST_FILE).is_file() or (folder / RECORD_FILE).is_file()
+        return is_named or folder in step_folders(folder.parent)
+
+    if not decided_by_rank_0(is_checkpoint, world):
         return newest_whole(folder, full=full, world=world, say=say)
     found = damages(folder, full=full, world=world)
     if not found:
         return folder
-    siblings = step_folders(folder.parent)
+    siblings = decided_by_rank_0(lambda: step_folders(folder.parent), world)
     place = siblings.index(folder) if folder in siblings else len(siblings)
     candidates = [*reversed(siblings[:place]), *siblings[place + 1 :]]
     nearest = next((other for other in candidates if not damages(other, full=full, world=world)), None)

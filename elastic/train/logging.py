@@ -3,7 +3,8 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,12 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from elastic.router.phases import Place
 from elastic.space.cost import subnet_cost
 from elastic.train.chosen import chosen_subnets
+from elastic.train.file_records import explained
 from elastic.train.metrics import LossMeter, MeanLoss
 from elastic.train.nonfinite import NONFINITE_FOLDER, readable
 from elastic.train.spikes import LossSpikes
 from elastic.train.trainer import StepResult, Trainer
 
-EVENTS_FILE = "events.jsonl"
+METRICS_FILE, EVENTS_FILE = "metrics.jsonl", "events.jsonl"
 
 
 class ScalarWriter(Protocol):
@@ -51,6 +53,19 @@ class WandbWriter:
         self._run.finish()
 
 
+class LogError(ValueError):
+    """A log that cannot be written."""
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Say which log could not be written, and what helps."""
+    try:
+        yield
+    except OSError as error:
+        raise LogError(f"the log was not written: {explained(error, path)}") from error
+
+
 class RunLog:
     """Appends rows of numbers to the run's files. On ranks other than 0 (`folder` None) it writes nothing."""
 
@@ -60,7 +75,8 @@ class RunLog:
         self._events = None if folder is None else folder / EVENTS_FILE
         if folder is None:
             return
-        self._rows = (folder / "metrics.jsonl").open("a", buffering=1)
+        with _explained(folder / METRICS_FILE):
+            self._rows = (folder / METRICS_FILE).open("a", buffering=1)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -71,7 +87,8 @@ class RunLog:
         if self._rows is None:
             return
         row = {name: value if isinstance(value, str) else readable(value) for name, value in values.items()}
-        self._rows.write(json.dumps({"step": step, **row}) + "\n")
+        with _explained(Path(self._rows.name)):
+            self._rows.write(json.dumps({"step": step, **row}) + "\n")
         for tag, value in values.items():
             if not isinstance(value, str) and math.isfinite(value):
                 for writer in self._writers:
@@ -80,7 +97,7 @@ class RunLog:
     def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append something out of the ordinary to events.jsonl."""
         if self._events is not None:
-            with self._events.open("a") as file:
+            with _explained(self._events), self._events.open("a") as file:
                 file.write(json.dumps({"event": kind, "step": step, **values}) + "\n")
 
     def close(self) -> None:

@@ -18,12 +18,13 @@ from elastic.train.config_sections import TrainExpManagerConfig
 from elastic.train.manifest import Manifest
 from elastic.train.origin import CHANGES, REPLICAS, describe_origin
 from elastic.train.parallel import World
+from elastic.train.rank_0 import decided_by_rank_0
 from elastic.train.record import Record
 from elastic.train.resume_curriculum import curriculum_differences, draw_differences
 from elastic.train.resume_difference import ABSENT, Difference, flatten, refusal
 from elastic.train.resume_rules import May, rule_of
 from elastic.train.router_columns import load_router_columns
-from elastic.train.run_folder import RunFolderError, decided_by_rank_0, open_run_folder, run_lock
+from elastic.train.run_folder import RunFolderError, open_run_folder, run_lock
 
 
 class ResumeError(RunFolderError):
@@ -74,8 +75,7 @@ def open_training_run(
         origin[CHANGES] = [*state.origin.get(CHANGES, []), *now]
 
     with run_lock(Path(manager.run_dir), here):
-        if here.is_main:
-            origin |= describe_origin(data, here.data_size, permuted_parent)
+        decided_by_rank_0(lambda: origin.update(describe_origin(data, here.data_size, permuted_parent)), here)
         checkpoint = None
         if decided_by_rank_0(lambda: _goes_on(manager), here):
             checkpoint = newest_whole(folder, full=manager.verify_on_resume == "full", world=here, say=say)

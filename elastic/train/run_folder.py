@@ -5,16 +5,15 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from elastic.train.checkpoint_find import list_checkpoints
 from elastic.train.config_sections import ExpManagerConfig
 from elastic.train.parallel import World
+from elastic.train.rank_0 import decided_by_rank_0
 
 CONFIG_FILE, FINISHED_FILE = "config.json", "finished.json"
 LOCK_WAIT_S = 60.0  # what is left of a killed attempt may take that long to be gone
@@ -38,21 +37,6 @@ def open_run_folder(
         return prepare_run_folder(settings, config, resume=resume)[1]
 
     return Path(settings.run_dir), decided_by_rank_0(decide, world)
-
-
-def decided_by_rank_0[T](decide: Callable[[], T], world: World) -> T:
-    """Call `decide` on rank 0; every rank returns its answer or raises its ValueError."""
-    answer: list[Any] = [None, None]
-    if world.is_main:
-        try:
-            answer[0] = decide()
-        except ValueError as error:
-            answer[1] = error
-    torch.distributed.broadcast_object_list(answer, src=0)
-    decision, problem = answer
-    if problem is not None:
-        raise problem
-    return decision
 
 
 def prepare_run_folder(
@@ -86,7 +70,16 @@ def write_json(path: Path, content: Any) -> None:
 
 def is_unfinished(folder: Path) -> bool:
     """Tell whether a run was stopped before its first checkpoint: logs, config and an unfinished checkpoint only."""
-    expected = (CONFIG_FILE, "metrics.jsonl", "events.jsonl", "tensorboard", "checkpoints", "nonfinite", "watchdog")
+    expected = (
+        CONFIG_FILE,
+        "metrics.jsonl",
+        "events.jsonl",
+        "tensorboard",
+        "wandb",
+        "checkpoints",
+        "nonfinite",
+        "watchdog",
+    )
     return not list_checkpoints(folder) and all(path.name in expected for path in folder.iterdir())
 
 
