@@ -10,7 +10,7 @@ FROM ${BASE_IMAGE}
 # GPU packages that the base lacks are built against its torch, at these versions; KERNELS=none leaves them out.
 ARG KERNELS=auto
 ARG TRANSFORMER_ENGINE_VERSION=2.7.0
-ARG MAMBA_SSM_VERSION=2.2.6.post3
+ARG MAMBA_SSM_VERSION=2.3.1
 ARG CAUSAL_CONV1D_VERSION=1.5.3.post1
 # Compute capabilities they are built for: 8.0 A100, 9.0 H100, 10.0 B200.
 ARG TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0"

@@ -79,7 +79,7 @@ def test_nvidias_own_builds_satisfy_the_requirements() -> None:
 
 
 def test_a_gpu_run_asks_for_the_kernels_and_a_cpu_run_does_not() -> None:
-    kernels = {"transformer-engine[pytorch]", "mamba-ssm", "causal-conv1d"}
+    kernels = {"transformer-engine[pytorch]", "mamba-ssm>=2.3", "causal-conv1d"}
     assert set(requirements(with_gpus=True)) - set(requirements(with_gpus=False)) == kernels
 
 
@@ -173,6 +173,12 @@ def test_disk_too_small_for_the_checkpoints(start: Path, tmp_path: Path) -> None
     many = "exp_manager.keep_last_checkpoints=1000000000000"
     problem = only(problems_of(*tiny_overrides(start, tmp_path, "disk", (3, 2), many)))
     assert problem.field == f"free disk at {tmp_path}" and "checkpoints of" in problem.rule
+
+
+def test_a_job_may_not_remove_its_own_earlier_tries(start: Path, tmp_path: Path) -> None:
+    replace_run = ("exp_manager.overwrite=true", "exp_manager.resume_if_exists=false")
+    problem = only(problems_of(*tiny_overrides(start, tmp_path, "again", (3, 2), *replace_run)))
+    assert problem.field == "exp_manager.overwrite" and "every try of a job" in problem.rule
 
 
 def test_run_folder_that_may_not_be_written(start: Path, tmp_path: Path) -> None:
