@@ -5,6 +5,7 @@ A subfolder of a checkpoint holds it: `settings.json` and the tokenizer files, n
 
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +50,8 @@ def write_carried(carried: Carried, checkpoint: Path) -> Path:
     Raises UnsafeFileError if a tokenizer file has gone since it was checked.
     """
     folder = checkpoint / CARRIED_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted write left may be of files that have gone since
+    folder.mkdir(parents=True)
     copy_tokenizer_files(carried.tokenizer_files, folder)
     content = {
         "version": _VERSION,

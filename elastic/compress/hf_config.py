@@ -82,6 +82,12 @@ class HfSettings:
             "pad_token_id": self.pad_token_id,
         }
 
+    def end_tokens(self) -> frozenset[int]:
+        """Return the tokens that end a text: the generation config's, as in stock `generate`, else the config's."""
+        stated = None if self.generation is None else self.generation.get("eos_token_id")
+        ends = self.eos_token_id if stated is None else stated
+        return frozenset(() if ends is None else (ends,) if isinstance(ends, int) else ends)
+
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object from which `from_json` makes an equal value."""
         return {

@@ -5,10 +5,7 @@ on the CPU. Where they are installed, the folder is therefore run in a child pro
 """
 
 import importlib.util
-import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +13,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from elastic.compress.child import ChildError, run_without_gpu
 
 _KERNEL_PACKAGES = ("mamba_ssm", "causal_conv1d")
 
@@ -63,18 +62,11 @@ def stock_logits(folder: Path, tokens: Tensor) -> Reloaded:
 
 
 def _reload_in_child(folder: Path, tokens: Tensor) -> Reloaded:
-    with tempfile.TemporaryDirectory() as scratch:
-        given, answer = Path(scratch) / "tokens.safetensors", Path(scratch) / "logits.safetensors"
-        save_file({"tokens": tokens.contiguous()}, given)
-        root = str(Path(__file__).resolve().parents[2])
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-m", "elastic.compress.reload", str(folder), str(given), str(answer)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise ReloadError(f"reloading {folder} in a child process failed: {done.stderr.strip()[-2000:]}")
-        tensors = load_file(answer)
-    return Reloaded(tensors["logits"], int(tensors["params"]))
+    try:
+        answer = run_without_gpu("elastic.compress.reload", [str(folder)], {"tokens": tokens})
+    except ChildError as error:
+        raise ReloadError(f"{folder} was not reloaded: {error}") from error
+    return Reloaded(answer["logits"], int(answer["params"]))
 
 
 def _some(found: Iterable[object]) -> str:

@@ -142,6 +142,11 @@ class TensorFolder(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self._stored
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the tensors, in order."""
+        return tuple(sorted({stored.path for stored in self._stored.values()}))
+
     def size(self, name: str) -> tuple[int, ...]:
         """Return a tensor's size without reading its values."""
         return self._stored[name].size

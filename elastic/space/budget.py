@@ -1,10 +1,14 @@
 """Budgets: what the user asks for, in absolute units."""
 
+import re
 from dataclasses import dataclass
 
 from elastic.space.cost import Deployment, Metric, subnet_cost
 from elastic.space.shape import ModelShape
 from elastic.space.subnet import Subnet
+
+# A budget's name is also that of a folder (extract) and of columns in logs.
+NAME_PATTERN = r"\w[\w.+-]{0,99}"
 
 
 class BudgetError(ValueError):
@@ -30,6 +34,8 @@ class Budget:
         return cls(name, metric, ratio * float(full))
 
     def __post_init__(self) -> None:
+        if re.fullmatch(NAME_PATTERN, self.name) is None:
+            raise BudgetError(f"budget {self.name!r}: a name is made of letters, digits, _ . + and -")
         if self.target <= 0:
             raise BudgetError(f"budget {self.name}: target = {self.target} must be above 0")
 

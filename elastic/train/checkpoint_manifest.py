@@ -6,7 +6,7 @@ were written. Each rank hashes its files while it writes them; when a checkpoint
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,14 +54,15 @@ def writing_folder(folder: Path) -> Path:
     return folder.with_name(folder.name + ".writing")
 
 
-def write_manifest(folder: Path, hashed: Files) -> Files:
+def write_manifest(folder: Path, hashed: Files, leave_out: Collection[str] = ()) -> Files:
     """Write the manifest of a folder that is complete otherwise; returns it.
 
     `hashed` are files whose size and checksum are known from writing them; all others are hashed here and flushed to
-    the disk. Raises CheckpointError if one of `hashed` is not there as it was written, OSError.
+    the disk, but for `leave_out`, which are not there to stay. Raises CheckpointError if one of `hashed` is not there
+    as it was written, OSError.
     """
     files = dict(hashed)
-    for name in sorted(_names_in(folder).difference(files)):
+    for name in sorted(_names_in(folder).difference(files, leave_out)):
         files[name] = StoredFile((folder / name).stat().st_size, sha256_of(folder / name))
         flush_to_disk(folder / name)
     problems = file_problems(folder, {name: file.size_bytes for name, file in files.items()}, lambda _name, _path: None)

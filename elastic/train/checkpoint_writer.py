@@ -103,8 +103,8 @@ def save_streamed(
         files = _write_parameters(writing, record.shape, dtypes, source, identity, progress)
         add_files(writing)
         record.write(writing)
-        (writing / JOURNAL).unlink()
-        write_manifest(writing, files)
+        write_manifest(writing, files, leave_out=(JOURNAL,))
+        (writing / JOURNAL).unlink()  # the last step but the rename: until then a failure costs no finished file
         writing.rename(folder)
         flush_to_disk(folder.parent)
     except OSError as error:

@@ -7,7 +7,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from elastic.compress.hf_carried import CARRIED_FOLDER
-from elastic.train.config import TrainConfig
+from elastic.train.config import ElasticConfig, PretrainConfig, TrainConfig
+from elastic.train.config_family import EvaluateConfig
 from elastic.train.config_load import Problem
 from elastic.train.manifest import DataError, Manifest, read_manifest
 from elastic.train.record import Record
@@ -24,6 +25,31 @@ def vocab_problems(config: object) -> Iterator[Problem]:
         rule = f"must be at least the {tokens:,} tokens of the data in {config.data.path}"
         remedy = f"nearest legal value is {config.model.padded_vocab(tokens)}, null takes it from the data"
         yield Problem("model.vocab", config.model.vocab, rule, remedy)
+
+
+def validation_problems(config: object) -> Iterator[Problem]:
+    """Yield a problem if the held-out split is too short for the sequences that a run evaluates on, of any length."""
+    if not isinstance(config, PretrainConfig | ElasticConfig | EvaluateConfig):
+        return
+    manifest = _manifest(config.data.path)
+    if manifest is None or "validation" not in manifest.splits:  # opening it reports that
+        return
+    if isinstance(config, EvaluateConfig):
+        lengths = {"sequence_length": config.sequence_length}
+    else:
+        lengths = {f"phase {phase.name}": phase.sequence_length for phase in config.curriculum}
+    num_tokens, wanted = manifest.splits["validation"].num_tokens, config.data.validation_sequences
+    for where, length in lengths.items():
+        available = (num_tokens - 1) // length  # each is read with the token that follows it (data.py)
+        if wanted > available:
+            rule = f"{where}: the held-out split has {available:,} sequences of {length:,} tokens"
+            remedy = (
+                f"nearest legal value is {available}"
+                if available
+                else "prepare the data with a larger validation_ratio"
+            )
+            yield Problem("data.validation_sequences", wanted, rule, remedy)
+            return
 
 
 def tokenizer_problems(data: str | None, checkpoint: Path, record: Record) -> Iterator[Problem]:

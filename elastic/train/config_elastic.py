@@ -13,7 +13,17 @@ from elastic.space.budget import Budget
 from elastic.space.cost import Deployment, Metric
 from elastic.space.gates import Execution
 from elastic.space.shape import ModelShape
-from elastic.train.config_types import Count, CountOrZero, Name, Positive, PositiveOrZero, Range, Required, Share
+from elastic.train.config_types import (
+    Count,
+    CountOrZero,
+    MemberName,
+    Name,
+    Positive,
+    PositiveOrZero,
+    Range,
+    Required,
+    Share,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +90,7 @@ class DeploymentConfig:
 class BudgetConfig:
     """A named limit on one metric: `target` in absolute units, or `ratio` of the parent's cost. Exactly one."""
 
-    name: Name
+    name: MemberName
     metric: Metric = Metric.PARAMS
     target: Positive | None = None
     ratio: Share | None = None

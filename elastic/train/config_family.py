@@ -9,14 +9,14 @@ from elastic.space.shape import WIDTH_FIELD, ModelShape
 from elastic.space.subnet import Subnet
 from elastic.train.config import Checkpoint, CheckpointInput, RunConfig, VerbConfig
 from elastic.train.config_sections import DataConfig
-from elastic.train.config_types import Count, CountOrZero, Name, PositiveOrZero, Range, Required, Share
+from elastic.train.config_types import Count, CountOrZero, MemberName, PositiveOrZero, Range, Required, Share
 
 
 @dataclass(frozen=True, kw_only=True)
 class SubnetConfig:
     """A subnet given by hand. An empty list or null is full; one width serves all layers, several go layer by layer."""
 
-    name: Name
+    name: MemberName
     hidden: Count | None = None
     ffn: tuple[Count, ...] = ()
     mamba_heads: tuple[Count, ...] = ()

@@ -17,7 +17,7 @@ from elastic.train.config import (
     VerbConfig,
     with_vocab,
 )
-from elastic.train.config_data import tokenizer_problems, vocab_problems
+from elastic.train.config_data import tokenizer_problems, validation_problems, vocab_problems
 from elastic.train.config_family import EvaluateConfig, ExtractConfig, GenerateConfig, ImportConfig
 from elastic.train.config_load import ConfigError, Problem, load_with_problems
 from elastic.train.config_rules import rule_problems
@@ -46,7 +46,7 @@ def load_run[T](kind: type[T], values: Mapping[str, Any], cluster: Cluster, *, i
     if not unreliable.intersection(("model", "data")) and not files:
         problems += tuple(vocab_problems(config))
     if not unreliable and not files:
-        problems += tuple(checkpoint_problems(config))
+        problems += (*validation_problems(config), *checkpoint_problems(config))
     if is_main and isinstance(config, VerbConfig) and "exp_manager" not in unreliable:
         problems += tuple(output_problems(config))
     if isinstance(config, PrepareConfig) and not unreliable:
@@ -154,6 +154,12 @@ def output_problems(config: VerbConfig) -> Iterator[Problem]:
             yield Problem("output", config.output, "exists already", remedy)
         return
     folder = Path(manager.run_dir)
+    if manager.overwrite:
+        for name, path in input_paths(config):
+            if path is not None and Path(path).resolve().is_relative_to(folder.resolve()):
+                rule = f"would remove {name} = {path} before it is read"
+                remedy = f"set exp_manager.version={free_version(folder)}"
+                yield Problem("exp_manager.overwrite", True, rule, remedy)
     if manager.overwrite or not folder.exists() or not any(folder.iterdir()) or _goes_on(config, folder):
         return
     ways = ["exp_manager.overwrite=true"]

@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from dataclasses import Field as DataclassField
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Union
 
-from elastic.train.config_types import Range, Required
+from elastic.train.config_types import FolderName, Range, Required
 
 NOT_GIVEN = "???"
 
@@ -149,6 +150,8 @@ class _Loader:
             value = self._value(arguments[0], given, path, remedy)
             for limits in (extra for extra in arguments[1:] if isinstance(extra, Range)):
                 _check_range(limits, given if isinstance(value, tuple) else value, path, remedy)
+            for name in (extra for extra in arguments[1:] if isinstance(extra, FolderName)):
+                _check_folder_name(name, value, path)
             return value
         if origin in (Union, types.UnionType):
             inner = next(argument for argument in arguments if argument is not type(None))
@@ -241,6 +244,12 @@ def _fallback(field: DataclassField[Any]) -> Any:
 def _remedy(field: DataclassField[Any]) -> str:
     default = _plain_default(field)
     return "it has no default" if default in (NOT_GIVEN, "", [], {}) else f"the default is {show(default)}"
+
+
+def _check_folder_name(name: FolderName, value: str, path: str) -> None:
+    if re.fullmatch(name.pattern, value) is None:
+        nearest = re.sub(r"^\W+|[^\w.+-]", "", value)[:100] or "member"
+        raise _IllegalValueError(Problem(path, value, name.rule, f"nearest legal value is {nearest}"))
 
 
 def _check_range(limits: Range, value: Any, path: str, remedy: str) -> None:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated
 
+from elastic.space.budget import NAME_PATTERN
+
 
 @dataclass(frozen=True)
 class Range:
@@ -21,6 +23,14 @@ class Required:
     hint: str
 
 
+@dataclass(frozen=True)
+class FolderName:
+    """Mark a text that also names a folder: it must match `pattern` as a whole."""
+
+    pattern: str = NAME_PATTERN
+    rule: str = "it names a folder, too: letters, digits, _ . + and -, the first a letter, a digit or _"
+
+
 Count = Annotated[int, Range(low=1)]
 CountOrZero = Annotated[int, Range(low=0)]
 Positive = Annotated[float, Range(low=0, open_low=True)]
@@ -28,3 +38,4 @@ PositiveOrZero = Annotated[float, Range(low=0)]
 Share = Annotated[float, Range(low=0, high=1, open_low=True)]
 Decay = Annotated[float, Range(low=0, high=1, open_high=True)]
 Name = Annotated[str, Required("give it a name")]
+MemberName = Annotated[str, Required("give it a name"), FolderName()]

@@ -1,13 +1,18 @@
 """Which check an export gets: logits where two models in fp32 fit in memory, else value by value."""
 
+import json
+import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from elastic.compress.child import run_without_gpu
 from elastic.compress.folder_check import FolderCheck, LogitCheck, ValueCheck
 from elastic.compress.hf_dtypes import DtypeRule
 from elastic.compress.hf_names import hf_names
@@ -16,8 +21,11 @@ from elastic.modules.initialize import named_global_parameters
 from elastic.modules.model import Layout, build_model
 from elastic.space.cost import shape_cost
 from elastic.space.gates import Gates
+from elastic.space.subnet import Subnet
+from elastic.train.checkpoint_reader import StoredTensors
 from elastic.train.family import Member, OpenFamily
 from elastic.train.parallel import world
+from elastic.train.record import Record
 
 _FP32_BYTES = 4
 # Transient copies while a folder is loaded, activations and logits of the probe.
@@ -60,19 +68,43 @@ def available_memory_bytes() -> int:
 
 
 def subnet_logits(family: OpenFamily, member: Member, dtypes: DtypeRule) -> Callable[[Tensor], Tensor]:
-    """Return the function tokens [B, S] -> logits [B, S, V] of the subnet inside the nested model, in fp32.
+    """Return the function tokens [B, S] -> logits [B, S, V] of the subnet inside the nested model, on the CPU in fp32.
 
-    The weights are rounded as the export rounds them, so that the comparison sees the structure alone.
+    A GPU's matrix units round fp32 to TF32, which would hide a wrong export or refuse a right one, so where there is
+    one a child process computes. The weights are rounded as the export rounds them: only the structure is compared.
     """
+    if not torch.cuda.is_available():
+        return lambda tokens: _nested_logits(family.checkpoint, member.subnet, dtypes, tokens)
+    told = json.dumps({"subnet": asdict(member.subnet), "dtypes": dtypes.to_json()})
 
-    @torch.no_grad()
     def logits(tokens: Tensor) -> Tensor:
-        tensors, gates = family.tensors(), Gates.slice(member.subnet)
-        with world(Layout()) as here:
-            model = build_model(family.space, Layout()).eval()
-            for name, parameter in named_global_parameters(model):
-                parameter.copy_(tensors[name].to(dtypes.of(hf_names(name)[0])))
-            hidden = model(tokens.to(here.device), gates)
-            return (hidden @ model.head_weight(gates).t()).transpose(0, 1).cpu()
+        answer = run_without_gpu("elastic.train.export_check", [str(family.checkpoint), told], {"tokens": tokens})
+        return answer["logits"]
 
     return logits
+
+
+@torch.no_grad()
+def _nested_logits(checkpoint: Path, subnet: Subnet, dtypes: DtypeRule, tokens: Tensor) -> Tensor:
+    record, gates = Record.read(checkpoint), Gates.slice(subnet)
+    tensors = StoredTensors(checkpoint, record.shape)
+    with world(Layout()) as here:
+        model = build_model(record.space(), Layout()).eval()
+        for name, parameter in named_global_parameters(model):
+            parameter.copy_(tensors[name].to(dtypes.of(hf_names(name)[0])))
+        hidden = model(tokens.to(here.device), gates)
+        return (hidden @ model.head_weight(gates).t()).transpose(0, 1).cpu()
+
+
+def _main(checkpoint: str, told: str, given: str, answer: str) -> None:
+    content = json.loads(told)
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in content["subnet"].items()
+    }
+    tokens = load_file(given)["tokens"]
+    logits = _nested_logits(Path(checkpoint), Subnet(**fields), DtypeRule.from_json(content["dtypes"]), tokens)
+    save_file({"logits": logits.contiguous()}, answer)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -81,6 +81,12 @@ def open_family(
     space = chooser.space()
     members = [*_budget_members(chooser, chooser_folder, space, budget_names)]
     members += [Member(given.name, given.subnet(space.parent)) for given in subnets]
+    names = [member.name for member in members]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise FamilyError(
+            f"subnets = {twice}: a budget has that name already; give the subnet another, or leave the budget out "
+            f"of budget_names"
+        )
     deployment = Deployment() if chooser.family is None else chooser.family.deployment
     return OpenFamily(folder, record, space, deployment, tuple(members))
 

@@ -59,7 +59,7 @@ def plan_run(config: VerbConfig, phase: str | None) -> tuple[Plan, tuple[Problem
             )
         total = min(total, sum(p.num_steps for p in phases[: names.index(phase) + 1]))
         override = f"trainer.max_steps={total}"
-    finished = not config.exp_manager.overwrite and finished_step(run_dir) >= total
+    finished = finished_step(run_dir) >= total
     return Plan(str(run_dir), total, finished, override), ()
 
 
@@ -76,6 +76,7 @@ def run_problems(config: VerbConfig, cluster: Cluster, gpus: Sequence[Gpu]) -> I
     yield from data_problems(config)
     yield from folder_problems(config)
     if isinstance(config, TrainConfig):
+        yield from overwrite_problems(config)
         yield from disk_problems(config)
         yield from memory_problems(config, cluster, gpus)
 
@@ -99,12 +100,20 @@ def folder_problems(config: VerbConfig) -> Iterator[Problem]:
         yield Problem("exp_manager.exp_dir", config.exp_manager.exp_dir, rule, "choose another, or change its owner")
 
 
+def overwrite_problems(config: TrainConfig) -> Iterator[Problem]:
+    """Every try of a job gets the same command, so a requeued one would begin by removing its own checkpoints."""
+    if config.exp_manager.overwrite:
+        run_dir = config.exp_manager.run_dir
+        rule = "every try of a job, and every link of a chain, would remove the run and start again"
+        yield Problem("exp_manager.overwrite", True, rule, f"remove {run_dir} by hand, or choose another version")
+
+
 def disk_problems(config: TrainConfig) -> Iterator[Problem]:
     """The disk must hold the checkpoints that stay and the one being written, less those that are there already."""
     run_dir = Path(config.exp_manager.run_dir)
     place = nearest_existing(run_dir)
     free = shutil.disk_usage(place).free
-    there = 0 if config.exp_manager.overwrite else len(list((run_dir / "checkpoints").glob("step_*")))
+    there = len(list((run_dir / "checkpoints").glob("step_*")))
     keep = config.exp_manager.keep_last_checkpoints
     count = max(1, keep + 1 - there)
     need = count * checkpoint_bytes(config)

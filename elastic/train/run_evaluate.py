@@ -16,7 +16,7 @@ from elastic.train.config_elastic import DistillConfig
 from elastic.train.config_family import EvaluateConfig
 from elastic.train.data import PackedSequences, TokenStream
 from elastic.train.evaluation import evaluate_subnets
-from elastic.train.family import OpenFamily, open_configured
+from elastic.train.family import FamilyError, OpenFamily, open_configured
 from elastic.train.metrics import MeanLoss
 from elastic.train.parallel import model_layout, world
 from elastic.train.pipeline import PipelineRunner
@@ -34,7 +34,10 @@ def run_evaluate(config: EvaluateConfig, console: Console) -> Path:
         runner = PipelineRunner(here, family.load_model(here.layout), DistillConfig(kl_weight=0.0))
         losses = evaluate_subnets(
             runner,
-            {member.name: member_gates(member.subnet, family.space, config.execution) for member in family.members},
+            {
+                member.name: member_gates(member.subnet, family.space, config.execution, here.device)
+                for member in family.members
+            },
             PackedSequences(held_out, config.sequence_length, config.seed),
             num_sequences=config.data.validation_sequences,
             micro_batch=config.data.micro_batch,
@@ -47,15 +50,15 @@ def run_evaluate(config: EvaluateConfig, console: Console) -> Path:
     return folder
 
 
-def member_gates(subnet: Subnet, space: Space, execution: str) -> Gates:
+def member_gates(subnet: Subnet, space: Space, execution: str, device: torch.device) -> Gates:
     """Return the gates that run `subnet` by slicing, or by full-size masks where the choices contain its widths."""
     if execution == "slice":
         return Gates.slice(subnet)
-    return Gates.mask(one_hot_weights(subnet, space))
+    return Gates.mask({axis: weights.to(device) for axis, weights in one_hot_weights(subnet, space).items()})
 
 
 def one_hot_weights(subnet: Subnet, space: Space) -> dict[Axis, torch.Tensor]:
-    """Return exact one-hot weights [slots, K] of a subnet of this space; raises ValueError for a foreign width."""
+    """Return exact one-hot weights [slots, K] of a subnet of this space; raises FamilyError for one outside it."""
     per_axis = {
         Axis.HIDDEN: (subnet.hidden,),
         Axis.FFN: subnet.ffn,
@@ -64,14 +67,20 @@ def one_hot_weights(subnet: Subnet, space: Space) -> dict[Axis, torch.Tensor]:
         Axis.ATTENTION_HEAD: subnet.attention_heads,
         Axis.DEPTH: (len(subnet.kept_layers),),
     }
-    weights = {}
+    weights, chosen = {}, {}
     for axis in space.elastic_axes():
         choices, widths = space.axes[axis].choices, per_axis[axis][: space.num_slots(axis)]
         foreign = [width for width in per_axis[axis] if width not in choices]
         if foreign:
-            raise ValueError(f"execution = mask: {axis} width {foreign[0]} is not among the choices {list(choices)}")
-        chosen = torch.tensor([choices.index(width) for width in widths])
-        weights[axis] = torch.nn.functional.one_hot(chosen, len(choices)).float()
+            raise FamilyError(f"execution = mask: {axis} width {foreign[0]} is not among the choices {list(choices)}")
+        chosen[axis] = tuple(choices.index(width) for width in widths)
+        weights[axis] = torch.nn.functional.one_hot(torch.tensor(chosen[axis]), len(choices)).float()
+    masked = space.subnet(chosen)
+    if masked.kept_layers != subnet.kept_layers or masked.shape(space.parent) != subnet.shape(space.parent):
+        raise FamilyError(
+            f"execution = mask: the choices of this checkpoint do not reach {subnet_summary(subnet)}; "
+            f"use execution=slice"
+        )
     return weights
 
 

@@ -23,6 +23,7 @@ from elastic.train.config_family import ExtractConfig
 from elastic.train.export_check import choose_check
 from elastic.train.family import Member, OpenFamily, open_configured
 from elastic.train.parallel import DTYPES
+from elastic.train.rank_0 import decided_by_rank_0
 from elastic.train.record import Record
 from elastic.train.run_evaluate import subnet_summary
 from elastic.train.run_folder import prepare_run_folder, write_json
@@ -40,7 +41,7 @@ def run_extract(config: ExtractConfig, console: Console) -> Path:
     """
     family = open_configured(config, say=console.print)
     carried = _carried(family, config)
-    folder, _ = prepare_run_folder(config.exp_manager, asdict(config))
+    folder, _ = decided_by_rank_0(lambda: prepare_run_folder(config.exp_manager, asdict(config)), None)
     rows = []
     for member in family.members:
         row: dict[str, Any] = {"name": member.name, "subnet": subnet_summary(member.subnet)}

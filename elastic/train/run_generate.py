@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from tokenizers.decoders import DecodeStream
 
+from elastic.compress.hf_carried import read_carried
 from elastic.compress.hf_config import HfSettings
 from elastic.compress.hf_folder import open_hf_folder
 from elastic.generate.sampling import Sampling
@@ -105,17 +106,18 @@ def open_served(config: GenerateConfig, here: World, console: Console) -> Served
         )
         model, named = family.load_model(here.layout), {member.name: member.subnet for member in family.members}
         source = str(family.checkpoint)
-        settings, own = HfSettings(eos_token_id=None), None
+        settings, tokenizer_folder = HfSettings(eos_token_id=None), None
         if config.tokenizer is None:
             settings, tokenizer_folder = text_settings(family.checkpoint, family.record)
-            own = None if tokenizer_folder is None else str(tokenizer_folder)
+        elif (carried := read_carried(family.checkpoint)) is not None:
+            settings = carried.settings
+        own = None if tokenizer_folder is None else str(tokenizer_folder)
     path = tokenizer_path(config, own)
     assert path is not None, "generate_files lets nothing without a tokenizer through"
     tokenizer = load_tokenizer(Path(path), parse_special_tokens=True)
-    ends = tokenizer.eos_id if settings.eos_token_id is None else settings.eos_token_id
     whole = Subnet.full(model.decoder.resolver.space.parent)
-    eos_ids = frozenset(ends if isinstance(ends, tuple) else (ends,))
-    return Served(source, model.eval(), {WHOLE: whole, **named}, tokenizer, eos_ids)
+    ends = settings.end_tokens() or frozenset((tokenizer.eos_id,))
+    return Served(source, model.eval(), {WHOLE: whole, **named}, tokenizer, ends)
 
 
 def _plan(config: GenerateConfig, served: Served) -> Subnet | PhasePlan:

@@ -7,13 +7,15 @@ from rich.console import Console
 
 from elastic.compress.disk import check_free_space
 from elastic.compress.hf_carried import Carried, write_carried
-from elastic.compress.hf_folder import HfFolder, open_hf_folder
+from elastic.compress.hf_folder import CONFIG_FILE, GENERATION_FILE, HfFolder, open_hf_folder
 from elastic.compress.hf_names import HF_HEAD, check_tied_head, hf_names, megatron_source
 from elastic.compress.slicing import parameter_names
+from elastic.compress.tensor_index import INDEX_FILE
 from elastic.train.checkpoint_find import checkpoint_folder
 from elastic.train.checkpoint_manifest import writing_folder
 from elastic.train.checkpoint_writer import save_streamed, stored_bytes
 from elastic.train.config_family import ImportConfig
+from elastic.train.rank_0 import decided_by_rank_0
 from elastic.train.record import Record
 from elastic.train.run_folder import RunFolderError, prepare_run_folder
 from elastic.train.transfer import transfer_progress
@@ -34,7 +36,9 @@ def run_import(config: ImportConfig, console: Console) -> Path:
     check_free_space(checkpoint, total - _bytes_below(writing_folder(checkpoint)), "the checkpoint")
     if shape.tied_embeddings and HF_HEAD in source.tensors:
         check_tied_head(source.tensors.__getitem__)
-    folder, finished = prepare_run_folder(config.exp_manager, asdict(config), resume=True)
+    folder, finished = decided_by_rank_0(
+        lambda: prepare_run_folder(config.exp_manager, asdict(config), resume=True), None
+    )
     if finished is not None:
         raise RunFolderError(
             f"{folder} holds a whole checkpoint already. Choose another exp_manager.version, or set "
@@ -57,7 +61,8 @@ def run_import(config: ImportConfig, console: Console) -> Path:
 
 def _identity(source: HfFolder) -> str:
     """Say which files a checkpoint is made from, so that an interrupted import never goes on with others."""
-    files = sorted(path for path in source.path.iterdir() if path.suffix in (".safetensors", ".json"))
+    described = [source.path / name for name in (CONFIG_FILE, GENERATION_FILE, INDEX_FILE)]
+    files = sorted({*source.tensors.files, *source.tokenizer_files, *(path for path in described if path.exists())})
     return f"import of {source.path.resolve()}: " + ", ".join(
         f"{path.name} {path.stat().st_size} bytes of {path.stat().st_mtime_ns}" for path in files
     )

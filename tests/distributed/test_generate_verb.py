@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,16 @@ def save_lively_family(start: Path) -> None:
         save_checkpoint(checkpoint_folder(start / "run" / "writer", 1), trained, record, None, here)
 
 
+def folder_with_more_ends(start: Path, token: int) -> Path:
+    """Copy an exported folder, and let its generation config, as published ones do, name more ends than its config."""
+    folder = start / "run" / "ends"
+    shutil.copytree(start / "run" / "written" / "full", folder)
+    path = folder / "generation_config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"eos_token_id": [content["eos_token_id"], token]}))
+    return folder
+
+
 def _on_one_process(start: Path) -> dict[str, Any]:
     """Make a family, export it, and run the verb in all its ways; one process, so that its imports happen once."""
     write_corpus(start / "corpus")
@@ -92,6 +103,7 @@ def _on_one_process(start: Path) -> dict[str, Any]:
         "thin": write(start, "thin", budget="thin", subnets=THIN, prompts=[], prompt_file=str(start / "prompt.txt")),
         "forced": write(start, "forced", think="half", answer="full", max_think_tokens=THINK_TOKENS),
     }
+    done["ends"] = write(start, "ends", folder=str(folder_with_more_ends(start, done["full"].rows[0]["tokens"][5])))
     letters = re.search("[ -~]{3}", done["half"].rows[0]["text"])
     assert letters is not None, "other weights: no three plain letters come in a row"
     natural = dict(think="half", answer="full", max_think_tokens=NEW_TOKENS - 1, prompts=PROMPTS[:1])
@@ -133,6 +145,13 @@ def test_budget_and_exported_folder_write_what_stock_transformers_writes(
         shown = row["text"][:10].translate(CONTROL_CODES)
         assert prompt in nested.screen and shown and shown in nested.screen
         assert row["parts"][0]["name"] == budget and other["parts"][0]["name"] == "whole model"
+
+
+def test_a_text_ends_where_stock_transformers_ends_it(start: Path, done: dict[str, Any]) -> None:
+    for row, other in zip(done["ends"].rows, done["full"].rows, strict=True):
+        assert row["tokens"] == stock_tokens(start / "run" / "ends", row["prompt_tokens"], NEW_TOKENS)
+        assert other["tokens"][: len(row["tokens"])] == row["tokens"]
+    assert len(done["ends"].rows[0]["tokens"]) <= 6 and done["ends"].rows[0]["end"] == "end of text"
 
 
 def test_a_forced_switch_equals_two_stock_models_by_hand(start: Path, done: dict[str, Any]) -> None:

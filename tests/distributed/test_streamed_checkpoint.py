@@ -1,10 +1,12 @@
 """A checkpoint written file by file is Megatron-Core's own: it loads at every layout, and both kinds are read back."""
 
+import errno
 import hashlib
 import json
 import shutil
 import weakref
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from elastic.modules.initialize import named_global_parameters
 from elastic.modules.model import Layout, build_model
 from elastic.modules.sharding import shard_tensor
 from elastic.space.shape import ModelShape
+from elastic.train import checkpoint_writer
 from elastic.train.checkpoint import Trainable, load_checkpoint, save_checkpoint
 from elastic.train.checkpoint_find import resolve_checkpoint
 from elastic.train.checkpoint_manifest import damages, writing_folder
@@ -168,6 +171,20 @@ def test_a_killed_write_looks_unfinished_and_is_gone_on_with(tmp_path: Path) -> 
     stored = StoredTensors(folder, SPLITTABLE)
     assert all(torch.equal(stored[name], tensor) for name, tensor in expected.items())
     assert not writing_folder(folder).exists() and not (folder / JOURNAL).exists()
+
+
+def test_a_failure_in_the_last_step_costs_nothing_that_is_finished(tmp_path: Path) -> None:
+    def full_disk(*arguments, **named) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def source(name: str) -> Tensor:
+        raise AssertionError(f"{name} is read again")
+
+    folder = tmp_path / "step_00000000"
+    with mock.patch.object(checkpoint_writer, "write_manifest", full_disk), pytest.raises(CheckpointError):
+        write(folder, SPLITTABLE)
+    write(folder, SPLITTABLE, source=source)
+    assert damages(folder, full=True) == [] and not (folder / JOURNAL).exists()
 
 
 def test_anothers_unfinished_work_is_refused(tmp_path: Path) -> None:

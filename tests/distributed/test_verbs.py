@@ -115,6 +115,9 @@ def test_nothing_is_overwritten_and_wrong_inputs_are_named(start, family):
     with pytest.raises(Exception, match=r"budget_names = \['third'\]") as refused:
         evaluate(start, "unknown_budget", family, budget_names=["third"])
     assert isinstance(refused.value.__cause__, FamilyError)
+    with pytest.raises(Exception, match=r"subnets = \['half'\]: a budget has that name already") as refused:
+        evaluate(start, "twice", family, subnets=[dict(name="half", hidden=32)])
+    assert isinstance(refused.value.__cause__, FamilyError)
     with pytest.raises(Exception, match="neither a checkpoint nor a run folder") as refused:
         evaluate(start, "no_checkpoint", start / "nowhere")
     assert isinstance(refused.value.__cause__, CheckpointError)

@@ -116,4 +116,4 @@ def test_unreachable_budget_names_the_nearest_reachable_target() -> None:
         # A ratio in the field of the absolute target is far out of reach, and said so.
         check_reachable(Budget("huge", Metric.PARAMS, high * 2.0), SPACE.parent, smallest, Deployment())
     with pytest.raises(BudgetError, match="outside"):
-        check_reachable(Budget("a ratio", Metric.PARAMS, 0.7), SPACE.parent, smallest, Deployment())
+        check_reachable(Budget("a_ratio", Metric.PARAMS, 0.7), SPACE.parent, smallest, Deployment())

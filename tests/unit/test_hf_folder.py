@@ -181,6 +181,32 @@ def test_other_number_formats_have_no_rule() -> None:
             DtypeRule.from_json(broken)
 
 
+def test_what_an_interrupted_write_left_is_not_carried(tmp_path: Path) -> None:
+    folder = good_folder(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    write_carried(Carried.of(open_hf_folder(folder)), tmp_path / "checkpoint")
+    (folder / "chat_template.jinja").unlink()
+    write_carried(Carried.of(open_hf_folder(folder)), tmp_path / "checkpoint")
+    carried = read_carried(tmp_path / "checkpoint")
+    assert carried is not None and "chat_template.jinja" not in {path.name for path in carried.tokenizer_files}
+
+
+@pytest.mark.parametrize(
+    ("eos", "generation", "ends"),
+    [
+        (12, {"eos_token_id": [2, 11, 12]}, {2, 11, 12}),
+        (12, {"eos_token_id": 11}, {11}),
+        ((3, 4), {"eos_token_id": None}, {3, 4}),
+        (12, {}, {12}),
+        (12, None, {12}),
+        (None, None, set()),
+    ],
+)
+def test_a_text_ends_where_the_generation_config_says(eos: Any, generation: Any, ends: set[int]) -> None:
+    """Stock `generate` reads it first, and a published folder may list more ends there than in config.json."""
+    assert HfSettings(eos_token_id=eos, generation=generation).end_tokens() == ends
+
+
 def test_what_is_carried_comes_back(tmp_path: Path) -> None:
     opened = open_hf_folder(good_folder(tmp_path / "model", max_position_embeddings=99, **PUBLISHED))
     write_carried(Carried.of(opened), tmp_path / "parent")

@@ -1,6 +1,7 @@
 """A bad curriculum, space, budget or loss of the family."""
 
 from elastic.train.config import ElasticConfig, PretrainConfig
+from elastic.train.config_family import ExtractConfig
 from tests.unit.configs import BadConfig
 
 ONE_BUDGET: dict[str, object] = {
@@ -9,6 +10,21 @@ ONE_BUDGET: dict[str, object] = {
 }
 # verb, changes, number of processes, the one line of the error: field = value: rule; remedy
 BAD: tuple[BadConfig, ...] = (
+    # names that are folders, too
+    (
+        ElasticConfig,
+        {"elastic.budgets": [{"name": "../full", "ratio": 1.0}], "curriculum.0.budget_weights": {}},
+        1,
+        'elastic.budgets.0.name = "../full": it names a folder, too: letters, digits, _ . + and -, the first a letter, '
+        "a digit or _; nearest legal value is full",
+    ),
+    (
+        ExtractConfig,
+        {"subnets": [{"name": "/tmp/thin", "hidden": 64}]},
+        1,
+        'subnets.0.name = "/tmp/thin": it names a folder, too: letters, digits, _ . + and -, the first a letter, a '
+        "digit or _; nearest legal value is tmpthin",
+    ),
     # the curriculum
     (
         PretrainConfig,
