@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from elastic.compress.child import run_without_gpu
+from elastic.compress.child import ChildError, run_without_gpu
 from elastic.compress.folder_check import FolderCheck, LogitCheck, ValueCheck
+from elastic.compress.hf_config import ExportError
 from elastic.compress.hf_dtypes import DtypeRule
 from elastic.compress.hf_names import hf_names
 from elastic.compress.model_card import deployed_params
@@ -46,7 +48,7 @@ def choose_check(
         needed = logit_check_bytes(family, member)
         wanted = "logits" if needed <= available_memory_bytes() else "values"
     if wanted == "logits":
-        return LogitCheck(subnet_logits(family, member, dtypes), tolerance)
+        return LogitCheck(subnet_logits(family.checkpoint, member.subnet, dtypes), tolerance)
     return ValueCheck(family.tensors(), parent, member.subnet, family.space.lanes)
 
 
@@ -67,25 +69,29 @@ def available_memory_bytes() -> int:
         return available
 
 
-def subnet_logits(family: OpenFamily, member: Member, dtypes: DtypeRule) -> Callable[[Tensor], Tensor]:
+def subnet_logits(checkpoint: Path, subnet: Subnet, dtypes: DtypeRule) -> Callable[[Tensor], Tensor]:
     """Return the function tokens [B, S] -> logits [B, S, V] of the subnet inside the nested model, on the CPU in fp32.
 
-    A GPU's matrix units round fp32 to TF32, which would hide a wrong export or refuse a right one, so where there is
-    one a child process computes. The weights are rounded as the export rounds them: only the structure is compared.
+    A GPU's matrix units round fp32 to TF32 and a right export would be refused, so where there is a GPU a child process
+    computes. The weights are rounded as the export rounds them: only the structure is compared.
     """
-    if not torch.cuda.is_available():
-        return lambda tokens: _nested_logits(family.checkpoint, member.subnet, dtypes, tokens)
-    told = json.dumps({"subnet": asdict(member.subnet), "dtypes": dtypes.to_json()})
+    if torch.cuda.is_available():
+        return partial(logits_in_child, checkpoint, subnet, dtypes)
+    return partial(nested_logits, checkpoint, subnet, dtypes)
 
-    def logits(tokens: Tensor) -> Tensor:
-        answer = run_without_gpu("elastic.train.export_check", [str(family.checkpoint), told], {"tokens": tokens})
-        return answer["logits"]
 
-    return logits
+def logits_in_child(checkpoint: Path, subnet: Subnet, dtypes: DtypeRule, tokens: Tensor) -> Tensor:
+    """Compute `nested_logits` in a process that sees no GPU; raises ExportError if it fails."""
+    told = json.dumps({"subnet": asdict(subnet), "dtypes": dtypes.to_json()})
+    try:
+        return run_without_gpu("elastic.train.export_check", [str(checkpoint), told], {"tokens": tokens})["logits"]
+    except ChildError as error:
+        raise ExportError(f"the logits to compare with were not computed: {error}") from error
 
 
 @torch.no_grad()
-def _nested_logits(checkpoint: Path, subnet: Subnet, dtypes: DtypeRule, tokens: Tensor) -> Tensor:
+def nested_logits(checkpoint: Path, subnet: Subnet, dtypes: DtypeRule, tokens: Tensor) -> Tensor:
+    """Return logits [B, S, V] of `subnet` in the checkpoint's nested model, in fp32, from tokens [B, S]."""
     record, gates = Record.read(checkpoint), Gates.slice(subnet)
     tensors = StoredTensors(checkpoint, record.shape)
     with world(Layout()) as here:
@@ -102,7 +108,7 @@ def _main(checkpoint: str, told: str, given: str, answer: str) -> None:
         name: tuple(value) if isinstance(value, list) else value for name, value in content["subnet"].items()
     }
     tokens = load_file(given)["tokens"]
-    logits = _nested_logits(Path(checkpoint), Subnet(**fields), DtypeRule.from_json(content["dtypes"]), tokens)
+    logits = nested_logits(Path(checkpoint), Subnet(**fields), DtypeRule.from_json(content["dtypes"]), tokens)
     save_file({"logits": logits.contiguous()}, answer)
 
 

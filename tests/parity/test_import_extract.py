@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from elastic.compress.hf_config import HfSettings, hf_config
+from elastic.compress.hf_config import ExportError, HfSettings, hf_config
+from elastic.compress.hf_dtypes import DtypeRule
 from elastic.compress.hf_folder import open_hf_folder
 from elastic.compress.tensor_files import TensorFolder
 from elastic.modules.model import Layout, build_model
@@ -20,8 +21,10 @@ from elastic.space.shape import ModelShape
 from elastic.train.checkpoint import CheckpointError, Trainable, load_checkpoint
 from elastic.train.checkpoint_find import resolve_checkpoint
 from elastic.train.checkpoint_reader import StoredTensors
-from elastic.train.config_family import ExtractConfig, ImportConfig
+from elastic.train.checkpoint_writer import UnfinishedError
+from elastic.train.config_family import ExtractConfig, ImportConfig, SubnetConfig
 from elastic.train.config_load import load
+from elastic.train.export_check import logits_in_child, nested_logits
 from elastic.train.parallel import join_world
 from elastic.train.record import Record
 from elastic.train.run_extract import EXTRACTION_FILE, run_extract
@@ -31,7 +34,7 @@ from tests.distributed.harness import run_distributed
 from tests.parity.hf_models import SHAPES, logits, relative_error, stock_model, tiny
 from tests.parity.model_factory import submodel_space
 
-QUIET = Console(quiet=True)
+QUIET, BF16 = Console(quiet=True), DtypeRule.trained(torch.bfloat16)
 TOKENS = torch.randint(40, (2, 33), generator=torch.Generator().manual_seed(0))
 FORMATS = ("fp32", "bf16", "bf16 with fp32 A_log and D")
 # Each shape with one of the three number formats; the last one is a wide head as in the published parent.
@@ -231,6 +234,39 @@ def test_an_import_is_gone_on_with_and_never_repeated(tmp_path: Path, monkeypatc
     back = extracted(tmp_path, run) / "parent"
     original = weights(tmp_path / "stock")
     assert all(torch.equal(original[key], tensor) for key, tensor in weights(back).items())
+
+
+def test_an_import_is_not_gone_on_with_from_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock_folder(tmp_path / "stock", SHAPES["groups 2, tied head"], "fp32")
+    (tmp_path / "stock" / "adapter.json").symlink_to("nowhere")  # nobody reads it
+    template = tmp_path / "stock" / "chat_template.jinja"
+    template.write_text("{{ messages }}")
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Record, "write", killed)  # when the template has been copied already
+        imported(tmp_path, tmp_path / "stock")
+    template.rename(tmp_path / "elsewhere")
+    with pytest.raises(UnfinishedError, match=r"left unfinished by another run: .*chat_template\.jinja"):
+        imported(tmp_path, tmp_path / "stock")
+    (tmp_path / "elsewhere").rename(template)
+    checkpoint = resolve_checkpoint(imported(tmp_path, tmp_path / "stock"))
+    assert (checkpoint / "hugging_face" / template.name).read_text() == "{{ messages }}"
+
+
+def test_a_child_without_a_gpu_computes_the_same_logits(tmp_path: Path) -> None:
+    shape = SHAPES["groups 4, five queries per KV head"]
+    stock_folder(tmp_path / "stock", shape, "bf16")
+    checkpoint = resolve_checkpoint(imported(tmp_path, tmp_path / "stock"))
+    subnet = SubnetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in narrowed(shape).items()}).subnet(
+        shape
+    )
+    here, child = (compute(checkpoint, subnet, BF16, TOKENS) for compute in (nested_logits, logits_in_child))
+    assert here.shape == (*TOKENS.shape, shape.vocab) and relative_error(child, here) < 1e-6
+    with pytest.raises(ExportError, match="not computed"):
+        logits_in_child(tmp_path / "nowhere", subnet, BF16, TOKENS)
 
 
 def test_a_malformed_folder_leaves_nothing(tmp_path: Path) -> None:

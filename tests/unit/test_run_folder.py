@@ -74,7 +74,7 @@ def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         decided_by_rank_0(lambda: prepare_run_folder(settings, {}), None)
 
 
-@pytest.mark.parametrize("name", ["../planted", "/tmp/planted", "a/b", "", ".hidden", "a b", "x" * 101])
+@pytest.mark.parametrize("name", ["../planted", "/srv/planted", "a/b", "", ".hidden", "a b", "x" * 101])
 def test_a_name_that_leads_elsewhere_is_no_budget(tmp_path: Path, name: str) -> None:
     with pytest.raises(BudgetError, match="a name is made of letters"):
         Budget(name, Metric.PARAMS, 1.0)

@@ -20,10 +20,10 @@ BAD: tuple[BadConfig, ...] = (
     ),
     (
         ExtractConfig,
-        {"subnets": [{"name": "/tmp/thin", "hidden": 64}]},
+        {"subnets": [{"name": "/srv/thin", "hidden": 64}]},
         1,
-        'subnets.0.name = "/tmp/thin": it names a folder, too: letters, digits, _ . + and -, the first a letter, a '
-        "digit or _; nearest legal value is tmpthin",
+        'subnets.0.name = "/srv/thin": it names a folder, too: letters, digits, _ . + and -, the first a letter, a '
+        "digit or _; nearest legal value is srvthin",
     ),
     # the curriculum
     (
