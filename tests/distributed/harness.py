@@ -210,6 +210,10 @@ def _rank_main(folder: Path, rank: int, world_size: int, deadline_s: float, env:
             world_size=world_size,
             timeout=datetime.timedelta(seconds=max(deadline_s - time.monotonic(), 0.0) + 60.0),
         )
+        # A rank whose function ends at once would close connections that another is still making.
+        (folder / f"joined_{rank}").touch()
+        while not all((folder / f"joined_{other}").exists() for other in range(world_size)):
+            time.sleep(0.005)
         fn, args, kwargs = torch.load(folder / "call", weights_only=False)
         result = fn(*args, **kwargs)
         # Written aside and renamed: a result that cannot be saved must not look like one.
