@@ -34,6 +34,8 @@ from elastic.train.spikes import LossSpikes
 from elastic.train.trainer import Callback, Trainer
 from elastic.train.watchdog import Watchdog
 
+GO_ON = "set exp_manager.resume_if_exists=true and exp_manager.overwrite=false"
+
 
 def run_pretrain(config: PretrainConfig, console: Console) -> Path:
     """Train a parent from scratch with cross-entropy; returns the run folder."""
@@ -205,7 +207,8 @@ def _fit(
             reason = "the curriculum's end" if trainer.step == whole else f"trainer.max_steps of {whole} steps"
             write_finished(folder, trainer.step, reason)
         else:
-            console.print(f"stopped by {trainer.stop_reason} after step {trainer.step}; run the same command to go on")
+            again = "run the same command" if settings.resume_if_exists else GO_ON
+            console.print(f"stopped by {trainer.stop_reason} after step {trainer.step}; {again} to go on")
     return folder
 
 
