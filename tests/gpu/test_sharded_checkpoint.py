@@ -1,0 +1,65 @@
+"""A bf16 run on a GPU, with and without the distributed optimizer, goes on from its checkpoint."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes._tiny_family import prepare_corpus
+from tests.distributed.training import place, write_corpus
+
+pytestmark = pytest.mark.gpu
+
+ROOT = Path(__file__).parents[2]
+STEPS = 6
+MODEL = dict(
+    pattern="M-*-M", vocab_multiple=64, hidden=128, ffn=256, mamba_heads=8, head_channels=32, mamba_groups=2,
+    mamba_state=32, attention_heads=4, kv_heads=2, attention_channels=32,
+)  # fmt: skip
+# A process of its own: it joins NCCL as a run under no launcher does.
+PRETRAIN = """
+import json, sys
+from rich.console import Console
+from elastic.train.config import PretrainConfig
+from elastic.train.config_load import load
+from elastic.train.run_training import run_pretrain
+run_pretrain(load(PretrainConfig, json.loads(sys.argv[1])), Console(quiet=True))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded")
+    write_corpus(folder / "corpus")
+    prepare_corpus(folder)
+    return folder
+
+
+def pretrain(folder: Path, version: str, sharded: bool, **trainer: Any) -> list[float]:
+    """Train in bf16, or go on; return the cross-entropy of every step so far."""
+    values = dict(
+        model=MODEL,
+        data=dict(path=str(folder / "data"), micro_batch=2, validation_sequences=4),
+        optim=dict(use_distributed_optimizer=sharded),
+        trainer=dict(precision="bf16", log_every_n_steps=1, checkpoint_every_n_steps=3, **trainer),
+        curriculum=[dict(name="pretrain", sequence_length=128, global_batch=4, steps=STEPS, lr=dict(peak=1e-2))],
+        exp_manager=place(folder, version),
+    )
+    command = [sys.executable, "-c", PRETRAIN, json.dumps(values)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=600)
+    rows = map(json.loads, (folder / "run" / version / "metrics.jsonl").read_text().splitlines())
+    return [row["train/parent/cross_entropy"] for row in rows if "train/parent/cross_entropy" in row]
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["adam", "adam_sharded"])
+def test_a_resumed_run_goes_on_as_the_uninterrupted_one(folder: Path, sharded: bool) -> None:
+    """Kernels add with atomics, so not to the last digit; a state in the wrong place is far off."""
+    whole = pretrain(folder, f"whole_{sharded}", sharded)
+    pretrain(folder, f"stopped_{sharded}", sharded, max_steps=3)
+    resumed = pretrain(folder, f"stopped_{sharded}", sharded)
+    assert len(whole) == len(resumed) == STEPS and whole[-1] < whole[0]
+    assert resumed == pytest.approx(whole, rel=1e-2)
