@@ -101,7 +101,7 @@ def main() -> None:
     console = Console()
     console.print(f"torch {torch.__version__}, {os.cpu_count()} cores, 1 thread, {arguments.rounds} rounds")
     parts = PARTS if arguments.only is None else (arguments.only,)
-    precisions = timed_precisions()
+    precisions = timed_precisions() if {"execution", "kl"}.intersection(parts) else (torch.float32, torch.bfloat16)
     if torch.bfloat16 not in precisions:
         console.print(
             "no instructions for bf16 here (a CPU needs AVX-512): times of a step and of the loss in fp32 only"

@@ -25,11 +25,10 @@ from elastic.train.config_files import load_run
 from elastic.train.config_load import load
 from elastic.train.config_rules_layout import Cluster
 from elastic.train.parallel import world
-from elastic.train.prepare import prepare
-from elastic.train.prepare_config import PrepareConfig
 from elastic.train.record import Family, Record
 from elastic.train.run_extract import run_extract
 from elastic.train.run_generate import CONTROL_CODES, run_generate
+from recipes._tiny_family import prepare_corpus
 from tests.distributed.harness import run_distributed
 from tests.distributed.training import place, tiny_run_space, write_corpus
 from tests.parity.model_factory import build_lively
@@ -87,8 +86,7 @@ def folder_with_more_ends(start: Path, token: int) -> Path:
 def _on_one_process(start: Path) -> dict[str, Any]:
     """Make a family, export it, and run the verb in all its ways; one process, so that its imports happen once."""
     write_corpus(start / "corpus")
-    data = dict(paths=[str(start / "corpus")], suffixes=[".txt"], vocab_size=300, validation_ratio=0.2)
-    prepare(PrepareConfig(output_dir=str(start / "data"), **data))
+    prepare_corpus(start)
     save_lively_family(start)
     family = dict(init_from=dict(checkpoint=str(start / "run" / "writer")), exp_manager=place(start, "written"))
     run_extract(load(ExtractConfig, family), Console(quiet=True))
