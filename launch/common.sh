@@ -124,7 +124,7 @@ preflight() { # arguments: verb and its overrides; ends the job with every probl
   run preflight "$PY" "$REPO/recipes/preflight.py" --gpus="$GPUS_PER_NODE" --port="$MASTER_PORT" --plan="$LOGS/plan" \
     --processes="$((NODES * PROCESSES_PER_NODE))" ${PHASE:+--phase="$PHASE"} "$@" || report preflight
   if [ "$1" = smoke ] || [ "$(planned finished)" = yes ]; then return; fi
-  torchrun -m elastic.train.collective_check --folder="$(planned run_dir)"
+  torchrun -m elastic.preflight.collective --folder="$(planned run_dir)"
   run collective timeout --kill-after=10 "$COLLECTIVE_CHECK_S" "${TORCHRUN[@]}" || code=$?
   if [ "$code" -ne 0 ]; then report collective; fi
 }

@@ -8,7 +8,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from elastic.train.config_load import ConfigError, Problem
+from elastic.config.load import ConfigError, Problem
 
 CONFIG_NAME = ("--config-name", "-cn")
 OTHER_FOLDERS = ("--config-path", "-cp", "--config-dir", "-cd")

@@ -17,11 +17,11 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.text import Text
 
-from elastic.train.config import RunConfig
-from elastic.train.config_files import load_run
-from elastic.train.config_load import ConfigError
-from elastic.train.config_rules import Cluster
-from elastic.train.config_sections import ComputeConfig
+from elastic.config.load import ConfigError
+from elastic.config.rules import Cluster
+from elastic.config.sections import ComputeConfig
+from elastic.config.training import RunConfig
+from elastic.verbs.inputs import load_run
 from recipes._arguments import check_arguments
 
 CONF = Path(__file__).resolve().parent.parent / "conf"

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from elastic.train.agent import end_with_agent
+from elastic.world.agent import end_with_agent
 
 __all__ = ["hydra_runner"]
 
@@ -47,7 +47,7 @@ with held_back_output():
     from nemo.core.config import hydra_runner
     from nemo.utils import logging as nemo_logging
 
-    import elastic.modules.model  # noqa: F401 (brings in the rest of Megatron-Core, which warns of each absent package)
+    import elastic.model.model  # noqa: F401 (brings in the rest of Megatron-Core, which warns of each absent package)
 
 # NeMo's logger would reformat every Python warning and report it as its own.
 nemo_logging.captureWarnings(False)

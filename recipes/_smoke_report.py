@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from elastic.checkpoint.find import list_checkpoints
+from elastic.checkpoint.record import Record
+from elastic.data.stream import PackedSequences, TokenStream, validation_batches
 from elastic.space.pattern import LayerKind
 from elastic.space.shape import WIDTH_FIELD, ModelShape
-from elastic.train.checkpoint_find import list_checkpoints
-from elastic.train.data import PackedSequences, TokenStream, validation_batches
-from elastic.train.record import Record
 
 UNITS = {LayerKind.MAMBA: "Mamba\nheads", LayerKind.MLP: "FFN\nneurons", LayerKind.ATTENTION: "query\nheads"}
 

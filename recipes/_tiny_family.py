@@ -6,13 +6,13 @@ from typing import Any
 
 from rich.console import Console
 
-from elastic.train.agent import end_with_agent
-from elastic.train.config import ElasticConfig, ImportanceConfig, PretrainConfig
-from elastic.train.config_load import load
-from elastic.train.prepare import prepare
-from elastic.train.prepare_config import PrepareConfig
-from elastic.train.run_importance import run_importance
-from elastic.train.run_training import run_elastic, run_pretrain
+from elastic.config.load import load
+from elastic.config.training import ElasticConfig, ImportanceConfig, PretrainConfig
+from elastic.data.prepare import prepare
+from elastic.data.prepare_config import PrepareConfig
+from elastic.verbs.estimate_importance import run_importance
+from elastic.verbs.training import run_elastic, run_pretrain
+from elastic.world.agent import end_with_agent
 
 MODEL = dict(
     pattern="M-*-", vocab_multiple=32, hidden=32, ffn=64, mamba_heads=4, head_channels=8, mamba_groups=2,

@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from elastic.modules.model import Layout
-from elastic.train.parallel import world
+from elastic.model.model import Layout
+from elastic.world.groups import world
 from recipes.benchmarks import conversion, execution, full_size, kl, serving
 from recipes.benchmarks._precisions import timed_precisions
 

@@ -9,8 +9,8 @@ from recipes._nemo import hydra_runner  # isort: skip (first, it holds back what
 from omegaconf import DictConfig
 from rich.console import Console
 
-from elastic.train.config import CostConfig
-from elastic.train.run_cost import run_cost
+from elastic.config.training import CostConfig
+from elastic.verbs.cost import run_cost
 from recipes._common import load_config, run
 
 MIN_COLUMNS = 100  # what the tables take; a narrower terminal, or a job's log, wraps instead of losing digits

@@ -8,8 +8,8 @@ from recipes._nemo import hydra_runner  # isort: skip (first, it holds back what
 from omegaconf import DictConfig
 from rich.console import Console
 
-from elastic.train.config import ImportanceConfig
-from elastic.train.run_importance import run_importance
+from elastic.config.training import ImportanceConfig
+from elastic.verbs.estimate_importance import run_importance
 from recipes._common import load_config, run
 
 

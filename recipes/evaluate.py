@@ -5,8 +5,8 @@ from recipes._nemo import hydra_runner  # isort: skip (first, it holds back what
 from omegaconf import DictConfig
 from rich.console import Console
 
-from elastic.train.config_family import EvaluateConfig
-from elastic.train.run_evaluate import run_evaluate
+from elastic.config.serving import EvaluateConfig
+from elastic.verbs.evaluate import run_evaluate
 from recipes._common import load_config, run
 
 

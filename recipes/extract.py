@@ -8,8 +8,8 @@ from recipes._nemo import hydra_runner  # isort: skip (first, it holds back what
 from omegaconf import DictConfig
 from rich.console import Console
 
-from elastic.train.config_family import ExtractConfig
-from elastic.train.run_extract import run_extract
+from elastic.config.serving import ExtractConfig
+from elastic.verbs.extract import run_extract
 from recipes._common import load_config, run
 
 

@@ -5,8 +5,8 @@ from recipes._nemo import hydra_runner  # isort: skip (first, it holds back what
 from omegaconf import DictConfig
 from rich.console import Console
 
-from elastic.train.config_family import GenerateConfig
-from elastic.train.run_generate import run_generate
+from elastic.config.serving import GenerateConfig
+from elastic.verbs.generate import run_generate
 from recipes._common import load_config, run
 
 

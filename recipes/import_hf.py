@@ -8,8 +8,8 @@ from recipes._nemo import hydra_runner  # isort: skip (first, it holds back what
 from omegaconf import DictConfig
 from rich.console import Console
 
-from elastic.train.config_family import ImportConfig
-from elastic.train.run_import import run_import
+from elastic.config.serving import ImportConfig
+from elastic.verbs.import_hf import run_import
 from recipes._common import load_config, run
 
 

@@ -13,8 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from elastic.train.config_load import Problem
-from elastic.train.preflight_node import (
+from elastic.config.load import Problem
+from elastic.preflight.node import (
     KERNEL_MODULES,
     Node,
     node_number,
@@ -59,12 +59,12 @@ def check_run(options: argparse.Namespace, node: Node) -> list[Problem]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from elastic.train.config import ElasticConfig, ImportanceConfig, PretrainConfig, VerbConfig
-    from elastic.train.config_family import EvaluateConfig
-    from elastic.train.config_files import load_run
-    from elastic.train.config_load import ConfigError
-    from elastic.train.config_rules_layout import Cluster
-    from elastic.train.preflight_run import plan_run, run_problems
+    from elastic.config.load import ConfigError
+    from elastic.config.rules_layout import Cluster
+    from elastic.config.serving import EvaluateConfig
+    from elastic.config.training import ElasticConfig, ImportanceConfig, PretrainConfig, VerbConfig
+    from elastic.preflight.run import plan_run, run_problems
+    from elastic.verbs.inputs import load_run
 
     kinds: dict[str, type[VerbConfig]] = {
         "train_elastic": ElasticConfig,

@@ -8,8 +8,8 @@ from recipes._nemo import hydra_runner  # isort: skip (first, it holds back what
 from omegaconf import DictConfig
 from rich.console import Console
 
-from elastic.train.prepare import prepare, skip_lines
-from elastic.train.prepare_config import PrepareConfig
+from elastic.data.prepare import prepare, skip_lines
+from elastic.data.prepare_config import PrepareConfig
 from recipes._common import load_config, run
 
 

@@ -5,8 +5,8 @@ from recipes._nemo import hydra_runner  # isort: skip (first, it holds back what
 from omegaconf import DictConfig
 from rich.console import Console
 
-from elastic.train.config import PretrainConfig
-from elastic.train.run_training import run_pretrain
+from elastic.config.training import PretrainConfig
+from elastic.verbs.training import run_pretrain
 from recipes._common import load_config, run
 
 

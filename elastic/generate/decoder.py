@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from elastic.modules.cache import empty_cache
-from elastic.modules.head import gathered_logits
-from elastic.modules.model import ElasticModel
+from elastic.model.cache import empty_cache
+from elastic.model.head import gathered_logits
+from elastic.model.model import ElasticModel
 from elastic.space.gates import Gates
 from elastic.space.subnet import Subnet
 

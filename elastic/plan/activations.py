@@ -1,6 +1,6 @@
 """What one layer keeps for its backward pass, tensor by tensor, and what the backward pass needs beside it.
 
-Read off `elastic.modules` and the two kernel sets; tests/distributed/test_plan.py holds it against live tensors. e is
+Read off `elastic.model` and the two kernel sets; tests/distributed/test_plan.py holds it against live tensors. e is
 the bytes of an element; a half-precision norm works on an fp32 copy, which it keeps. The letters are those of `work`.
 """
 

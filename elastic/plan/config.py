@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass, field
 from typing import Annotated
 
-from elastic.train.config import CostConfig, ElasticConfig, PermutedParentInput
-from elastic.train.config_sections import DataConfig, ParallelConfig
-from elastic.train.config_types import Count, Name, Positive, PositiveOrZero, Range, Share
+from elastic.config.sections import DataConfig, ParallelConfig
+from elastic.config.training import CostConfig, ElasticConfig, PermutedParentInput
+from elastic.config.types import Count, Name, Positive, PositiveOrZero, Range, Share
 
 SpareShare = Annotated[float, Range(low=0, high=1, open_high=True)]
 

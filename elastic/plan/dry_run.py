@@ -1,7 +1,7 @@
 """The rehearsal: one rank of a large job, the project's own code on tensors without memory.
 
 torch's fake process group answers every collective at once, FakeTensorMode gives tensors shapes and no storage. The
-run builds student and teacher, Megatron-Core's data-parallel wrapper and pipeline schedule as `run_training` does, and
+run builds student and teacher, Megatron-Core's data-parallel wrapper and pipeline schedule as `verbs/training.py` does, and
 traces teacher, forward, recompute, backward and gradient reduction of one step. The optimizer is left out: its
 grad norm decides on values.
 """
@@ -20,19 +20,19 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from elastic.modules.cpu_backend import use_cpu_backend
-from elastic.modules.model import Layout, build_model
-from elastic.modules.specs import Kernels
+from elastic.config.elastic import DistillConfig
+from elastic.config.sections import OptimConfig
+from elastic.model.cpu_backend import use_cpu_backend
+from elastic.model.model import Layout, build_model
+from elastic.model.specs import Kernels
 from elastic.plan.live import CollectiveBytes, LiveBytes, ProductFlops
 from elastic.plan.stand_ins import STAND_INS
 from elastic.plan.work import KernelSet, MicroBatchWork
 from elastic.space.axes import Space
 from elastic.space.gates import Execution, Gates
-from elastic.train.config_elastic import DistillConfig
-from elastic.train.config_sections import OptimConfig
 from elastic.train.optimizer import build_optimizer, wrap_for_training
-from elastic.train.parallel import World
 from elastic.train.pipeline import MicroBatch, PipelineRunner
+from elastic.world.groups import World
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cache
 
-from elastic.modules.model import Layout
-from elastic.modules.sharding import sharded_dim
+from elastic.model.model import Layout
+from elastic.model.sharding import sharded_dim
 from elastic.plan.activations import checkpoint_bytes, fused_scan_workspace_bytes, saved_bytes
 from elastic.plan.work import FP32_BYTES, KernelSet, LayerWork, MicroBatchWork, distinct, stage_layers
 from elastic.space.axes import Axis

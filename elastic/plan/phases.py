@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from elastic.modules.model import Layout
+from elastic.config.elastic import ElasticPhaseConfig
+from elastic.config.sections import ParallelConfig
+from elastic.model.model import Layout
 from elastic.plan.config import PlanConfig
 from elastic.plan.flops import Flops, StageFlops, stage_flops
 from elastic.plan.memory import OptimizerSharding, StageMemory, stage_memory
@@ -13,9 +15,7 @@ from elastic.space.axes import Space
 from elastic.space.gates import Execution
 from elastic.space.reach import Sample, sample_subnet
 from elastic.space.subnet import Subnet
-from elastic.train.config_elastic import ElasticPhaseConfig
-from elastic.train.config_sections import ParallelConfig
-from elastic.train.parallel import model_layout
+from elastic.world.groups import model_layout
 
 
 @dataclass(frozen=True)

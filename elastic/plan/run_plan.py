@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
+from elastic.config.load import ConfigError
 from elastic.plan.advice import warnings
 from elastic.plan.config import PlanConfig
 from elastic.plan.phases import budget_samples
@@ -20,9 +21,8 @@ from elastic.plan.report import (
     work_table,
 )
 from elastic.plan.search import Candidate, candidate, run_problems, search
-from elastic.train.config_load import ConfigError
-from elastic.train.report_file import check_output, write_output
-from elastic.train.run_cost import cost_space
+from elastic.verbs.cost import cost_space
+from elastic.verbs.report_file import check_output, write_output
 
 
 def run_plan(config: PlanConfig, console: Console) -> dict[str, Any]:

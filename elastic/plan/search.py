@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from elastic.config.load import Problem
+from elastic.config.rules import RULES, rule_problems
+from elastic.config.rules_layout import Cluster
+from elastic.config.sections import ParallelConfig
 from elastic.plan.config import PlanConfig
 from elastic.plan.phases import PhasePlan, phase_plans
 from elastic.plan.timing import StepTime, step_time
 from elastic.space.reach import Sample
-from elastic.train.config_load import Problem
-from elastic.train.config_rules import RULES, rule_problems
-from elastic.train.config_rules_layout import Cluster
-from elastic.train.config_sections import ParallelConfig
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from elastic.modules.specs import Kernels
+from elastic.model.specs import Kernels
 from elastic.plan.activations import FUSED_CHUNK_TOKENS
 
 

@@ -1,6 +1,6 @@
 """Bytes of collectives of a step: the payload is the whole tensor that is gathered, scattered, reduced or exchanged.
 
-Read off Megatron-Core's tensor-parallel layers and mappings, `elastic.modules` and `elastic.train`. The letters are
+Read off Megatron-Core's tensor-parallel layers and mappings, `elastic.model` and `elastic.train`. The letters are
 those of `work`. Left out for their size: gate gradients, router gradients, the grad norm, the tokens of a batch.
 """
 

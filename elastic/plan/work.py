@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 
-from elastic.modules.model import Layout
-from elastic.modules.segments import balanced_segments
+from elastic.model.model import Layout
+from elastic.model.segments import balanced_segments
 from elastic.space.axes import Axis
 from elastic.space.gates import Execution
 from elastic.space.pattern import LayerKind

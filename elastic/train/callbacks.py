@@ -1,9 +1,9 @@
 """What happens around the steps of a run: validation. Saving is in save_checkpoints.py, signals in signals.py."""
 
+from elastic.data.stream import PackedSequences
 from elastic.train.chosen import chosen_gates
-from elastic.train.data import PackedSequences
 from elastic.train.evaluation import evaluate_subnets
-from elastic.train.logging import RunLog
+from elastic.train.log import RunLog
 from elastic.train.trainer import StepResult, Trainer
 
 

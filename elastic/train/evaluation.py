@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 
+from elastic.data.stream import PackedSequences, validation_batches
 from elastic.space.gates import Gates
-from elastic.train.data import PackedSequences, validation_batches
 from elastic.train.metrics import LossMeter, MeanLoss
-from elastic.train.parallel import World
 from elastic.train.pipeline import PipelineRunner
+from elastic.world.groups import World
 
 
 def evaluate_subnets(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from elastic.space.axes import Axis
-from elastic.train.parallel import World
+from elastic.world.groups import World
 
 STREAM_AXES = (Axis.HIDDEN, Axis.DEPTH)
 

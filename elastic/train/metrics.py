@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elastic.train.parallel import World
 from elastic.train.pipeline import MicroBatchLoss
+from elastic.world.groups import World
 
 _COLUMNS = ("kl", "cross_entropy", "kl_tokens", "num_tokens")  # no teacher, no kl: its tokens are counted apart
 

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastic.modules.initialize import named_global_parameters
-from elastic.modules.model import ElasticModel
+from elastic.data.stream import Batch
+from elastic.model.initialize import named_global_parameters
+from elastic.model.model import ElasticModel
 from elastic.router.draw import Draw
+from elastic.run.folder import write_json
 from elastic.space.gates import Gates
-from elastic.train.data import Batch
-from elastic.train.parallel import World
 from elastic.train.pipeline import MicroBatchLoss
-from elastic.train.run_folder import write_json
+from elastic.world.groups import World
 
 NONFINITE_FOLDER = "nonfinite"
 MAX_DUMPS = 20  # files one rank writes in one run; ours

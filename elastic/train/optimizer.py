@@ -9,10 +9,10 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from elastic.modules.model import ElasticModel
-from elastic.train.config_sections import OptimConfig
-from elastic.train.optimizer_state import count_in_order
-from elastic.train.parallel import World
+from elastic.checkpoint.optimizer_state import count_in_order
+from elastic.config.sections import OptimConfig
+from elastic.model.model import ElasticModel
+from elastic.world.groups import World
 
 
 def wrap_for_training(model: ElasticModel, optim: OptimConfig) -> DistributedDataParallel:

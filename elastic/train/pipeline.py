@@ -13,14 +13,14 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from elastic.config.elastic import DistillConfig
+from elastic.data.stream import Batch
 from elastic.distill.kl import distillation_loss
-from elastic.modules.forward import context_parallel_slice
-from elastic.modules.head import parallel_hidden
-from elastic.modules.model import ElasticModel
+from elastic.model.forward import context_parallel_slice
+from elastic.model.head import parallel_hidden
+from elastic.model.model import ElasticModel
 from elastic.space.gates import Gates
-from elastic.train.config_elastic import DistillConfig
-from elastic.train.data import Batch
-from elastic.train.parallel import World
+from elastic.world.groups import World
 
 
 @dataclass(frozen=True)

@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup, ReduceOp
 from torch.optim import Optimizer
 
-from elastic.modules.initialize import named_global_parameters
-from elastic.modules.model import ElasticModel
-from elastic.modules.sharding import sharded_dim
+from elastic.data.stream import Batch
+from elastic.model.initialize import named_global_parameters
+from elastic.model.model import ElasticModel
+from elastic.model.sharding import sharded_dim
 from elastic.router.phases import Place
 from elastic.space.gates import Gates
-from elastic.train.data import Batch
-from elastic.train.fingerprint import fingerprint, text_fingerprint
-from elastic.train.parallel import World
+from elastic.world.fingerprint import fingerprint, text_fingerprint
+from elastic.world.groups import World
 
 EMBEDDING = "embedding.word_embeddings.weight"
 COPIED = ("weight ", "main weight ", "Adam ")  # what a replica has a copy of

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from elastic.checkpoint.checkpoint import begin_save
+from elastic.checkpoint.find import checkpoint_folder, list_checkpoints
+from elastic.checkpoint.manifest import damages, step_of
+from elastic.checkpoint.save import CheckpointWrite, SavedCheckpoint
 from elastic.train.callbacks import NoCallback
-from elastic.train.checkpoint import begin_save
-from elastic.train.checkpoint_find import checkpoint_folder, list_checkpoints
-from elastic.train.checkpoint_manifest import damages, step_of
-from elastic.train.checkpoint_save import CheckpointWrite, SavedCheckpoint
-from elastic.train.logging import RunLog
+from elastic.train.log import RunLog
 from elastic.train.trainer import StepResult, Trainer
 
 REMOVING = ".removing"

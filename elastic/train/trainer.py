@@ -11,18 +11,18 @@ from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from elastic.checkpoint.checkpoint import Trainable, TrainingState
+from elastic.checkpoint.record import Record
+from elastic.data.phases import PhaseData
 from elastic.router.draw import Draw, GateSource
 from elastic.router.phases import Curriculum, Place
-from elastic.train.checkpoint import Trainable, TrainingState
 from elastic.train.gate_gradients import sum_gate_gradients, sum_router_gradients
 from elastic.train.nonfinite import SkippedSteps, StepParts, judge
 from elastic.train.optimizer import apply_gradients, gradient_norm, largest_gradients, set_learning_rate
-from elastic.train.parallel import World
-from elastic.train.phase_data import PhaseData
 from elastic.train.pipeline import MicroBatchLoss, PipelineRunner
-from elastic.train.record import Record
 from elastic.train.sanity import Sanity
-from elastic.train.watchdog import Progress
+from elastic.world.groups import World
+from elastic.world.watchdog import Progress
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic.compress.hf_config import HfSettings, hf_config
-from elastic.compress.hf_dtypes import DtypeRule
-from elastic.compress.hf_names import hf_sizes
-from elastic.compress.tensor_files import TensorSpec, write_tensors
+from elastic.hf.config import HfSettings, hf_config
+from elastic.hf.dtypes import DtypeRule
+from elastic.hf.names import hf_sizes
+from elastic.hf.tensor_files import TensorSpec, write_tensors
 from elastic.space.shape import ModelShape
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,8 +9,8 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from elastic.modules.model import Layout, build_model, transformer_config
-from elastic.modules.specs import Kernels, plain_stack_spec
+from elastic.model.model import Layout, build_model, transformer_config
+from elastic.model.specs import Kernels, plain_stack_spec
 from elastic.space.axes import Axis, AxisChoices, Space
 from elastic.space.cost import shape_cost, subnet_cost
 from elastic.space.gates import Gates
@@ -100,7 +100,7 @@ def _scaled(shape: ModelShape, share: float) -> Subnet:
 
 def plain_model(shape: ModelShape, layout: Layout) -> nn.Module:
     """Build the stock HybridModel of `shape` with the same state-space and attention kernels."""
-    from elastic.modules.initialize import initialize_parameters
+    from elastic.model.initialize import initialize_parameters
 
     model = HybridModel(
         transformer_config(shape, layout),

@@ -6,19 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic.modules.initialize import named_global_parameters
-from elastic.modules.model import Layout, build_model
-from elastic.modules.sharding import unshard_tensors
+from elastic.config.elastic import DistillConfig
+from elastic.config.sections import OptimConfig
+from elastic.data.stream import Batch
+from elastic.model.initialize import named_global_parameters
+from elastic.model.model import Layout, build_model
+from elastic.model.sharding import unshard_tensors
 from elastic.space.axes import Axis, AxisChoices, Space
 from elastic.space.gates import Gates
 from elastic.space.shape import ModelShape
-from elastic.train.config_elastic import DistillConfig
-from elastic.train.config_sections import OptimConfig
-from elastic.train.data import Batch
 from elastic.train.gate_gradients import sum_gate_gradients
 from elastic.train.optimizer import build_optimizer, wrap_for_training
-from elastic.train.parallel import join_world
 from elastic.train.pipeline import PipelineRunner
+from elastic.world.groups import join_world
 
 SEQUENCE, MICRO_BATCH, GLOBAL_BATCH = 32, 1, 4
 

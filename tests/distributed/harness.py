@@ -35,7 +35,7 @@ PRELOAD = (
     "torch.utils.serialization",
     "megatron.core",
     "megatron.core.parallel_state",
-    "elastic.modules.model",
+    "elastic.model.model",
 )
 # Forked children must not inherit thread pools, and two cores are soon oversubscribed.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}

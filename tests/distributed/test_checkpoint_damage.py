@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from elastic.train.checkpoint_find import checkpoint_folder, list_checkpoints, newest_whole, resolve_checkpoint
-from elastic.train.checkpoint_manifest import ALWAYS_HASHED_BYTES, MANIFEST_FILE, damages, read_manifest, write_manifest
-from elastic.train.checkpoint_metadata import METADATA_FILE, CheckpointError
+from elastic.checkpoint.find import checkpoint_folder, list_checkpoints, newest_whole, resolve_checkpoint
+from elastic.checkpoint.manifest import ALWAYS_HASHED_BYTES, MANIFEST_FILE, damages, read_manifest, write_manifest
+from elastic.checkpoint.metadata import METADATA_FILE, CheckpointError
 from tests.distributed.harness import run_distributed
 from tests.distributed.training import elastic_values, rows, train
 
@@ -94,8 +94,8 @@ def verify_together(folder: Path) -> list[str]:
     """Verify with all ranks sharing the work; returns what this rank was told."""
     import torch
 
-    from elastic.modules.model import Layout
-    from elastic.train.parallel import join_world
+    from elastic.model.model import Layout
+    from elastic.world.groups import join_world
 
     return damages(folder, full=True, world=join_world(Layout(), torch.device("cpu")))
 
@@ -138,7 +138,7 @@ def test_a_run_without_a_whole_checkpoint_says_so_and_leaves_them(pair: Path) ->
 
 
 def test_a_verb_falls_back_too_and_refuses_one_named_by_hand(pair: Path) -> None:
-    from elastic.train.family import open_family
+    from elastic.verbs.family import open_family
 
     shutil.copytree(pair / "run" / "damaged", pair / "run" / "read")
     older, newest = list_checkpoints(pair / "run" / "read")

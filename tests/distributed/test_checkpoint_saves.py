@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from elastic.modules.model import Layout, build_model
-from elastic.train.checkpoint import Trainable, begin_save, load_checkpoint
-from elastic.train.checkpoint_find import checkpoint_folder, list_checkpoints
-from elastic.train.checkpoint_manifest import damages, read_manifest, writing_folder
-from elastic.train.checkpoint_metadata import CheckpointError
-from elastic.train.checkpoint_save import CheckpointWrite
-from elastic.train.parallel import World, join_world
-from elastic.train.record import Record
+from elastic.checkpoint.checkpoint import Trainable, begin_save, load_checkpoint
+from elastic.checkpoint.find import checkpoint_folder, list_checkpoints
+from elastic.checkpoint.manifest import damages, read_manifest, writing_folder
+from elastic.checkpoint.metadata import CheckpointError
+from elastic.checkpoint.record import Record
+from elastic.checkpoint.save import CheckpointWrite
+from elastic.model.model import Layout, build_model
+from elastic.world.groups import World, join_world
 from tests.distributed.elastic_step import tiny_space
 from tests.distributed.harness import run_distributed
 from tests.distributed.training import elastic_values, train

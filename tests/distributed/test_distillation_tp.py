@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from elastic.distill.kl import distillation_loss
-from elastic.modules.cpu_backend import use_cpu_backend
-from elastic.modules.head import parallel_hidden
+from elastic.model.cpu_backend import use_cpu_backend
+from elastic.model.head import parallel_hidden
 from tests.distributed.harness import run_distributed
 
 S, B, WIDTH, TEACHER_WIDTH, VOCAB = 6, 3, 8, 12, 46

@@ -9,8 +9,8 @@ from megatron.core import parallel_state
 from elastic.generate.decoder import Decoder
 from elastic.generate.sampling import Sampling
 from elastic.generate.text import Limits, Marker, PhasePlan, generate
-from elastic.modules.cpu_backend import use_cpu_backend
-from elastic.modules.model import Layout
+from elastic.model.cpu_backend import use_cpu_backend
+from elastic.model.model import Layout
 from elastic.space.subnet import Subnet
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_same_heads_any_tp import CHOICES, SPACE

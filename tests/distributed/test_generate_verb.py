@@ -13,21 +13,21 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from elastic.modules.model import Layout
-from elastic.modules.specs import Kernels
+from elastic.checkpoint.checkpoint import Trainable, save_checkpoint
+from elastic.checkpoint.find import checkpoint_folder
+from elastic.checkpoint.record import Family, Record
+from elastic.config.load import load
+from elastic.config.rules_layout import Cluster
+from elastic.config.serving import ExtractConfig, GenerateConfig
+from elastic.model.model import Layout
+from elastic.model.specs import Kernels
 from elastic.router.router import Router
 from elastic.space.budget import Budget
 from elastic.space.cost import Deployment, Metric
-from elastic.train.checkpoint import Trainable, save_checkpoint
-from elastic.train.checkpoint_find import checkpoint_folder
-from elastic.train.config_family import ExtractConfig, GenerateConfig
-from elastic.train.config_files import load_run
-from elastic.train.config_load import load
-from elastic.train.config_rules_layout import Cluster
-from elastic.train.parallel import world
-from elastic.train.record import Family, Record
-from elastic.train.run_extract import run_extract
-from elastic.train.run_generate import CONTROL_CODES, run_generate
+from elastic.verbs.extract import run_extract
+from elastic.verbs.generate import CONTROL_CODES, run_generate
+from elastic.verbs.inputs import load_run
+from elastic.world.groups import world
 from recipes._tiny_family import prepare_corpus
 from tests.distributed.harness import run_distributed
 from tests.distributed.training import place, tiny_run_space, write_corpus

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from elastic.compress.depth import rank_layers
-from elastic.compress.importance import collect_scores, make_ranking
-from elastic.modules.cpu_backend import use_cpu_backend
-from elastic.modules.forward import SequenceLengthError, context_parallel_slice, forward_hidden
-from elastic.modules.model import Layout, build_model
+from elastic.model.cpu_backend import use_cpu_backend
+from elastic.model.forward import SequenceLengthError, context_parallel_slice, forward_hidden
+from elastic.model.model import Layout, build_model
+from elastic.rank.depth import rank_layers
+from elastic.rank.importance import collect_scores, make_ranking
 from elastic.space.axes import Axis, AxisChoices, Space
 from elastic.space.gates import Gates
-from elastic.train.parallel import join_world
+from elastic.world.groups import join_world
 from tests.distributed.harness import run_distributed
 from tests.shapes import UNEVEN as SHAPE
 

@@ -6,7 +6,7 @@ Mixed budgets are in flight (soft masks, one-hot masks, slices) and activations 
 import pytest
 import torch
 
-from elastic.modules.model import Layout
+from elastic.model.model import Layout
 from tests.distributed.elastic_step import GLOBAL_BATCH, LayoutCase, elastic_step, merge
 from tests.distributed.harness import run_distributed
 

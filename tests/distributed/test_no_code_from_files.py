@@ -16,19 +16,19 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import Metadata
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from elastic.compress.hf_carried import CARRIED_FOLDER, CarriedError, read_carried
-from elastic.compress.permutation import RankingError, load_ranking
-from elastic.modules.model import Layout, build_model
-from elastic.train.checkpoint import ROUTER_FILE, STATE_FILE, Trainable, load_checkpoint, load_router
-from elastic.train.checkpoint_find import list_checkpoints, resolve_checkpoint
-from elastic.train.checkpoint_manifest import MANIFEST_FILE, write_manifest
-from elastic.train.checkpoint_metadata import LEGACY_COMMON_FILE, METADATA_FILE, CheckpointError, refuse_code
-from elastic.train.checkpoint_reader import StoredTensors
-from elastic.train.checkpoint_writer import COMMON_KEY
-from elastic.train.data import TokenStream
-from elastic.train.manifest import DataError
-from elastic.train.record import RECORD_FILE, Record, RecordError
-from elastic.train.tokenizer import load_tokenizer
+from elastic.checkpoint.checkpoint import ROUTER_FILE, STATE_FILE, Trainable, load_checkpoint, load_router
+from elastic.checkpoint.find import list_checkpoints, resolve_checkpoint
+from elastic.checkpoint.manifest import MANIFEST_FILE, write_manifest
+from elastic.checkpoint.metadata import LEGACY_COMMON_FILE, METADATA_FILE, CheckpointError, refuse_code
+from elastic.checkpoint.reader import StoredTensors
+from elastic.checkpoint.record import RECORD_FILE, Record, RecordError
+from elastic.checkpoint.writer import COMMON_KEY
+from elastic.data.manifest import DataError
+from elastic.data.stream import TokenStream
+from elastic.data.tokenizer import load_tokenizer
+from elastic.hf.carried import CARRIED_FOLDER, CarriedError, read_carried
+from elastic.model.model import Layout, build_model
+from elastic.rank.permutation import RankingError, load_ranking
 from tests.parity.model_factory import one_process
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from elastic.modules.model import Layout, build_model
+from elastic.checkpoint.find import list_checkpoints
+from elastic.config.load import load
+from elastic.config.sections import OptimConfig
+from elastic.config.training import ElasticConfig
+from elastic.model.model import Layout, build_model
 from elastic.train.callbacks import NoCallback
-from elastic.train.checkpoint_find import list_checkpoints
-from elastic.train.config import ElasticConfig
-from elastic.train.config_load import load
-from elastic.train.config_sections import OptimConfig
 from elastic.train.nonfinite import NonFiniteError
 from elastic.train.optimizer import (
     apply_gradients,
@@ -24,9 +24,9 @@ from elastic.train.optimizer import (
     set_learning_rate,
     wrap_for_training,
 )
-from elastic.train.parallel import join_world
 from elastic.train.pipeline import PipelineRunner
-from elastic.train.run_training import run_elastic
+from elastic.verbs.training import run_elastic
+from elastic.world.groups import join_world
 from tests.distributed.elastic_step import tiny_space
 from tests.distributed.harness import DistributedRunError, run_distributed
 from tests.distributed.training import CURRICULUM, elastic_values, rows, train

@@ -5,14 +5,14 @@ from unittest import mock
 import pytest
 from rich.console import Console
 
+from elastic.checkpoint.find import list_checkpoints
+from elastic.checkpoint.metadata import read_metadata
+from elastic.config.load import load
+from elastic.config.training import ElasticConfig
 from elastic.train import trainer as loop
 from elastic.train.callbacks import NoCallback
-from elastic.train.checkpoint_find import list_checkpoints
-from elastic.train.checkpoint_metadata import read_metadata
-from elastic.train.config import ElasticConfig
-from elastic.train.config_load import load
 from elastic.train.nonfinite import Finite
-from elastic.train.run_training import run_elastic
+from elastic.verbs.training import run_elastic
 from tests.distributed.harness import run_distributed
 from tests.distributed.training import elastic_values, rows, train
 

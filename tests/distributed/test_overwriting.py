@@ -6,25 +6,25 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from elastic.config.load import load
+from elastic.config.sections import ExpManagerConfig
+from elastic.config.serving import EvaluateConfig, ExtractConfig, GenerateConfig, ImportConfig
+from elastic.config.training import CostConfig, ElasticConfig, ImportanceConfig, PretrainConfig
+from elastic.data.manifest import DataError
+from elastic.data.prepare import prepare
+from elastic.data.prepare_config import PrepareConfig
 from elastic.plan.config import PlanConfig
 from elastic.plan.run_plan import run_plan
-from elastic.train.config import CostConfig, ElasticConfig, ImportanceConfig, PretrainConfig
-from elastic.train.config_family import EvaluateConfig, ExtractConfig, GenerateConfig, ImportConfig
-from elastic.train.config_load import load
-from elastic.train.config_sections import ExpManagerConfig
-from elastic.train.manifest import DataError
-from elastic.train.prepare import prepare
-from elastic.train.prepare_config import PrepareConfig
-from elastic.train.report_file import OutputError
-from elastic.train.resume import ResumeError
-from elastic.train.run_cost import run_cost
-from elastic.train.run_evaluate import run_evaluate
-from elastic.train.run_extract import run_extract
-from elastic.train.run_folder import RunFolderError, prepare_run_folder
-from elastic.train.run_generate import run_generate
-from elastic.train.run_import import run_import
-from elastic.train.run_importance import run_importance
-from elastic.train.run_training import run_elastic, run_pretrain
+from elastic.run.folder import RunFolderError, prepare_run_folder
+from elastic.run.resume import ResumeError
+from elastic.verbs.cost import run_cost
+from elastic.verbs.estimate_importance import run_importance
+from elastic.verbs.evaluate import run_evaluate
+from elastic.verbs.extract import run_extract
+from elastic.verbs.generate import run_generate
+from elastic.verbs.import_hf import run_import
+from elastic.verbs.report_file import OutputError
+from elastic.verbs.training import run_elastic, run_pretrain
 from tests.distributed.harness import DistributedRunError, run_distributed
 from tests.distributed.training import BUDGETS, MODEL, SPACE, elastic_values
 from tests.parity.hf_models import tiny

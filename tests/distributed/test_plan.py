@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from elastic.modules.model import Layout
+from elastic.config.elastic import DistillConfig, ElasticPhaseConfig
+from elastic.config.sections import OptimConfig
+from elastic.model.model import Layout
 from elastic.plan.config import PlanConfig
 from elastic.plan.dry_run import Trace, dry_run, ranks_of_stages, trace_step
 from elastic.plan.memory import OptimizerSharding
@@ -18,11 +20,9 @@ from elastic.plan.work import KernelSet, MicroBatchWork
 from elastic.space.axes import Axis, AxisChoices, Space
 from elastic.space.gates import Execution
 from elastic.space.shape import ModelShape
-from elastic.train.config_elastic import DistillConfig, ElasticPhaseConfig
-from elastic.train.config_sections import OptimConfig
-from elastic.train.parallel import world
+from elastic.world.groups import world
 from tests.distributed.harness import run_distributed
-from tests.unit.test_plan import values
+from tests.unit.plan.test_plan import values
 
 NUM_CHUNKS, LENGTH = 4, 256
 

@@ -10,21 +10,21 @@ import pytest
 import torch
 from rich.console import Console
 
-from elastic.modules.model import Layout
+from elastic.checkpoint.checkpoint import read_training_state
+from elastic.checkpoint.find import list_checkpoints
+from elastic.config.load import load
+from elastic.config.training import ElasticConfig
+from elastic.data import phases as phase_data
+from elastic.data.stream import PackedSequences, TokenStream, micro_batch
+from elastic.model.model import Layout
 from elastic.router.router import Router
-from elastic.train import phase_data
+from elastic.run.folder import RunFolderError, run_lock
+from elastic.run.resume import ResumeError
+from elastic.run.router_columns import load_router_columns
 from elastic.train.callbacks import NoCallback
-from elastic.train.checkpoint import read_training_state
-from elastic.train.checkpoint_find import list_checkpoints
-from elastic.train.config import ElasticConfig
-from elastic.train.config_load import load
-from elastic.train.data import PackedSequences, TokenStream, micro_batch
-from elastic.train.parallel import join_world
-from elastic.train.resume import ResumeError
-from elastic.train.router_columns import load_router_columns
-from elastic.train.run_folder import RunFolderError, run_lock
-from elastic.train.run_training import run_elastic
 from elastic.train.save_checkpoints import SaveCheckpoints
+from elastic.verbs.training import run_elastic
+from elastic.world.groups import join_world
 from tests.distributed.harness import DistributedRunError, run_distributed
 from tests.distributed.training import (
     BUDGETS,

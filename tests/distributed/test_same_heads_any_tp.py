@@ -8,10 +8,10 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from elastic.compress.slicing import submodel_tensors
-from elastic.modules.cpu_backend import use_cpu_backend
-from elastic.modules.initialize import named_global_parameters
-from elastic.modules.model import ElasticModel, Layout
+from elastic.model.cpu_backend import use_cpu_backend
+from elastic.model.initialize import named_global_parameters
+from elastic.model.model import ElasticModel, Layout
+from elastic.rank.slicing import submodel_tensors
 from elastic.space.axes import Axis, AxisChoices, Space
 from elastic.space.gates import Gates
 from elastic.space.nesting import Cut, DimKind, parameter_size, take

@@ -6,19 +6,19 @@ import pytest
 import torch
 from rich.console import Console
 
-from elastic.modules.initialize import named_global_parameters
-from elastic.modules.model import Layout, build_model
+from elastic.config.load import load
+from elastic.config.training import ElasticConfig
+from elastic.model.initialize import named_global_parameters
+from elastic.model.model import Layout, build_model
 from elastic.router.phases import Phase, Place
 from elastic.router.router import Router
 from elastic.router.schedules import LearningRate
 from elastic.space.axes import Axis
 from elastic.space.gates import Gates
 from elastic.train.callbacks import NoCallback
-from elastic.train.config import ElasticConfig
-from elastic.train.config_load import load
-from elastic.train.parallel import join_world
-from elastic.train.run_training import run_elastic
 from elastic.train.sanity import Sanity, SanityError
+from elastic.verbs.training import run_elastic
+from elastic.world.groups import join_world
 from tests.distributed.elastic_step import batch, tiny_space
 from tests.distributed.harness import DistributedRunError, run_distributed
 from tests.distributed.training import elastic_values, rows, train

@@ -6,12 +6,12 @@ from unittest import mock
 import pytest
 import torch
 
-from elastic.modules.model import Layout
-from elastic.train import checkpoint_find
-from elastic.train.checkpoint_find import newest_whole, resolve_checkpoint
-from elastic.train.checkpoint_manifest import write_manifest
-from elastic.train.parallel import join_world
-from elastic.train.rank_0 import SharedFileError, decided_by_rank_0
+from elastic.checkpoint import find as checkpoint_find
+from elastic.checkpoint.find import newest_whole, resolve_checkpoint
+from elastic.checkpoint.manifest import write_manifest
+from elastic.model.model import Layout
+from elastic.world.groups import join_world
+from elastic.world.rank_0 import SharedFileError, decided_by_rank_0
 from tests.distributed.harness import DistributedRunError, run_distributed
 
 

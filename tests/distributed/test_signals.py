@@ -13,14 +13,14 @@ import psutil
 import pytest
 from rich.console import Console
 
+from elastic.checkpoint.find import list_checkpoints
+from elastic.config.load import load
+from elastic.config.training import ElasticConfig
 from elastic.train import callbacks
 from elastic.train.callbacks import NoCallback
-from elastic.train.checkpoint_find import list_checkpoints
-from elastic.train.config import ElasticConfig
-from elastic.train.config_load import load
 from elastic.train.evaluation import evaluate_subnets
-from elastic.train.run_training import run_elastic
 from elastic.train.signals import SAME_SIGNAL_S, STOP_FILE_VARIABLE
+from elastic.verbs.training import run_elastic
 from tests.distributed.harness import DistributedRunError, run_distributed
 from tests.distributed.torchrun import Torchrun
 from tests.distributed.training import CURRICULUM, elastic_values, rows

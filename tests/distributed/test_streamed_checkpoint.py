@@ -13,21 +13,21 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
-from elastic.compress.slicing import parameter_names
-from elastic.modules.initialize import named_global_parameters
-from elastic.modules.model import Layout, build_model
-from elastic.modules.sharding import shard_tensor
+from elastic.checkpoint import writer as checkpoint_writer
+from elastic.checkpoint.checkpoint import Trainable, load_checkpoint, save_checkpoint
+from elastic.checkpoint.find import resolve_checkpoint
+from elastic.checkpoint.manifest import damages, writing_folder
+from elastic.checkpoint.metadata import METADATA_FILE, CheckpointError, read_metadata
+from elastic.checkpoint.reader import StoredTensors
+from elastic.checkpoint.record import Record
+from elastic.checkpoint.stored_names import stored_parts
+from elastic.checkpoint.writer import JOURNAL, UnfinishedError, save_streamed, stored_bytes
+from elastic.model.initialize import named_global_parameters
+from elastic.model.model import Layout, build_model
+from elastic.model.sharding import shard_tensor
+from elastic.rank.slicing import parameter_names
 from elastic.space.shape import ModelShape
-from elastic.train import checkpoint_writer
-from elastic.train.checkpoint import Trainable, load_checkpoint, save_checkpoint
-from elastic.train.checkpoint_find import resolve_checkpoint
-from elastic.train.checkpoint_manifest import damages, writing_folder
-from elastic.train.checkpoint_metadata import METADATA_FILE, CheckpointError, read_metadata
-from elastic.train.checkpoint_reader import StoredTensors
-from elastic.train.checkpoint_writer import JOURNAL, UnfinishedError, save_streamed, stored_bytes
-from elastic.train.parallel import join_world
-from elastic.train.record import Record
-from elastic.train.stored_names import stored_parts
+from elastic.world.groups import join_world
 from tests.distributed.harness import run_distributed
 from tests.parity.model_factory import SPACES, build_stock, lively_tensor, one_process, shape_of, submodel_space
 

@@ -7,19 +7,19 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from elastic.modules.model import Layout, build_model
+from elastic.checkpoint.find import list_checkpoints
+from elastic.config.elastic import DistillConfig
+from elastic.config.load import load
+from elastic.config.training import ElasticConfig
+from elastic.model.model import Layout, build_model
 from elastic.router.router import Router
 from elastic.space.gates import Gates
 from elastic.train.callbacks import NoCallback
-from elastic.train.checkpoint_find import list_checkpoints
 from elastic.train.chosen import chosen_subnets
-from elastic.train.config import ElasticConfig
-from elastic.train.config_elastic import DistillConfig
-from elastic.train.config_load import load
 from elastic.train.metrics import LossMeter
-from elastic.train.parallel import join_world
 from elastic.train.pipeline import PipelineRunner
-from elastic.train.run_training import run_elastic
+from elastic.verbs.training import run_elastic
+from elastic.world.groups import join_world
 from tests.distributed.elastic_step import MICRO_BATCH, SEQUENCE, LayoutCase, batch, tiny_space
 from tests.distributed.harness import DistributedRunError, run_distributed
 from tests.distributed.training import (

@@ -6,19 +6,19 @@ from unittest import mock
 import pytest
 from rich.console import Console
 
+from elastic.checkpoint.find import resolve_checkpoint
+from elastic.checkpoint.metadata import CheckpointError
+from elastic.checkpoint.record import Record
+from elastic.config.load import load
+from elastic.config.serving import EvaluateConfig, ExtractConfig, ImportConfig
+from elastic.config.training import ImportanceConfig
+from elastic.run.folder import RunFolderError
 from elastic.space.axes import Axis
-from elastic.train.checkpoint_find import resolve_checkpoint
-from elastic.train.checkpoint_metadata import CheckpointError
-from elastic.train.config import ImportanceConfig
-from elastic.train.config_family import EvaluateConfig, ExtractConfig, ImportConfig
-from elastic.train.config_load import load
-from elastic.train.family import FamilyError
-from elastic.train.record import Record
-from elastic.train.run_evaluate import run_evaluate
-from elastic.train.run_extract import run_extract
-from elastic.train.run_folder import RunFolderError
-from elastic.train.run_import import run_import
-from elastic.train.run_importance import PermutationError, run_importance
+from elastic.verbs.estimate_importance import PermutationError, run_importance
+from elastic.verbs.evaluate import run_evaluate
+from elastic.verbs.extract import run_extract
+from elastic.verbs.family import FamilyError
+from elastic.verbs.import_hf import run_import
 from tests.distributed.harness import run_distributed
 from tests.distributed.training import elastic_values, place, train
 
@@ -129,7 +129,7 @@ def _permute_wrongly(values):
     def wrong(tensor, name, *_):
         return tensor.flip(0) if name.endswith("linear_fc1.weight") else tensor
 
-    with mock.patch("elastic.train.run_importance.permute_parameter", wrong):
+    with mock.patch("elastic.verbs.estimate_importance.permute_parameter", wrong):
         run_importance(load(ImportanceConfig, values), Console(quiet=True))
 
 

@@ -13,14 +13,14 @@ import torch
 from rich.console import Console
 from torch.distributed import distributed_c10d
 
-from elastic.modules.model import Layout
+from elastic.config.load import load
+from elastic.config.training import ElasticConfig
+from elastic.model.model import Layout
 from elastic.train.callbacks import NoCallback
-from elastic.train.config import ElasticConfig
-from elastic.train.config_load import load
-from elastic.train.parallel import join_world, world
 from elastic.train.pipeline import PipelineRunner
-from elastic.train.run_training import run_elastic
-from elastic.train.watchdog import EXIT_STALLED, Progress, Sign, Watchdog, verdict
+from elastic.verbs.training import run_elastic
+from elastic.world.groups import join_world, world
+from elastic.world.watchdog import EXIT_STALLED, Progress, Sign, Watchdog, verdict
 from tests.distributed.harness import DistributedRunError, run_distributed
 from tests.distributed.torchrun import Torchrun
 from tests.distributed.training import elastic_values

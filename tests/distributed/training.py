@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from elastic.config.elastic import SpaceConfig
+from elastic.config.load import load
+from elastic.config.sections import ModelConfig
+from elastic.config.training import ElasticConfig, ImportanceConfig, PretrainConfig
 from elastic.space.axes import Space
-from elastic.train.config import ElasticConfig, ImportanceConfig, PretrainConfig
-from elastic.train.config_elastic import SpaceConfig
-from elastic.train.config_load import load
-from elastic.train.config_sections import ModelConfig
-from elastic.train.run_importance import run_importance
-from elastic.train.run_training import run_elastic, run_pretrain
+from elastic.verbs.estimate_importance import run_importance
+from elastic.verbs.training import run_elastic, run_pretrain
 from recipes._tiny_family import prepare_corpus
 
 MODEL = dict(

@@ -9,10 +9,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from elastic.modules.attention import SdpaCoreAttention
-from elastic.modules.cache import empty_cache
-from elastic.modules.model import Layout, transformer_config
-from elastic.modules.specs import Kernels
+from elastic.model.attention import SdpaCoreAttention
+from elastic.model.cache import empty_cache
+from elastic.model.model import Layout, transformer_config
+from elastic.model.specs import Kernels
 from elastic.space.axes import Axis, AxisChoices, Space
 from elastic.space.gates import Gates
 from tests.parity.model_factory import (

@@ -7,14 +7,14 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.optim import AdamW
 
-from elastic.modules.attention import SdpaCoreAttention
-from elastic.modules.model import Layout
-from elastic.modules.specs import Kernels
-from elastic.modules.state_space import TorchStateSpace
+from elastic.config.sections import OptimConfig
+from elastic.model.attention import SdpaCoreAttention
+from elastic.model.model import Layout
+from elastic.model.specs import Kernels
+from elastic.model.state_space import TorchStateSpace
 from elastic.space.axes import Space
-from elastic.train.config_sections import OptimConfig
 from elastic.train.optimizer import build_optimizer, set_learning_rate, wrap_for_training
-from elastic.train.parallel import World
+from elastic.world.groups import World
 from tests.parity.model_factory import build_lively, one_process, relative_error, shape_of
 
 pytestmark = pytest.mark.gpu

@@ -24,9 +24,9 @@ MODEL = dict(
 PRETRAIN = """
 import json, sys
 from rich.console import Console
-from elastic.train.config import PretrainConfig
-from elastic.train.config_load import load
-from elastic.train.run_training import run_pretrain
+from elastic.config.training import PretrainConfig
+from elastic.config.load import load
+from elastic.verbs.training import run_pretrain
 run_pretrain(load(PretrainConfig, json.loads(sys.argv[1])), Console(quiet=True))
 """
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elastic.modules.state_space import StateSpaceBackend, TorchStateSpace
+from elastic.model.state_space import StateSpaceBackend, TorchStateSpace
 from tests.parity.model_factory import relative_error
 
 pytestmark = pytest.mark.gpu
@@ -19,7 +19,7 @@ BATCH, STATE = 2, 32
 def kernels() -> StateSpaceBackend:
     pytest.importorskip("mamba_ssm", reason="mamba-ssm is not installed; it comes with the `gpu` extra")
     pytest.importorskip("causal_conv1d", reason="causal-conv1d is not installed; it comes with the `gpu` extra")
-    from elastic.modules.state_space import MambaSsmStateSpace
+    from elastic.model.state_space import MambaSsmStateSpace
 
     return MambaSsmStateSpace(chunk_tokens=64)
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, NemotronHConfig, PreTrainedModel
 
-from elastic.compress.hf_config import HfSettings, hf_config
-from elastic.compress.hf_names import to_hf
-from elastic.compress.slicing import TensorSource
+from elastic.hf.config import HfSettings, hf_config
+from elastic.hf.names import to_hf
+from elastic.rank.slicing import TensorSource
 from elastic.space.shape import ModelShape
 
 

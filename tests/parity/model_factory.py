@@ -16,13 +16,13 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from elastic.modules.attention import SdpaCoreAttention
-from elastic.modules.initialize import named_global_parameters
-from elastic.modules.model import ElasticModel, Layout, build_model, transformer_config
-from elastic.modules.segments import pipeline_pattern
-from elastic.modules.sharding import shard_tensor
-from elastic.modules.specs import Kernels, plain_stack_spec
-from elastic.modules.state_space import TorchStateSpace
+from elastic.model.attention import SdpaCoreAttention
+from elastic.model.initialize import named_global_parameters
+from elastic.model.model import ElasticModel, Layout, build_model, transformer_config
+from elastic.model.segments import pipeline_pattern
+from elastic.model.sharding import shard_tensor
+from elastic.model.specs import Kernels, plain_stack_spec
+from elastic.model.state_space import TorchStateSpace
 from elastic.space.axes import Axis, AxisChoices, Space
 from elastic.space.gates import Gates
 from elastic.space.nesting import parameter_size

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from elastic.modules.cache import ModelCache, empty_cache
-from elastic.modules.model import ElasticModel
+from elastic.model.cache import ModelCache, empty_cache
+from elastic.model.model import ElasticModel
 from elastic.space.cost import Deployment, subnet_cost
 from elastic.space.gates import Gates
 from elastic.space.subnet import Subnet

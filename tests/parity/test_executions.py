@@ -11,10 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from elastic.compress.hf_config import HfSettings, hf_config
-from elastic.compress.hf_names import to_hf
-from elastic.compress.slicing import submodel_tensors
-from elastic.modules.model import ElasticModel, Layout, build_model
+from elastic.hf.config import HfSettings, hf_config
+from elastic.hf.names import to_hf
+from elastic.model.model import ElasticModel, Layout, build_model
+from elastic.rank.slicing import submodel_tensors
 from elastic.space.axes import Axis
 from elastic.space.cost import Deployment, shape_cost, subnet_cost
 from elastic.space.gates import Gates

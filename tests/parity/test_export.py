@@ -12,15 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from elastic.compress.export import ExportOptions, ExportReport, export_folder
-from elastic.compress.folder_check import LogitCheck, ValueCheck, Verification
-from elastic.compress.hf_config import ExportError, HfSettings
-from elastic.compress.hf_dtypes import DtypeRule
-from elastic.compress.hf_folder import HfFolderError, open_hf_folder
-from elastic.compress.hf_names import from_hf
-from elastic.compress.model_card import CardInfo
-from elastic.compress.reload import ReloadError, stock_logits
-from elastic.compress.slicing import TensorSource, submodel_tensors
+from elastic.hf.card import CardInfo
+from elastic.hf.check import LogitCheck, ValueCheck, Verification
+from elastic.hf.config import ExportError, HfSettings
+from elastic.hf.dtypes import DtypeRule
+from elastic.hf.export import ExportOptions, ExportReport, export_folder
+from elastic.hf.folder import HfFolderError, open_hf_folder
+from elastic.hf.names import from_hf
+from elastic.hf.reload import ReloadError, stock_logits
+from elastic.rank.slicing import TensorSource, submodel_tensors
 from elastic.space.budget import Budget
 from elastic.space.cost import Metric, shape_cost, subnet_cost
 from elastic.space.shape import ModelShape

@@ -11,18 +11,18 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from elastic.compress.export import ExportOptions, export_folder
-from elastic.compress.folder_check import ValueCheck
-from elastic.compress.model_card import CardInfo
-from elastic.compress.slicing import submodel_source
 from elastic.generate.decoder import Decoder
 from elastic.generate.sampling import Sampling
 from elastic.generate.text import End, GenerateError, Generation, Limits, Marker, PhasePlan, generate
-from elastic.modules.initialize import named_global_parameters
-from elastic.modules.model import ElasticModel, Layout
+from elastic.hf.card import CardInfo
+from elastic.hf.check import ValueCheck
+from elastic.hf.export import ExportOptions, export_folder
+from elastic.model.initialize import named_global_parameters
+from elastic.model.model import ElasticModel, Layout
+from elastic.rank.slicing import submodel_source
 from elastic.space.axes import Space
 from elastic.space.subnet import Subnet
-from elastic.train.hf_model import load_hf_model
+from elastic.verbs.hf_model import load_hf_model
 from tests.parity.model_factory import SPACES, build_lively, one_process, smallest_choice
 
 SPACE = SPACES["four groups, five queries per KV head, depth 10"]

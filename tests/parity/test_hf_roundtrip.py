@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from elastic.compress.hf_config import ExportError
-from elastic.compress.hf_folder import open_hf_folder
-from elastic.compress.hf_names import HfTensorError, from_hf, hf_sizes, to_hf
-from elastic.compress.permutation import Ranking, permute_tensors
-from elastic.compress.slicing import parameter_names, submodel_tensors
+from elastic.hf.config import ExportError
+from elastic.hf.folder import open_hf_folder
+from elastic.hf.names import HfTensorError, from_hf, hf_sizes, to_hf
+from elastic.rank.permutation import Ranking, permute_tensors
+from elastic.rank.slicing import parameter_names, submodel_tensors
 from elastic.space.cost import shape_cost
 from elastic.space.nesting import parameter_size
 from elastic.space.pattern import LayerKind

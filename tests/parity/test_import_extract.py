@@ -11,25 +11,25 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from elastic.compress.hf_config import ExportError, HfSettings, hf_config
-from elastic.compress.hf_dtypes import DtypeRule
-from elastic.compress.hf_folder import open_hf_folder
-from elastic.compress.tensor_files import TensorFolder
-from elastic.modules.model import Layout, build_model
+from elastic.checkpoint.checkpoint import CheckpointError, Trainable, load_checkpoint
+from elastic.checkpoint.find import resolve_checkpoint
+from elastic.checkpoint.reader import StoredTensors
+from elastic.checkpoint.record import Record
+from elastic.checkpoint.writer import UnfinishedError
+from elastic.config.load import load
+from elastic.config.serving import ExtractConfig, ImportConfig, SubnetConfig
+from elastic.hf.config import ExportError, HfSettings, hf_config
+from elastic.hf.dtypes import DtypeRule
+from elastic.hf.folder import open_hf_folder
+from elastic.hf.tensor_files import TensorFolder
+from elastic.model.model import Layout, build_model
+from elastic.run.folder import RunFolderError
 from elastic.space.cost import shape_cost
 from elastic.space.shape import ModelShape
-from elastic.train.checkpoint import CheckpointError, Trainable, load_checkpoint
-from elastic.train.checkpoint_find import resolve_checkpoint
-from elastic.train.checkpoint_reader import StoredTensors
-from elastic.train.checkpoint_writer import UnfinishedError
-from elastic.train.config_family import ExtractConfig, ImportConfig, SubnetConfig
-from elastic.train.config_load import load
-from elastic.train.export_check import logits_in_child, nested_logits
-from elastic.train.parallel import join_world
-from elastic.train.record import Record
-from elastic.train.run_extract import EXTRACTION_FILE, run_extract
-from elastic.train.run_folder import RunFolderError
-from elastic.train.run_import import run_import
+from elastic.verbs.export_check import logits_in_child, nested_logits
+from elastic.verbs.extract import EXTRACTION_FILE, run_extract
+from elastic.verbs.import_hf import run_import
+from elastic.world.groups import join_world
 from tests.distributed.harness import run_distributed
 from tests.parity.hf_models import SHAPES, logits, relative_error, stock_model, tiny
 from tests.parity.model_factory import submodel_space

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from elastic.compress.hf_config import ExportError, export_shape
-from elastic.compress.hf_names import to_hf
-from elastic.compress.nested_values import NestedValueError, check_values, nested_origins
-from elastic.compress.slicing import parameter_names, submodel_source
+from elastic.hf.config import ExportError, export_shape
+from elastic.hf.names import to_hf
+from elastic.hf.nested_values import NestedValueError, check_values, nested_origins
+from elastic.rank.slicing import parameter_names, submodel_source
 from elastic.space.axes import Space
 from elastic.space.nesting import parameter_size
 from elastic.space.subnet import Subnet

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from elastic.modules.model import ElasticModel
+from elastic.model.model import ElasticModel
 from elastic.space.gates import Gates
 from tests.parity.model_factory import (
     SPACES,

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
-from elastic.modules.state_space import StateSpaceBackend, TorchStateSpace
+from elastic.model.state_space import StateSpaceBackend, TorchStateSpace
 from tests.parity.model_factory import relative_error
 from tests.parity.reference_model import depthwise_causal_conv, state_space_recurrence
 

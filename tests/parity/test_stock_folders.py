@@ -15,18 +15,18 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, NemotronHConfig, PreTrainedModel
 from transformers.utils import logging as stock_logging
 
-from elastic.compress.export import ExportOptions, export_folder
-from elastic.compress.folder_check import ValueCheck
-from elastic.compress.hf_carried import Carried, read_carried, write_carried
-from elastic.compress.hf_config import HfSettings, hf_config
-from elastic.compress.hf_dtypes import DtypeRule
-from elastic.compress.hf_folder import HfFolderError, open_hf_folder
-from elastic.compress.hf_names import from_hf
-from elastic.compress.model_card import CardInfo
+from elastic.hf.card import CardInfo
+from elastic.hf.carried import Carried, read_carried, write_carried
+from elastic.hf.check import ValueCheck
+from elastic.hf.config import HfSettings, hf_config
+from elastic.hf.dtypes import DtypeRule
+from elastic.hf.export import ExportOptions, export_folder
+from elastic.hf.folder import HfFolderError, open_hf_folder
+from elastic.hf.names import from_hf
 from elastic.space.shape import ModelShape
 from elastic.space.subnet import Subnet
 from tests.parity.hf_models import SHAPES, stock_model, tiny
-from tests.unit.hf_folders import PUBLISHED
+from tests.unit.hf.hf_folders import PUBLISHED
 
 SHAPE = tiny("M-*")
 TOKENIZER = {

@@ -12,9 +12,9 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor
 
-from elastic.modules.cpu_backend import use_cpu_backend
-from elastic.modules.initialize import named_global_parameters
-from elastic.modules.model import ElasticModel, Layout
+from elastic.model.cpu_backend import use_cpu_backend
+from elastic.model.initialize import named_global_parameters
+from elastic.model.model import ElasticModel, Layout
 from elastic.space.axes import Axis, AxisChoices, Space
 from tests.distributed.harness import run_distributed
 from tests.parity.model_factory import (

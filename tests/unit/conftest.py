@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.unit.configs import ProblemsOf, written_manifest, written_record
+from tests.unit.config.configs import ProblemsOf, written_manifest, written_record
 
 
 @pytest.fixture(scope="session")

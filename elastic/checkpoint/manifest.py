@@ -1,0 +1,177 @@
+"""The manifest of a checkpoint: every file with size and checksum, written last and looked at first.
+
+A folder is a whole checkpoint when its manifest is readable, and it holds exactly the files of the manifest, as they
+were written. Each rank hashes its files while it writes them; when a checkpoint is verified, each rank hashes a share.
+"""
+
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from elastic.checkpoint.metadata import CheckpointError
+from elastic.world.file_records import file_problems, flush_to_disk, sha256_of
+from elastic.world.groups import World
+
+MANIFEST_FILE = "manifest.json"
+FORMAT = "elastic-checkpoint-1"
+# Files up to this size are hashed even where only sizes are asked for: settings, router, the index of a small model.
+ALWAYS_HASHED_BYTES = 1 << 20
+HASHING_THREADS = 4
+SHOWN_PROBLEMS = 4
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """Size and checksum of one file."""
+
+    size_bytes: int
+    sha256: str
+
+
+Files = Mapping[str, StoredFile]
+
+
+def step_folders(parent: Path) -> list[Path]:
+    """List the folders named like finished checkpoints, oldest first; whether they are whole is another question."""
+    if not parent.is_dir():
+        return []
+    found = [path for path in parent.iterdir() if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """Return the step in the name of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def writing_folder(folder: Path) -> Path:
+    """Return where a checkpoint lies until it is whole."""
+    return folder.with_name(folder.name + ".writing")
+
+
+def write_manifest(folder: Path, hashed: Files, leave_out: Collection[str] = ()) -> Files:
+    """Write the manifest of a folder that is complete otherwise; returns it.
+
+    `hashed` are files whose size and checksum are known from writing them; all others are hashed here and flushed to
+    the disk, but for `leave_out`, which are not there to stay. Raises CheckpointError if one of `hashed` is not there
+    as it was written, OSError.
+    """
+    files = dict(hashed)
+    for name in sorted(_names_in(folder).difference(files, leave_out)):
+        files[name] = StoredFile((folder / name).stat().st_size, sha256_of(folder / name))
+        flush_to_disk(folder / name)
+    problems = file_problems(folder, {name: file.size_bytes for name, file in files.items()}, lambda _name, _path: None)
+    if problems:
+        raise CheckpointError(
+            f"{folder} is not as it was written: {shown_problems(problems)}; is it on a disk that all nodes share?"
+        )
+    path = folder / MANIFEST_FILE
+    path.write_text(_text(files))
+    for place in (path, *(below for below in folder.rglob("*") if below.is_dir()), folder):
+        flush_to_disk(place)
+    return files
+
+
+def read_manifest(folder: Path) -> Files:
+    """Read the manifest of a checkpoint; raises CheckpointError when it is missing, damaged or of another format."""
+    path = folder / MANIFEST_FILE
+    try:
+        text = path.read_text()
+        content = json.loads(text)
+        files = {name: StoredFile(**fields) for name, fields in content["files"].items()}
+        # Our own spelling, byte for byte: the manifest has no checksum, and every other change shows in the files.
+        if text != _text(files) or not all(_is_plausible(name, file) for name, file in files.items()):
+            raise ValueError("it is not as it was written")
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{MANIFEST_FILE} is missing: an unfinished checkpoint, or one of a version without manifests"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{MANIFEST_FILE} is damaged ({error})") from error
+    return files
+
+
+def damages(folder: Path, *, full: bool, world: World | None = None) -> list[str]:
+    """Say what is wrong with a checkpoint, naming the files; an empty list for a whole one.
+
+    Always: the manifest, no file missing or added, all sizes, and the checksums of small files. `full`: all checksums.
+    Given `world` all ranks call this together, share the work and get the same answer; without, this process does all.
+    """
+    if world is None:
+        problems, files = _quick_damages(folder)
+        if not problems and full:
+            problems = _changed(folder, _large(files))
+        return problems
+    box = [_quick_damages(folder) if world.is_main else ([], {})]
+    torch.distributed.broadcast_object_list(box, src=0)
+    problems, files = box[0]
+    if problems or not full:
+        return problems
+    large = _large(files)
+    by_size = sorted(large, key=lambda name: (large[name].size_bytes, name), reverse=True)
+    own = by_size[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
+    found: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(found, _changed(folder, {name: large[name] for name in own}))
+    return [problem for share in found for problem in share]
+
+
+def shown_problems(problems: list[str]) -> str:
+    """Return the first few problems as one line."""
+    more = f"; and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
+    return "; ".join(problems[:SHOWN_PROBLEMS]) + more
+
+
+def _is_plausible(name: str, file: StoredFile) -> bool:
+    inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+    return inside and type(file.size_bytes) is int and isinstance(file.sha256, str)
+
+
+def _quick_damages(folder: Path) -> tuple[list[str], Files]:
+    try:
+        files = read_manifest(folder)
+        held = _names_in(folder)
+    except CheckpointError as error:
+        return [str(error)], {}
+    except OSError as error:
+        return [f"cannot be read ({error})"], {}
+    small = [name for name, file in files.items() if file.size_bytes <= ALWAYS_HASHED_BYTES]
+    problems = _file_problems(folder, files, small)
+    problems += [f"{name} is not in {MANIFEST_FILE}: move it away" for name in sorted(held.difference(files))]
+    return problems, files
+
+
+def _large(files: Files) -> dict[str, StoredFile]:
+    return {name: file for name, file in files.items() if file.size_bytes > ALWAYS_HASHED_BYTES}
+
+
+def _changed(folder: Path, files: Files) -> list[str]:
+    """Hash all `files`, a few at a time."""
+    with ThreadPoolExecutor(HASHING_THREADS) as threads:
+        parts = threads.map(lambda name: _file_problems(folder, {name: files[name]}, (name,)), files)
+        return [problem for part in parts for problem in part]
+
+
+def _file_problems(folder: Path, files: Files, hashed: Iterable[str]) -> list[str]:
+    to_hash = set(hashed)
+
+    def content_problem(name: str, path: Path) -> str | None:
+        if name not in to_hash or (found := sha256_of(path)) == files[name].sha256:
+            return None
+        return f"has checksum {found}, the manifest says {files[name].sha256}"
+
+    return file_problems(folder, {name: file.size_bytes for name, file in files.items()}, content_problem)
+
+
+def _names_in(folder: Path) -> set[str]:
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+    return names.difference((MANIFEST_FILE,))
+
+
+def _text(files: Files) -> str:
+    content = {"format": FORMAT, "files": {name: asdict(files[name]) for name in sorted(files)}}
+    return json.dumps(content, indent=1) + "\n"

@@ -1,0 +1,295 @@
+"""Turn a plain nested dict into config dataclasses, collecting every problem before raising one error."""
+
+import difflib
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import Field as DataclassField
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Union
+
+from elastic.config.types import FolderName, Range, Required
+
+NOT_GIVEN = "???"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong: the dotted field, what it holds, the rule it breaks, and what would be legal."""
+
+    field: str
+    value: object
+    rule: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.field} = {show(self.value)}: {self.rule}; {self.remedy}"
+
+    @property
+    def section(self) -> str:
+        """Return the top-level key the field stands under."""
+        return self.field.partition(".")[0]
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a configuration, in one error."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__("\n".join([f"{count} in the configuration:", *(f"  {problem}" for problem in self.problems)]))
+
+
+def show(value: object) -> str:
+    """Write a value the way a YAML file would, at most 60 characters."""
+    try:
+        text = json.dumps(value)
+    except TypeError:
+        text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def config_dict(config: Any) -> dict[str, Any]:
+    """Return a config as plain dicts, lists and scalars, ready for YAML or JSON; `load` reads it back."""
+    plain: dict[str, Any] = _plain(asdict(config))
+    return plain
+
+
+def load[T](kind: type[T], values: Mapping[str, Any]) -> T:
+    """Build `kind` from `values`; raises ConfigError listing everything wrong with them."""
+    config, problems = load_with_problems(kind, values)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def load_with_problems[T](kind: type[T], values: Mapping[str, Any]) -> tuple[T, tuple[Problem, ...]]:
+    """Build `kind`, putting the default in place of each bad value, and return the problems beside it."""
+    loader = _Loader(tuple(field_paths(kind)))
+    config = loader.dataclass_value(kind, values, "")
+    return config, tuple(loader.problems)
+
+
+def field_paths(kind: type, prefix: str = "") -> Iterator[str]:
+    """List the dotted path of every field of a config dataclass, sections included; list entries carry no index."""
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        yield prefix + name
+        for inner in _dataclasses_in(hint):
+            yield from field_paths(inner, f"{prefix}{name}.")
+
+
+def _dataclasses_in(hint: Any) -> Iterator[type]:
+    if is_dataclass(hint) and isinstance(hint, type):
+        yield hint
+    for argument in typing.get_args(hint):
+        yield from _dataclasses_in(argument)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(inner) for inner in value]
+    return value.value if isinstance(value, StrEnum) else value
+
+
+class _IllegalValueError(Exception):
+    """Carries one problem from a nested value to the field that holds it."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(str(problem))
+        self.problem = problem
+
+
+class _Loader:
+    """Walks dataclasses and values together, keeping the problems it meets."""
+
+    def __init__(self, known_paths: tuple[str, ...]) -> None:
+        self.problems: list[Problem] = []
+        self.known_paths = known_paths
+
+    def dataclass_value(self, kind: type, values: Any, path: str) -> Any:
+        """Build one dataclass; a field with a problem keeps its default, or an empty text if it has none."""
+        if not isinstance(values, Mapping):
+            self.problems.append(Problem(path, values, "must be a section", f"with keys {', '.join(_names(kind))}"))
+            values = {}
+        prefix = f"{path}." if path else ""
+        for key in values:
+            if key not in _names(kind):
+                self.problems.append(self._unknown(prefix, str(key), values[key], _names(kind)))
+        hints = typing.get_type_hints(kind, include_extras=True)
+        built = {}
+        for field in fields(kind):
+            field_path, hint = prefix + field.name, hints[field.name]
+            given = values.get(field.name, NOT_GIVEN)
+            try:
+                built[field.name] = self._field(field, hint, given, field_path)
+            except _IllegalValueError as error:
+                self.problems.append(error.problem)
+                built[field.name] = _fallback(field)
+        return kind(**built)
+
+    def _field(self, field: DataclassField[Any], hint: Any, given: Any, path: str) -> Any:
+        requirement = next((extra for extra in _extras(hint) if isinstance(extra, Required)), None)
+        if given == NOT_GIVEN and not is_dataclass(hint):
+            given = _plain_default(field)
+        if requirement is not None and given in (NOT_GIVEN, "", None, []):
+            raise _IllegalValueError(
+                Problem(path, None, "missing, it has no default", f"set {path}=..., {requirement.hint}")
+            )
+        return self._value(hint, {} if given == NOT_GIVEN else given, path, _remedy(field))
+
+    def _value(self, hint: Any, given: Any, path: str, remedy: str) -> Any:
+        """Convert `given` to what the annotation `hint` says; raises _IllegalValueError."""
+        origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+        if origin is Annotated:
+            value = self._value(arguments[0], given, path, remedy)
+            for limits in (extra for extra in arguments[1:] if isinstance(extra, Range)):
+                _check_range(limits, given if isinstance(value, tuple) else value, path, remedy)
+            for name in (extra for extra in arguments[1:] if isinstance(extra, FolderName)):
+                _check_folder_name(name, value, path)
+            return value
+        if origin in (Union, types.UnionType):
+            inner = next(argument for argument in arguments if argument is not type(None))
+            return None if given is None else self._value(inner, given, path, remedy)
+        if origin is Literal:
+            return _one_of(arguments, given, path)
+        if isinstance(hint, type) and issubclass(hint, StrEnum):
+            return hint(_one_of(tuple(member.value for member in hint), given, path))
+        if origin is tuple:
+            return self._list(arguments, given, path, remedy)
+        if origin is list:
+            return list(self._list((arguments[0], ...), given, path, remedy))
+        if origin is Mapping:
+            return self._mapping(arguments[1], given, path, remedy)
+        if isinstance(hint, type) and is_dataclass(hint):
+            return self.dataclass_value(hint, given, path)
+        return _scalar(hint, given, path, remedy)
+
+    def _list(self, arguments: tuple[Any, ...], given: Any, path: str, remedy: str) -> tuple[Any, ...]:
+        if not isinstance(given, list | tuple):
+            raise _IllegalValueError(Problem(path, given, "must be a list", f"write [{show(given)}] for one entry"))
+        if arguments[-1] is Ellipsis:
+            hints = [arguments[0]] * len(given)
+        elif len(given) == len(arguments):
+            hints = list(arguments)
+        else:
+            raise _IllegalValueError(Problem(path, given, f"must have {len(arguments)} entries", remedy))
+        entries = (
+            (hint, entry, f"{path}.{index}") for index, (hint, entry) in enumerate(zip(hints, given, strict=True))
+        )
+        return tuple(self._legal_entries(entries, remedy).values())
+
+    def _mapping(self, hint: Any, given: Any, path: str, remedy: str) -> Mapping[str, Any]:
+        if given is None:
+            return {}
+        if not isinstance(given, Mapping):
+            raise _IllegalValueError(Problem(path, given, "must map names to values", remedy))
+        legal = self._legal_entries(((hint, entry, f"{path}.{key}") for key, entry in given.items()), remedy)
+        return {entry_path.removeprefix(f"{path}."): entry for entry_path, entry in legal.items()}
+
+    def _legal_entries(self, entries: Iterable[tuple[Any, Any, str]], remedy: str) -> dict[str, Any]:
+        """Convert (annotation, given, path) entries, leave the illegal ones out and keep a problem for each of them."""
+        legal = {}
+        for hint, given, path in entries:
+            try:
+                legal[path] = self._value(hint, given, path, remedy)
+            except _IllegalValueError as error:
+                self.problems.append(error.problem)
+        return legal
+
+    def _unknown(self, prefix: str, key: str, value: Any, names: tuple[str, ...]) -> Problem:
+        near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+        elsewhere = [path for path in self.known_paths if path.rpartition(".")[2] == key]
+        if near:
+            remedy = f"did you mean {prefix}{near[0]}?"
+        elif elsewhere:
+            remedy = f"did you mean {elsewhere[0]}?"
+        else:
+            remedy = f"known here: {', '.join(names)}"
+        return Problem(prefix + key, value, "unknown key", remedy)
+
+
+def _names(kind: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))
+
+
+def _extras(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
+
+
+def _plain_default(field: DataclassField[Any]) -> Any:
+    """Return a field's default as plain values, so that defaults pass the same checks; NOT_GIVEN if it has none."""
+    default = _default(field)
+    if default is MISSING:
+        return NOT_GIVEN
+    if isinstance(default, tuple):
+        return [config_dict(entry) if is_dataclass(entry) else entry for entry in default]
+    return default
+
+
+def _default(field: DataclassField[Any]) -> Any:
+    return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+def _fallback(field: DataclassField[Any]) -> Any:
+    default = _default(field)
+    return "" if default is MISSING else default
+
+
+def _remedy(field: DataclassField[Any]) -> str:
+    default = _plain_default(field)
+    return "it has no default" if default in (NOT_GIVEN, "", [], {}) else f"the default is {show(default)}"
+
+
+def _check_folder_name(name: FolderName, value: str, path: str) -> None:
+    if re.fullmatch(name.pattern, value) is None:
+        nearest = re.sub(r"^\W+|[^\w.+-]", "", value)[:100] or "member"
+        raise _IllegalValueError(Problem(path, value, name.rule, f"nearest legal value is {nearest}"))
+
+
+def _check_range(limits: Range, value: Any, path: str, remedy: str) -> None:
+    is_list = isinstance(value, list)
+    size = len(value) if is_list else value
+    if limits.low is not None and limits.open_low and size <= limits.low:
+        raise _IllegalValueError(Problem(path, value, f"must be above {limits.low:g}", remedy))
+    if limits.low is not None and size < limits.low:
+        rule = "must not be empty" if is_list else f"must be at least {limits.low:g}"
+        raise _IllegalValueError(
+            Problem(path, value, rule, remedy if is_list else f"nearest legal value is {limits.low:g}")
+        )
+    if limits.high is not None and limits.open_high and size >= limits.high:
+        raise _IllegalValueError(Problem(path, value, f"must be below {limits.high:g}", remedy))
+    if limits.high is not None and size > limits.high:
+        rule = f"must be at most {limits.high:g}"
+        raise _IllegalValueError(Problem(path, value, rule, f"nearest legal value is {limits.high:g}"))
+
+
+def _one_of(legal: tuple[str, ...], given: Any, path: str) -> str:
+    if given in legal:
+        return str(given)
+    near = difflib.get_close_matches(str(given), legal, n=1, cutoff=0.0)
+    raise _IllegalValueError(
+        Problem(path, given, f"must be one of {', '.join(legal)}", f"nearest legal value is {near[0]}")
+    )
+
+
+def _scalar(hint: Any, given: Any, path: str, remedy: str) -> Any:
+    """Convert one scalar: an int also takes a whole float (65e9), a float also takes an int; a bool is no number."""
+    whole = isinstance(given, float) and given.is_integer()
+    if hint is int and (whole or isinstance(given, int)) and not isinstance(given, bool):
+        return int(given)
+    if hint is float and isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given):
+        return float(given)
+    if hint in (bool, str) and isinstance(given, hint):
+        return given
+    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
+    if hint is int and isinstance(given, float):
+        remedy = f"nearest legal value is {round(given)}" if math.isfinite(given) else remedy
+    if hint is str and isinstance(given, int | float):
+        remedy = f'write it in quotes, "{given}"'
+    raise _IllegalValueError(Problem(path, given, f"must be {names[hint]}", remedy))

@@ -1,0 +1,192 @@
+"""Sections shared by the verbs: one frozen dataclass per section of a YAML file, with its legal ranges in the types.
+
+A default is a value a small run can start with; whole runs state every field in conf/. Rules between fields are in
+rules.py.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from elastic.config.types import Count, Decay, Name, Positive, PositiveOrZero, Range, Required
+from elastic.space.shape import ModelShape
+
+# How a checkpoint is looked at before it is trusted: all checksums, or all sizes and the checksums of small files.
+Verification = Literal["full", "sizes"]
+DataFolder = Annotated[str, Required("the folder recipes/prepare_data.py wrote")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes of the parent, and how its weights start. Layers of one kind share a width."""
+
+    pattern: Annotated[str, Required("for example M-M*-")] = "M-M*-"
+    vocab: Count | None = None
+    vocab_multiple: Count = 128
+    hidden: Count = 128
+    ffn: Count = 256
+    mamba_heads: Count = 8
+    head_channels: Count = 16
+    mamba_groups: Count = 2
+    mamba_state: Count = 16
+    conv_kernel: Annotated[int, Range(low=2)] = 4
+    attention_heads: Count = 4
+    kv_heads: Count = 2
+    attention_channels: Count = 32
+    tied_embeddings: bool = False
+    norm_epsilon: Positive = 1e-5
+    init_std: Positive = 0.02
+
+    def padded_vocab(self, tokens: int) -> int:
+        """Return the vocabulary size for a tokenizer of `tokens` entries: the next multiple of `vocab_multiple`."""
+        return math.ceil(tokens / self.vocab_multiple) * self.vocab_multiple
+
+    def shape(self, vocab: int | None = None) -> ModelShape:
+        """Build the parent's shape, over `vocab` entries where the config leaves them null.
+
+        Raises PatternError, ShapeError, or ValueError if neither names a vocabulary size.
+        """
+        size = self.vocab if self.vocab is not None else vocab
+        if size is None:
+            raise ValueError("model.vocab = null: fill it in from the prepared data first (config.with_vocab)")
+        return ModelShape.uniform(
+            self.pattern,
+            vocab=size,
+            hidden=self.hidden,
+            ffn=self.ffn,
+            mamba_heads=self.mamba_heads,
+            head_channels=self.head_channels,
+            mamba_groups=self.mamba_groups,
+            mamba_state=self.mamba_state,
+            conv_kernel=self.conv_kernel,
+            attention_heads=self.attention_heads,
+            kv_heads=self.kv_heads,
+            attention_channels=self.attention_channels,
+            tied_embeddings=self.tied_embeddings,
+            norm_epsilon=self.norm_epsilon,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceSection:
+    """Size of the calibration, and how layers are scored on `depth_sequences` of it (FACTS 1.1)."""
+
+    num_sequences: Count = 64
+    sequence_length: Annotated[int, Range(low=2)] = 256
+    micro_batch: Count = 4
+    depth: Literal["iterative", "one_shot", "none"] = "iterative"
+    depth_sequences: Count = 16
+    max_removed_layers: Count | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Prepared data folder, and how many sequences are taken at once and held out."""
+
+    path: DataFolder = ""
+    micro_batch: Count = 1
+    validation_sequences: Count = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Adam for the model and its own Adam for the router."""
+
+    adam_beta1: Decay = 0.9
+    adam_beta2: Decay = 0.98
+    eps: Positive = 1e-8
+    weight_decay: PositiveOrZero = 0.0
+    router_weight_decay: PositiveOrZero = 0.0
+    clip_grad: PositiveOrZero = 1.0
+    use_distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Ranks per model replica; data parallelism takes the rest of the world."""
+
+    tensor: Count = 1
+    pipeline: Count = 1
+    context: Count = 1
+    sequence: bool = False
+    recompute: Literal["none", "full"] = "none"
+
+    @property
+    def model_size(self) -> int:
+        """Return the number of ranks that hold one replica."""
+        return self.tensor * self.pipeline * self.context
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """How numbers are computed, for every verb. `num_threads` null leaves PyTorch's choice.
+
+    `collective_timeout_s` is how long a rank waits for another before the run ends in an error.
+    """
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    num_threads: Count | None = None
+    deterministic: bool = True
+    collective_timeout_s: Positive = 900.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig(ComputeConfig):
+    """Length and rhythm of a training run, in optimizer steps. `max_steps` null runs the whole curriculum.
+
+    A step with a loss or gradient that is not finite is skipped; `max_skipped_in_a_row` of them end the run.
+    `loss_spike_deviations` (null: never) is how far above its recent median, in robust standard deviations, a budget's
+    loss is reported. `watchdog_timeout_s` is how long a rank may do one thing before it says where it stands and ends.
+    """
+
+    max_steps: Count | None = None
+    log_every_n_steps: Count = 10
+    val_check_interval: Count = 100
+    checkpoint_every_n_steps: Count = 100
+    max_skipped_in_a_row: Count = 5
+    loss_spike_deviations: Positive | None = 8.0
+    watchdog_timeout_s: Positive = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DebugConfig:
+    """Checks that cost time. `sanity` compares every copy of weights, router and gates around every nth step."""
+
+    sanity: bool = False
+    sanity_every_n_steps: Count = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpManagerConfig:
+    """Where a run writes: exp_dir/name/version. An existing folder is resumed or replaced only when told to."""
+
+    exp_dir: Name = "runs"
+    name: Name = "elastic"
+    version: Name = "version_0"
+    overwrite: bool = False
+
+    @property
+    def run_dir(self) -> str:
+        """Return the folder of the run, relative to the working directory unless exp_dir is absolute."""
+        return f"{self.exp_dir}/{self.name}/{self.version}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainExpManagerConfig(ExpManagerConfig):
+    """Adds what only a training run has: resuming, loggers, and how its checkpoints are written, checked and kept.
+
+    `verify_on_resume` full compares every file of the checkpoint with its checksum, sizes only the small ones.
+    `keep_milestones_every_n_steps` null keeps no more than the newest `keep_last_checkpoints`. `async_save` writes from
+    a copy in the host's memory while training goes on.
+    `accept_changes` names fields that may differ from those of the checkpoint a run goes on from (resume.py).
+    """
+
+    resume_if_exists: bool = True
+    accept_changes: tuple[str, ...] = ()
+    create_tensorboard_logger: bool = True
+    create_wandb_logger: bool = False
+    verify_on_resume: Verification = "full"
+    keep_last_checkpoints: Count = 2
+    keep_milestones_every_n_steps: Count | None = None
+    async_save: bool = False

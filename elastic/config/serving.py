@@ -1,0 +1,149 @@
+"""The configs of the verbs that take models out of a checkpoint (evaluate, extract, generate) or bring one in."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from elastic.config.sections import DataConfig
+from elastic.config.training import Checkpoint, CheckpointInput, RunConfig, VerbConfig
+from elastic.config.types import Count, CountOrZero, MemberName, PositiveOrZero, Range, Required, Share
+from elastic.space.gates import Execution
+from elastic.space.pattern import LayerKind
+from elastic.space.shape import WIDTH_FIELD, ModelShape
+from elastic.space.subnet import Subnet
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubnetConfig:
+    """A subnet given by hand. An empty list or null is full; one width serves all layers, several go layer by layer."""
+
+    name: MemberName
+    hidden: Count | None = None
+    ffn: tuple[Count, ...] = ()
+    mamba_heads: tuple[Count, ...] = ()
+    head_channels: Count | None = None
+    attention_heads: tuple[Count, ...] = ()
+    kept_layers: tuple[CountOrZero, ...] = ()
+
+    def subnet(self, parent: ModelShape) -> Subnet:
+        """Return the subnet inside `parent`; raises SubnetError if it does not fit."""
+        given = {LayerKind.MLP: self.ffn, LayerKind.MAMBA: self.mamba_heads, LayerKind.ATTENTION: self.attention_heads}
+        widths = {}
+        for kind, name in WIDTH_FIELD.items():
+            num_layers = len(parent.pattern.layers_of(kind))
+            full = Subnet.full(parent)
+            chosen = given[kind] or getattr(full, name)
+            widths[name] = chosen * num_layers if len(chosen) == 1 else chosen
+        subnet = Subnet(
+            hidden=self.hidden or parent.hidden,
+            head_channels=self.head_channels or parent.head_channels,
+            kept_layers=self.kept_layers or tuple(range(len(parent.pattern))),
+            **widths,
+        )
+        subnet.shape(parent)
+        return subnet
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyInput(CheckpointInput):
+    """Weights to run, and whose router decides the budgets (null: the router saved beside the weights).
+
+    Weights of the permuted parent with the router of a family show what cutting without training costs.
+    """
+
+    checkpoint: Checkpoint = ""
+    router: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyConfig(VerbConfig):
+    """A verb that takes budgets out of a checkpoint: the model's sizes come with it.
+
+    `budget_names` null takes all budgets, an empty list none. (`budgets` is a group of files, so Hydra would not let
+    the command line set a list of that name.)
+    """
+
+    init_from: FamilyInput = field(default_factory=FamilyInput)
+    budget_names: tuple[str, ...] | None = None
+    subnets: tuple[SubnetConfig, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(FamilyConfig, RunConfig):
+    """recipes/evaluate.py: loss, perplexity and cost per budget (null: all) and per subnet given by hand."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    sequence_length: Annotated[int, Range(low=2)] = 256
+    execution: Execution = Execution.SLICE
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What extract writes, and how a finished folder is checked.
+
+    `precision` null keeps the number format of the checkpoint. `check` auto compares logits where the subnet and the
+    reloaded folder fit in memory, and every stored value with the parent's where they do not.
+    """
+
+    hugging_face: bool = True
+    megatron: bool = False
+    precision: Literal["fp32", "bf16"] | None = None
+    shard_bytes: Count = 5_000_000_000
+    check: Literal["auto", "logits", "values"] = "auto"
+    max_logit_difference: PositiveOrZero = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerInput:
+    """The prepared data whose tokenizer goes along; null takes the one the checkpoint was trained on."""
+
+    path: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig(FamilyConfig):
+    """recipes/extract.py: budgets to Hugging Face folders and/or Megatron-Core checkpoints."""
+
+    data: TokenizerInput = field(default_factory=TokenizerInput)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedInput(CheckpointInput):
+    """A nested checkpoint to answer from, and whose router decides its budgets (null: the router saved beside it)."""
+
+    checkpoint: str | None = None
+    router: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(RunConfig):
+    """recipes/generate.py: text from one budget, or thought with one and answered with another.
+
+    The weights come from init_from.checkpoint or from `folder`, a Hugging Face folder. `budget`, `think` and `answer`
+    name budgets or entries of `subnets`; without any, the whole model writes. `prompt_file` holds one prompt.
+    `tokenizer` null takes the folder's own, or that of the data the checkpoint was trained on. Thinking has a limit of
+    its own beside max_new_tokens. Temperature 0 is greedy.
+    """
+
+    init_from: ServedInput = field(default_factory=ServedInput)
+    folder: str | None = None
+    tokenizer: str | None = None
+    budget: str | None = None
+    subnets: tuple[SubnetConfig, ...] = ()
+    think: str | None = None
+    answer: str | None = None
+    marker: Annotated[str, Required("the text that ends the thinking")] = "</think>"
+    max_think_tokens: Count = 512
+    prompts: tuple[str, ...] = ()
+    prompt_file: str | None = None
+    max_new_tokens: Count = 128
+    temperature: PositiveOrZero = 0.0
+    top_k: Count | None = None
+    top_p: Share | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig(VerbConfig):
+    """recipes/import_hf.py: stock nemotron_h folder to Megatron-Core checkpoint, in one process."""
+
+    source: Annotated[str, Required("a Hugging Face folder with config.json and safetensors files")] = ""

@@ -1,0 +1,183 @@
+"""One config dataclass per verb that trains or scores, built from the shared sections; serving.py has the others.
+
+A recipe turns its YAML into one of these (`load.load`), checks it (`rules.check`) and passes it on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated
+
+from elastic.config.elastic import DistillConfig, ElasticPhaseConfig, ElasticSection, PhaseConfig
+from elastic.config.sections import (
+    ComputeConfig,
+    DataConfig,
+    DataFolder,
+    DebugConfig,
+    ExpManagerConfig,
+    ImportanceSection,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainerConfig,
+    TrainExpManagerConfig,
+    Verification,
+)
+from elastic.config.types import Count, CountOrZero, Range, Required
+from elastic.router.phases import Curriculum
+from elastic.space.axes import Space
+from elastic.space.budget import Budget
+from elastic.space.cost import Deployment
+from elastic.space.shape import ModelShape
+
+Checkpoint = Annotated[str, Required("a run folder of an earlier verb, or one checkpoint in it")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerbConfig:
+    """What every verb that writes a run folder has."""
+
+    exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(VerbConfig):
+    """What every verb that runs a model has beyond that."""
+
+    seed: CountOrZero = 1234
+    trainer: ComputeConfig = field(default_factory=ComputeConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """What both training verbs have beyond that; the other verbs find the model's sizes beside its weights."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    exp_manager: TrainExpManagerConfig = field(default_factory=TrainExpManagerConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
+
+    def parent_shape(self) -> ModelShape:
+        """Return the parent's shape; raises ValueError while model.vocab is null."""
+        return self.model.shape()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainConfig):
+    """recipes/pretrain_parent.py: train a parent from scratch."""
+
+    curriculum: Annotated[tuple[PhaseConfig, ...], Range(low=1)] = (PhaseConfig(name="pretrain", steps=100),)
+
+    def curriculum_phases(self) -> Curriculum:
+        """Return the phases in the form the loop takes."""
+        return Curriculum(tuple(phase.phase() for phase in self.curriculum))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationData:
+    """The prepared data whose training split the scores are collected on."""
+
+    path: DataFolder = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInput:
+    """A checkpoint that is read, and how closely it is looked at first: all checksums, or sizes (and small files)."""
+
+    verify: Verification = "full"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParentInput(CheckpointInput):
+    """The parent to score."""
+
+    parent: Checkpoint = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceConfig(RunConfig):
+    """recipes/estimate_importance.py: scores, rankings, permuted parent. `lanes` deals its FFN neurons."""
+
+    init_from: ParentInput = field(default_factory=ParentInput)
+    data: CalibrationData = field(default_factory=CalibrationData)
+    importance: ImportanceSection = field(default_factory=ImportanceSection)
+    lanes: Count = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class PermutedParentInput(CheckpointInput):
+    """The permuted parent: where the student starts, and the teacher. Its record carries lanes and depth ranking."""
+
+    permuted_parent: Checkpoint = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElasticRunConfig(TrainConfig):
+    """What describes a run of the main job, for the verbs that train it or price it."""
+
+    elastic: ElasticSection = field(default_factory=ElasticSection)
+    curriculum: Annotated[tuple[ElasticPhaseConfig, ...], Range(low=1)] = (ElasticPhaseConfig(name="train", steps=100),)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+
+    def space(self, depth_ranking: tuple[int, ...] = ()) -> Space:
+        """Build the space of subnets; raises SpaceError."""
+        return self.elastic.space.space(self.parent_shape(), depth_ranking)
+
+    def deployment(self) -> Deployment:
+        """Return the conditions under which deployment bytes and FLOPs are counted."""
+        return self.elastic.deployment.deployment()
+
+    def curriculum_phases(self) -> Curriculum:
+        """Return the phases in the form the loop takes, weights in the order of the budgets."""
+        names = [budget.name for budget in self.elastic.budgets]
+        return Curriculum(tuple(phase.elastic_phase(names) for phase in self.curriculum))
+
+    def budgets(self) -> tuple[Budget, ...]:
+        """Return the budgets in absolute units, in the order of the config."""
+        parent, deployment = self.parent_shape(), self.deployment()
+        return tuple(budget.budget(parent, deployment) for budget in self.elastic.budgets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElasticConfig(ElasticRunConfig):
+    """recipes/train_elastic.py: the main job."""
+
+    init_from: PermutedParentInput = field(default_factory=PermutedParentInput)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnreadDataConfig(DataConfig):
+    """The data section of a run that is only priced; a given folder says the vocabulary where model.vocab is null."""
+
+    path: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionalParentInput(CheckpointInput):
+    """The permuted parent whose depth ranking says which layers leave (no weight is read); null: the last ones."""
+
+    permuted_parent: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostConfig(ElasticRunConfig):
+    """recipes/cost.py: what a run of the main job can reach, from its own config; `output` null prints only."""
+
+    data: UnreadDataConfig = field(default_factory=UnreadDataConfig)
+    init_from: OptionalParentInput = field(default_factory=OptionalParentInput)
+    output: str | None = None
+
+
+def with_vocab[T: TrainConfig](config: T, tokenizer_tokens: int) -> T:
+    """Return the config with a null model.vocab filled in from the tokenizer, padded to model.vocab_multiple."""
+    if config.model.vocab is not None:
+        return config
+    return replace(config, model=replace(config.model, vocab=config.model.padded_vocab(tokenizer_tokens)))
+
+
+def total_steps(curriculum: Sequence[PhaseConfig], max_steps: int | None) -> int:
+    """Return the optimizer steps of a run: the whole curriculum, or fewer when trainer.max_steps says so."""
+    whole = sum(phase.num_steps for phase in curriculum)
+    return whole if max_steps is None else min(whole, max_steps)

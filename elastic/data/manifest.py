@@ -1,0 +1,158 @@
+"""Record what a prepared data folder holds, and refuse a folder that no longer holds it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from elastic.world.file_records import file_problems, sha256_of
+
+MANIFEST_NAME = "data.json"
+FORMAT = "elastic-data-2"
+SAMPLED_BLOCKS = 64
+SAMPLED_BLOCK_BYTES = 64 * 1024
+REMEDY = "prepare the data again with overwrite=true"
+
+
+class DataError(ValueError):
+    """Data, or a setting of its preparation, that cannot be used."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and checksums of one file. `sampled_sha256` covers 64 blocks spread over it, quick at any size."""
+
+    size_bytes: int
+    sha256: str
+    sampled_sha256: str
+
+
+@dataclass(frozen=True)
+class SplitRecord:
+    """What one split holds: kept documents, their tokens (one end-of-text each included), their text, its files."""
+
+    num_documents: int
+    num_tokens: int
+    text_bytes: int
+    files: Mapping[str, FileRecord]
+
+
+@dataclass(frozen=True)
+class SkipRecord:
+    """How many documents or files were left out for one reason, and the first of them: `file` or `file:line`."""
+
+    count: int
+    example: str
+
+
+@dataclass(frozen=True)
+class TokenizerRecord:
+    """The tokenizer that wrote the token ids. `vocab_size` is the largest id + 1, before any padding of the model."""
+
+    vocab_size: int
+    eos_token: str
+    eos_id: int
+    trained: bool
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything `data.json` says about a prepared folder.
+
+    `settings` and `source` decide whether a later call asks for the same data. `skipped` is by reason.
+    `documents_sha256` is a checksum of all kept documents in order; `stopped_at_max_bytes` says that more were there.
+    """
+
+    settings: Mapping[str, Any]
+    source: Mapping[str, Any]
+    num_documents: int
+    skipped: Mapping[str, SkipRecord]
+    stopped_at_max_bytes: bool
+    documents_sha256: str
+    tokenizer: TokenizerRecord
+    dtype: str
+    splits: Mapping[str, SplitRecord]
+
+    def write(self, folder: Path) -> None:
+        """Write `data.json` into `folder`."""
+        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2, ensure_ascii=True)
+        (folder / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read `data.json` of a prepared folder; raises DataError when it is absent or not one of ours."""
+    path = folder / MANIFEST_NAME
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"{folder} is not a prepared data folder, it has no {MANIFEST_NAME}; {REMEDY}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read ({error}); {REMEDY}") from error
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise DataError(f"{path} is not in the format {FORMAT}; {REMEDY}")
+    try:
+        splits = {name: _split_from(record) for name, record in content.pop("splits").items()}
+        tokenizer = TokenizerRecord(**content.pop("tokenizer"))
+        skipped = {reason: SkipRecord(**record) for reason, record in content.pop("skipped").items()}
+        return Manifest(**content, tokenizer=tokenizer, splits=splits, skipped=skipped)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} lacks a field or has one too many ({error}); {REMEDY}") from error
+
+
+def _split_from(record: dict[str, Any]) -> SplitRecord:
+    files = {name: FileRecord(**fields) for name, fields in record.pop("files").items()}
+    return SplitRecord(**record, files=files)
+
+
+def record_file(path: Path) -> FileRecord:
+    """Measure one finished file: its size and both checksums (reads all of it)."""
+    return FileRecord(path.stat().st_size, sha256_of(path), sampled_sha256(path))
+
+
+def sampled_sha256(path: Path) -> str:
+    """Hash the size and 64 blocks of 64 KiB spread evenly over a file: everything up to 4 MiB, a sample beyond."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    last = max(0, size - SAMPLED_BLOCK_BYTES)
+    with path.open("rb") as stream:
+        for block in range(SAMPLED_BLOCKS):
+            # Evenly spread, first and last block included; they tile the file when it is no larger than all blocks.
+            stream.seek(last * block // (SAMPLED_BLOCKS - 1))
+            digest.update(stream.read(SAMPLED_BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def check_folder(folder: Path, manifest: Manifest, *, full: bool = False) -> None:
+    """Raise DataError unless every split and the tokenizer are what the manifest says."""
+    for split in manifest.splits:
+        check_split_files(folder, manifest, split, full=full)
+    check_tokenizer(folder, manifest)
+
+
+def check_tokenizer(folder: Path, manifest: Manifest) -> None:
+    """Raise DataError unless the folder's tokenizer is the one its tokens were made with."""
+    tokenizer = folder / "tokenizer.json"
+    if not tokenizer.is_file() or hashlib.sha256(tokenizer.read_bytes()).hexdigest() != manifest.tokenizer.sha256:
+        raise DataError(f"{tokenizer} is missing or is not the one the tokens were made with; restore it or {REMEDY}")
+
+
+def check_split_files(folder: Path, manifest: Manifest, split: str, *, full: bool = False) -> None:
+    """Raise DataError naming every file of a split that is missing, truncated, swapped or altered.
+
+    Reads at most 4 MiB of each file; `full` reads and hashes all of it.
+    """
+    if split not in manifest.splits:
+        held = ", ".join(manifest.splits)
+        raise DataError(f"{folder}: no split {split!r}, it holds {held}; prepare with another validation_ratio")
+    files = manifest.splits[split].files
+
+    def content_problem(name: str, path: Path) -> str | None:
+        same = sampled_sha256(path) == files[name].sampled_sha256 and (not full or record_file(path) == files[name])
+        return None if same else "has the right size and another content"
+
+    problems = file_problems(folder, {name: record.size_bytes for name, record in files.items()}, content_problem)
+    if problems:
+        raise DataError(f"{folder}: {'; '.join(problems)}; restore it or {REMEDY}")

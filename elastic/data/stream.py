@@ -1,0 +1,232 @@
+"""Read prepared tokens: one long stream cut into chunks, and the micro-batches every rank takes from it.
+
+Legend: S sequence length, B micro-batch size.
+"""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from elastic.data.manifest import (
+    REMEDY,
+    DataError,
+    Manifest,
+    check_split_files,
+    check_tokenizer,
+    read_manifest,
+)
+from elastic.data.order import SampleOrder, mixed_seed
+
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
+INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
+INDEX_DTYPES: dict[int, np.dtype] = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
+INDEX_CHUNK = 1 << 20
+PADDING_SAMPLE = -1
+
+
+class TokenStream:
+    """The tokens of one split as a single memory-mapped stream, documents in file order, each ending in end-of-text.
+
+    `prefix` is `<prepared folder>/train` or `.../validation`. Raises DataError when a file is missing, truncated,
+    swapped or altered, or the tokenizer is another: sizes and sampled checksums against data.json, and the index
+    against the size of the data. `require_manifest=False` takes a Megatron indexed dataset without data.json, with
+    only the last check, then of every entry.
+    """
+
+    def __init__(self, prefix: str | Path, *, require_manifest: bool = True) -> None:
+        self.prefix = Path(prefix)
+        self.manifest: Manifest | None = None
+        if require_manifest:
+            self.manifest = read_manifest(self.prefix.parent)
+            check_split_files(self.prefix.parent, self.manifest, self.prefix.name)
+            check_tokenizer(self.prefix.parent, self.manifest)
+        # With checksums the entries, which reading does not need, cannot be foreign; without, all are looked at.
+        dtype, self.num_documents = _read_index(self.prefix, every_entry=self.manifest is None)
+        if self.manifest is not None and str(dtype) != self.manifest.dtype:
+            raise DataError(f"{self.prefix}.idx: says {dtype}, data.json {self.manifest.dtype}; {REMEDY}")
+        self._tokens = np.asarray(np.memmap(f"{self.prefix}.bin", dtype=dtype, mode="r"))
+        if self.manifest is not None and self.num_tokens != self.manifest.splits[self.prefix.name].num_tokens:
+            raise DataError(f"{self.prefix}.bin: holds {self.num_tokens:,} tokens, data.json says otherwise; {REMEDY}")
+
+    @property
+    def num_tokens(self) -> int:
+        """Return how many tokens the stream holds."""
+        return len(self._tokens)
+
+    @property
+    def vocab_size(self) -> int:
+        """Return the size of the vocabulary that wrote the tokens, before any padding of the model."""
+        assert self.manifest is not None, "a stream without data.json does not know its tokenizer"
+        return self.manifest.tokenizer.vocab_size
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Return tokens [count] from position `start`, in the dtype of the file."""
+        assert start >= 0 and start + count <= self.num_tokens, f"tokens {start}..{start + count} are not in the stream"
+        return self._tokens[start : start + count]
+
+
+def _read_index(prefix: Path, *, every_entry: bool) -> tuple[np.dtype, int]:
+    """Return the dtype and the number of documents of an indexed dataset after checking .idx against .bin."""
+    index_path, data_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    for path in (index_path, data_path):
+        if not path.is_file():
+            raise DataError(f"{path}: not there; {REMEDY}")
+    with index_path.open("rb") as stream:
+        header = stream.read(INDEX_HEADER.size)
+    if len(header) < INDEX_HEADER.size or not header.startswith(INDEX_MAGIC):
+        raise DataError(f"{index_path}: not the index of a Megatron dataset; {REMEDY}")
+    _, version, code, num_sequences, num_boundaries = INDEX_HEADER.unpack(header)
+    if version != 1 or code not in INDEX_DTYPES or num_sequences < 1 or num_boundaries < 2:
+        raise DataError(
+            f"{index_path}: version {version}, dtype {code}, {num_sequences} documents is not legal; {REMEDY}"
+        )
+    dtype = INDEX_DTYPES[code]
+    # Lengths (int32) and byte offsets (int64) per sequence, then the document boundaries (int64).
+    if index_path.stat().st_size != INDEX_HEADER.size + num_sequences * 12 + num_boundaries * 8:
+        raise DataError(f"{index_path}: its size does not fit its {num_sequences:,} documents; {REMEDY}")
+    lengths = np.memmap(index_path, np.int32, "r", INDEX_HEADER.size, (num_sequences,))
+    offsets = np.memmap(index_path, np.int64, "r", INDEX_HEADER.size + 4 * num_sequences, (num_sequences,))
+    if int(offsets[-1]) + int(lengths[-1]) * dtype.itemsize != data_path.stat().st_size:
+        raise DataError(
+            f"{data_path}: its size does not fit {index_path.name}: truncated, or of another index; {REMEDY}"
+        )
+    if every_entry and not _entries_fit(index_path, num_sequences, num_boundaries, dtype):
+        raise DataError(f"{index_path}: some entries point outside {data_path.name} or into each other; {REMEDY}")
+    return dtype, num_boundaries - 1
+
+
+def _entries_fit(index_path: Path, num_sequences: int, num_boundaries: int, dtype: np.dtype) -> bool:
+    """Tell whether the sequences of an index lie one behind the other, from 0, and the documents hold them all."""
+    start = INDEX_HEADER.size
+    lengths = np.memmap(index_path, np.int32, "r", start, (num_sequences,))
+    offsets = np.memmap(index_path, np.int64, "r", start + 4 * num_sequences, (num_sequences,))
+    boundaries = np.memmap(index_path, np.int64, "r", start + 12 * num_sequences, (num_boundaries,))
+    expected = 0
+    for first in range(0, num_sequences, INDEX_CHUNK):
+        sizes = lengths[first : first + INDEX_CHUNK].astype(np.int64) * dtype.itemsize
+        ends = expected + np.cumsum(sizes)
+        if (sizes < 0).any() or not np.array_equal(offsets[first : first + INDEX_CHUNK], ends - sizes):
+            return False
+        expected = int(ends[-1])
+    rising = all(
+        bool((np.diff(boundaries[first : first + INDEX_CHUNK + 1]) >= 0).all())
+        for first in range(0, num_boundaries, INDEX_CHUNK)
+    )
+    return rising and int(boundaries[0]) == 0 and int(boundaries[-1]) == num_sequences
+
+
+class PackedSequences:
+    """Chunks of S + 1 tokens of a stream, in an order shuffled anew for every epoch.
+
+    Chunk c is tokens [c * S, c * S + S + 1), so neighbours share one token and every token but the first is a label
+    once an epoch; up to S tokens at the end are left over. Documents are concatenated and **not** isolated: attention
+    and Mamba states run across document boundaries inside a chunk, the plain GPT convention; the end-of-text id is
+    all that separates them. `salt` (the phase's index) makes a later phase see the chunks in an order of its own.
+    """
+
+    def __init__(self, stream: TokenStream, sequence_length: int, seed: int, salt: int = 0) -> None:
+        if not 1 <= sequence_length < stream.num_tokens:
+            raise DataError(
+                f"sequence_length = {sequence_length}: {stream.prefix} holds {stream.num_tokens:,} tokens, a sequence "
+                f"needs one more than its length; nearest legal {max(1, min(sequence_length, stream.num_tokens - 1))}"
+            )
+        self.stream = stream
+        self.sequence_length = sequence_length
+        num_chunks = (stream.num_tokens - 1) // sequence_length
+        self.order = SampleOrder(num_chunks, mixed_seed(seed, salt, sequence_length))
+
+    def __len__(self) -> int:
+        """Return the number of chunks, which is the number of samples of an epoch."""
+        return self.order.num_chunks
+
+    def sample(self, sample_index: int) -> torch.Tensor:
+        """Return tokens [S+1] int64 of a sample; indices run on through the epochs without end."""
+        return self.chunk(self.order.chunk(sample_index))
+
+    def chunk(self, chunk_index: int) -> torch.Tensor:
+        """Return tokens [S+1] int64 of a chunk by its place in the stream, unshuffled."""
+        tokens = self.stream.read(chunk_index * self.sequence_length, self.sequence_length + 1)
+        return torch.from_numpy(tokens.astype(np.int64))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on one data-parallel rank: tokens [B, S], labels [B, S], sample_ids [B], all int64 on the CPU.
+
+    Label s is token s + 1. A sample id is the index within the phase, unique across epochs; -1 marks a row that only
+    fills the last validation batches to their size.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    sample_ids: torch.Tensor
+
+    @property
+    def has_padding(self) -> bool:
+        """Tell whether some rows only fill up."""
+        return bool((self.sample_ids == PADDING_SAMPLE).any())
+
+    def token_weights(self) -> torch.Tensor:
+        """Return fp32 weights [B, S]: 1 for tokens that count, 0 for rows that fill up."""
+        real = (self.sample_ids != PADDING_SAMPLE).float()
+        return real[:, None].expand(self.tokens.shape).contiguous()
+
+
+def _batch(rows: list[torch.Tensor], sample_ids: list[int]) -> Batch:
+    tokens = torch.stack(rows)
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.tensor(sample_ids, dtype=torch.int64))
+
+
+def micro_batch(
+    dataset: PackedSequences,
+    consumed_samples: int,
+    micro_batch_index: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    micro_batch_size: int,
+) -> Batch:
+    """Return the micro-batch one data-parallel rank trains on, a pure function of its arguments.
+
+    The step's micro-batches are counted over ranks first: g = micro_batch_index * data_parallel_size +
+    data_parallel_rank takes samples consumed_samples + g * B up to B more. A step of the same global batch so reads
+    the same samples at every layout and micro-batch size. `consumed_samples` counts within the phase.
+    """
+    assert 0 <= data_parallel_rank < data_parallel_size and micro_batch_index >= 0 and micro_batch_size >= 1
+    global_index = micro_batch_index * data_parallel_size + data_parallel_rank
+    first = consumed_samples + global_index * micro_batch_size
+    sample_ids = list(range(first, first + micro_batch_size))
+    return _batch([dataset.sample(index) for index in sample_ids], sample_ids)
+
+
+def num_validation_batches(num_sequences: int, data_parallel_size: int, micro_batch_size: int) -> int:
+    """Return how many micro-batches every rank gets from `validation_batches`; the same on all ranks."""
+    return -(-num_sequences // (data_parallel_size * micro_batch_size))
+
+
+def validation_batches(
+    dataset: PackedSequences,
+    num_sequences: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    micro_batch_size: int,
+) -> Iterator[Batch]:
+    """Yield one rank's share of the first `num_sequences` chunks, unshuffled: the same set in all at any layout.
+
+    Every rank gets the same number of full batches. Places beyond the last sequence repeat chunk 0 under sample id -1
+    and weigh nothing: reduce with `Batch.token_weights()`. Here sample ids are chunk indices. Raises DataError when the
+    dataset is shorter than `num_sequences`.
+    """
+    if not 1 <= num_sequences <= len(dataset):
+        raise DataError(
+            f"num_sequences = {num_sequences}: {dataset.stream.prefix} has {len(dataset)} sequences of "
+            f"{dataset.sequence_length} tokens; nearest legal {max(1, min(num_sequences, len(dataset)))}"
+        )
+    for index in range(num_validation_batches(num_sequences, data_parallel_size, micro_batch_size)):
+        first = (index * data_parallel_size + data_parallel_rank) * micro_batch_size
+        places = range(first, first + micro_batch_size)
+        rows = [dataset.chunk(place if place < num_sequences else 0) for place in places]
+        yield _batch(rows, [place if place < num_sequences else PADDING_SAMPLE for place in places])

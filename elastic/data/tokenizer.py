@@ -1,0 +1,196 @@
+"""Train, load and copy byte-level BPE tokenizers as folders that stock transformers opens."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from elastic.data.manifest import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST_VOCAB = 257  # every byte and the end-of-text token
+TOKENIZER_JSON = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_FILES = (TOKENIZER_JSON, TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja")
+LONGEST_RUN = 256
+PIECE_CHARACTERS = 1 << 20  # the library takes about 200 bytes of memory for each one it encodes at a time
+_LONG_RUN = re.compile(rf"(\S{{{LONGEST_RUN}}})\S+|(\s{{{LONGEST_RUN}}})\s+")
+
+
+@dataclass(frozen=True)
+class LoadedTokenizer:
+    """A tokenizer with its end-of-text token. `vocab_size` is the largest id + 1, `sha256` that of tokenizer.json."""
+
+    tokenizer: Tokenizer
+    eos_token: str
+    eos_id: int
+    vocab_size: int
+    sha256: str
+
+    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encode texts on all cores; returns one array of int32 ids per text, with the end-of-text id appended.
+
+        A text beyond PIECE_CHARACTERS is encoded piece by piece, cut at line ends, so that its size costs no memory.
+        Byte-level BPE gives the same ids either way; another tokenizer may give other tokens right at a cut.
+        """
+        short = [text for text in texts if len(text) <= PIECE_CHARACTERS]
+        encoded = iter(self.tokenizer.encode_batch_fast(short, add_special_tokens=False))
+        return [
+            np.array([*next(encoded).ids, self.eos_id], dtype=np.int32)
+            if len(text) <= PIECE_CHARACTERS
+            else self._encode_in_pieces(text)
+            for text in texts
+        ]
+
+    def _encode_in_pieces(self, text: str) -> np.ndarray:
+        pieces = [
+            np.array(self.tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0].ids, dtype=np.int32)
+            for piece in _pieces(text)
+        ]
+        return np.concatenate([*pieces, np.array([self.eos_id], dtype=np.int32)])
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        end = _cut(text, start, start + PIECE_CHARACTERS)
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _cut(text: str, start: int, end: int) -> int:
+    """Return where to cut text[start:end], a place where every usual pre-tokenizer cuts too if there is one.
+
+    That is after a line end with no white space behind it, else before a single space, else at `end`.
+    """
+    for separator, offset in (("\n", 1), (" ", 0)):
+        place = text.rfind(separator, start + 1, end)
+        while place != -1:
+            alone = offset or not text[place - 1].isspace()
+            if alone and not text[place + 1].isspace():
+                return place + offset
+            place = text.rfind(separator, start + 1, place)
+    return end
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
+    """Train a byte-level BPE of at most `vocab_size` tokens on `texts` and write it into `folder`.
+
+    Id 0 is `<|endoftext|>`, which serves as end of document and as padding. The result is the same, byte for byte,
+    whenever the texts and the library are. A small corpus may give fewer tokens than asked for.
+    """
+    if vocab_size < SMALLEST_VOCAB:
+        raise DataError(f"vocab_size = {vocab_size}: must be at least {SMALLEST_VOCAB}; nearest legal {SMALLEST_VOCAB}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((_without_long_runs(text) for text in texts), trainer)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_prefix_space": False,
+        "bos_token": None,
+        "eos_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    # Not `tokenizer.save`, whose error on a full disk is no OSError.
+    (folder / TOKENIZER_JSON).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    (folder / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _without_long_runs(text: str) -> str:
+    """Cut runs without (or of) white space to 256 characters: BPE training is quadratic in the length of a word."""
+    return _LONG_RUN.sub(r"\1\2", text)
+
+
+def load_tokenizer(folder: Path, *, parse_special_tokens: bool = False) -> LoadedTokenizer:
+    """Load the tokenizer of `folder`; raises DataError when it has none or names no end-of-text token.
+
+    Without `parse_special_tokens` a document that contains the letters of a special token is encoded as those
+    letters, so no text can forge the end of a document; with it, chat templates and the like become their ids.
+    """
+    path = folder / TOKENIZER_JSON
+    try:
+        content = path.read_bytes()
+        tokenizer = Tokenizer.from_buffer(content)
+    except OSError as error:
+        raise DataError(f"tokenizer {folder}: {TOKENIZER_JSON} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise DataError(f"tokenizer {folder}: {TOKENIZER_JSON} is not a tokenizer ({error})") from error
+    # A tokenizer.json may carry the truncation and padding of whoever saved it; both would corrupt documents.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = not parse_special_tokens
+    eos_token = _eos_token(folder)
+    eos_id = tokenizer.token_to_id(eos_token)
+    if eos_id is None:
+        raise DataError(f"tokenizer {folder}: its end-of-text token {eos_token!r} is not in the vocabulary")
+    # Ids may have holes, so the number of tokens is not the number of rows an embedding needs.
+    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    return LoadedTokenizer(tokenizer, eos_token, eos_id, vocab_size, hashlib.sha256(content).hexdigest())
+
+
+def _eos_token(folder: Path) -> str:
+    for name in (TOKENIZER_CONFIG, "special_tokens_map.json"):
+        token = _read_json(folder / name).get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            return token
+    raise DataError(
+        f"tokenizer {folder}: no eos_token in {TOKENIZER_CONFIG}; name the token that ends a document there"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} does not hold a JSON object")
+    return content
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer files of `source` into `folder`, never code and no pointer to code (`auto_map`)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        path = source / name
+        if not path.is_file():
+            continue
+        if name == TOKENIZER_CONFIG:
+            config = {key: value for key, value in _read_json(path).items() if key != "auto_map"}
+            (folder / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        else:
+            (folder / name).write_bytes(path.read_bytes())
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """Return the sha256 over the names and contents of all tokenizer files of `folder`."""
+    digest = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        path = folder / name
+        if path.is_file():
+            digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def padded_vocab_size(vocab_size: int, multiple: int) -> int:
+    """Round a vocabulary up to a multiple (tensor parallel ranks times a friendly size); the added ids never occur."""
+    return -(-vocab_size // multiple) * multiple

@@ -1,0 +1,216 @@
+"""Write `config.json` of stock `nemotron_h`, by the export rules of FACTS 3; `config_read` reads it back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from elastic.hf.safe_files import shown
+from elastic.space.pattern import LayerKind
+from elastic.space.shape import ModelShape
+
+MODEL_TYPE = "nemotron_h"
+ARCHITECTURE = "NemotronHForCausalLM"
+# Stock keys whose only value this project's layers compute; absent keys have this value by default.
+FIXED: dict[str, Any] = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "mamba_hidden_act": "silu",
+    "mamba_proj_bias": False,
+    "mlp_bias": False,
+    "mlp_hidden_act": "relu2",
+    "sliding_window": None,
+    "use_bias": False,
+    "use_conv_bias": True,
+}
+# Keys that do not touch the function of loaded weights and travel from a source's config to an export's, with the
+# value that is written when the source has none (stock code's default).
+CARRIED: dict[str, Any] = {
+    # Nobody computes with it (inner size = mamba_num_heads * mamba_head_dim); older readers want it present.
+    "expand": 2,
+    "initializer_range": 0.02,
+    "num_logits_to_keep": 1,
+    "rescale_prenorm_residual": True,
+    "residual_in_fp32": False,
+    "time_step_floor": 1e-4,
+    "time_step_max": 0.1,
+    "use_cache": True,
+}
+# The same for keys that are written only if the source has them, with their type.
+CARRIED_IF_GIVEN: dict[str, type] = {"mamba_ssm_cache_dtype": str, "time_step_rank": int, "use_mamba_kernels": bool}
+# Widths of layer kinds that the pattern does not have: they size nothing, and travel so that a config stays equal.
+WIDTH_KEYS = {
+    LayerKind.MLP: "intermediate_size",
+    LayerKind.MAMBA: "mamba_num_heads",
+    LayerKind.ATTENTION: "num_attention_heads",
+}
+
+
+class HfConfigError(ValueError):
+    """A config.json this project cannot read as a hybrid of Mamba-2, attention and MLP layers."""
+
+
+class ExportError(ValueError):
+    """A model or folder that cannot be exported; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class HfSettings:
+    """What a folder says beside the sizes.
+
+    `carried` holds what a source's config says of the keys of CARRIED, CARRIED_IF_GIVEN and of widths no layer has,
+    where that is not the default. Other keys are not kept: nobody can tell whether they stay true of a submodel.
+    `generation` is the source's generation_config.json as it is; None: written from the special tokens.
+    """
+
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+    pad_token_id: int | None = 0
+    max_position_embeddings: int = 4096
+    chunk_size: int = 128
+    carried: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] | None = None
+
+    def token_ids(self) -> dict[str, int | list[int] | None]:
+        """Return the special tokens in JSON form. None is said, for stock code has other defaults than none."""
+        eos = self.eos_token_id
+        return {
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
+            "pad_token_id": self.pad_token_id,
+        }
+
+    def end_tokens(self) -> frozenset[int]:
+        """Return the tokens that end a text: the generation config's, as in stock `generate`, else the config's."""
+        stated = None if self.generation is None else self.generation.get("eos_token_id")
+        ends = self.eos_token_id if stated is None else stated
+        return frozenset(() if ends is None else (ends,) if isinstance(ends, int) else ends)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object from which `from_json` makes an equal value."""
+        return {
+            **self.token_ids(),
+            "max_position_embeddings": self.max_position_embeddings,
+            "chunk_size": self.chunk_size,
+            "carried": dict(self.carried),
+            "generation": None if self.generation is None else dict(self.generation),
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "HfSettings":
+        """Undo `to_json`; raises HfConfigError for another set of keys."""
+        if content.keys() != cls().to_json().keys():
+            raise HfConfigError(f"Hugging Face settings have other keys than expected: {shown(sorted(content))}")
+        eos = content["eos_token_id"]
+        return cls(**{**content, "eos_token_id": tuple(eos) if isinstance(eos, list) else eos})
+
+
+def export_shape(shape: ModelShape) -> ModelShape:
+    """Return the uniform shape a stock config can say: FFN and attention padded to their widest layer.
+
+    Raises ExportError if Mamba widths differ: their gated group norm divides by the width, padding would change it.
+    """
+    if len(set(shape.mamba_heads)) > 1:
+        layers = shape.pattern.layers_of(LayerKind.MAMBA)
+        widths = ", ".join(f"layer {layer}: {width}" for layer, width in zip(layers, shape.mamba_heads, strict=True))
+        raise ExportError(
+            f"Mamba heads differ between layers ({widths}). A stock folder has one number for all, and padding is not "
+            f"exact under the gated group norm; train with a homogeneous mamba_head axis (per_layer: false)"
+        )
+    return replace(shape, ffn=_widest(shape.ffn), attention_heads=_widest(shape.attention_heads))
+
+
+def _widest(widths: tuple[int, ...]) -> tuple[int, ...]:
+    return (max(widths, default=0),) * len(widths)
+
+
+def export_warnings(shape: ModelShape, tensor_parallel: int = 1) -> list[str]:
+    """List the sizes that stock code computes correctly but GPU kernels serve badly or refuse.
+
+    Whole dimensions fill tiles of 64; of one rank's share, convolution channels and rows of in_proj are multiples of 8
+    (or the latter are copied), and what FP8 kernels multiply of 16.
+    """
+    padded, ranks = export_shape(shape), tensor_parallel
+    on_each = f" on each of {ranks} tensor-parallel ranks" if ranks > 1 else ""
+    warnings = []
+    split = {"ffn": padded.ffn[0]} if padded.ffn else {}
+    if padded.mamba_heads:
+        d_inner, state = padded.mamba_heads[0] * padded.head_channels, padded.mamba_groups * padded.mamba_state
+        split["mamba heads x channels"] = d_inner
+        channels, rows = d_inner + 2 * state, 2 * (d_inner + state) + padded.mamba_heads[0]
+        if channels % (8 * ranks):
+            rule = f"is not a multiple of 8{on_each}, which the causal convolution kernel needs"
+            warnings.append(f"convolution channels = {channels} {rule}")
+        if rows % (8 * ranks):
+            warnings.append(
+                f"in_proj rows = {rows} is not a multiple of 8{on_each}, so the convolution's input is copied"
+            )
+        if padded.mamba_groups % ranks:
+            warnings.append(f"mamba groups = {padded.mamba_groups} do not split over {ranks} tensor-parallel ranks")
+    for name, size in {"hidden": padded.hidden, **split}.items():
+        if size % 64:
+            warnings.append(f"{name} = {size} is not a multiple of 64")
+        if ranks > 1 and name in split and size % (16 * ranks):
+            warnings.append(f"{name} = {size} is not a multiple of 16{on_each}, which FP8 kernels need")
+    return warnings
+
+
+def hf_config(shape: ModelShape, settings: HfSettings, dtype: torch.dtype) -> dict[str, Any]:
+    """Return config.json in the classic style: one integer per width and `hybrid_override_pattern`.
+
+    No mixture-of-experts, multi-token or `auto_map` keys: converters take their mere presence for another model.
+    Raises ExportError if Mamba widths differ or a special token lies outside the vocabulary.
+    """
+    padded, token_ids = export_shape(shape), settings.token_ids()
+    if problems := token_problems(token_ids, shape.vocab):
+        raise ExportError("; ".join(problems))
+    carried = settings.carried
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        **FIXED,
+        **{key: carried.get(key, default) for key, default in CARRIED.items()},
+        **{key: carried[key] for key in CARRIED_IF_GIVEN if key in carried},
+        **token_ids,
+        "chunk_size": settings.chunk_size,
+        "conv_kernel": padded.conv_kernel,
+        "head_dim": padded.attention_channels,
+        "hidden_size": padded.hidden,
+        "hybrid_override_pattern": str(padded.pattern),
+        "intermediate_size": max(padded.ffn, default=carried.get("intermediate_size", 0)),
+        "layer_norm_epsilon": padded.norm_epsilon,
+        "mamba_head_dim": padded.head_channels,
+        "mamba_num_heads": max(padded.mamba_heads, default=carried.get("mamba_num_heads", padded.mamba_groups)),
+        "max_position_embeddings": settings.max_position_embeddings,
+        "n_groups": padded.mamba_groups,
+        "num_attention_heads": max(padded.attention_heads, default=carried.get("num_attention_heads", padded.kv_heads)),
+        "num_hidden_layers": len(padded.pattern),
+        "num_key_value_heads": padded.kv_heads,
+        "rms_norm_eps": padded.norm_epsilon,
+        "ssm_state_size": padded.mamba_state,
+        "tie_word_embeddings": padded.tied_embeddings,
+        # Stock code clamps dt from below at this value; training never did.
+        "time_step_min": 0.0,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "vocab_size": padded.vocab,
+    }
+
+
+def generation_config(settings: HfSettings) -> dict[str, Any]:
+    """Return generation_config.json: the source's as it is, or one that says no more than the special tokens."""
+    if settings.generation is not None:
+        return dict(settings.generation)
+    known = {key: value for key, value in settings.token_ids().items() if value is not None}
+    return {"_from_model_config": True, **known}
+
+
+def token_problems(token_ids: Mapping[str, int | list[int] | None], vocab: int) -> list[str]:
+    """List the special tokens that lie outside the vocabulary."""
+    return [
+        f"{key} = {value} is outside the vocabulary of {vocab}"
+        for key, value in token_ids.items()
+        if value is not None
+        and any(not 0 <= token < vocab for token in (value if isinstance(value, list) else [value]))
+    ]

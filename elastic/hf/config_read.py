@@ -1,0 +1,268 @@
+"""Read `config.json` of stock `nemotron_h`, as published or as transformers 5 writes it, with every problem named.
+
+The values come from a file of somebody else: each is looked at before it is used, and none is trusted to be of the
+type, or of a size, that a model could have.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from elastic.hf.config import (
+    ARCHITECTURE,
+    CARRIED,
+    CARRIED_IF_GIVEN,
+    FIXED,
+    MODEL_TYPE,
+    WIDTH_KEYS,
+    HfConfigError,
+    HfSettings,
+    token_problems,
+)
+from elastic.hf.pattern import read_pattern
+from elastic.hf.safe_files import listed, quoted, shown
+from elastic.space.pattern import PatternError
+from elastic.space.shape import ModelShape, ShapeError
+
+# Other names that stock code of some release reads, and the name used here.
+_ALIASES = {
+    "attention_head_dim": "head_dim",
+    "dtype": "torch_dtype",
+    "layer_types": "layers_block_type",
+    "mamba_chunk_size": "chunk_size",
+    "mamba_conv_bias": "use_conv_bias",
+    "mamba_d_conv": "conv_kernel",
+    "mamba_dt_init_floor": "time_step_floor",
+    "mamba_dt_limit": "time_step_limit",
+    "mamba_dt_max": "time_step_max",
+    "mamba_dt_min": "time_step_min",
+    "mamba_expand": "expand",
+    "mamba_n_groups": "n_groups",
+}
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "mamba_num_heads",
+    "mamba_head_dim",
+    "n_groups",
+    "ssm_state_size",
+    "conv_kernel",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+# Far beyond any model, and small enough that no product of sizes surprises anybody.
+_LARGEST_SIZE = 2**24
+# Keys whose mere presence (unless null) means another model.
+_FORBIDDEN = {
+    "rope_scaling": "layers have no position embedding",
+    "rope_parameters": "layers have no position embedding",
+    "quantization_config": "weights must be plain; dequantise the folder first",
+    "llm_config": "this is a multimodal model",
+    "text_config": "this is a multimodal model",
+    "block_configs": "layers of one kind must share their sizes",
+}
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Keys that are read, or that stock code writes into every config and that mean nothing without experts or
+# multi-token layers.
+_KNOWN = {
+    *_SIZES, *_FORBIDDEN, *_TOKENS, *FIXED, *CARRIED, *CARRIED_IF_GIVEN, "_name_or_path", "architectures",
+    "auto_map", "chunk_size", "hybrid_override_pattern", "layer_norm_epsilon", "layers_block_type",
+    "max_position_embeddings", "model_type", "moe_intermediate_size", "moe_latent_size",
+    "moe_shared_expert_intermediate_size", "moe_shared_expert_overlap", "mtp_hybrid_override_pattern",
+    "mtp_layers_block_type", "n_group", "n_routed_experts", "n_shared_experts", "norm_topk_prob",
+    "num_experts_per_tok", "num_hidden_layers", "num_nextn_predict_layers", "output_router_logits", "rms_norm_eps",
+    "routed_scaling_factor", "tie_word_embeddings", "time_step_limit", "time_step_min", "topk_group", "torch_dtype",
+    "transformers_version",
+}  # fmt: skip
+
+
+def shape_from_hf_config(config: Mapping[str, Any]) -> ModelShape:
+    """Read the sizes out of a stock config; raises HfConfigError listing every problem with field and value."""
+    shape, problems = judge_config(config)
+    if shape is None:
+        raise HfConfigError("config.json: " + "; ".join(problems))
+    return shape
+
+
+def judge_config(raw: Mapping[str, Any]) -> tuple[ModelShape | None, list[str]]:
+    """Return the shape that a stock config describes, or None, and every problem there is."""
+    config, problems = _canonical(raw)
+    problems += _model_problems(config)
+    sizes = {key: _size(config, key, problems) for key in _SIZES}
+    epsilon = config.get("layer_norm_epsilon", 1e-5)
+    if not isinstance(epsilon, float) or not 0 < epsilon < 1:
+        problems.append(f"layer_norm_epsilon = {epsilon!r} must be a float between 0 and 1")
+    elif config.get("rms_norm_eps", epsilon) != epsilon:
+        problems.append(f"rms_norm_eps = {shown(config['rms_norm_eps'])} must equal layer_norm_epsilon = {epsilon}")
+    pattern = read_pattern(config, problems)
+    problems += _settings_problems(config, sizes["vocab_size"])
+    if problems:
+        return None, problems
+    try:
+        return _shape(pattern, sizes, config, epsilon), []
+    except (PatternError, ShapeError) as error:
+        return None, [str(error)]
+
+
+def _shape(pattern: str, sizes: Mapping[str, int], config: Mapping[str, Any], epsilon: float) -> ModelShape:
+    return ModelShape.uniform(
+        pattern,
+        ffn=sizes["intermediate_size"],
+        mamba_heads=sizes["mamba_num_heads"],
+        attention_heads=sizes["num_attention_heads"],
+        vocab=sizes["vocab_size"],
+        hidden=sizes["hidden_size"],
+        head_channels=sizes["mamba_head_dim"],
+        mamba_groups=sizes["n_groups"],
+        mamba_state=sizes["ssm_state_size"],
+        conv_kernel=sizes["conv_kernel"],
+        kv_heads=sizes["num_key_value_heads"],
+        attention_channels=sizes["head_dim"],
+        tied_embeddings=config.get("tie_word_embeddings", False),
+        norm_epsilon=epsilon,
+    )
+
+
+def settings_from_hf_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> HfSettings:
+    """Read special tokens, limits and what else travels, of a config without problems; `generation` as it is."""
+    config, _ = _canonical(raw)
+    eos = config.get("eos_token_id", 2)
+    kinds = set(read_pattern(config, []))
+    kept = {key: config[key] for key, default in CARRIED.items() if config.get(key, default) != default}
+    kept |= {key: config[key] for key in CARRIED_IF_GIVEN if key in config}
+    # 0 neurons and one head for each group are what an export writes by itself.
+    unused = {key: config[key] for kind, key in WIDTH_KEYS.items() if kind not in kinds}
+    implied = {"intermediate_size": 0, "mamba_num_heads": config["n_groups"]}
+    implied["num_attention_heads"] = config["num_key_value_heads"]
+    return HfSettings(
+        bos_token_id=config.get("bos_token_id", 1),
+        eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
+        pad_token_id=config.get("pad_token_id", 0),
+        max_position_embeddings=config.get("max_position_embeddings", 4096),
+        chunk_size=config.get("chunk_size", 128),
+        carried=kept | {key: width for key, width in unused.items() if width != implied[key]},
+        generation=generation,
+    )
+
+
+def generation_problems(generation: Mapping[str, Any], vocab: int) -> list[str]:
+    """List what is wrong with the special tokens of a generation_config.json."""
+    tokens = {key: generation[key] for key in _TOKENS if key in generation}
+    problems = [
+        f"{key} = {shown(value)} must be an integer, a list of them or null"
+        for key, value in tokens.items()
+        if not _is_token(value, several=True)
+    ]
+    return problems or token_problems(tokens, vocab)
+
+
+def declared_dtype(config: Mapping[str, Any]) -> str | None:
+    """Return the number format that a config states, e.g. bfloat16."""
+    stated = config.get("dtype", config.get("torch_dtype"))
+    return stated.removeprefix("torch.") if isinstance(stated, str) else None
+
+
+def import_warnings(config: Mapping[str, Any]) -> list[str]:
+    """List what a config without problems says that is computed otherwise here, or not kept."""
+    known, _ = _canonical(config)
+    warnings = []
+    if (floor := known.get("time_step_min", 0.001)) > 0:
+        warnings.append(
+            f"time_step_min = {floor}: stock transformers clamps dt there, training and vLLM do not; logits of the "
+            f"stock folder may differ, exports carry 0.0"
+        )
+    if known.get("residual_in_fp32", False):
+        warnings.append(
+            "residual_in_fp32 = true is carried, but this project and stock transformers keep the residual stream "
+            "in the type they compute in"
+        )
+    limit = known.get("time_step_limit")
+    if limit is not None and [_infinity(bound) for bound in limit] != [0.0, math.inf]:
+        warnings.append(f"time_step_limit = {shown(limit)} is not kept: stock transformers and vLLM ignore it, too")
+    if "auto_map" in config:
+        warnings.append("auto_map is ignored: code of the folder is never run, and exports need none")
+    if unknown := known.keys() - _KNOWN:
+        warnings.append(f"config keys that stock nemotron_h does not know are not kept: {listed(unknown)}")
+    return warnings
+
+
+def _canonical(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the config under the names used here; problems where two names of one thing disagree."""
+    config, problems = dict(raw), []
+    for alias, key in _ALIASES.items():
+        value = config.pop(alias, None)
+        if value is not None and config.get(key) not in (None, value):
+            problems.append(f"{alias} = {shown(value)} and {key} = {shown(config[key])} mean the same and disagree")
+        elif value is not None:
+            config[key] = value
+    return config, problems
+
+
+def _model_problems(config: Mapping[str, Any]) -> list[str]:
+    problems = []
+    if config.get("model_type") != MODEL_TYPE:
+        problems.append(f"model_type = {quoted(config.get('model_type'))} must be {MODEL_TYPE!r}")
+    architectures = config.get("architectures")
+    if architectures is not None and architectures != [ARCHITECTURE]:
+        problems.append(f"architectures = {shown(architectures)} must be ['{ARCHITECTURE}']")
+    for key, value in FIXED.items():
+        if config.get(key, value) != value:
+            problems.append(f"{key} = {quoted(config[key])} is not supported, only {value!r}")
+    problems += [f"{key} is set: {why}" for key, why in _FORBIDDEN.items() if config.get(key) is not None]
+    if config.get("num_nextn_predict_layers") not in (None, 0):
+        problems.append(
+            f"num_nextn_predict_layers = {shown(config['num_nextn_predict_layers'])}: multi-token-prediction layers "
+            f"are not supported; save the model without them (0) and without their mtp tensors"
+        )
+    return problems
+
+
+def _settings_problems(config: Mapping[str, Any], vocab: int) -> list[str]:
+    """List the wrong values of keys that size nothing but are read or carried."""
+    problems = []
+    for key in ("max_position_embeddings", "chunk_size"):
+        value = config.get(key, 1)
+        if type(value) is not int or not 1 <= value < 2**40:
+            problems.append(f"{key} = {shown(value)} must be one integer of at least 1")
+    if type(config.get("tie_word_embeddings", False)) is not bool:
+        problems.append(f"tie_word_embeddings = {shown(config['tie_word_embeddings'])} must be true or false")
+    types = {key: type(default) for key, default in CARRIED.items()} | CARRIED_IF_GIVEN
+    problems += [
+        f"{key} = {shown(config[key])} must be {kind.__name__}"
+        for key, kind in types.items()
+        if key in config and type(config[key]) is not kind
+    ]
+    floor, limit = config.get("time_step_min", 0.0), config.get("time_step_limit")
+    if type(floor) not in (int, float) or floor < 0:
+        problems.append(f"time_step_min = {shown(floor)} must be a number of at least 0")
+    if limit is not None and not (isinstance(limit, list) and len(limit) == 2):
+        problems.append(f"time_step_limit = {shown(limit)} must be two numbers")
+    tokens = {key: config[key] for key in _TOKENS if key in config}
+    wrong = [key for key, value in tokens.items() if not _is_token(value, several=key == "eos_token_id")]
+    problems += [f"{key} = {shown(tokens[key])} must be an integer or null" for key in wrong]
+    return problems if wrong else problems + token_problems(tokens, vocab)
+
+
+def _is_token(value: Any, several: bool) -> bool:
+    many = several and isinstance(value, list) and all(type(token) is int for token in value)
+    return value is None or type(value) is int or many
+
+
+def _size(config: Mapping[str, Any], key: str, problems: list[str]) -> int:
+    value = config.get(key)
+    smallest = 0 if key == "intermediate_size" else 1
+    if type(value) is int and smallest <= value <= _LARGEST_SIZE:
+        return value
+    if type(value) is int and value > _LARGEST_SIZE:
+        problems.append(f"{key} is {shown(value)}, larger than any model's ({_LARGEST_SIZE:,})")
+    else:
+        what = "missing" if key not in config else quoted(value)
+        problems.append(f"{key} is {what}, it must be one integer of at least {smallest}")
+    return _LARGEST_SIZE
+
+
+def _infinity(bound: Any) -> Any:
+    """Return a number as it is, and Infinity also where transformers 5 wraps it."""
+    return math.inf if bound == {"__float__": "Infinity"} else bound

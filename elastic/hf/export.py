@@ -1,0 +1,133 @@
+"""Write a model as a Hugging Face folder, reload it, compare, and only then call it done."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic.hf.card import CardInfo, deployed_params, model_card
+from elastic.hf.check import CheckOutcome, FolderCheck
+from elastic.hf.config import ExportError, HfSettings, generation_config, hf_config
+from elastic.hf.disk import DiskSpaceError, check_free_space
+from elastic.hf.dtypes import DtypeRule
+from elastic.hf.folder import CONFIG_FILE, GENERATION_FILE, HfFolderError, open_hf_folder
+from elastic.hf.names import HfTensorError, hf_sizes, to_hf
+from elastic.hf.reload import ReloadError
+from elastic.hf.tensor_files import TensorSpec, write_tensors
+from elastic.hf.tensor_headers import TensorFileError
+from elastic.hf.tokenizer_files import TokenizerFileError, copy_tokenizer
+from elastic.rank.slicing import TensorSource
+from elastic.space.cost import shape_cost
+from elastic.space.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a folder is written.
+
+    `dtype` is fp32 or bf16 for everything but A_log and D, which stay in fp32, or a rule: that of a source's folder
+    gives every tensor back as it came. `shard_bytes` bounds one weights file.
+    """
+
+    dtype: torch.dtype | DtypeRule = torch.bfloat16
+    settings: HfSettings = field(default_factory=HfSettings)
+    tokenizer_folder: Path | None = None
+    shard_bytes: int = 5_000_000_000
+    overwrite: bool = False
+
+    @property
+    def rule(self) -> DtypeRule:
+        """Return the format of every tensor; raises DtypeError for other formats than fp32 and bf16."""
+        return self.dtype if isinstance(self.dtype, DtypeRule) else DtypeRule.trained(self.dtype)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written and how it was checked; `params` is the subnet's count, `deployed_params` that with padding."""
+
+    folder: Path
+    params: int
+    deployed_params: int
+    outcome: CheckOutcome
+
+
+def export_folder(
+    source: TensorSource,
+    shape: ModelShape,
+    folder: Path,
+    card: CardInfo,
+    options: ExportOptions,
+    check: FolderCheck,
+    progress: Callable[[int, int], None] = lambda num_bytes, total: None,
+) -> ExportReport:
+    """Write `shape`'s tensors, given under Megatron-Core names, as a stock `nemotron_h` folder.
+
+    Streams: one tensor in memory. Written aside and renamed once `check` has passed; a failed export leaves nothing
+    behind. `progress` is told the bytes of each tensor that is written, and of all. Raises ExportError.
+    """
+    folder, rule = Path(folder), options.rule
+    specs = {name: TensorSpec(size, rule.of(name)) for name, size in hf_sizes(shape).items()}
+    total = sum(spec.num_bytes for spec in specs.values())
+    _check_target(folder, total, options.overwrite)
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        write_tensors(aside, specs, _reported(to_hf(source, shape), specs, total, progress), options.shard_bytes)
+        _write_json(aside / CONFIG_FILE, hf_config(shape, options.settings, rule.main))
+        _write_json(aside / GENERATION_FILE, generation_config(options.settings))
+        copy_tokenizer(options.tokenizer_folder, aside, shape.vocab)
+        outcome = check(open_hf_folder(aside), shape)  # and the folder is held to the rules of any other
+        text = model_card(card, shape, str(rule.main).removeprefix("torch."), str(outcome))
+        (aside / "README.md").write_text(text)
+        _move_into_place(aside, folder)
+    except (TensorFileError, TokenizerFileError, HfFolderError, HfTensorError, ReloadError, ExportError) as error:
+        raise ExportError(f"export to {folder}: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return ExportReport(folder, int(shape_cost(shape).params), deployed_params(shape), outcome)
+
+
+def _reported(
+    tensors: Iterator[tuple[str, Tensor]],
+    specs: Mapping[str, TensorSpec],
+    total: int,
+    progress: Callable[[int, int], None],
+) -> Iterator[tuple[str, Tensor]]:
+    """Hand each tensor on, and report it when the next is asked for: it is written then."""
+    for name, tensor in tensors:
+        yield name, tensor
+        del tensor  # before the next one is read
+        progress(specs[name].num_bytes, total)
+
+
+def _check_target(folder: Path, num_bytes: int, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ExportError(f"{folder} is a file")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise ExportError(f"folder {folder} is not empty; choose another one or set overwrite")
+    try:
+        check_free_space(folder, num_bytes, "the exported weights")
+    except DiskSpaceError as error:
+        raise ExportError(str(error)) from error
+
+
+def _move_into_place(aside: Path, folder: Path) -> None:
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+        os.replace(aside, folder)
+        shutil.rmtree(old)
+    else:
+        os.replace(aside, folder)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")

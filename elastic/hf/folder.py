@@ -1,0 +1,193 @@
+"""Open a stock `nemotron_h` folder: everything that can be wrong with it is found before a single value is read.
+
+The folder comes from somebody else. Nothing of it is run: JSON and safetensors are read, code and pickles are not.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elastic.hf.config import HfSettings
+from elastic.hf.config_read import (
+    declared_dtype,
+    generation_problems,
+    import_warnings,
+    judge_config,
+    settings_from_hf_config,
+)
+from elastic.hf.dtypes import DtypeRule, judge_dtypes
+from elastic.hf.names import HF_HEAD, hf_sizes, stored_names
+from elastic.hf.safe_files import UnsafeFileError, listed, read_json, shown
+from elastic.hf.tensor_files import TensorFolder
+from elastic.hf.tensor_headers import StoredTensor
+from elastic.hf.tensor_index import TensorScan, scan_tensors
+from elastic.hf.tokenizer_files import find_tokenizer, tokenizer_problems
+from elastic.space.shape import ModelShape
+
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+_MAX_CONFIG_BYTES = 1_000_000
+_MOST_SHOWN = 20
+# What the name of a tensor that does not belong says about the model it comes from.
+_FOREIGN = {
+    "mtp": "multi-token prediction, which is not supported; save the model without it",
+    ".experts.": "mixture of experts, which is not supported; use a dense parent",
+    "shared_experts": "mixture of experts, which is not supported; use a dense parent",
+    ".gate.": "mixture of experts, which is not supported; use a dense parent",
+    "_scale": "quantisation; dequantise the folder to bf16 first",
+}
+
+
+class HfFolderError(ValueError):
+    """A folder that is not a sound stock `nemotron_h` model; `problems` lists everything that is wrong with it."""
+
+    def __init__(self, folder: Path, problems: list[str]) -> None:
+        self.problems = tuple(problems)
+        some = [f"\n- {problem}" for problem in problems[:_MOST_SHOWN]]
+        more = [f"\n- and {len(problems) - _MOST_SHOWN} more"] if len(problems) > _MOST_SHOWN else []
+        super().__init__(f"{folder} cannot be read as a nemotron_h model:" + "".join(some + more))
+
+
+@dataclass(frozen=True)
+class HfFolder:
+    """A checked folder. `config` and `generation` are the files as they are, None: there is none.
+
+    `tensors` reads one tensor at a time, by its `backbone.` name; `dtypes` gives each one's format and `dtype_rule`
+    the same in short; `num_bytes` counts all values. `warnings` are for the user to see: what is computed otherwise
+    here, not kept, or left alone.
+    """
+
+    path: Path
+    shape: ModelShape
+    settings: HfSettings
+    config: Mapping[str, Any]
+    generation: Mapping[str, Any] | None
+    tensors: TensorFolder
+    dtypes: Mapping[str, torch.dtype]
+    dtype_rule: DtypeRule
+    num_bytes: int
+    tokenizer_files: tuple[Path, ...]
+    warnings: tuple[str, ...]
+
+
+def open_hf_folder(folder: Path) -> HfFolder:
+    """Check a stock folder completely, without reading or running anything of it but JSON and file headers.
+
+    Config, index, shards, every tensor's name, size and format, special tokens and the tokenizer's vocabulary are
+    compared with each other. Writes nothing. Raises HfFolderError with all problems at once.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise HfFolderError(folder, [f"{folder} is not a folder"])
+    try:
+        return _open(folder)
+    except OSError as error:
+        raise HfFolderError(folder, [f"{error.filename or folder} cannot be read: {error.strerror}"]) from error
+
+
+def _open(folder: Path) -> HfFolder:
+    problems: list[str] = []
+    config = _read(folder / CONFIG_FILE, problems, infinity_in=("time_step_limit",))
+    shape = None
+    if config is not None:
+        shape, found = judge_config(config)
+        problems += [f"{CONFIG_FILE}: {problem}" for problem in found]
+    generation = None
+    if (folder / GENERATION_FILE).exists(follow_symlinks=False):
+        generation = _read(folder / GENERATION_FILE, problems)
+        if generation is not None and shape is not None:
+            problems += [f"{GENERATION_FILE}: {text}" for text in generation_problems(generation, shape.vocab)]
+    tokenizer = find_tokenizer(folder)
+    problems += tokenizer_problems(tokenizer, None if shape is None else shape.vocab)
+    scan = scan_tensors(folder)
+    problems += scan.problems
+    stored = _by_file_name(scan, problems)
+    rule, found = judge_dtypes(stored)
+    problems += found
+    if shape is not None and (stored or scan.unread):
+        problems += _size_problems(stored, set(stored_names(scan.unread)), shape)
+    if problems or config is None or shape is None or rule is None:
+        raise HfFolderError(folder, problems or ["it holds no tensors"])
+    return HfFolder(
+        path=folder,
+        shape=shape,
+        settings=settings_from_hf_config(config, generation),
+        config=config,
+        generation=generation,
+        tensors=TensorFolder(stored),
+        dtypes={name: rule.of(name) for name in stored},
+        dtype_rule=rule,
+        num_bytes=sum(tensor.num_bytes for tensor in stored.values()),
+        tokenizer_files=tokenizer,
+        warnings=(*import_warnings(config), *_warnings(folder, config, rule, shape, stored), *scan.warnings),
+    )
+
+
+def _read(path: Path, problems: list[str], infinity_in: tuple[str, ...] = ()) -> dict[str, Any] | None:
+    try:
+        return read_json(path, _MAX_CONFIG_BYTES, infinity_in)
+    except UnsafeFileError as error:
+        problems.append(str(error))
+        return None
+
+
+def _by_file_name(scan: TensorScan, problems: list[str]) -> dict[str, StoredTensor]:
+    """Return the tensors under their `backbone.` names; a loaded model's `model.` names are accepted, too."""
+    names = stored_names(scan.tensors)
+    if len(names) < len(scan.tensors):
+        twice = [name for name in scan.tensors if name not in names.values()]
+        problems.append(f"stored twice, under a name with model. and one with backbone.: {listed(twice)}")
+    return {name: scan.tensors[stored] for name, stored in names.items()}
+
+
+def _size_problems(stored: Mapping[str, StoredTensor], unread: set[str], shape: ModelShape) -> list[str]:
+    """Compare names and sizes with the config's; tensors of shards that could not be read are not missed again."""
+    sizes = hf_sizes(shape)
+    optional = {HF_HEAD} if shape.tied_embeddings else set()
+    missing = sizes.keys() - stored.keys() - unread - optional
+    extra = (stored.keys() | unread) - sizes.keys()
+    problems = [f"{len(missing)} tensors of the config are missing: {listed(missing)}"] if missing else []
+    for hint in sorted(set(_FOREIGN.values())):
+        foreign = {name for name in extra if any(mark in name for mark, text in _FOREIGN.items() if text == hint)}
+        extra -= foreign
+        problems += [f"{len(foreign)} unexpected tensors belong to {hint}: {listed(foreign)}"] if foreign else []
+    if extra:
+        problems.append(f"{len(extra)} unexpected tensors, which the config does not describe: {listed(extra)}")
+    return problems + [
+        f"{name} is {shown(tensor.size)}, the config says {sizes[name]}"
+        for name, tensor in stored.items()
+        if name in sizes and tensor.size != sizes[name]
+    ]
+
+
+def _warnings(
+    folder: Path, config: Mapping[str, Any], rule: DtypeRule, shape: ModelShape, stored: Mapping[str, StoredTensor]
+) -> list[str]:
+    warnings = []
+    held, said = str(rule.main).removeprefix("torch."), declared_dtype(config)
+    if said not in (None, held):
+        warnings.append(f"torch_dtype = {shown(said)}, but the tensors are {held}; exports say {held}")
+    if shape.tied_embeddings and HF_HEAD not in stored:
+        warnings.append(
+            f"tie_word_embeddings without {HF_HEAD}: stock transformers 5 does not tie nemotron_h and would start "
+            f"from a random head; exports carry the embedding as the head"
+        )
+    if code := [path.name for path in folder.iterdir() if path.suffix in (".py", ".so", ".pyc")]:
+        warnings.append(f"code is never run or copied: {listed(code)}")
+    if strays := [path.name for path in folder.iterdir() if path.is_symlink() and _leads_away(path)]:
+        warnings.append(
+            f"links to files outside the folder: {listed(strays)}; what they lead to is read as part of the model, and "
+            f"tokenizer files are copied into checkpoints and exports"
+        )
+    if not find_tokenizer(folder):
+        warnings.append("no tokenizer files: exports will have none either")
+    return warnings
+
+
+def _leads_away(link: Path) -> bool:
+    """Tell whether a link leaves its folder for another place than the blobs of a Hugging Face cache."""
+    home, target = link.parent.resolve(), link.resolve()
+    return home != target.parent and home.parent.parent / "blobs" != target.parent

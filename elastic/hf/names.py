@@ -1,0 +1,244 @@
+"""The one name table between Megatron-Core and stock `nemotron_h` files, and the few typed operations beside it.
+
+Everything is a rename except three things: the fused query-key-value weight (split per KV group), layers narrower
+than the widest of their kind (zero-padded, because the stock config knows one integer per width), and a tied head
+(stock transformers does not tie `nemotron_h`, so a file always carries the head).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from elastic.hf.config import export_shape
+from elastic.rank.slicing import TensorSource, cut_parameter, parameter_names, reader
+from elastic.space.nesting import Cut, DimKind, kept_indices, parameter_dims, parameter_size, split_parameter_name
+from elastic.space.shape import ModelShape
+
+PREFIX = "backbone."
+_MEMORY_PREFIX = "model."  # what a loaded stock model's state_dict uses instead
+HF_HEAD = "lm_head.weight"
+_EMBEDDING = "embedding.word_embeddings.weight"
+_HEAD = "output_layer.weight"
+
+# Megatron-Core name -> Hugging Face name(s).
+MODEL_NAMES: dict[str, tuple[str, ...]] = {
+    _EMBEDDING: (PREFIX + "embeddings.weight",),
+    "decoder.final_norm.weight": (PREFIX + "norm_f.weight",),
+    _HEAD: (HF_HEAD,),
+}
+# The same inside layer i: after `decoder.layers.i.` on the left, after `backbone.layers.i.` on the right.
+LAYER_NAMES: dict[str, tuple[str, ...]] = {
+    "norm.weight": ("norm.weight",),
+    "mixer.in_proj.weight": ("mixer.in_proj.weight",),
+    "mixer.conv1d_weight": ("mixer.conv1d.weight",),
+    "mixer.conv1d_bias": ("mixer.conv1d.bias",),
+    "mixer.A_log": ("mixer.A_log",),
+    "mixer.D": ("mixer.D",),
+    "mixer.dt_bias": ("mixer.dt_bias",),
+    "mixer.norm.weight": ("mixer.norm.weight",),
+    "mixer.out_proj.weight": ("mixer.out_proj.weight",),
+    "input_layernorm.weight": ("norm.weight",),
+    "self_attention.linear_qkv.weight": ("mixer.q_proj.weight", "mixer.k_proj.weight", "mixer.v_proj.weight"),
+    "self_attention.linear_proj.weight": ("mixer.o_proj.weight",),
+    "pre_mlp_layernorm.weight": ("norm.weight",),
+    "mlp.linear_fc1.weight": ("mixer.up_proj.weight",),
+    "mlp.linear_fc2.weight": ("mixer.down_proj.weight",),
+}
+# State-space parameters that Megatron-Core trains in fp32.
+FP32_SUFFIXES = ("mixer.A_log", "mixer.D")
+
+
+class HfTensorError(ValueError):
+    """Hugging Face tensors that are missing, left over, of a wrong size, or mean another model than they say."""
+
+
+def hf_names(name: str) -> tuple[str, ...]:
+    """Return the Hugging Face name(s) of a Megatron-Core parameter; raises KeyError for an unknown name."""
+    layer_index, rest = split_parameter_name(name)
+    if layer_index is None:
+        return MODEL_NAMES[rest]
+    return tuple(f"{PREFIX}layers.{layer_index}.{hf_rest}" for hf_rest in LAYER_NAMES[rest])
+
+
+def hf_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Return the size of every tensor of the Hugging Face file of `shape`, in file order, padding included.
+
+    Raises ExportError if the shape has no stock form.
+    """
+    padded = export_shape(shape)
+    sizes: dict[str, tuple[int, ...]] = {}
+    for name in parameter_names(padded):
+        names, size = hf_names(name), parameter_size(name, padded)
+        if len(names) == 1:
+            sizes[names[0]] = size
+        else:
+            query = padded.width(_layer(name)) * padded.attention_channels
+            key = padded.kv_heads * padded.attention_channels
+            sizes |= {hf_name: (rows, size[1]) for hf_name, rows in zip(names, (query, key, key), strict=True)}
+    return sizes | {HF_HEAD: (shape.vocab, shape.hidden)}
+
+
+def to_hf(source: TensorSource, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
+    """Yield (Hugging Face name, tensor) for a model given under Megatron-Core names, one tensor at a time.
+
+    Layers narrower than the widest of their kind are zero-padded: exact for FFN neurons, since relu(0)^2 = 0, and
+    for query heads, since their output columns are 0. Raises ExportError if Mamba widths differ, ValueError if a
+    tensor has the wrong size.
+    """
+    padded, read = export_shape(shape), reader(source)
+    return _to_hf(read, shape, padded)
+
+
+def _to_hf(read: Callable[[str], Tensor], shape: ModelShape, padded: ModelShape) -> Iterator[tuple[str, Tensor]]:
+    def stored(name: str) -> tuple[Tensor, ...]:
+        tensor = pad_parameter(read(name), name, shape, padded)
+        return split_qkv(tensor, padded.kv_heads, padded.attention_channels) if _is_qkv(name) else (tensor,)
+
+    for name in parameter_names(shape):
+        # No local variable holds a tensor here, so that one is gone before the next is read.
+        yield from zip(hf_names(name), stored(name), strict=True)
+    if shape.tied_embeddings:
+        yield HF_HEAD, read(_EMBEDDING)
+
+
+def from_hf(source: TensorSource, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
+    """Yield (Megatron-Core name, tensor) for a stock model, one tensor at a time; undoes `to_hf` bit for bit.
+
+    A mapping may use the file's names (`backbone.`) or a loaded model's (`model.`); a function is asked for the
+    file's. Raises HfTensorError for a missing, unexpected or wrongly sized tensor, for padding that is not zero, and
+    for a tied model whose head differs from its embedding.
+    """
+    if not isinstance(source, Mapping):
+        return _from_hf(source, shape, has_head=not shape.tied_embeddings)
+    tensors, stored = source, stored_names(source)
+    check_names(stored, shape)
+    return _from_hf(lambda hf_name: tensors[stored[hf_name]], shape, has_head=HF_HEAD in stored)
+
+
+def megatron_source(read: Callable[[str], Tensor], shape: ModelShape) -> Callable[[str], Tensor]:
+    """Return a function that gives one Megatron-Core tensor of a stock model, `read` by the file's names, by its name.
+
+    Raises HfTensorError as `from_hf` does, when a tensor is asked for.
+    """
+    padded, sizes = export_shape(shape), hf_sizes(shape)
+
+    def checked(hf_name: str) -> Tensor:
+        tensor = read(hf_name)
+        if tuple(tensor.shape) != sizes[hf_name]:
+            raise HfTensorError(f"{hf_name} is {tuple(tensor.shape)}, the config says {sizes[hf_name]}")
+        return tensor
+
+    def ours(name: str) -> Tensor:
+        parts = [checked(hf_name) for hf_name in hf_names(name)]
+        tensor = merge_qkv(parts, padded.kv_heads, padded.attention_channels) if _is_qkv(name) else parts[0]
+        return unpad_parameter(tensor, name, shape, padded)
+
+    return ours
+
+
+def check_tied_head(read: Callable[[str], Tensor]) -> None:
+    """Raise HfTensorError if a tied model's stored head is not its embedding."""
+    if not torch.equal(read(HF_HEAD), read(MODEL_NAMES[_EMBEDDING][0])):
+        raise HfTensorError(
+            f"config says tie_word_embeddings, but {HF_HEAD} differs from the embedding, and stock transformers "
+            f"uses the two as they are; set tie_word_embeddings to false"
+        )
+
+
+def _from_hf(read: Callable[[str], Tensor], shape: ModelShape, has_head: bool) -> Iterator[tuple[str, Tensor]]:
+    ours = megatron_source(read, shape)
+    for name in parameter_names(shape):
+        yield name, ours(name)
+    if shape.tied_embeddings and has_head:
+        check_tied_head(read)
+
+
+def stored_names(names: Iterable[str]) -> dict[str, str]:
+    """Map the file's name of each tensor to the name it is stored under, in a file or in a loaded model."""
+    return {
+        PREFIX + name.removeprefix(_MEMORY_PREFIX) if name.startswith(_MEMORY_PREFIX) else name: name for name in names
+    }
+
+
+def check_names(names: Iterable[str], shape: ModelShape) -> None:
+    """Raise HfTensorError, listing the file's names, if a tensor of `shape` is missing or one is left over."""
+    expected, given = hf_sizes(shape).keys(), set(names)
+    optional = {HF_HEAD} if shape.tied_embeddings else set()
+    missing, unexpected = sorted(expected - given - optional), sorted(given - expected)
+    problems = [f"missing {_some(missing)}"] if missing else []
+    problems += [f"unexpected {_some(unexpected)}"] if unexpected else []
+    if problems:
+        raise HfTensorError("Hugging Face tensors do not match the config: " + "; ".join(problems))
+
+
+def split_qkv(fused: Tensor, kv_heads: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Split [KV * (q/KV + 2) * a, D], per KV group (q.., k, v), into q, k and v of all groups."""
+    rows = fused.reshape(kv_heads, -1, channels, fused.shape[-1])
+    queries, keys, values = rows.split([rows.shape[1] - 2, 1, 1], dim=1)
+    return (
+        queries.reshape(-1, fused.shape[-1]),
+        keys.reshape(-1, fused.shape[-1]),
+        values.reshape(-1, fused.shape[-1]),
+    )
+
+
+def merge_qkv(parts: Sequence[Tensor], kv_heads: int, channels: int) -> Tensor:
+    """Undo `split_qkv`; `parts` are query, key and value."""
+    grids = [part.reshape(kv_heads, -1, channels, part.shape[-1]) for part in parts]
+    return torch.cat(grids, dim=1).reshape(-1, parts[0].shape[-1])
+
+
+def pad_parameter(tensor: Tensor, name: str, shape: ModelShape, padded: ModelShape) -> Tensor:
+    """Place a parameter of `shape` into zeros of `padded`'s size; the same tensor where nothing is added.
+
+    New FFN neurons come last; new query heads come last inside each KV group, so that the heads of a group keep
+    their key and value. Raises ValueError if the tensor does not have the size that `shape` gives it.
+    """
+    if tuple(tensor.shape) != parameter_size(name, shape):
+        raise ValueError(f"{name} is {tuple(tensor.shape)}, expected {parameter_size(name, shape)}")
+    cut = _padding_cut(name, shape, padded)
+    if cut is None:
+        return tensor
+    for dim, kind in enumerate(parameter_dims(name)):
+        if kind is not DimKind.WHOLE and not cut.layout(kind).is_whole:
+            size = list(tensor.shape)
+            size[dim] = cut.layout(kind).full_size
+            tensor = tensor.new_zeros(size).index_copy(dim, kept_indices(cut.layout(kind)).to(tensor.device), tensor)
+    return tensor
+
+
+def unpad_parameter(tensor: Tensor, name: str, shape: ModelShape, padded: ModelShape) -> Tensor:
+    """Undo `pad_parameter`; raises HfTensorError if a value that would be dropped is not zero."""
+    cut = _padding_cut(name, shape, padded)
+    if cut is None:
+        return tensor
+    kept = cut_parameter(tensor, name, cut)
+    if torch.count_nonzero(tensor) != torch.count_nonzero(kept):
+        raise HfTensorError(f"{name}: the padding beyond width {shape.width(_layer(name))} is not zero")
+    return kept.clone()
+
+
+def _padding_cut(name: str, shape: ModelShape, padded: ModelShape) -> Cut | None:
+    """Return the cut from the padded layer back to the real one, None if the layer is not padded."""
+    layer_index, _ = split_parameter_name(name)
+    if layer_index is None or shape.width(layer_index) == padded.width(layer_index):
+        return None
+    return Cut.of_layer(
+        padded, layer_index, shape.width(layer_index), hidden=shape.hidden, head_channels=shape.head_channels
+    )
+
+
+def _is_qkv(name: str) -> bool:
+    return len(hf_names(name)) == 3
+
+
+def _layer(name: str) -> int:
+    layer_index, _ = split_parameter_name(name)
+    assert layer_index is not None, f"{name} is not inside a layer"
+    return layer_index
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more

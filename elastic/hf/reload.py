@@ -1,0 +1,85 @@
+"""Run an exported folder in stock transformers on the CPU in fp32, as a user would load it.
+
+Stock transformers calls the `mamba_ssm` and `causal_conv1d` kernels whenever they can be imported, even for tensors
+on the CPU. Where they are installed, the folder is therefore run in a child process that cannot see them.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from elastic.hf.child import ChildError, run_without_gpu
+
+_KERNEL_PACKAGES = ("mamba_ssm", "causal_conv1d")
+
+
+class ReloadError(ValueError):
+    """Stock transformers could not load the folder, or not with exactly the tensors it needs."""
+
+
+@dataclass(frozen=True)
+class Reloaded:
+    """What the reloaded model gave: logits [B, S, V] in fp32 and its number of parameters."""
+
+    logits: Tensor
+    params: int
+
+
+def reload_logits(folder: Path, tokens: Tensor) -> Reloaded:
+    """Load `folder` with AutoModelForCausalLM and run `tokens` [B, S].
+
+    Raises ReloadError if it does not load, or with missing, unexpected or mismatched tensors.
+    """
+    if any(importlib.util.find_spec(package) for package in _KERNEL_PACKAGES):
+        return _reload_in_child(folder, tokens)
+    return stock_logits(folder, tokens)
+
+
+def stock_logits(folder: Path, tokens: Tensor) -> Reloaded:
+    """Do what `reload_logits` says in this process."""
+    # Slow to import, and nothing else here needs it.
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise ReloadError(f"stock transformers cannot load {folder}: {error}") from error
+    complaints = [f"{what}: {_some(found)}" for what, found in info.items() if found]
+    if complaints:
+        raise ReloadError(f"stock transformers loads {folder} with complaints: " + "; ".join(complaints))
+    model.eval()
+    with torch.no_grad():
+        logits = model(tokens, use_cache=False).logits
+    return Reloaded(logits, sum(parameter.numel() for parameter in model.parameters()))
+
+
+def _reload_in_child(folder: Path, tokens: Tensor) -> Reloaded:
+    try:
+        answer = run_without_gpu("elastic.hf.reload", [str(folder)], {"tokens": tokens})
+    except ChildError as error:
+        raise ReloadError(f"{folder} was not reloaded: {error}") from error
+    return Reloaded(answer["logits"], int(answer["params"]))
+
+
+def _some(found: Iterable[object]) -> str:
+    return ", ".join(sorted(map(str, found))[:4])
+
+
+def _main(folder: str, tokens: str, answer: str) -> None:
+    for package in _KERNEL_PACKAGES:
+        # The documented way to make an import fail; this process exists for nothing else.
+        sys.modules[package] = None  # type: ignore[assignment]
+    reloaded = stock_logits(Path(folder), load_file(tokens)["tokens"])
+    save_file({"logits": reloaded.logits.contiguous(), "params": torch.tensor(reloaded.params)}, answer)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,91 @@
+"""Tokenizer files of a folder: found, checked against the vocabulary, copied; never code, never a pointer to code."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from elastic.hf.safe_files import UnsafeFileError, open_regular, read_json, shown
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_TOKENIZER, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
+# The largest published ones have some thirty megabytes.
+_MAX_BYTES = 128_000_000
+
+
+class TokenizerFileError(ValueError):
+    """Tokenizer files that are missing, damaged, or of another vocabulary than the model's."""
+
+
+def find_tokenizer(folder: Path) -> tuple[Path, ...]:
+    """Return the tokenizer files of `folder`, links included; empty if there are none."""
+    return tuple(folder / name for name in TOKENIZER_FILES if (folder / name).exists(follow_symlinks=False))
+
+
+def tokenizer_problems(files: Iterable[Path], vocab: int | None) -> list[str]:
+    """List what is wrong with tokenizer files: not regular, not JSON, or a token beyond `vocab` (None: not known)."""
+    problems = []
+    for path in files:
+        try:
+            if path.suffix != ".json":
+                open_regular(path).close()
+                continue
+            content = read_json(path, _MAX_BYTES)
+            largest = _largest_token(content) if path.name == _TOKENIZER else -1
+        except UnsafeFileError as error:
+            problems.append(str(error))
+            continue
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            problems.append(f"{path.name} is not a tokenizer's: {shown(str(error))}")
+            continue
+        if vocab is not None and largest >= vocab:
+            problems.append(f"tokenizer {path.parent} has token {largest}, the model's vocabulary is {vocab}")
+    return problems
+
+
+def copy_tokenizer(source: Path | None, folder: Path, vocab: int | None) -> None:
+    """Copy tokenizer files from `source` (None: nothing to do) into `folder`.
+
+    Raises TokenizerFileError if there are none, one is not sound, or a token lies beyond `vocab`.
+    """
+    if source is None:
+        return
+    files = find_tokenizer(source)
+    if not files:
+        raise TokenizerFileError(f"tokenizer folder {source} holds none of {', '.join(TOKENIZER_FILES[:3])}, ...")
+    if problems := tokenizer_problems(files, vocab):
+        raise TokenizerFileError("; ".join(problems))
+    copy_tokenizer_files(files, folder)
+
+
+def copy_tokenizer_files(files: Iterable[Path], folder: Path) -> None:
+    """Copy sound files byte for byte, but without `auto_map`, which asks users of the copy to run code."""
+    for path in files:
+        settings = read_json(path, _MAX_BYTES) if path.name == _SETTINGS else {}
+        if "auto_map" in settings:
+            del settings["auto_map"]
+            (folder / path.name).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            continue
+        with open_regular(path) as given, open(folder / path.name, "wb") as copy:
+            shutil.copyfileobj(given, copy)
+
+
+def _largest_token(tokenizer: dict[str, Any]) -> int:
+    added = [token["id"] for token in tokenizer.get("added_tokens") or []]
+    entries = (tokenizer.get("model") or {}).get("vocab") or {}
+    # A unigram model lists its entries; the others map text to number.
+    own = list(entries.values()) if isinstance(entries, dict) else [len(entries) - 1]
+    if not all(type(token) is int for token in (*added, *own)):
+        raise TypeError("token numbers must be integers")
+    return max([*added, *own], default=0)

@@ -1,0 +1,127 @@
+"""Elastic grouped-query attention without position embedding, its layer, and the PyTorch attention core.
+
+Shapes: S sequence, B batch, D hidden, H query heads, KV key/value heads, A channels of a head, T tokens so far; lower
+case = this rank.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.ssm.mamba_context_parallel import _undo_attention_load_balancing
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from elastic.model.cache import AttentionCache
+from elastic.model.gate import LayerGate, residual
+from elastic.model.observe import LayerObserver
+
+
+class SdpaCoreAttention(MegatronModule):
+    """Causal attention with torch's scaled_dot_product_attention; context parallel by gathering keys and values.
+
+    Under context parallelism a rank holds chunks r and 2*cp-1-r of the sequence (Megatron-Core's load balancing).
+    """
+
+    def __init__(self, config: TransformerConfig, *_args: Any, pg_collection: Any = None, **_kwargs: Any) -> None:
+        super().__init__(config)
+        self.cp_group = pg_collection.cp
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """Attend [S, B, h, A] over [S, B, kv, A]; returns [S, B, h*A]. Packed sequences are refused."""
+        if packed_seq_params is not None or attention_mask is not None or attention_bias is not None:
+            raise ValueError("SdpaCoreAttention is causal over whole sequences: no mask, bias or packed sequences")
+        mask = None
+        if self.cp_group.size() > 1:
+            mask = self._causal_mask(query.shape[0], query.device)
+            key, value = (self._gather(t) for t in (key, value))
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        grouped = q.shape[1] != k.shape[1]
+        context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _gather(self, t: Tensor) -> Tensor:
+        gathered = gather_from_sequence_parallel_region(t, group=self.cp_group)
+        return _undo_attention_load_balancing(gathered, self.cp_group.size())
+
+    def _causal_mask(self, local_tokens: int, device: torch.device) -> Tensor:
+        size, rank, half = self.cp_group.size(), self.cp_group.rank(), local_tokens // 2
+        first, last = rank * half, (2 * size - 1 - rank) * half
+        position = torch.cat([torch.arange(first, first + half), torch.arange(last, last + half)]).to(device)
+        return position[:, None] >= torch.arange(local_tokens * size, device=device)[None]
+
+
+def cached_attention(query: Tensor, key: Tensor, value: Tensor, cache: AttentionCache) -> Tensor:
+    """Attend the next tokens' queries [S, B, h, A] over their own and all cached keys; returns [S, B, h*A].
+
+    torch's scaled_dot_product_attention on every device: the training kernel of a GPU takes no cache of ours.
+    """
+    before, length = cache.num_tokens, query.shape[0]
+    keys, values = cache.append(key, value)  # [B, kv, T, A]
+    mask = None
+    if before and length > 1:
+        position = torch.arange(before, before + length, device=query.device)
+        mask = position[:, None] >= torch.arange(before + length, device=query.device)[None]
+    q = query.permute(1, 2, 0, 3)
+    context = F.scaled_dot_product_attention(
+        q, keys, values, attn_mask=mask, is_causal=before == 0, enable_gqa=q.shape[1] != keys.shape[1]
+    )
+    return context.permute(2, 0, 1, 3).flatten(2)
+
+
+class ElasticSelfAttention(SelfAttention):
+    """Query heads are elastic inside each KV group; keys and values stay."""
+
+    def forward_gated(
+        self,
+        x: Tensor,
+        gate: LayerGate,
+        observer: LayerObserver | None = None,
+        cache: AttentionCache | None = None,
+    ) -> Tensor:
+        """Map [S, B, D] to [S, B, D] under the layer's head gate; x goes on where a cache ends."""
+        kv, a = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        qkv = self.linear_qkv.forward_cut(x, gate.cut)
+        qkv = qkv.view(*qkv.shape[:2], kv, -1, a)  # [S, B, kv, h/kv + 2, A]
+        query, key, value = qkv.split([qkv.shape[3] - 2, 1, 1], dim=3)
+        query = query.reshape(*query.shape[:2], -1, a)
+        if observer is not None:
+            observer.query(query)
+        key, value = key.squeeze(3), value.squeeze(3)
+        if cache is None:
+            context = self.core_attention(query, key, value, None, attn_mask_type=self.attn_mask_type)  # [S, B, h*A]
+        else:
+            context = cached_attention(query, key, value, cache)
+        if gate.inner.vector is not None:
+            context = gate.inner.apply(context.unflatten(-1, (-1, a)).transpose(-1, -2)).transpose(-1, -2).flatten(-2)
+        return self.linear_proj.forward_cut(context, gate.cut)
+
+
+class ElasticAttentionLayer(TransformerLayer):
+    """x + g_depth g_hidden Attention(norm(x))."""
+
+    def forward(
+        self,
+        x: Tensor,
+        gate: LayerGate,
+        observer: LayerObserver | None = None,
+        cache: AttentionCache | None = None,
+    ) -> Tensor:
+        """Map the stream [S, B, D] to the stream."""
+        normalised = self.input_layernorm(x, gate.hidden)
+        if observer is not None:
+            observer.normalised(normalised)
+        return residual(x, self.self_attention.forward_gated(normalised, gate, observer, cache), gate)

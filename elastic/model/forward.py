@@ -1,0 +1,84 @@
+"""Run a whole model without gradients, whatever its pipeline: evaluation, importance, teachers.
+
+Shapes: B batch, S sequence (of this context-parallel rank), D hidden, d kept hidden width.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from elastic.model.model import ElasticModel
+from elastic.model.observe import Observer
+from elastic.space.gates import Gates
+
+
+class SequenceLengthError(ValueError):
+    """A sequence that the context-parallel ranks cannot share."""
+
+
+@torch.no_grad()
+def forward_hidden(
+    model: ElasticModel, tokens: Tensor, gates: Gates | None = None, observer: Observer | None = None
+) -> Tensor | None:
+    """Map tokens [B, S] to final hidden states [S(/tp), B, d] on the last pipeline stage, None on the others.
+
+    The stages run one after another. Every rank of a replica calls this with the tokens of its context-parallel rank
+    (`context_parallel_slice`), in the same order; the stages before the last read only their size.
+    """
+    # 1. Take the stream of the stage before.
+    tokens = tokens.to(next(model.parameters()).device)
+    stages = model.pg_collection.pp
+    ranks = [0] if stages.size() == 1 else dist.get_process_group_ranks(stages)
+    if not model.pre_process:
+        stream = _empty_stream(model, tokens)
+        dist.recv(stream, src=ranks[stages.rank() - 1], group=stages)
+        model.set_input_tensor(stream)
+    # 2. Run this stage.
+    output = model(tokens, gates, observer)
+    if not model.pre_process:
+        model.set_input_tensor(None)  # the model must not keep the stream alive
+    # 3. Hand it on.
+    if model.post_process:
+        return output
+    dist.send(output.contiguous(), dst=ranks[stages.rank() + 1], group=stages)
+    return None
+
+
+def _empty_stream(model: ElasticModel, tokens: Tensor) -> Tensor:
+    """Return room for the stream between two stages [S(/tp), B, D]."""
+    batch, length = tokens.shape
+    if model.config.sequence_parallel:
+        length //= model.pg_collection.tp.size()
+    return torch.empty(length, batch, model.config.hidden_size, dtype=model.config.params_dtype, device=tokens.device)
+
+
+def context_parallel_slice(tokens: Tensor, cp_rank: int, cp_size: int) -> Tensor:
+    """Return one context-parallel rank's part [B, S/cp_size] of whole sequences [B, S].
+
+    Megatron-Core's load balancing: of 2 * cp_size equal chunks a rank holds chunk r and chunk 2 * cp_size - 1 - r, so
+    that all ranks attend to equally many tokens. Raises SequenceLengthError if S is not a multiple of 2 * cp_size.
+    """
+    if cp_size == 1:
+        return tokens
+    length, num_chunks = tokens.shape[1], 2 * cp_size
+    if length % num_chunks:
+        raise SequenceLengthError(
+            f"sequence length {length}: must be a multiple of 2 x parallel.context = {num_chunks}, "
+            f"nearest legal is {max(1, round(length / num_chunks)) * num_chunks}"
+        )
+    chunks = tokens.chunk(num_chunks, dim=1)
+    return torch.cat([chunks[cp_rank], chunks[num_chunks - 1 - cp_rank]], dim=1)
+
+
+def sees_own_tokens(model: ElasticModel) -> bool:
+    """Tell whether this rank counts the tokens of the stream it sees, so that a sum over ranks counts each token once.
+
+    Under sequence parallelism the tensor-parallel ranks share the tokens; without it all see the same, rank 0 counts.
+    """
+    return bool(model.config.sequence_parallel) or model.pg_collection.tp.rank() == 0
+
+
+def sum_over_world(tensor: Tensor) -> None:
+    """Sum `tensor` in place over every rank of the run: one collective, so that all ranks get the same bits."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(tensor)

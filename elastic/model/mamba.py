@@ -1,0 +1,198 @@
+"""The elastic Mamba-2 mixer and its layer.
+
+Shapes: S sequence, B batch, D hidden, G groups, H heads, P head channels, N state, I = H*P; lower case = this rank.
+The input projection packs its rows as [z, x, B, C, dt]; the convolution runs over [x, B, C].
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.ssm.mamba_context_parallel import MambaContextParallel
+from megatron.core.ssm.mamba_layer import MambaLayer
+from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from elastic.model.cache import MambaCache
+from elastic.model.gate import LayerGate, residual
+from elastic.model.norm import GatedGroupNorm
+from elastic.model.observe import LayerObserver
+from elastic.model.state_space import StateSpaceBackend
+from elastic.space.nesting import Cut, DimKind, take
+
+
+class PortableMambaMixer(MambaMixer):
+    """Megatron-Core's mixer with an exchangeable state-space backend.
+
+    Only construction and the state-space part are replaced: the original constructor needs mamba-ssm and a GPU. The
+    stock forward pass, context parallelism and sharded checkpoint are inherited, so a stock HybridModel can use it.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MambaMixerSubmodules,
+        d_model: int,
+        state_space: StateSpaceBackend,
+        d_conv: int = 4,
+        layer_number: int | None = None,
+        pg_collection: Any = None,
+        pp_layer_offset: int = 0,
+        name: str | None = None,
+    ) -> None:
+        MegatronModule.__init__(self, config)
+        self.state_space = state_space
+        self.d_model, self.d_conv, self.layer_number, self.pp_layer_offset = (
+            d_model,
+            d_conv,
+            layer_number,
+            pp_layer_offset,
+        )
+        self.pg_collection, self.tp_group = pg_collection, pg_collection.tp
+        self.D_has_hdim, self.rmsnorm, self.norm_before_gate, self.use_mem_eff_path = False, True, False, True
+        self.d_state, self.headdim = config.mamba_state_dim, config.mamba_head_dim
+        self.nheads, self.ngroups = config.mamba_num_heads, config.mamba_num_groups
+        tp = self.tp_group.size()
+        self.d_inner = self.nheads * self.headdim
+        self.nheads_local_tp, self.ngroups_local_tp = self.nheads // tp, self.ngroups // tp
+        self.d_inner_local_tp = self.d_inner // tp
+        state = self.ngroups_local_tp * self.d_state
+        common = dict(config=config, bias=False, is_expert=False, tp_group=self.tp_group)
+        self.in_proj = build_module(
+            submodules.in_proj,
+            d_model,
+            2 * self.d_inner + 2 * self.ngroups * self.d_state + self.nheads,
+            init_method=config.init_method,
+            gather_output=False,
+            skip_bias_add=False,
+            tp_comm_buffer_name="fc1",
+            **common,
+        )
+        self.out_proj = build_module(
+            submodules.out_proj,
+            self.d_inner,
+            d_model,
+            init_method=config.output_layer_init_method,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_comm_buffer_name="fc2",
+            **common,
+        )
+        inner = self.d_inner_local_tp
+        self.in_proj.weight.partition_sizes = [inner, inner, state, state, self.nheads_local_tp]
+        self._build_parameters(inner + 2 * state, [inner, state, state])
+        self.norm = GatedGroupNorm(inner, config, self.tp_group, eps=config.layernorm_epsilon)
+        self.cp = self._context_parallel(None)
+
+    def _build_parameters(self, conv_channels: int, conv_blocks: list[int]) -> None:
+        config = self.config
+        device = None if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
+
+        def sharded(*shape: int, dtype: torch.dtype = config.params_dtype) -> nn.Parameter:
+            parameter = nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device))
+            parameter.tensor_model_parallel, parameter.partition_dim = True, 0  # type: ignore[attr-defined]
+            return parameter
+
+        self.conv1d_weight = sharded(conv_channels, 1, self.d_conv)
+        self.conv1d_bias = sharded(conv_channels)
+        for parameter in (self.conv1d_weight, self.conv1d_bias):
+            parameter.partition_sizes = conv_blocks  # type: ignore[attr-defined]
+        self.dt_bias = sharded(self.nheads_local_tp)
+        # A_log and D stay in fp32 whatever the model's precision (FACTS 3).
+        self.A_log = sharded(self.nheads_local_tp, dtype=torch.float32)
+        self.D = sharded(self.nheads_local_tp, dtype=torch.float32)
+
+    def _context_parallel(self, cut: Cut | None) -> MambaContextParallel:
+        """Bundle the (cut) convolution and per-head parameters with Megatron-Core's context-parallel exchange."""
+
+        def kept(parameter: Tensor, kind: DimKind) -> Tensor:
+            return parameter if cut is None else take(parameter, 0, cut.layout(kind))
+
+        heads = self.nheads_local_tp if cut is None else cut.layout(DimKind.MAMBA_HEAD).kept_size
+        inner = self.d_inner_local_tp if cut is None else cut.layout(DimKind.INNER).kept_size
+        return MambaContextParallel(
+            cp_group=self.pg_collection.cp,
+            d_inner_local_tp=inner,
+            nheads_local_tp=heads,
+            ngroups_local_tp=self.ngroups_local_tp,
+            d_state=self.d_state,
+            conv1d_weight_cp1=kept(self.conv1d_weight, DimKind.CONV),
+            conv1d_bias_cp1=kept(self.conv1d_bias, DimKind.CONV),
+            conv1d_padding=self.d_conv - 1,
+            dt_bias_cp1=kept(self.dt_bias, DimKind.MAMBA_HEAD),
+            A_log_cp1=kept(self.A_log, DimKind.MAMBA_HEAD),
+            D_cp1=kept(self.D, DimKind.MAMBA_HEAD),
+            D_has_hdim=False,
+        )
+
+    def _ssm_training(self, zxBCdt: Tensor, packed_seq_params: Any = None) -> Tensor:
+        """Run the stock call: state space, then the gated norm over all channels."""
+        if packed_seq_params is not None:
+            raise ValueError("packed sequences are not supported: the state would leak from document to document")
+        y = self.cp.post_conv_ssm(self._state_space(zxBCdt, self.cp))
+        return self.norm(y, self.ngroups_local_tp, self.d_inner // self.ngroups)
+
+    def _state_space(self, zxBCdt: Tensor, cp: MambaContextParallel, cache: MambaCache | None = None) -> Tensor:
+        """Convolve, scan and gate: [S, B, z x B C dt] -> silu(z) * scan, [S, B, i]; from where a cache ends."""
+        state = cp.ngroups_local_tpcp * self.d_state
+        inner, heads = cp.d_inner_local_tpcp, cp.nheads_local_tpcp
+        z, conv_in, dt = zxBCdt.transpose(0, 1).split([inner, inner + 2 * state, heads], dim=-1)
+        conv_weight, conv_bias = cp.get_conv1d_weight().squeeze(1), cp.get_conv1d_bias()
+        conv, scan = self.state_space.causal_conv, self.state_space.scan
+        if cache is not None:
+            conv = partial(self.state_space.continued_conv, before=cache.conv_inputs)
+            scan = partial(self.state_space.continued_scan, state=cache.state)
+        x, b, c = conv(conv_in, conv_weight, conv_bias).split([inner, state, state], dim=-1)
+        wide = torch.promote_types(dt.dtype, torch.float32)
+        y = scan(
+            x.unflatten(-1, (heads, -1)),
+            F.softplus(dt.to(wide) + cp.get_dt_bias().to(wide)),
+            -torch.exp(cp.get_A_log().to(wide)),
+            b.unflatten(-1, (cp.ngroups_local_tpcp, -1)),
+            c.unflatten(-1, (cp.ngroups_local_tpcp, -1)),
+            cp.get_D(),
+        )
+        return (y.flatten(-2) * F.silu(z)).transpose(0, 1).contiguous()
+
+
+class ElasticMambaMixer(PortableMambaMixer):
+    """Heads are elastic inside each SSM group, channels inside each head; B, C and the state stay."""
+
+    def forward_gated(
+        self, x: Tensor, gate: LayerGate, observer: LayerObserver | None = None, cache: MambaCache | None = None
+    ) -> Tensor:
+        """Map [S, B, D] to [S, B, D] under the layer's head and channel gates; x goes on where a cache ends."""
+        cut = gate.cut
+        inner = cut.layout(DimKind.INNER)
+        cp = self.cp if inner.is_whole else self._context_parallel(cut)
+        zxbcdt = self.in_proj.forward_cut(x, cut)
+        if observer is not None:
+            x_rows = zxbcdt.narrow(-1, inner.kept_size, inner.kept_size)
+            observer.mamba_inner(x_rows.unflatten(-1, (cp.nheads_local_tp, -1)))
+        y = cp.post_conv_ssm(self._state_space(cp.pre_conv_ssm(zxbcdt), cp, cache))  # [S, B, i]
+        if gate.inner.vector is not None or gate.channels.vector is not None:
+            per_head = y.unflatten(-1, (cp.nheads_local_tp, -1))
+            y = gate.channels.apply(per_head)
+            if gate.inner.vector is not None:
+                y = y * gate.inner.vector.to(y.dtype).unsqueeze(-1)
+            y = y.flatten(-2)
+        active = gate.inner.active * gate.channels.active / self.ngroups  # of one group
+        y = self.norm(y, self.ngroups_local_tp, active, take(self.norm.weight, 0, inner))
+        return self.out_proj.forward_cut(y, cut)
+
+
+class ElasticMambaLayer(MambaLayer):
+    """x + g_depth g_hidden Mamba(norm(x))."""
+
+    def forward(
+        self, x: Tensor, gate: LayerGate, observer: LayerObserver | None = None, cache: MambaCache | None = None
+    ) -> Tensor:
+        """Map the stream [S, B, D] to the stream."""
+        normalised = self.norm(x, gate.hidden)
+        if observer is not None:
+            observer.normalised(normalised)
+        return residual(x, self.mixer.forward_gated(normalised, gate, observer, cache), gate)

@@ -1,0 +1,146 @@
+"""The elastic model: embedding, elastic stack, head. Shapes: S sequence, B batch, D hidden, V vocab, d kept width."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.activations import squared_relu
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import initialize_rng_tracker
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from elastic.model.cache import ModelCache
+from elastic.model.initialize import initialize_parameters
+from elastic.model.observe import Observer
+from elastic.model.segments import pipeline_pattern
+from elastic.model.specs import Kernels, elastic_stack_spec
+from elastic.space.axes import Space
+from elastic.space.gates import Execution, Gates
+from elastic.space.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one model copy is spread over ranks, its precision, and whether activations are recomputed."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    sequence: bool = False
+    recompute: bool = False
+    dtype: torch.dtype = torch.float32
+
+
+class ElasticModel(HybridModel):
+    """HybridModel whose layers obey Gates; parameter names are Megatron-Core's own."""
+
+    def forward(
+        self,
+        tokens: Tensor | None,
+        gates: Gates | None = None,
+        observer: Observer | None = None,
+        cache: ModelCache | None = None,
+    ) -> Tensor:
+        """Map tokens [B, S] to final hidden states [S(/tp), B, d] on the last stage, to the stream before it.
+
+        `gates` None runs the whole parent. Packed sequences have no argument here: documents in one sequence see
+        each other, or are fed one per sequence. `observer` sees what the layers compute. With a `cache` the tokens are
+        the next ones of its sequences (without gradients, on one pipeline stage).
+        """
+        embedded = self.embedding(input_ids=tokens, position_ids=None) if self.pre_process else None
+        return self.decoder(embedded, gates, observer, cache)
+
+    def head_weight(self, gates: Gates | None = None) -> Tensor:
+        """Return this rank's rows of the head, cut to the stream's width: [v, d]."""
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+        if gates is not None and gates.execution is Execution.SLICE:
+            assert gates.subnet is not None
+            return weight[:, : gates.subnet.hidden]
+        return weight
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Shard like HybridModel, parameters only.
+
+        Megatron-Core's linears add `_extra_state` objects for FP8 scales, which do not exist here; stored, they
+        would be pickles in every checkpoint.
+        """
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return {name: entry for name, entry in sharded.items() if not name.endswith("_extra_state")}
+
+
+def transformer_config(shape: ModelShape, layout: Layout) -> TransformerConfig:
+    """Translate sizes and layout to Megatron-Core's configuration; per-layer widths are set by the stack."""
+    return TransformerConfig(
+        num_layers=len(shape.pattern),
+        hidden_size=shape.hidden,
+        ffn_hidden_size=max(shape.ffn, default=shape.hidden),
+        num_attention_heads=max(shape.attention_heads, default=shape.kv_heads),
+        num_query_groups=shape.kv_heads,
+        kv_channels=shape.attention_channels,
+        mamba_num_heads=max(shape.mamba_heads, default=shape.mamba_groups),
+        mamba_head_dim=shape.head_channels,
+        mamba_num_groups=shape.mamba_groups,
+        mamba_state_dim=shape.mamba_state,
+        activation_func=squared_relu,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_epsilon,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        is_hybrid_model=True,
+        # Parameters are filled by `initialize_parameters`, alike in every layout.
+        perform_initialization=False,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        params_dtype=layout.dtype,
+        pipeline_dtype=layout.dtype,
+        bf16=layout.dtype is torch.bfloat16,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
+        sequence_parallel=layout.sequence,
+        recompute_granularity="full" if layout.recompute else None,
+        recompute_method="uniform" if layout.recompute else None,
+        recompute_num_layers=1 if layout.recompute else None,
+        calculate_per_token_loss=True,
+        # Weight slices are views, which the fused gradient accumulation cannot write into.
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        variable_seq_lengths=False,
+        deallocate_pipeline_outputs=True,
+    )
+
+
+def build_model(
+    space: Space, layout: Layout, *, seed: int = 0, init_std: float = 0.02, kernels: Kernels | None = None
+) -> ElasticModel:
+    """Build this rank's part of the parent and initialise it from `seed`; process groups must exist."""
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    # Dropout is 0, so nothing random happens in a forward pass: Megatron-Core's tensor-parallel random states, which
+    # its embedding asks for under sequence parallelism, are told to stay out of the way.
+    initialize_rng_tracker(inference_rng_tracker=True)
+    shape = space.parent
+    model = ElasticModel(
+        transformer_config(shape, layout),
+        elastic_stack_spec(space, kernels or Kernels.choose()),
+        vocab_size=shape.vocab,
+        max_sequence_length=1,  # no position embedding: nothing is sized by it
+        hybrid_layer_pattern=pipeline_pattern(shape, layout.pipeline),
+        pre_process=groups.pp.rank() == 0,
+        post_process=groups.pp.rank() == groups.pp.size() - 1,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        position_embedding_type="none",
+        pg_collection=groups,
+    )
+    initialize_parameters(model, shape, seed, init_std, groups.tp.rank(), groups.tp.size())
+    return model

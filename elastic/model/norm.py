@@ -1,0 +1,70 @@
+"""Width-aware norms. A norm divides by the number of active channels: the sum of the gate (DESIGN 4).
+
+Shapes: S sequence, B batch, D hidden, G groups, I = heads x channels; lower case = this rank's shard.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+from elastic.model.gate import WidthGate
+
+
+def gated_rms(x: Tensor, active: Tensor | int, epsilon: float) -> Tensor:
+    """Divide `x` [..., n] by sqrt(sum(x^2) / active + epsilon), statistics in at least fp32; returns x's dtype."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    square_sum = torch.linalg.vecdot(wide, wide).unsqueeze(-1)
+    return (wide * torch.rsqrt(square_sum / active + epsilon)).to(x.dtype)
+
+
+class ElasticRMSNorm(nn.Module):
+    """RMSNorm over the active hidden channels; its weight is replicated over tensor-parallel ranks."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_kwargs: Any) -> None:
+        super().__init__()
+        self.epsilon = eps
+        device = None if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        # Under sequence parallelism each rank sees some tokens only; Megatron-Core then sums this gradient.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor, hidden: WidthGate | None = None) -> Tensor:
+        """Normalise `x` [S, B, d] over its active channels; `hidden` None means all of them."""
+        width = x.shape[-1]
+        active = width if hidden is None else hidden.active
+        return gated_rms(x, active, self.epsilon) * self.weight[:width]
+
+
+class GatedGroupNorm(nn.Module):
+    """Mamba-2's gated norm: RMS over the active heads and channels of each group, weight [i] sharded with the heads."""
+
+    def __init__(self, size: int, config: TransformerConfig, tp_group: Any, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.epsilon, self.tp_group = eps, tp_group
+        device = None if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
+        self.weight = nn.Parameter(torch.ones(size, dtype=config.params_dtype, device=device))
+        self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+        self.weight.partition_dim = 0  # type: ignore[attr-defined]
+
+    def forward(self, y: Tensor, groups: int, active: Tensor | int, weight: Tensor | None = None) -> Tensor:
+        """Normalise `y` [..., i] in `groups` equal groups of which `active` channels each count."""
+        weight = self.weight if weight is None else weight
+        grouped = y.unflatten(-1, (groups, -1))
+        return gated_rms(grouped, active, self.epsilon).flatten(-2) * weight
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Shard the weight along the heads."""
+        assert metadata is not None
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )

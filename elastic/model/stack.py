@@ -1,0 +1,138 @@
+"""The stack: gates resolved once per micro-batch, layers in order, skipped layers not run, recompute on request.
+
+Shapes: S sequence, B batch, D hidden, d kept hidden width.
+"""
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from elastic.model.cache import ModelCache
+from elastic.model.gate import GateResolver, StreamGates
+from elastic.model.norm import ElasticRMSNorm
+from elastic.model.observe import Observer
+from elastic.space.axes import Space
+from elastic.space.gates import Gates
+from elastic.space.pattern import LayerKind
+from elastic.space.shape import ModelShape
+
+
+class ElasticStack(HybridStack):
+    """The layers of one pipeline stage. Checkpoint names and sharding are inherited from HybridStack."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: HybridStackSubmodules,
+        space: Space,
+        pre_process: bool = True,
+        layer_type_list: list[str] | None = None,
+        pp_layer_offset: int = 0,
+        post_process: bool = True,
+        pg_collection: Any = None,
+        **_kwargs: Any,
+    ) -> None:
+        MegatronModule.__init__(self, config)
+        assert layer_type_list is not None and pg_collection is not None
+        self.pre_process, self.post_process, self.post_layer_norm = pre_process, post_process, True
+        self.pg_collection, self.pp_group, self.tp_group = pg_collection, pg_collection.pp, pg_collection.tp
+        self.input_tensor: Tensor | None = None
+        self.layer_type_list, self.num_layers_per_pipeline_rank = layer_type_list, len(layer_type_list)
+        self.layers = nn.ModuleList()
+        layer_indices = tuple(range(pp_layer_offset, pp_layer_offset + len(layer_type_list)))
+        for layer_index in layer_indices:
+            kind = space.parent.pattern.kinds[layer_index]
+            common = dict(layer_number=layer_index + 1, pg_collection=pg_collection)
+            specs: dict[LayerKind, tuple[Any, dict[str, Any]]] = {
+                LayerKind.MAMBA: (submodules.mamba_layer, dict(pp_layer_offset=pp_layer_offset)),
+                LayerKind.MLP: (submodules.mlp_layer, dict(add_layer_offset=False)),
+                LayerKind.ATTENTION: (
+                    submodules.attention_layer,
+                    dict(add_layer_offset=False, pp_layer_offset=pp_layer_offset),
+                ),
+            }
+            spec, extra = specs[kind]
+            self.layers.append(
+                build_module(spec, config=layer_config(config, space.parent, layer_index), **common, **extra)
+            )
+        device = None if config.use_cpu_initialization else _current_cuda_device()
+        self.resolver = GateResolver(space, layer_indices, self.tp_group.size(), device)
+        if post_process:
+            self.final_norm = ElasticRMSNorm(config, config.hidden_size, eps=config.layernorm_epsilon)
+
+    def forward(
+        self,
+        hidden_states: Tensor | None,
+        gates: Gates | None,
+        observer: Observer | None = None,
+        cache: ModelCache | None = None,
+    ) -> Tensor:
+        """Run this stage's layers under `gates` (None: the whole parent).
+
+        Takes the embeddings [S, B, D] on the first stage, else what `set_input_tensor` was given. Returns the
+        normalised [S, B, d] on the last stage; between stages the stream is padded to D, the size the pipeline
+        schedule exchanges. `observer` sees what the layers compute. With a `cache`, made for the subnet that `gates`
+        run, the S tokens are the next ones of its sequences, and it is moved on.
+        """
+        stream = self.resolver.full() if gates is None else self.resolver.resolve(gates)
+        x = hidden_states if self.pre_process else self.input_tensor
+        assert x is not None
+        x = x[..., : stream.width]
+        if self.pre_process:
+            x = stream.hidden.apply(x)
+        x = self._run_layers(x, stream, observer, cache)
+        if self.post_process:
+            return self.final_norm(x, stream.hidden)
+        return F.pad(x, (0, self.config.hidden_size - stream.width))
+
+    def _run_layers(
+        self, x: Tensor, stream: StreamGates, observer: Observer | None, cache: ModelCache | None
+    ) -> Tensor:
+        recompute = self.config.recompute_granularity == "full" and self.training and x.requires_grad
+        assert observer is None or not recompute, "a recomputed layer would be observed twice"
+        assert cache is None or not torch.is_grad_enabled(), "a cache is moved on in place and has no gradients"
+        for layer, gate, layer_index in zip(self.layers, stream.layers, self.resolver.layer_indices, strict=True):
+            if gate.skipped:
+                continue
+            seen_by = None if observer is None else observer.layer(layer_index)
+            if cache is not None:
+                x = layer(x, gate, seen_by, cache.layer(layer_index))
+            elif recompute:
+                # The gate travels inside the call, so the recomputed forward sees its own micro-batch's choice.
+                x = checkpoint(layer, x, gate, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, gate, seen_by)
+        return x
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Shard like HybridStack; the resolver holds no parameters and is left out."""
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return {name: entry for name, entry in sharded.items() if not name.startswith(f"{prefix}resolver.")}
+
+
+def layer_config(config: TransformerConfig, shape: ModelShape, layer_index: int) -> TransformerConfig:
+    """Return `config` with the widths of one layer: a submodel's layers may differ."""
+    width = shape.width(layer_index)
+    own = copy.copy(config)
+    match shape.pattern.kinds[layer_index]:
+        case LayerKind.MAMBA:
+            own.mamba_num_heads = width
+        case LayerKind.MLP:
+            own.ffn_hidden_size = width
+        case LayerKind.ATTENTION:
+            own.num_attention_heads = width
+    return own
+
+
+def _current_cuda_device() -> Any:
+    return torch.device("cuda", torch.cuda.current_device())

@@ -1,0 +1,166 @@
+"""What one run needs from its cluster, and how far it has come: checked before a training process starts."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elastic.config.load import Problem
+from elastic.config.rules_layout import Cluster, data_parallel
+from elastic.config.sections import ParallelConfig
+from elastic.config.serving import EvaluateConfig
+from elastic.config.training import ElasticConfig, ImportanceConfig, TrainConfig, VerbConfig
+from elastic.data.manifest import DataError, check_folder, read_manifest
+from elastic.preflight.node import Gpu, gib
+from elastic.run.folder import FINISHED_FILE
+from elastic.space.cost import shape_cost
+
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
+# What Adam keeps for a weight: two moments in fp32 and, beside half-precision weights, an fp32 copy of them.
+OPTIMIZER_BYTES = {"fp32": 8, "bf16": 12}
+GRADIENT_BYTES = 4  # reduced in fp32 (optimizer.py)
+USABLE_SHARE = 0.95  # of a GPU's memory; CUDA's and NCCL's own buffers take the rest
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a launcher needs to know of a run. `override` makes it end with a phase; the steps are those of training."""
+
+    run_dir: str
+    total_steps: int = 0
+    finished: bool = False
+    override: str = ""
+
+    def text(self) -> str:
+        """Write one `name=value` a line, for a shell to read."""
+        finished = "yes" if self.finished else "no"
+        return (
+            f"run_dir={self.run_dir}\ntotal_steps={self.total_steps}\nfinished={finished}\noverride={self.override}\n"
+        )
+
+
+def plan_run(config: VerbConfig, phase: str | None) -> tuple[Plan, tuple[Problem, ...]]:
+    """Say where a run writes, at which step it ends, and whether it has got there; `phase` is the last one to train."""
+    run_dir = Path(config.exp_manager.run_dir).absolute()
+    if not isinstance(config, TrainConfig):
+        problem = Problem("PHASE", phase, "only a training run has phases", "leave it out")
+        return Plan(str(run_dir)), (problem,) if phase else ()
+    phases = config.curriculum_phases().phases  # type: ignore[attr-defined]
+    total = min(sum(p.num_steps for p in phases), config.trainer.max_steps or sum(p.num_steps for p in phases))
+    override = ""
+    if phase is not None:
+        names = [p.name for p in phases]
+        if phase not in names:
+            return Plan(str(run_dir)), (
+                Problem("PHASE", phase, "is not in the curriculum", f"it has {', '.join(names)}"),
+            )
+        total = min(total, sum(p.num_steps for p in phases[: names.index(phase) + 1]))
+        override = f"trainer.max_steps={total}"
+    finished = finished_step(run_dir) >= total
+    return Plan(str(run_dir), total, finished, override), ()
+
+
+def finished_step(run_dir: Path) -> int:
+    """Return the step at which the run says it ended as planned; -1 while it has not."""
+    try:
+        return int(json.loads((run_dir / FINISHED_FILE).read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
+
+
+def run_problems(config: VerbConfig, cluster: Cluster, gpus: Sequence[Gpu]) -> Iterator[Problem]:
+    """Judge data, disk and memory for a config that is legal in itself."""
+    yield from data_problems(config)
+    yield from folder_problems(config)
+    if isinstance(config, TrainConfig):
+        yield from overwrite_problems(config)
+        yield from disk_problems(config)
+        yield from memory_problems(config, cluster, gpus)
+
+
+def data_problems(config: VerbConfig) -> Iterator[Problem]:
+    """Every file of the prepared data must be there, whole and the one that was prepared (sampled checksums)."""
+    if not isinstance(config, TrainConfig | ImportanceConfig | EvaluateConfig):
+        return
+    folder = Path(config.data.path)
+    try:
+        check_folder(folder, read_manifest(folder))
+    except DataError as error:
+        yield Problem("data.path", config.data.path, str(error), "or give another folder")
+
+
+def folder_problems(config: VerbConfig) -> Iterator[Problem]:
+    """The run folder, or the nearest folder above it that exists, must let this user write."""
+    place = nearest_existing(Path(config.exp_manager.run_dir))
+    if not os.access(place, os.W_OK | os.X_OK):
+        rule = f"may not be written by user {os.getuid()} ({place})"
+        yield Problem("exp_manager.exp_dir", config.exp_manager.exp_dir, rule, "choose another, or change its owner")
+
+
+def overwrite_problems(config: TrainConfig) -> Iterator[Problem]:
+    """Every try of a job gets the same command, so a requeued one would begin by removing its own checkpoints."""
+    if config.exp_manager.overwrite:
+        run_dir = config.exp_manager.run_dir
+        rule = "every try of a job, and every link of a chain, would remove the run and start again"
+        yield Problem("exp_manager.overwrite", True, rule, f"remove {run_dir} by hand, or choose another version")
+
+
+def disk_problems(config: TrainConfig) -> Iterator[Problem]:
+    """The disk must hold the checkpoints that stay and the one being written, less those that are there already."""
+    run_dir = Path(config.exp_manager.run_dir)
+    place = nearest_existing(run_dir)
+    free = shutil.disk_usage(place).free
+    there = len(list((run_dir / "checkpoints").glob("step_*")))
+    keep = config.exp_manager.keep_last_checkpoints
+    count = max(1, keep + 1 - there)
+    need = count * checkpoint_bytes(config)
+    if free < need:
+        rule = f"{gib(need)} needed for {count} checkpoints of {gib(checkpoint_bytes(config))}"
+        remedy = "free some, lower exp_manager.keep_last_checkpoints, or set exp_manager.exp_dir to another disk"
+        yield Problem(f"free disk at {place}", gib(free), rule, remedy)
+
+
+def memory_problems(config: TrainConfig, cluster: Cluster, gpus: Sequence[Gpu]) -> Iterator[Problem]:
+    """Weights, gradients and optimizer state alone must fit; activations come on top."""
+    if not gpus:
+        return
+    smallest = min(gpu.total_bytes for gpu in gpus)
+    need = state_bytes_per_rank(config, cluster)
+    if need > USABLE_SHARE * smallest:
+        rule = f"weights, gradients and optimizer state of one rank take {gib(need)} before the first activation"
+        remedy = "raise parallel.tensor or parallel.pipeline, or set optim.use_distributed_optimizer=true"
+        yield Problem("GPU memory", gib(smallest), rule, remedy)
+
+
+def state_bytes_per_rank(config: TrainConfig, cluster: Cluster) -> float:
+    """Return what one rank holds before any activation: student, its gradients and Adam, and the teacher's weights."""
+    precision, parallel = config.trainer.precision, config.parallel
+    replicas = data_parallel(parallel, cluster) * parallel.context
+    shards = replicas if config.optim.use_distributed_optimizer else 1
+    weights = WEIGHT_BYTES[precision] * (2 if isinstance(config, ElasticConfig) else 1)
+    per_parameter = weights + GRADIENT_BYTES + OPTIMIZER_BYTES[precision] / shards
+    return parameters(config) * per_parameter / model_shards(parallel)
+
+
+def model_shards(parallel: ParallelConfig) -> int:
+    """Return over how many ranks the weights of one replica are spread; context-parallel ranks repeat them."""
+    return parallel.tensor * parallel.pipeline
+
+
+def checkpoint_bytes(config: TrainConfig) -> float:
+    """Return the size of one training checkpoint: weights and optimizer state, once."""
+    precision = config.trainer.precision
+    return parameters(config) * (WEIGHT_BYTES[precision] + OPTIMIZER_BYTES[precision])
+
+
+def parameters(config: TrainConfig) -> Any:
+    """Count the parent's parameters; `model.vocab` must be filled in."""
+    return shape_cost(config.parent_shape()).params
+
+
+def nearest_existing(path: Path) -> Path:
+    """Return `path`, or the nearest folder above it that exists."""
+    return next((place for place in (path.absolute(), *path.absolute().parents) if place.exists()), Path("/"))

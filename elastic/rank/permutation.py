@@ -1,0 +1,241 @@
+"""Rank the parent's parts and reorder them so that every submodel is a prefix; the function does not change.
+
+Legend: D hidden, F ffn, P head channels, G Mamba groups, H Mamba heads, KV key-value heads, q query heads,
+a attention channels, N state.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from elastic.rank.slicing import TensorSource, parameter_names, reader
+from elastic.space.nesting import DimKind, parameter_dims, split_parameter_name
+from elastic.space.pattern import LayerKind
+from elastic.space.shape import ModelShape
+
+Order = tuple[int, ...]
+
+
+class RankingError(ValueError):
+    """A ranking that is not a permutation of the parent's parts, or cannot be read or written."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Best-first orders of everything a width can cut. Entries are the parent's own numbers.
+
+    One entry per layer of the kind, in layer order: `ffn` [F]; `mamba_heads` [G][H/G], numbers inside the group;
+    `mamba_channels` [P], the same for every head of the layer; `attention_heads` [KV][q/KV], numbers inside the KV
+    group. `hidden` [D] serves the whole residual stream. `depth` orders all layer indices.
+    """
+
+    hidden: Order
+    ffn: tuple[Order, ...]
+    mamba_heads: tuple[tuple[Order, ...], ...]
+    mamba_channels: tuple[Order, ...]
+    attention_heads: tuple[tuple[Order, ...], ...]
+    depth: Order
+
+    @classmethod
+    def identity(cls, parent: ModelShape) -> "Ranking":
+        """Return the ranking that leaves the parent as it is (FFN neurons are still dealt into lanes)."""
+        groups, kv_heads = parent.mamba_groups, parent.kv_heads
+        return cls(
+            hidden=tuple(range(parent.hidden)),
+            ffn=tuple(tuple(range(width)) for width in parent.ffn),
+            mamba_heads=tuple((tuple(range(width // groups)),) * groups for width in parent.mamba_heads),
+            mamba_channels=(tuple(range(parent.head_channels)),) * len(parent.mamba_heads),
+            attention_heads=tuple((tuple(range(width // kv_heads)),) * kv_heads for width in parent.attention_heads),
+            depth=tuple(range(len(parent.pattern))),
+        )
+
+    def check(self, parent: ModelShape) -> None:
+        """Raise RankingError, listing every problem, unless each order is a permutation of the parent's size."""
+        expected, problems = _named_orders(Ranking.identity(parent)), []
+        given = _named_orders(self)
+        for name in sorted(expected.keys() | given.keys()):
+            if name not in given or name not in expected:
+                problems.append(f"{name} is {'missing' if name in expected else 'not part of the parent'}")
+            elif sorted(given[name]) != list(expected[name]):
+                problems.append(
+                    f"{name} must order 0..{len(expected[name]) - 1} once, it has {len(given[name])} entries"
+                )
+        if problems:
+            raise RankingError("ranking: " + "; ".join(problems))
+
+
+def _named_orders(ranking: Ranking) -> dict[str, Order]:
+    """Give every order a name; the file format and the checks use the same names."""
+    orders = {"hidden": ranking.hidden, "depth": ranking.depth}
+    for field, layers in (("ffn", ranking.ffn), ("mamba_channels", ranking.mamba_channels)):
+        orders |= {f"{field}.{ordinal}": order for ordinal, order in enumerate(layers)}
+    for field, nested in (("mamba_heads", ranking.mamba_heads), ("attention_heads", ranking.attention_heads)):
+        for ordinal, groups in enumerate(nested):
+            orders |= {f"{field}.{ordinal}.{group}": order for group, order in enumerate(groups)}
+    return orders
+
+
+def deal_into_lanes(ranking: Order, lanes: int) -> Tensor:
+    """Return the old neuron for every new row [F]: rank r goes to lane r mod lanes, position r // lanes.
+
+    Raises RankingError if the number of neurons is not a multiple of `lanes`.
+    """
+    if len(ranking) % lanes:
+        raise RankingError(f"ranking: ffn = {len(ranking)} must be a multiple of lanes = {lanes}")
+    return torch.tensor(ranking).view(-1, lanes).T.reshape(-1)
+
+
+def row_order(kind: DimKind, layer_index: int | None, parent: ModelShape, ranking: Ranking, lanes: int) -> Tensor:
+    """Return the old row for every new row of one dimension, int64."""
+    if kind is DimKind.HIDDEN:
+        return torch.tensor(ranking.hidden)
+    if kind is DimKind.VOCAB:
+        return torch.arange(parent.vocab)
+    assert layer_index is not None, "only the residual stream and the vocabulary exist outside the layers"
+    ordinal = parent.pattern.ordinal(layer_index)
+    match parent.pattern.kinds[layer_index]:
+        case LayerKind.MLP:
+            return deal_into_lanes(ranking.ffn[ordinal], lanes)
+        case LayerKind.ATTENTION:
+            return _attention_rows(kind, torch.tensor(ranking.attention_heads[ordinal]), parent.attention_channels)
+        case LayerKind.MAMBA:
+            heads = torch.tensor(ranking.mamba_heads[ordinal])
+            channels = torch.tensor(ranking.mamba_channels[ordinal])
+            return _mamba_rows(kind, heads, channels, parent.mamba_groups * parent.mamba_state)
+
+
+def _attention_rows(kind: DimKind, queries: Tensor, a: int) -> Tensor:
+    kv_heads, per_group = queries.shape
+    extra = 2 if kind is DimKind.QKV else 0
+    rows = torch.arange(kv_heads * (per_group + extra) * a).view(kv_heads, per_group + extra, a)
+    query_rows = rows[torch.arange(kv_heads).unsqueeze(1), queries]
+    return torch.cat([query_rows, rows[:, per_group:]], dim=1).reshape(-1)
+
+
+def _mamba_rows(kind: DimKind, heads: Tensor, channels: Tensor, group_state: int) -> Tensor:
+    num_groups, per_group = heads.shape
+    head_rows = torch.arange(heads.numel()).view(num_groups, per_group)[torch.arange(num_groups).unsqueeze(1), heads]
+    dt = head_rows.reshape(-1)
+    inner = (dt.unsqueeze(1) * channels.numel() + channels).reshape(-1)
+    d_inner, state = inner.numel(), torch.arange(2 * group_state)
+    match kind:
+        case DimKind.IN_PROJ:
+            return torch.cat([inner, inner + d_inner, state + 2 * d_inner, dt + 2 * d_inner + 2 * group_state])
+        case DimKind.CONV:
+            return torch.cat([inner, state + d_inner])
+        case DimKind.INNER:
+            return inner
+        case _:
+            return dt
+
+
+def permute_parameter(tensor: Tensor, name: str, parent: ModelShape, ranking: Ranking, lanes: int) -> Tensor:
+    """Reorder one full parameter of the parent along all its dimensions; a new tensor of the same size."""
+    layer_index, _ = split_parameter_name(name)
+    for dim, kind in enumerate(parameter_dims(name)):
+        if kind is not DimKind.WHOLE:
+            order = row_order(kind, layer_index, parent, ranking, lanes)
+            if tensor.shape[dim] != order.numel():
+                raise ValueError(f"{name}: dimension {dim} has {tensor.shape[dim]} rows, expected {order.numel()}")
+            tensor = tensor.index_select(dim, order.to(tensor.device))
+    return tensor
+
+
+def permute_tensors(
+    source: TensorSource, parent: ModelShape, ranking: Ranking, lanes: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of the permuted parent: the same function, with the best parts first (DESIGN 2).
+
+    Raises RankingError if the ranking does not fit the parent or an FFN width cannot be dealt into `lanes`.
+    """
+    ranking.check(parent)
+    for order in ranking.ffn:
+        deal_into_lanes(order, lanes)
+    read = reader(source)
+    return ((name, permute_parameter(read(name), name, parent, ranking, lanes)) for name in parameter_names(parent))
+
+
+@dataclass(frozen=True)
+class RankingFile:
+    """What a ranking file holds: the ranking, the scores behind it, and where they come from."""
+
+    ranking: Ranking
+    scores: dict[str, Tensor]
+    provenance: dict[str, str]
+
+
+def save_ranking(
+    path: Path, ranking: Ranking, scores: Mapping[str, Tensor], provenance: Mapping[str, str], overwrite: bool = False
+) -> None:
+    """Write one safetensors file with ranking and scores; provenance goes into its string metadata.
+
+    Written aside, then renamed. Raises RankingError if the file exists and `overwrite` is not set.
+    """
+    if path.exists() and not overwrite:
+        raise RankingError(f"ranking file {path} exists; choose another path or allow overwriting")
+    orders = _named_orders(ranking)
+    tensors = {f"ranking.{name}": torch.tensor(order, dtype=torch.int64) for name, order in orders.items()}
+    tensors |= {f"score.{name}": score.detach().cpu().clone() for name, score in scores.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    save_file(tensors, aside, metadata=dict(provenance))
+    os.replace(aside, path)
+
+
+def load_ranking(path: Path) -> RankingFile:
+    """Read what `save_ranking` wrote; raises RankingError if the file is damaged or holds no ranking.
+
+    Only safetensors are read: nothing in them can be run.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (an open file is no mapping)
+            provenance = dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise RankingError(
+            f"{path} is missing, damaged, or no safetensors file, and was not read ({error}); take another copy or run "
+            "recipes/estimate_importance.py again"
+        ) from error
+    for name, tensor in tensors.items():
+        if name.startswith("ranking.") and (tensor.dtype != torch.int64 or tensor.dim() != 1):
+            raise RankingError(f"{path}: {name} is {tuple(tensor.shape)} of {tensor.dtype}, not a list of indices")
+    orders = {
+        name.removeprefix("ranking."): tuple(tensor.tolist())
+        for name, tensor in tensors.items()
+        if name.startswith("ranking.")
+    }
+    if "hidden" not in orders or "depth" not in orders:
+        raise RankingError(f"{path} holds no ranking: ranking.hidden or ranking.depth is missing")
+
+    ranking = Ranking(
+        hidden=orders["hidden"],
+        ffn=_numbered(orders, "ffn"),
+        mamba_heads=_grouped(orders, "mamba_heads"),
+        mamba_channels=_numbered(orders, "mamba_channels"),
+        attention_heads=_grouped(orders, "attention_heads"),
+        depth=orders["depth"],
+    )
+    scores = {name.removeprefix("score."): tensor for name, tensor in tensors.items() if name.startswith("score.")}
+    return RankingFile(ranking, scores, provenance)
+
+
+def _numbered(orders: Mapping[str, Order], prefix: str) -> tuple[Order, ...]:
+    """Collect `prefix.0`, `prefix.1`, ... until a number is missing."""
+    found: list[Order] = []
+    while (name := f"{prefix}.{len(found)}") in orders:
+        found.append(orders[name])
+    return tuple(found)
+
+
+def _grouped(orders: Mapping[str, Order], prefix: str) -> tuple[tuple[Order, ...], ...]:
+    """Collect `prefix.0.0`, `prefix.0.1`, ..., `prefix.1.0`, ... layer by layer."""
+    layers: list[tuple[Order, ...]] = []
+    while groups := _numbered(orders, f"{prefix}.{len(layers)}"):
+        layers.append(groups)
+    return tuple(layers)

@@ -1,0 +1,128 @@
+"""The folder of one run: created once, resumed on request, never overwritten silently."""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from elastic.checkpoint.find import list_checkpoints
+from elastic.config.sections import ExpManagerConfig
+from elastic.world.groups import World
+from elastic.world.rank_0 import decided_by_rank_0
+
+CONFIG_FILE, FINISHED_FILE = "config.json", "finished.json"
+LOCK_WAIT_S = 60.0  # what is left of a killed attempt may take that long to be gone
+
+
+class RunFolderError(ValueError):
+    """A run folder that exists and may be neither resumed nor replaced."""
+
+
+def open_run_folder(
+    settings: ExpManagerConfig, config: Mapping[str, Any], world: World, *, resume: bool = False
+) -> tuple[Path, Path | None]:
+    """Create exp_dir/name/version with the resolved config; return it and its newest checkpoint, if it goes on.
+
+    Rank 0 decides, all ranks learn the same answer. Which checkpoint a run goes on from, and whether it may, is for
+    resume.py to say. Raises RunFolderError for an existing folder unless `resume` (and it holds a checkpoint or nothing
+    worth keeping) or exp_manager.overwrite.
+    """
+
+    def decide() -> Path | None:
+        return prepare_run_folder(settings, config, resume=resume)[1]
+
+    return Path(settings.run_dir), decided_by_rank_0(decide, world)
+
+
+def prepare_run_folder(
+    settings: ExpManagerConfig, config: Mapping[str, Any], *, resume: bool = False
+) -> tuple[Path, Path | None]:
+    """Do what `open_run_folder` says for a verb that runs in one process."""
+    folder, newest = Path(settings.run_dir), None
+    if folder.exists() and any(folder.iterdir()):
+        checkpoints = list_checkpoints(folder)
+        if settings.overwrite:
+            shutil.rmtree(folder)
+        elif resume and checkpoints:
+            newest = checkpoints[-1]
+        elif not (resume and is_unfinished(folder)):
+            raise RunFolderError(
+                f"{folder} exists already. Choose another exp_manager.name or exp_manager.version, or set "
+                f"exp_manager.overwrite=true to replace it"
+                + (", or exp_manager.resume_if_exists=true to go on" if not resume and checkpoints else "")
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CONFIG_FILE, config)
+    return folder, newest
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON aside and rename, so that a reader never sees half a file."""
+    aside = path.with_name(path.name + ".writing")
+    aside.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    aside.rename(path)
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Tell whether a run was stopped before its first checkpoint: logs, config and an unfinished checkpoint only."""
+    expected = (
+        CONFIG_FILE,
+        "metrics.jsonl",
+        "events.jsonl",
+        "tensorboard",
+        "wandb",
+        "checkpoints",
+        "nonfinite",
+        "watchdog",
+    )
+    return not list_checkpoints(folder) and all(path.name in expected for path in folder.iterdir())
+
+
+@contextmanager
+def run_lock(folder: Path, world: World, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
+    """Keep two process groups from training into one folder at a time: a lock beside it, which a kill releases.
+
+    Waits a while for another holder to end, then raises RunFolderError on all ranks. Where the file system knows no
+    locks, there is none.
+    """
+    path = folder.parent / f".{folder.name}.lock"
+
+    def take() -> int:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        deadline_s = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline_s:
+                    holder = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
+                    os.close(descriptor)
+                    raise RunFolderError(
+                        f"{folder}: another run writes there ({holder}); end it, or choose another "
+                        f"exp_manager.name or exp_manager.version"
+                    ) from None
+                time.sleep(0.2)
+            except OSError:  # ENOLCK, ENOSYS: a file system without locks
+                break
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        return descriptor
+
+    descriptor = decided_by_rank_0(take, world)
+    try:
+        yield
+    finally:
+        if world.is_main:
+            os.close(descriptor)
+
+
+def write_finished(folder: Path, step: int, reason: str) -> None:
+    """Mark a run that has nothing left to do; a chain of jobs ends on it."""
+    write_json(folder / FINISHED_FILE, {"step": step, "reason": reason})

@@ -1,0 +1,187 @@
+"""The verb cost: what a run of the main job can reach and what it costs, from its config alone."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from elastic.checkpoint.find import resolve_checkpoint
+from elastic.checkpoint.record import Record, check_same_shape
+from elastic.config.training import CostConfig
+from elastic.hf.config import ExportError, export_warnings
+from elastic.space.axes import Space
+from elastic.space.budget import Budget
+from elastic.space.cost import Cost, Deployment, Metric, cost, subnet_cost
+from elastic.space.expected import expected_widths
+from elastic.space.pattern import LayerKind
+from elastic.space.reach import TOLERANCE, Sample, sample_subnet, smallest_subnet
+from elastic.space.shape import ModelShape
+from elastic.space.subnet import Subnet, heterogeneous_layers
+from elastic.verbs.evaluate import subnet_summary
+from elastic.verbs.report_file import check_output, write_output
+
+TENSOR_PARALLEL = (1, 2, 4, 8)  # sizes a submodel is served at
+COSTS = ("params", "weight_bytes", "kv_bytes", "ssm_bytes", "conv_bytes", "deploy_bytes", "flops_per_token")
+
+
+def run_cost(config: CostConfig, console: Console) -> dict[str, Any]:
+    """Print the parent, the extremes, the router's start and a sample subnet per budget; returns what cost.json holds.
+
+    Reads no data and no weights: of a permuted parent, where one is given, only the record. Raises RecordError if that
+    is of another model, OutputError for an output that exists already.
+    """
+    check_output(config)
+    space, deployment, budgets = cost_space(config), config.deployment(), config.budgets()
+    samples = [sample_subnet(space, budget, deployment) for budget in budgets]
+    report = {
+        "deployment": asdict(deployment),
+        "depth_ranking": list(space.depth_ranking),
+        "parent": cost_values(subnet_cost(space.parent, Subnet.full(space.parent), deployment)),
+        "router_start": cost_values(start_cost(space, deployment)),
+        "smallest": cost_values(subnet_cost(space.parent, smallest_subnet(space), deployment)),
+        "budgets": [budget_row(budget, sample, space) for budget, sample in zip(budgets, samples, strict=True)],
+    }
+    console.print(cost_table(report))
+    console.print(conditions(deployment), highlight=False, style="dim")
+    console.print()
+    console.print(sample_table(report, space.parent))
+    for note in notes(report, config):
+        console.print(note, highlight=False)
+    write_output(config, report, console)
+    return report
+
+
+def cost_space(config: CostConfig) -> Space:
+    """Return the space, over the depth ranking of a permuted parent where one is given; raises RecordError."""
+    if config.init_from.permuted_parent is None:
+        return config.space()
+    checkpoint = resolve_checkpoint(config.init_from.permuted_parent)
+    record = Record.read(checkpoint)
+    check_same_shape(config.parent_shape(), record.shape, checkpoint)
+    return config.space(record.depth_ranking)
+
+
+def start_cost(space: Space, deployment: Deployment) -> Cost:
+    """Return the expected cost where training starts: a fresh router gives about equal chances to all choices."""
+    chances = {}
+    for axis in space.elastic_axes():
+        choices = len(space.axes[axis].choices)
+        chances[axis] = torch.full((space.num_slots(axis), choices), 1.0 / choices, dtype=torch.float64)
+    return cost(space.parent, expected_widths(space, chances), deployment)
+
+
+def cost_values(used: Cost) -> dict[str, int | float]:
+    """Return a cost as plain numbers; expected costs become floats."""
+    values = {name: getattr(used, name) for name in COSTS}
+    return {name: float(value) if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+
+
+def budget_row(budget: Budget, sample: Sample, space: Space) -> dict[str, Any]:
+    """Return one budget with its sample subnet, as it stands in cost.json."""
+    shape = sample.subnet.shape(space.parent)
+    unclean = {}
+    for ranks in TENSOR_PARALLEL:
+        if warnings := kernel_warnings(shape, ranks):
+            unclean[ranks] = warnings
+    return {
+        "name": budget.name,
+        "metric": str(budget.metric),
+        "target": budget.target,
+        "cost_ratio": sample.ratio,
+        "is_near": sample.is_near,
+        **cost_values(sample.cost),
+        "subnet": subnet_summary(sample.subnet),
+        "kept": {str(kind.name): list(heterogeneous_layers(sample.subnet, space.parent, kind)) for kind in LayerKind},
+        "kernel_warnings": unclean,
+    }
+
+
+def kernel_warnings(shape: ModelShape, tensor_parallel: int) -> list[str]:
+    """List what kernels serve badly or refuse of an exported shape, or why it cannot be exported."""
+    try:
+        return export_warnings(shape, tensor_parallel)
+    except ExportError as error:
+        return [str(error)]
+
+
+def cost_table(report: dict[str, Any]) -> Table:
+    """Render what the parent, the samples and the extremes cost."""
+    table = Table(title="what the space can reach, and one sample subnet per budget")
+    headings = ("", "params", "weights", "KV", "SSM", "conv", "deployed", "FLOPs")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "" else "right", no_wrap=True)
+    rows = {"parent": report["parent"], **{row["name"]: row for row in report["budgets"]}}
+    rows |= {"router's start": report["router_start"], "smallest": report["smallest"]}
+    for name, row in rows.items():
+        table.add_row(name, *(quantity(cost_name, row[cost_name]) for cost_name in COSTS))
+    return table
+
+
+def sample_table(report: dict[str, Any], parent: ModelShape) -> Table:
+    """Render the sizes of the sample subnets."""
+    table = Table(title="sample subnet per budget")
+    headings = ("budget", "target", "used", "layers", "hidden", "FFN", "Mamba", "queries", "clean at TP")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "budget" else "right", no_wrap=True)
+    for row in report["budgets"]:
+        subnet, kept = row["subnet"], row["kept"]
+        clean = [str(ranks) for ranks in TENSOR_PARALLEL if ranks not in row["kernel_warnings"]]
+        table.add_row(
+            row["name"],
+            quantity(row["metric"], row["target"]),
+            f"{row['cost_ratio']:.1%}",
+            f"{len(subnet['kept_layers'])} of {len(parent.pattern)}",
+            str(subnet["hidden"]),
+            span(kept["MLP"]),
+            f"{span(kept['MAMBA'])} x {subnet['head_channels']}" if kept["MAMBA"] else "-",
+            span(kept["ATTENTION"]),
+            " ".join(clean) or "none",
+        )
+    return table
+
+
+def conditions(deployment: Deployment) -> str:
+    """Say what deployed bytes and FLOPs are counted for."""
+    return (
+        f"deployed: {deployment.batch} x {deployment.length_tokens:,} tokens; bytes per element: "
+        f"weights {deployment.weight_bytes:g}, KV {deployment.kv_bytes:g}, SSM {deployment.ssm_bytes:g}, "
+        f"conv {deployment.conv_bytes:g}\nFLOPs: forward, per token of such a sequence"
+    )
+
+
+def notes(report: dict[str, Any], config: CostConfig) -> list[str]:
+    """List what the tables do not say: budgets nothing comes near, sizes kernels dislike, and the layers that leave."""
+    lines = []
+    for row in report["budgets"]:
+        if not row["is_near"]:
+            lines.append(
+                f"warning: budget {row['name']}: no subnet found within {TOLERANCE:.0%} of the target, the nearest "
+                f"uses {row['cost_ratio']:.1%}; give the axes more choices"
+            )
+        # Of several sizes the smallest says enough: what is uneven there is uneven at its multiples.
+        lines += [f"{row['name']}: {text}" for text in next(iter(row["kernel_warnings"].values()), [])]
+    if config.elastic.space.depth is not None and config.init_from.permuted_parent is None:
+        lines.append("depth: the last layers leave; init_from.permuted_parent=RUN takes the ranking by importance")
+    return lines
+
+
+def span(widths: list[int]) -> str:
+    """Write the widths of a kind's kept layers: one number, or the smallest and the largest."""
+    if not widths:
+        return "-"
+    low, high = min(widths), max(widths)
+    return str(high) if low == high else f"{low}-{high}"
+
+
+def quantity(name: str, value: float) -> str:
+    """Write a cost in the unit of its name: parameters and FLOPs by thousands, bytes by 1024."""
+    base, units = (1024.0, ("B", "KiB", "MiB", "GiB")) if name.endswith("_bytes") else (1000.0, ("", "K", "M", "B"))
+    if name == Metric.FLOPS_PER_TOKEN:
+        units = ("", "K", "M", "G")
+    power = 0
+    while power + 1 < len(units) and value >= base:
+        value, power = value / base, power + 1
+    number = f"{value:.3f}" if name == Metric.PARAMS else f"{value:.4g}"
+    return f"{number} {units[power]}" if base == 1024.0 else f"{number}{units[power]}"

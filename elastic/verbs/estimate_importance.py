@@ -1,0 +1,150 @@
+"""The verb estimate_importance: score a parent, rank its parts, write the permuted (nested) parent and check it."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from elastic.checkpoint.checkpoint import Trainable, load_checkpoint, save_checkpoint
+from elastic.checkpoint.find import checkpoint_folder, resolve_checkpoint
+from elastic.checkpoint.record import Record
+from elastic.config.training import ImportanceConfig
+from elastic.data.stream import PackedSequences, TokenStream, micro_batch
+from elastic.hf.logits import LogitDifference, probe_tokens
+from elastic.model.forward import context_parallel_slice, forward_hidden
+from elastic.model.initialize import named_global_parameters
+from elastic.model.model import ElasticModel, build_model
+from elastic.model.sharding import shard_tensor, unshard_tensors
+from elastic.rank.depth import DepthScores, rank_layers
+from elastic.rank.importance import Scores, collect_scores, default_top_channels, make_ranking
+from elastic.rank.permutation import Ranking, permute_parameter, save_ranking
+from elastic.run.folder import open_run_folder
+from elastic.space.axes import Space
+from elastic.world.groups import World, model_layout, world
+
+RANKING_FILE = "ranking.safetensors"
+# Relative to the largest logit. Sums run in another order; a GPU's matrix units round fp32 to TF32 on top.
+LOGIT_TOLERANCE = {
+    "cpu": {torch.float32: 1e-5, torch.bfloat16: 2e-2},
+    "cuda": {torch.float32: 1e-2, torch.bfloat16: 2e-2},
+}
+
+
+class PermutationError(ValueError):
+    """The permuted parent does not answer like the parent; nothing was written."""
+
+
+def run_importance(config: ImportanceConfig, console: Console) -> Path:
+    """Write ranking.safetensors and a checkpoint of the permuted parent; returns the run folder.
+
+    Raises PermutationError, and writes no checkpoint, if the logits of the permuted parent moved.
+    """
+    stream = TokenStream(Path(config.data.path) / "train")
+    with world(model_layout(config.parallel, config.trainer), config.trainer.collective_timeout_s) as here:
+        full = config.init_from.verify == "full"
+        start = resolve_checkpoint(config.init_from.parent, full=full, world=here, say=console.print)
+        record = Record.read(start)
+        folder, _ = open_run_folder(config.exp_manager, asdict(config), here)
+        space = Space(record.shape, {}, lanes=config.lanes)
+        model = build_model(space, here.layout)
+        load_checkpoint(start, Trainable(model))
+        model.eval()
+        section = config.importance
+        scores = collect_scores(model, space, _calibration(config, stream, here, section.num_sequences))
+        depth = _rank_layers(config, model, space, stream, here, console)
+        ranking = make_ranking(scores, space, depth)
+        before = _probe_logits(model, record, here)
+        _permute_in_place(model, ranking, space, here)
+        _check_unmoved(before, _probe_logits(model, record, here), here)
+        provenance = {"parent": str(start), "data": config.data.path, "tokens": str(scores.num_tokens)}
+        if here.is_main:
+            save_ranking(folder / RANKING_FILE, ranking, _score_tensors(scores, depth, space), provenance)
+        permuted = Record(
+            "permuted_parent",
+            record.shape,
+            config.lanes,
+            ranking.depth,
+            config.data.path,
+            provenance=provenance,
+        )
+        save_checkpoint(checkpoint_folder(folder, 0), Trainable(model), permuted, None, here, carried_from=start)
+        if here.is_main:
+            console.print(f"layers, best first: {' '.join(map(str, ranking.depth))}")
+            console.print(f"permuted parent, logits unmoved -> {checkpoint_folder(folder, 0)}")
+    return folder
+
+
+def _calibration(config: ImportanceConfig, stream: TokenStream, here: World, num_sequences: int) -> Iterator[Tensor]:
+    """Yield this replica's share of the calibration sequences, whole [B, S]; the same set at any layout."""
+    section = config.importance
+    dataset = PackedSequences(stream, section.sequence_length, config.seed)
+    for index in range(num_sequences // (section.micro_batch * here.data_size)):
+        yield micro_batch(dataset, 0, index, here.data_rank, here.data_size, section.micro_batch).tokens
+
+
+def _rank_layers(
+    config: ImportanceConfig, model: ElasticModel, space: Space, stream: TokenStream, here: World, console: Console
+) -> DepthScores | None:
+    method = config.importance.depth
+    if method == "none":
+        return None
+    batches = list(_calibration(config, stream, here, config.importance.depth_sequences))
+    with Progress(console=console, disable=not here.is_main) as bar:
+        task = bar.add_task("ranking layers", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        stop_after = config.importance.max_removed_layers
+        return rank_layers(model, space, batches, method, stop_after=stop_after, progress=show)
+
+
+def _score_tensors(scores: Scores, depth: DepthScores | None, space: Space) -> dict[str, Tensor]:
+    tensors = scores.tensors(default_top_channels(space))
+    return tensors if depth is None else tensors | depth.tensors()
+
+
+@torch.no_grad()
+def _permute_in_place(model: ElasticModel, ranking: Ranking, space: Space, here: World) -> None:
+    """Permute the parameters of this pipeline stage: gather a tensor's shards, reorder, keep this rank's shard."""
+    own, shape, tp = dict(named_global_parameters(model)), space.parent, here.groups.tp
+
+    def full(name: str) -> Tensor:
+        parameter = own[name].detach()
+        shards = [torch.empty_like(parameter) for _ in range(tp.size())]
+        if tp.size() > 1:
+            torch.distributed.all_gather(shards, parameter.contiguous(), group=tp)
+        else:
+            shards = [parameter]
+        return unshard_tensors(shards, name, shape)
+
+    for name, parameter in own.items():
+        permuted = permute_parameter(full(name), name, shape, ranking, space.lanes)
+        parameter.copy_(shard_tensor(permuted, name, shape, tp.rank(), tp.size()))
+
+
+@torch.no_grad()
+def _probe_logits(model: ElasticModel, record: Record, here: World) -> Tensor | None:
+    """Return this rank's vocabulary rows of the logits on fixed tokens, on the last stage."""
+    cp = here.groups.cp
+    tokens = context_parallel_slice(probe_tokens(record.shape.vocab), cp.rank(), cp.size())
+    hidden = forward_hidden(model, tokens)
+    return None if hidden is None else (hidden @ model.head_weight().t()).float()
+
+
+def _check_unmoved(before: Tensor | None, after: Tensor | None, here: World) -> None:
+    """Compare on every rank and agree: one rank's doubt stops all."""
+    moved, text = torch.zeros(1, device=here.device), ""
+    if before is not None and after is not None:
+        difference = LogitDifference.between(after, before)
+        tolerance = LOGIT_TOLERANCE[here.device.type][here.layout.dtype]
+        if not difference.within(tolerance):
+            moved += 1
+            text = f": largest difference {difference.max_abs:.2e}, tolerance {tolerance:.0e} of the largest logit"
+    torch.distributed.all_reduce(moved)
+    if moved.item():
+        raise PermutationError(f"the logits of the permuted parent moved{text}; no checkpoint was written")

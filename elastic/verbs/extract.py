@@ -1,0 +1,143 @@
+"""The verb extract: cut budgets out of a nested checkpoint, to Hugging Face folders and Megatron-Core checkpoints.
+
+Everything streams from the checkpoint's files to the exported ones, one tensor in memory, whatever layout trained it.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from elastic.checkpoint.find import checkpoint_folder
+from elastic.checkpoint.record import Record
+from elastic.checkpoint.writer import save_streamed
+from elastic.config.serving import ExtractConfig
+from elastic.hf.card import CardInfo
+from elastic.hf.carried import Carried, write_carried
+from elastic.hf.dtypes import DtypeRule, kind_of_tensor
+from elastic.hf.export import ExportOptions, ExportReport, export_folder
+from elastic.hf.names import hf_names
+from elastic.hf.tokenizer_files import find_tokenizer
+from elastic.rank.slicing import parameter_names, parent_parameter, submodel_source
+from elastic.run.folder import prepare_run_folder, write_json
+from elastic.verbs.evaluate import subnet_summary
+from elastic.verbs.export_check import choose_check
+from elastic.verbs.family import Member, OpenFamily, open_configured
+from elastic.verbs.progress import transfer_progress
+from elastic.verbs.text_settings import text_settings
+from elastic.world.groups import DTYPES
+from elastic.world.rank_0 import decided_by_rank_0
+
+EXTRACTION_FILE = "extraction.json"
+
+
+def run_extract(config: ExtractConfig, console: Console) -> Path:
+    """Write one folder per member under the run folder and extraction.json; returns the run folder.
+
+    Each Hugging Face folder has been reloaded in stock transformers and its logits compared with the subnet in the
+    nested checkpoint before this returns, or, where memory does not allow it, every stored value with the parent's.
+    """
+    family = open_configured(config, say=console.print)
+    carried = _carried(family, config)
+    folder, _ = decided_by_rank_0(lambda: prepare_run_folder(config.exp_manager, asdict(config)), None)
+    rows = []
+    for member in family.members:
+        row: dict[str, Any] = {"name": member.name, "subnet": subnet_summary(member.subnet)}
+        if config.export.hugging_face:
+            report = _export_hugging_face(family, member, folder / member.name, carried, config, console)
+            row |= {
+                "hugging_face": str(report.folder),
+                "params": report.params,
+                "deployed_params": report.deployed_params,
+                "verification": str(report.outcome.verification),
+                "max_abs_logit_diff": report.outcome.max_abs_logit_diff,
+            }
+            console.print(_line(member, report))
+        if config.export.megatron:
+            row["megatron"] = str(_export_megatron(family, member, folder / f"{member.name}_megatron", carried))
+        rows.append(row)
+    write_json(folder / EXTRACTION_FILE, {"checkpoint": str(family.checkpoint), "members": rows})
+    return folder
+
+
+def _carried(family: OpenFamily, config: ExtractConfig) -> Carried:
+    """Return settings, tokenizer and number formats of the exports: the config's, or those of the checkpoint."""
+    settings, tokenizer = text_settings(family.checkpoint, family.record, config.data.path)
+    precision = config.export.precision
+    dtypes = _stored_formats(family) if precision is None else DtypeRule.trained(DTYPES[precision])
+    return Carried(settings, dtypes, () if tokenizer is None else find_tokenizer(tokenizer))
+
+
+def _stored_formats(family: OpenFamily) -> DtypeRule:
+    """Return the number formats of the checkpoint's parameters as a rule over the exported tensors."""
+    stored, parent = family.tensors(), family.space.parent
+    main = stored.dtype(next(iter(stored)))
+    exceptions: dict[str, torch.dtype] = {}
+    for name in parameter_names(parent):
+        if stored.dtype(name) != main:
+            exceptions |= {kind_of_tensor(hf_name): stored.dtype(name) for hf_name in hf_names(name)}
+    return DtypeRule(main, exceptions)
+
+
+def _export_hugging_face(
+    family: OpenFamily, member: Member, folder: Path, carried: Carried, config: ExtractConfig, console: Console
+) -> ExportReport:
+    parent, lanes = family.space.parent, family.space.lanes
+    card = CardInfo(
+        title=f"{config.exp_manager.name} {member.name}",
+        parent=parent,
+        subnet=member.subnet,
+        budget=member.budget,
+        deployment=family.deployment,
+        provenance={
+            "nested checkpoint": family.checkpoint.name,
+            **{k: str(v) for k, v in family.record.provenance.items()},
+        },
+    )
+    options = ExportOptions(
+        dtype=carried.dtypes,
+        settings=carried.settings,
+        tokenizer_folder=carried.tokenizer_folder,
+        shard_bytes=config.export.shard_bytes,
+    )
+    check = choose_check(family, member, carried.dtypes, config.export.check, config.export.max_logit_difference)
+    with transfer_progress(console) as bar:
+        task = bar.add_task(f"writing {member.name}", total=None)
+        return export_folder(
+            submodel_source(family.tensors(), parent, member.subnet, lanes),
+            member.subnet.shape(parent),
+            folder,
+            card,
+            options,
+            check,
+            lambda num_bytes, total: bar.update(task, advance=num_bytes, total=total),
+        )
+
+
+def _export_megatron(family: OpenFamily, member: Member, run_folder: Path, carried: Carried) -> Path:
+    """Write the submodel as a checkpoint of its own, which every verb opens like a parent."""
+    parent, stored = family.space.parent, family.tensors()
+    shape = member.subnet.shape(parent)
+    record = Record("submodel", shape, data=family.record.data, provenance={"cut from": str(family.checkpoint)})
+    save_streamed(
+        checkpoint_folder(run_folder, 0),
+        record,
+        {name: stored.dtype(parent_parameter(name, member.subnet)) for name in parameter_names(shape)},
+        submodel_source(stored, parent, member.subnet, family.space.lanes),
+        identity=f"{member.name} of {family.checkpoint}",
+        add_files=lambda into: write_carried(carried, into),
+    )
+    return run_folder
+
+
+def _line(member: Member, report: ExportReport) -> str:
+    difference = (
+        f"{report.outcome.num_values:,} values"
+        if report.outcome.max_abs_logit_diff is None
+        else f"largest logit difference {report.outcome.max_abs_logit_diff:.1e}"
+    )
+    return (
+        f"{member.name}: {report.params:,} parameters -> {report.folder} ({report.outcome.verification}; {difference})"
+    )

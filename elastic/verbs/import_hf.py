@@ -1,0 +1,72 @@
+"""The verb import_hf: a stock nemotron_h folder becomes a Megatron-Core checkpoint of an (unordered) parent."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from elastic.checkpoint.find import checkpoint_folder
+from elastic.checkpoint.manifest import writing_folder
+from elastic.checkpoint.record import Record
+from elastic.checkpoint.writer import save_streamed, stored_bytes
+from elastic.config.serving import ImportConfig
+from elastic.hf.carried import Carried, write_carried
+from elastic.hf.disk import check_free_space
+from elastic.hf.folder import CONFIG_FILE, GENERATION_FILE, HfFolder, open_hf_folder
+from elastic.hf.names import HF_HEAD, check_tied_head, hf_names, megatron_source
+from elastic.hf.tensor_index import INDEX_FILE
+from elastic.rank.slicing import parameter_names
+from elastic.run.folder import RunFolderError, prepare_run_folder
+from elastic.verbs.progress import transfer_progress
+from elastic.world.rank_0 import decided_by_rank_0
+
+
+def run_import(config: ImportConfig, console: Console) -> Path:
+    """Stream the folder, tensor by tensor and in its own number formats, into a checkpoint; returns the run folder.
+
+    Everything that can be checked without reading values is checked first. Stopped half-way, the same command goes on
+    behind the last finished layer.
+    """
+    source = open_hf_folder(Path(config.source))
+    for warning in source.warnings:
+        console.print(f"note: {warning}")
+    shape, checkpoint = source.shape, checkpoint_folder(Path(config.exp_manager.run_dir), 0)
+    dtypes = {name: source.dtypes[hf_names(name)[0]] for name in parameter_names(shape)}
+    total = stored_bytes(shape, dtypes)
+    check_free_space(checkpoint, total - _bytes_below(writing_folder(checkpoint)), "the checkpoint")
+    if shape.tied_embeddings and HF_HEAD in source.tensors:
+        check_tied_head(source.tensors.__getitem__)
+    folder, finished = decided_by_rank_0(
+        lambda: prepare_run_folder(config.exp_manager, asdict(config), resume=True), None
+    )
+    if finished is not None:
+        raise RunFolderError(
+            f"{folder} holds a whole checkpoint already. Choose another exp_manager.version, or set "
+            f"exp_manager.overwrite=true to replace it"
+        )
+    with transfer_progress(console) as bar:
+        task = bar.add_task("importing", total=total)
+        save_streamed(
+            checkpoint,
+            Record("parent", shape, provenance={"imported from": str(source.path)}),
+            dtypes,
+            megatron_source(source.tensors.__getitem__, shape),
+            identity=_identity(source),
+            add_files=lambda into: write_carried(Carried.of(source), into),
+            progress=lambda num_bytes: bar.advance(task, num_bytes),
+        )
+    console.print(f"{source.path} -> {checkpoint}")
+    return folder
+
+
+def _identity(source: HfFolder) -> str:
+    """Say which files a checkpoint is made from, so that an interrupted import never goes on with others."""
+    described = [source.path / name for name in (CONFIG_FILE, GENERATION_FILE, INDEX_FILE)]
+    files = sorted({*source.tensors.files, *source.tokenizer_files, *(path for path in described if path.exists())})
+    return f"import of {source.path.resolve()}: " + ", ".join(
+        f"{path.name} {path.stat().st_size} bytes of {path.stat().st_mtime_ns}" for path in files
+    )
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*")) if folder.is_dir() else 0

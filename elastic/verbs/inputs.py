@@ -1,0 +1,198 @@
+"""Configs and the file system: inputs that must exist, and a run folder that must be free."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from elastic.checkpoint.record import Record, RecordError
+from elastic.config.load import ConfigError, Problem, load_with_problems
+from elastic.config.rules import rule_problems
+from elastic.config.rules_layout import Cluster, layout_problems, nearest_divisor
+from elastic.config.serving import EvaluateConfig, ExtractConfig, GenerateConfig, ImportConfig
+from elastic.config.training import (
+    CostConfig,
+    ElasticConfig,
+    ElasticRunConfig,
+    ImportanceConfig,
+    TrainConfig,
+    VerbConfig,
+    with_vocab,
+)
+from elastic.data.manifest import DataError, read_manifest
+from elastic.data.prepare_config import PrepareConfig
+from elastic.space.shape import ModelShape
+from elastic.verbs.generate_inputs import generate_problems
+from elastic.verbs.token_ids import tokenizer_problems, validation_problems, vocab_problems
+
+
+def load_run[T](kind: type[T], values: Mapping[str, Any], cluster: Cluster, *, is_main: bool) -> T:
+    """Build and check a verb's config, files included, and fill a null model.vocab in from the prepared data.
+
+    Only the main process looks whether the run folder is free: it is also the one that will create it.
+    Raises ConfigError listing every problem.
+    """
+    config, problems = load_with_problems(kind, values)
+    unreliable = frozenset(problem.section for problem in problems)
+    files = tuple(problem for problem in input_problems(config) if problem.section not in unreliable)
+    if not unreliable.intersection(("model", "data")) and not files:
+        try:
+            config = filled_in(config)
+        except DataError as error:
+            files += (Problem("model.vocab", None, str(error), "or set model.vocab"),)
+    problems += rule_problems(config, cluster, unreliable) + files
+    if not unreliable.intersection(("model", "data")) and not files:
+        problems += tuple(vocab_problems(config))
+    if not unreliable and not files:
+        problems += (*validation_problems(config), *checkpoint_problems(config))
+    if is_main and isinstance(config, VerbConfig) and "exp_manager" not in unreliable:
+        problems += tuple(output_problems(config))
+    if isinstance(config, PrepareConfig) and not unreliable:
+        problems += tuple(preparation_problem(text) for text in config.problems())
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def filled_in(config: Any) -> Any:
+    """Return the config with a null model.vocab taken from the prepared data; raises DataError."""
+    if not isinstance(config, TrainConfig) or config.model.vocab is not None:
+        return config
+    if not config.data.path:
+        raise DataError("the vocabulary is that of the data, and no data.path is given")
+    return with_vocab(config, read_manifest(Path(config.data.path)).tokenizer.vocab_size)
+
+
+def input_paths(config: object) -> Iterator[tuple[str, str | None]]:
+    """List (field, path) of every file or folder a verb reads; a path may be null."""
+    if isinstance(config, TrainConfig | ImportanceConfig | EvaluateConfig | ExtractConfig):
+        is_read = not isinstance(config, CostConfig) or (config.model.vocab is None and config.data.path)
+        yield "data.path", config.data.path if is_read else None
+    if isinstance(config, ImportConfig):
+        yield "source", config.source
+    if isinstance(config, GenerateConfig):
+        yield from (("folder", config.folder), ("tokenizer", config.tokenizer), ("prompt_file", config.prompt_file))
+    if isinstance(
+        config, ImportanceConfig | ElasticConfig | CostConfig | EvaluateConfig | ExtractConfig | GenerateConfig
+    ):
+        for field in fields(config.init_from):
+            if field.name == "verify":
+                continue  # says how, not what
+            yield f"init_from.{field.name}", getattr(config.init_from, field.name)
+
+
+def input_problems(config: object) -> Iterator[Problem]:
+    """Yield a problem for every input that is not there."""
+    for name, path in input_paths(config):
+        if path is not None and not Path(path).exists():
+            parent = next((folder for folder in Path(path).parents if folder.exists()), Path())
+            yield Problem(name, path, "does not exist", f"the nearest folder that exists is {parent}")
+
+
+def checkpoint_problems(config: object) -> Iterator[Problem]:
+    """Yield a problem for a checkpoint that cannot be opened, or whose model does not split over the ranks."""
+    match config:
+        case ImportanceConfig():
+            name, path = "init_from.parent", config.init_from.parent
+        case ElasticConfig():
+            name, path = "init_from.permuted_parent", config.init_from.permuted_parent
+        case CostConfig() if config.init_from.permuted_parent is not None:
+            name, path = "init_from.permuted_parent", config.init_from.permuted_parent
+        case EvaluateConfig() | ExtractConfig():
+            name, path = "init_from.checkpoint", config.init_from.checkpoint
+        case GenerateConfig():
+            yield from generate_problems(config)
+            return
+        case _:
+            return
+    from elastic.checkpoint.find import resolve_checkpoint  # Megatron-Core takes seconds to import
+    from elastic.checkpoint.metadata import CheckpointError
+
+    try:
+        checkpoint = resolve_checkpoint(path)  # sizes only: the verb itself looks at the checksums
+        record = Record.read(checkpoint)
+    except (CheckpointError, RecordError) as error:
+        yield Problem(name, path, str(error), "give a run folder of an earlier verb, or one checkpoint in it")
+        return
+    yield from tokenizer_problems(config.data.path, checkpoint, record)
+    match config:
+        case ImportanceConfig():
+            yield from _lane_problems(record.shape, config.lanes)
+            yield from layout_problems(record.shape, config.parallel, config.lanes)
+        case ElasticConfig() | CostConfig():
+            yield from _nesting_problems(config, record, name, path)
+        case EvaluateConfig():
+            yield from layout_problems(record.shape, config.parallel, record.lanes if record.lanes > 1 else None)
+
+
+def _lane_problems(parent: ModelShape, lanes: int) -> Iterator[Problem]:
+    """FFN neurons are dealt to lanes of equal size."""
+    width = math.gcd(*parent.ffn)
+    if width % lanes:
+        remedy = f"nearest legal value is {nearest_divisor(lanes, width)}"
+        yield Problem("lanes", lanes, f"must divide the parent's FFN width = {width}", remedy)
+
+
+def _nesting_problems(config: ElasticRunConfig, record: Record, name: str, path: str) -> Iterator[Problem]:
+    """The family is trained from a permuted parent, with the lanes it was permuted for."""
+    if record.kind not in ("permuted_parent", "elastic"):
+        rule = f"holds a {record.kind}, whose channels are not in the order of their importance"
+        yield Problem(name, path, rule, "give what recipes/estimate_importance.py wrote")
+    elif record.lanes != config.elastic.space.lanes:
+        rule = f"must be the lanes the parent was permuted for = {record.lanes}"
+        yield Problem("elastic.space.lanes", config.elastic.space.lanes, rule, f"nearest legal value is {record.lanes}")
+
+
+def output_problems(config: VerbConfig) -> Iterator[Problem]:
+    """Yield a problem if the run folder holds something that the config neither continues nor replaces."""
+    manager = config.exp_manager
+    if isinstance(config, CostConfig):  # the folder is that of the run it prices, and it writes one file elsewhere
+        if config.output is not None and Path(config.output).exists() and not manager.overwrite:
+            remedy = "choose another file, or set exp_manager.overwrite=true"
+            yield Problem("output", config.output, "exists already", remedy)
+        return
+    folder = Path(manager.run_dir)
+    if manager.overwrite:
+        for name, path in input_paths(config):
+            if path is not None and Path(path).resolve().is_relative_to(folder.resolve()):
+                rule = f"would remove {name} = {path} before it is read"
+                remedy = f"set exp_manager.version={free_version(folder)}"
+                yield Problem("exp_manager.overwrite", True, rule, remedy)
+    if manager.overwrite or not folder.exists() or not any(folder.iterdir()) or _goes_on(config, folder):
+        return
+    ways = ["exp_manager.overwrite=true"]
+    if isinstance(config, TrainConfig):
+        ways.append("exp_manager.resume_if_exists=true")
+    remedy = f"nearest free name is {free_version(folder)}, or set {' or '.join(ways)}"
+    yield Problem("exp_manager.version", manager.version, f"the folder {folder} is not empty", remedy)
+
+
+def _goes_on(config: VerbConfig, folder: Path) -> bool:
+    """Tell whether the verb continues what it finds: a training run if told to, an import that was cut short."""
+    if isinstance(config, TrainConfig):
+        return config.exp_manager.resume_if_exists
+    from elastic.run.folder import is_unfinished  # Megatron-Core takes seconds to import
+
+    return isinstance(config, ImportConfig) and is_unfinished(folder)
+
+
+def free_version(folder: Path) -> str:
+    """Return the first of version_0, version_1, ... that does not exist beside `folder`."""
+    number = 0
+    while (folder.parent / f"version_{number}").exists():
+        number += 1
+    return f"version_{number}"
+
+
+def preparation_problem(text: str) -> Problem:
+    """Turn a line `field = value: rule; remedy` of PrepareConfig.problems into a Problem."""
+    name, _, rest = text.partition(" = ")
+    value, _, rest = rest.partition(": ")
+    rule, _, remedy = rest.partition("; ")
+    try:
+        shown: object = json.loads(value)
+    except ValueError:
+        shown = value
+    return Problem(name, shown, rule, remedy.replace("nearest legal ", "nearest legal value is "))

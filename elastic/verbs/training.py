@@ -1,0 +1,217 @@
+"""The two training verbs: a parent from scratch, and the family."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from elastic.checkpoint.checkpoint import Trainable, load_checkpoint
+from elastic.checkpoint.find import resolve_checkpoint
+from elastic.checkpoint.record import Family, Record, check_same_shape
+from elastic.config.elastic import DistillConfig
+from elastic.config.load import config_dict
+from elastic.config.training import ElasticConfig, PretrainConfig, TrainConfig, with_vocab
+from elastic.data.manifest import Manifest
+from elastic.data.phases import PhaseData
+from elastic.data.stream import PackedSequences, TokenStream
+from elastic.model.model import ElasticModel, build_model
+from elastic.router.draw import GateSource, Mode
+from elastic.router.phases import Curriculum
+from elastic.router.router import Router
+from elastic.run.folder import FINISHED_FILE, write_finished
+from elastic.run.resume import RunStart, load_run_state, open_training_run
+from elastic.space.axes import Space
+from elastic.train.callbacks import Validate
+from elastic.train.log import LogSteps, RunLog, ScalarWriter, WandbWriter
+from elastic.train.nonfinite import SkippedSteps
+from elastic.train.optimizer import build_optimizer, build_router_optimizer, set_hyperparameters, wrap_for_training
+from elastic.train.pipeline import PipelineRunner
+from elastic.train.sanity import Sanity
+from elastic.train.save_checkpoints import SaveCheckpoints
+from elastic.train.signals import StopOnSignal
+from elastic.train.spikes import LossSpikes
+from elastic.train.trainer import Callback, Trainer
+from elastic.world.groups import World, model_layout, world
+from elastic.world.watchdog import Watchdog
+
+GO_ON = "set exp_manager.resume_if_exists=true and exp_manager.overwrite=false"
+
+
+def run_pretrain(config: PretrainConfig, console: Console) -> Path:
+    """Train a parent from scratch with cross-entropy; returns the run folder."""
+    stream = TokenStream(Path(config.data.path) / "train")
+    config = with_vocab(config, stream.vocab_size)
+    space = Space(config.parent_shape(), {}, lanes=1)
+    record = Record("parent", space.parent, data=config.data.path)
+    with (
+        world(model_layout(config.parallel, config.trainer), config.trainer.collective_timeout_s) as here,
+        open_training_run(config, _manifest(stream), record, here, console.print) as opened,
+    ):
+        model = build_model(space, here.layout, seed=config.seed, init_std=config.model.init_std)
+        loss = DistillConfig(kl_weight=0.0, cross_entropy_weight=1.0, num_chunks=1)
+        trainer = _trainer(config, opened, stream, here, model, None, record, config.curriculum_phases(), loss)
+        return _fit(trainer, config, opened, stream, (), console)
+
+
+def run_elastic(config: ElasticConfig, console: Console, callbacks: Sequence[Callback] = ()) -> Path:
+    """Train the family from the permuted parent, which is also the frozen teacher; returns the run folder.
+
+    `callbacks` of the caller run after the run's own.
+    """
+    stream = TokenStream(Path(config.data.path) / "train")
+    config = with_vocab(config, stream.vocab_size)
+    with world(model_layout(config.parallel, config.trainer), config.trainer.collective_timeout_s) as here:
+        full = config.init_from.verify == "full"
+        start = resolve_checkpoint(config.init_from.permuted_parent, full=full, world=here, say=console.print)
+        parent = Record.read(start)
+        check_same_shape(config.parent_shape(), parent.shape, start)
+        space = Space(config.parent_shape(), config.elastic.space.axes(), parent.lanes, parent.depth_ranking)
+        router_width = config.elastic.router.hidden_width
+        family = Family(space.axes, config.budgets(), config.deployment(), router_width)
+        provenance = {"permuted parent": str(start), "data": config.data.path}
+        record = Record("elastic", space.parent, space.lanes, space.depth_ranking, config.data.path, family, provenance)
+        with open_training_run(config, _manifest(stream), record, here, console.print, start) as opened:
+            trainer = _elastic_trainer(config, opened, stream, here, space, record, start)
+            trainer.callbacks = list(callbacks)
+            return _fit(trainer, config, opened, stream, tuple(budget.name for budget in family.budgets), console)
+
+
+def _elastic_trainer(
+    config: ElasticConfig,
+    opened: RunStart,
+    stream: TokenStream,
+    here: World,
+    space: Space,
+    record: Record,
+    start: Path,
+) -> Trainer:
+    """Build student, teacher and router, and load them: from the run's own checkpoint, else from the parent."""
+    family, router_config = record.family, config.elastic.router
+    assert family is not None
+    student = build_model(space, here.layout, seed=config.seed)
+    teacher = build_model(space, here.layout, seed=config.seed)
+    for model in (teacher,) if opened.checkpoint else (student, teacher):
+        load_checkpoint(start, Trainable(model))
+    teacher.requires_grad_(False)
+    gates = GateSource(
+        router=Router(space, len(family.budgets), family.router_width, seed=config.seed).to(here.device),
+        space=space,
+        budgets=family.budgets,
+        deployment=family.deployment,
+        mode=Mode(router_config.mode),
+        budget_loss_weight=router_config.budget_loss_weight,
+        entropy_weight=router_config.entropy_weight,
+        draws_per_step=router_config.draws_per_step,
+        noise_draws_per_step=router_config.noise_draws_per_step,
+        seed=config.seed,
+    )
+    phases = config.curriculum_phases()
+    trainer = _trainer(config, opened, stream, here, student, teacher, record, phases, config.distill, gates)
+    trainer.carried_from = start
+    return trainer
+
+
+def _manifest(stream: TokenStream) -> Manifest:
+    assert stream.manifest is not None, "prepared data always has a manifest"
+    return stream.manifest
+
+
+def _trainer(
+    config: TrainConfig,
+    opened: RunStart,
+    stream: TokenStream,
+    here: World,
+    student: ElasticModel,
+    teacher: ElasticModel | None,
+    record: Record,
+    curriculum: Curriculum,
+    loss: DistillConfig,
+    gates: GateSource | None = None,
+) -> Trainer:
+    wrapped = wrap_for_training(student, config.optim)
+    router = None if gates is None else gates.router
+    router_optimizer = None if router is None else build_router_optimizer(router, config.optim)
+    optimizer = build_optimizer(wrapped, config.optim, here)
+    every = config.debug.sanity_every_n_steps
+    sanity = Sanity(student, router, router_optimizer, here, config.seed, every, optimizer)
+    trainer = Trainer(
+        world=here,
+        runner=PipelineRunner(here, wrapped, loss, teacher),
+        wrapped=wrapped,
+        optimizer=optimizer,
+        data=PhaseData(stream, curriculum, micro_batch_size=config.data.micro_batch, seed=config.seed, world=here),
+        curriculum=curriculum,
+        record=record,
+        run_folder=opened.folder,
+        seed=config.seed,
+        config=config_dict(config),
+        origin=opened.origin,
+        total_steps=min(curriculum.total_steps, config.trainer.max_steps or curriculum.total_steps),
+        skipped=SkippedSteps(opened.folder, config.trainer.max_skipped_in_a_row),
+        gates=gates,
+        router_optimizer=router_optimizer,
+        sanity=sanity if config.debug.sanity else None,
+    )
+    if opened.checkpoint is not None:
+        trainer.step = load_run_state(opened.checkpoint, trainer.trainable(), record)
+        set_hyperparameters(optimizer, config.optim)
+    return trainer
+
+
+def _fit(
+    trainer: Trainer,
+    config: TrainConfig,
+    opened: RunStart,
+    stream: TokenStream,
+    budget_names: tuple[str, ...],
+    console: Console,
+) -> Path:
+    settings, folder = config.exp_manager, trainer.run_folder
+    if trainer.world.is_main:
+        for change in opened.changes:
+            console.print(f"accepted from step {trainer.step} on: {change}", highlight=False)
+        if trainer.step < trainer.total_steps:
+            (folder / FINISHED_FILE).unlink(missing_ok=True)  # there is more to do than when it was written
+    extra: tuple[ScalarWriter, ...] = ()
+    if trainer.world.is_main and settings.create_wandb_logger:
+        extra = (WandbWriter(folder, settings.name, settings.version, trainer.config),)
+    log = RunLog(folder if trainer.world.is_main else None, tensorboard=settings.create_tensorboard_logger, extra=extra)
+    held_out = TokenStream(stream.prefix.with_name("validation"))
+    trainer.callbacks = [
+        Validate(
+            [PackedSequences(held_out, phase.sequence_length, config.seed) for phase in trainer.curriculum.phases],
+            log,
+            every_steps=config.trainer.val_check_interval,
+            num_sequences=config.data.validation_sequences,
+            micro_batch=config.data.micro_batch,
+        ),
+        # Before the save: a step whose checkpoint is whole is not run again, and its row would be missing for ever.
+        LogSteps(log, budget_names or ("parent",), config.trainer.log_every_n_steps, console, _spikes(config)),
+        SaveCheckpoints(
+            config.trainer.checkpoint_every_n_steps,
+            keep_last=settings.keep_last_checkpoints,
+            milestone_steps=settings.keep_milestones_every_n_steps,
+            in_background=settings.async_save,
+            log=log,
+            console=console,
+        ),
+        *trainer.callbacks,
+        StopOnSignal(),  # last: its handlers stay until the final checkpoint is written
+    ]
+    with Watchdog(trainer.progress, folder, config.trainer.watchdog_timeout_s):
+        trainer.fit()
+    log.close()
+    if trainer.world.is_main:
+        if trainer.step >= trainer.total_steps:
+            whole = trainer.curriculum.total_steps
+            reason = "the curriculum's end" if trainer.step == whole else f"trainer.max_steps of {whole} steps"
+            write_finished(folder, trainer.step, reason)
+        else:
+            again = "run the same command" if settings.resume_if_exists else GO_ON
+            console.print(f"stopped by {trainer.stop_reason} after step {trainer.step}; {again} to go on")
+    return folder
+
+
+def _spikes(config: TrainConfig) -> LossSpikes | None:
+    threshold = config.trainer.loss_spike_deviations
+    return None if threshold is None else LossSpikes(threshold)

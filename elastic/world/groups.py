@@ -1,0 +1,122 @@
+"""Start and stop the process groups of one run."""
+
+import datetime
+import faulthandler
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+from torch.distributed import ReduceOp
+
+from elastic.config.sections import ComputeConfig, ParallelConfig
+from elastic.model.cpu_backend import use_cpu_backend
+from elastic.model.model import Layout
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LEAVE_TIME_S = 60.0
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place: its layout, its groups, its device."""
+
+    layout: Layout
+    groups: ProcessGroupCollection
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Tell whether this is global rank 0, the one that writes files."""
+        return torch.distributed.get_rank() == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Return this replica's number."""
+        return self.groups.dp.rank()
+
+    @property
+    def data_size(self) -> int:
+        """Return the number of replicas."""
+        return self.groups.dp.size()
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Tell whether this rank holds the head."""
+        return self.groups.pp.rank() == self.groups.pp.size() - 1
+
+    def sum_over_replica(self, tensor: Tensor) -> Tensor:
+        """Sum in place over the ranks of one replica: tensor, pipeline and context parallel."""
+        for group in (self.groups.tp, self.groups.pp, self.groups.cp):
+            if group.size() > 1:
+                torch.distributed.all_reduce(tensor, op=ReduceOp.SUM, group=group)
+        return tensor
+
+    def broadcast(self, value: str) -> str:
+        """Send a text from rank 0 to all."""
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def model_layout(parallel: ParallelConfig, compute: ComputeConfig) -> Layout:
+    """Translate the config sections to a Layout."""
+    return Layout(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        context=parallel.context,
+        sequence=parallel.sequence,
+        recompute=parallel.recompute == "full",
+        dtype=DTYPES[compute.precision],
+    )
+
+
+@contextmanager
+def world(layout: Layout, timeout_s: float = 900.0) -> Iterator[World]:
+    """Initialise torch.distributed and Megatron-Core's groups from torchrun's environment; alone without it.
+
+    No exchange between ranks waits longer than `timeout_s` for one of them, and after an error the process ends at the
+    latest LEAVE_TIME_S later. Processes that torch.distributed connects already are used as they are, and stay
+    connected afterwards.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    connected = torch.distributed.is_initialized()
+    if not connected:
+        alone: dict[str, Any] = (
+            {} if "RANK" in os.environ else dict(store=torch.distributed.HashStore(), rank=0, world_size=1)
+        )
+        torch.distributed.init_process_group(
+            "nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=timeout_s), **alone
+        )
+    try:
+        yield join_world(layout, device, timeout_s)
+    except BaseException:
+        if not connected:
+            # Leaving a group whose other ranks hang can hang too; this clock needs no Python thread to run.
+            faulthandler.dump_traceback_later(LEAVE_TIME_S, exit=True)
+        raise
+    finally:
+        parallel_state.destroy_model_parallel()
+        if not connected:
+            torch.distributed.destroy_process_group()
+            faulthandler.cancel_dump_traceback_later()
+
+
+def join_world(layout: Layout, device: torch.device, timeout_s: float = 900.0) -> World:
+    """Build Megatron-Core's groups for `layout` over the processes that torch.distributed already connects."""
+    use_cpu_backend()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
+        distributed_timeout_minutes=timeout_s / 60.0,  # goes into a timedelta: fractions are fine
+    )
+    return World(layout, ProcessGroupCollection.use_mpu_process_groups(), device)

@@ -1,0 +1,113 @@
+"""A bad config of text generation."""
+
+from elastic.config.serving import GenerateConfig
+from tests.unit.config.configs import BadConfig
+
+# verb, changes, number of processes, the one line of the error: field = value: rule; remedy
+BAD: tuple[BadConfig, ...] = (
+    # text
+    (
+        GenerateConfig,
+        {"init_from.checkpoint": None},
+        1,
+        "init_from.checkpoint = null: exactly one of init_from.checkpoint and folder must be given; set "
+        "init_from.checkpoint=RUN or folder=FOLDER",
+    ),
+    (
+        GenerateConfig,
+        {"folder": "export"},
+        1,
+        'init_from.checkpoint = "family": exactly one of init_from.checkpoint and folder must be given; set '
+        "folder=null",
+    ),
+    (
+        GenerateConfig,
+        {"init_from.checkpoint": None, "folder": "export", "budget": "9b"},
+        1,
+        'budget = "9b": names a part of a nested checkpoint, and folder holds one model; set budget=null or give '
+        "init_from.checkpoint",
+    ),
+    (
+        GenerateConfig,
+        {"init_from.checkpoint": None, "folder": "export", "init_from.router": "family"},
+        1,
+        'init_from.router = "family": chooses inside a nested checkpoint, and folder holds one model; set '
+        "init_from.router=null",
+    ),
+    (
+        GenerateConfig,
+        {"think": "9b"},
+        1,
+        "answer = null: think and answer go together; set answer=NAME, or budget=9b alone",
+    ),
+    (
+        GenerateConfig,
+        {"budget": "6b", "think": "9b", "answer": "12b"},
+        1,
+        'budget = "6b": contradicts think and answer; set budget=null',
+    ),
+    (
+        GenerateConfig,
+        {"think": "9b", "answer": "12b", "marker": ""},
+        1,
+        "marker = null: missing, it has no default; set marker=..., the text that ends the thinking",
+    ),
+    (
+        GenerateConfig,
+        {"subnets": [{"name": "thin"}]},
+        1,
+        'subnets.0.name = "thin": is named by none of budget, think and answer; set budget=thin, or think or answer',
+    ),
+    (
+        GenerateConfig,
+        {"prompts": []},
+        1,
+        "prompts = []: there is nothing to go on from; set prompts='[\"def f(\"]' or prompt_file=FILE",
+    ),
+    (
+        GenerateConfig,
+        {"prompts": ["once", ""]},
+        1,
+        'prompts.1 = "": must not be empty; give a text to go on from',
+    ),
+    (
+        GenerateConfig,
+        {"top_k": 5},
+        1,
+        "top_k = 5: narrows a draw, and temperature = 0 takes the most likely token; set temperature=1.0 or top_k=null",
+    ),
+    (
+        GenerateConfig,
+        {"temperature": 0.7, "top_p": 1.5},
+        1,
+        "top_p = 1.5: must be at most 1; nearest legal value is 1",
+    ),
+    (
+        GenerateConfig,
+        {"parallel.pipeline": 2},
+        2,
+        "parallel.pipeline = 2: text is written token by token, which cannot be split this way; nearest legal value "
+        "is 1; split with parallel.tensor",
+    ),
+    (
+        GenerateConfig,
+        {"parallel.context": 2},
+        2,
+        "parallel.context = 2: text is written token by token, which cannot be split this way; nearest legal value "
+        "is 1; split with parallel.tensor",
+    ),
+    (
+        GenerateConfig,
+        {"parallel.tensor": 2, "parallel.sequence": True},
+        2,
+        "parallel.sequence = true: text is written token by token, which cannot be split over ranks; nearest legal "
+        "value is false",
+    ),
+    (
+        GenerateConfig,
+        {"parallel.tensor": 2},
+        4,
+        "parallel.tensor = 2: must be the number of processes = 4: there is one copy of the model; start 2 processes "
+        "or set parallel.tensor",
+    ),
+)

@@ -1,0 +1,128 @@
+"""A bad config of a verb that takes out of a family, imports, prices or prepares."""
+
+from elastic.config.serving import EvaluateConfig, ExtractConfig, ImportConfig
+from elastic.config.training import CostConfig
+from elastic.data.prepare_config import PrepareConfig
+from tests.unit.config.configs import BadConfig
+
+# verb, changes, number of processes, the one line of the error: field = value: rule; remedy
+BAD: tuple[BadConfig, ...] = (
+    # what is taken out of a family
+    (
+        EvaluateConfig,
+        {"subnets": [{"name": "a"}, {"name": "a", "hidden": 64}]},
+        1,
+        'subnets.1.name = "a": names must differ, this one stands 2 times; choose another, for example a_2',
+    ),
+    (
+        ExtractConfig,
+        {"export.hugging_face": False},
+        1,
+        "export.hugging_face = false: export.hugging_face and export.megatron must not both be false; nearest legal "
+        "value is true",
+    ),
+    (
+        ExtractConfig,
+        {"export.check": "logit"},
+        1,
+        'export.check = "logit": must be one of auto, logits, values; nearest legal value is logits',
+    ),
+    (
+        ExtractConfig,
+        {"export.shard_bytes": 0},
+        1,
+        "export.shard_bytes = 0: must be at least 1; nearest legal value is 1",
+    ),
+    (
+        ExtractConfig,
+        {"export.shard_bytes": "5GB"},
+        1,
+        'export.shard_bytes = "5GB": must be a whole number; the default is 5000000000',
+    ),
+    (
+        ExtractConfig,
+        {"export.precision": "fp8"},
+        1,
+        'export.precision = "fp8": must be one of fp32, bf16; nearest legal value is fp32',
+    ),
+    (
+        ExtractConfig,
+        {"export.max_logit_difference": -1},
+        1,
+        "export.max_logit_difference = -1.0: must be at least 0; nearest legal value is 0",
+    ),
+    (
+        ExtractConfig,
+        {"budget_names": "small"},
+        1,
+        'budget_names = "small": must be a list; write ["small"] for one entry',
+    ),
+    (EvaluateConfig, {"budget_names": ["small", 6]}, 1, 'budget_names.1 = 6: must be a text; write it in quotes, "6"'),
+    (
+        ExtractConfig,
+        {},
+        2,
+        "number of processes = 2: this verb streams through one process, whatever the layout of the "
+        "checkpoint; nearest legal value is 1: leave torchrun out",
+    ),
+    (
+        ImportConfig,
+        {},
+        2,
+        "number of processes = 2: this verb streams through one process, whatever the layout of the "
+        "checkpoint; nearest legal value is 1: leave torchrun out",
+    ),
+    (
+        ImportConfig,
+        {"source": "folder/deeper/still"},
+        1,
+        'source = "folder/deeper/still": does not exist; the nearest folder that exists is folder',
+    ),
+    (
+        CostConfig,
+        {"init_from.permuted_parent": "nowhere"},
+        1,
+        'init_from.permuted_parent = "nowhere": does not exist; the nearest folder that exists is .',
+    ),
+    (CostConfig, {"output": 3}, 1, 'output = 3: must be a text; write it in quotes, "3"'),
+    (
+        CostConfig,
+        {"model.pattern": "M-X"},
+        1,
+        "model.pattern = \"M-X\": layer pattern 'M-X': character 'X' at position 2 is not one of M - * (and | "
+        "between pipeline stages). Mixture-of-experts and multi-token-prediction layers are not supported; "
+        "write a pattern like M-M*-",
+    ),
+    (
+        CostConfig,
+        {"elastic.budgets": [{"name": "a", "metric": "latency", "ratio": 0.5}]},
+        1,
+        'elastic.budgets.0.metric = "latency": must be one of params, weight_bytes, deploy_bytes, '
+        "flops_per_token; nearest legal value is flops_per_token",
+    ),
+    (
+        PrepareConfig,
+        {"document_format": "parquet"},
+        1,
+        'document_format = "parquet": must be one of text, lines, jsonl; nearest legal value is text',
+    ),
+    (
+        PrepareConfig,
+        {"validation_ratio": -0.1},
+        1,
+        "validation_ratio = -0.1: must be within 0 and 0.5; nearest legal value is 0",
+    ),
+    (
+        PrepareConfig,
+        {"paths": "python:stdlib"},
+        1,
+        'paths = "python:stdlib": must be a list; write ["python:stdlib"] for one entry',
+    ),
+    (PrepareConfig, {"paths": ["nowhere"]}, 1, 'paths = "nowhere": must exist; give a file, a folder or python:stdlib'),
+    (
+        PrepareConfig,
+        {"max_document_bytes": 0},
+        1,
+        "max_document_bytes = 0: must be at least 1; nearest legal value is 1",
+    ),
+)

@@ -1,0 +1,201 @@
+"""Every YAML file in conf/ says how to use it, loads through Hydra, and is legal; overrides reach the dataclasses."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from elastic.config.load import ConfigError, load
+from elastic.config.rules import check, load_and_check
+from elastic.config.rules_layout import Cluster
+from elastic.config.serving import EvaluateConfig, ExtractConfig, GenerateConfig, ImportConfig
+from elastic.config.training import ElasticConfig, ImportanceConfig, PretrainConfig, with_vocab
+from elastic.data.prepare_config import PrepareConfig
+from elastic.plan.config import PlanConfig
+from recipes._common import CONF, hydra_arguments
+
+WHOLE_RUNS: dict[str, type] = {
+    "prepare_data": PrepareConfig,
+    "smoke_data": PrepareConfig,
+    "pretrain_parent": PretrainConfig,
+    "smoke_parent": PretrainConfig,
+    "estimate_importance": ImportanceConfig,
+    "smoke_importance": ImportanceConfig,
+    "train_elastic": ElasticConfig,
+    "smoke_elastic": ElasticConfig,
+    "elastic_12b": ElasticConfig,
+    "importance_12b": ImportanceConfig,
+    "evaluate": EvaluateConfig,
+    "evaluate_12b": EvaluateConfig,
+    "smoke_evaluate": EvaluateConfig,
+    "extract": ExtractConfig,
+    "smoke_extract": ExtractConfig,
+    "import_hf": ImportConfig,
+    "generate": GenerateConfig,
+    "plan": PlanConfig,
+}
+ONE_PROCESS = Cluster()
+STARTED_ON = {
+    "elastic_12b": Cluster(num_processes=512, has_gpu=True),
+    "importance_12b": Cluster(num_processes=8, has_gpu=True),
+    "evaluate_12b": Cluster(num_processes=8, has_gpu=True),
+    "import_hf": ONE_PROCESS,
+    "extract": ONE_PROCESS,
+    "smoke_extract": ONE_PROCESS,
+    "generate": ONE_PROCESS,
+    "plan": ONE_PROCESS,
+}
+TWO_CORES = Cluster(num_processes=2)
+# What a user must say where a file cannot leave ???: one of two fields, or a list.
+SAID_BY_USER = {"generate": ("init_from.checkpoint=run", "prompts=[once]")}
+SMOKE_VOCAB = 2048
+
+
+def composed(name: str, *arguments: str) -> dict[str, Any]:
+    """Compose a whole run as a recipe would, with ??? filled in."""
+    values = OmegaConf.to_container(compose_once(name, arguments), resolve=True, throw_on_missing=False)
+    assert isinstance(values, dict)
+    return filled({str(key): value for key, value in values.items()})
+
+
+@cache
+def compose_once(name: str, arguments: tuple[str, ...]) -> DictConfig:
+    """Compose a whole run once for all tests of this file."""
+    overrides = [override for override in hydra_arguments(arguments) if not override.startswith("hydra.")]
+    with initialize_config_dir(config_dir=str(CONF), version_base=None):
+        return compose(name, overrides)
+
+
+def filled(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Put a path wherever the file leaves one to the user."""
+    return {
+        key: filled(value) if isinstance(value, Mapping) else "given/by/user" if value == "???" else value
+        for key, value in values.items()
+    }
+
+
+def unstated_fields(kind: type, values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """List the dotted path of every field that `values` leaves to its default, in sections and in lists of them."""
+    for name, hint in get_type_hints(kind).items():
+        if name not in values:
+            yield prefix + name
+            continue
+        for section in (hint, *get_args(hint)):
+            if not isinstance(section, type) or not is_dataclass(section) or values[name] is None:
+                continue
+            given = values[name] if isinstance(values[name], list) else [values[name]]
+            for entry in given:
+                yield from unstated_fields(section, entry, f"{prefix}{name}.")
+
+
+def test_the_list_of_whole_runs_is_complete() -> None:
+    assert {file.stem for file in CONF.glob("*.yaml")} == set(WHOLE_RUNS)
+
+
+@pytest.mark.parametrize("file", sorted(CONF.rglob("*.yaml")), ids=lambda file: str(file.relative_to(CONF)))
+def test_file_starts_with_what_how_where_and_how_long(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    header = re.match(r"(?:#.*\n)+", text)
+    assert header is not None, "no comment at the top"
+    keys = [line.partition(":")[0] for line in header[0].splitlines()]
+    assert [key for key in keys if key in ("# Command", "# Hardware", "# Time")] == [
+        "# Command",
+        "# Hardware",
+        "# Time",
+    ]
+    assert isinstance(yaml.safe_load(text), dict)
+
+
+@pytest.mark.parametrize("name", WHOLE_RUNS)
+def test_whole_run_is_legal(name: str) -> None:
+    kind, cluster = WHOLE_RUNS[name], STARTED_ON.get(name, TWO_CORES)
+    config = load_and_check(kind, composed(name, *SAID_BY_USER.get(name, ())), cluster)
+    if isinstance(config, PretrainConfig | ElasticConfig):
+        check(with_vocab(config, SMOKE_VOCAB), cluster)
+
+
+@pytest.mark.parametrize("name", WHOLE_RUNS)
+def test_whole_run_states_every_field(name: str) -> None:
+    """A default hidden in the code would be a choice nobody sees."""
+    assert list(unstated_fields(WHOLE_RUNS[name], composed(name))) == []
+
+
+def group_options() -> Iterator[tuple[str, str]]:
+    """List (group, option) of every file in a group."""
+    for file in sorted(CONF.glob("*/*.yaml")):
+        yield file.parent.name, file.stem
+
+
+@pytest.mark.parametrize(("group", "option"), group_options())
+def test_every_option_of_a_group_loads_in_a_whole_run(group: str, option: str) -> None:
+    """Types and single values of every group file hold; what it fits together with is the whole run's matter."""
+    names = {
+        "importance": "estimate_importance",
+        "trainer": "train_elastic" if option.endswith("_training") else "evaluate",
+        "exp_manager": "train_elastic" if option == "training" else "evaluate",
+        "cluster": "plan",
+        "curriculum": "pretrain_parent" if option.startswith("pretrain") else "train_elastic",
+    }
+    name = names.get(group, "train_elastic")
+    values = composed(name, f"{group}={option}")
+    if group == "exp_manager":
+        values["exp_manager"]["name"] = "given"
+    load(WHOLE_RUNS[name], values)
+
+
+def test_tiny_model_and_its_space_fit_the_small_layout_with_all_kinds_of_ranks() -> None:
+    arguments = ("model=tiny_test", "space=tiny_test", "parallel=tp2_pp2", "model.pattern=M-|M*-")
+    config = load(ElasticConfig, composed("train_elastic", *arguments))
+    check(with_vocab(config, 500), Cluster(num_processes=4))
+
+
+def test_plain_overrides_reach_the_dataclasses() -> None:
+    arguments = ("model=tiny_test", "seed=7", "curriculum.1.steps=3", "trainer.max_steps=5", "model.vocab=128")
+    config = load(ElasticConfig, composed("train_elastic", *arguments))
+    assert (config.seed, config.model.hidden, config.model.vocab) == (7, 64, 128)
+    assert (config.curriculum[0].steps, config.curriculum[1].steps) == (120, 3)
+    assert config.trainer.max_steps == 5
+
+
+def test_misspelled_overrides_are_answered_together_with_the_nearest_name() -> None:
+    values = composed("train_elastic", "sed=7", "trainer.max_stepz=5", "curriculum.0.step=1")
+    with pytest.raises(ConfigError) as caught:
+        load(ElasticConfig, values)
+    assert [(problem.field, problem.remedy) for problem in caught.value.problems] == [
+        ("sed", "did you mean seed?"),
+        ("trainer.max_stepz", "did you mean trainer.max_steps?"),
+        ("curriculum.0.step", "did you mean curriculum.0.steps?"),
+    ]
+
+
+def test_arguments_keep_their_meaning_for_hydra() -> None:
+    arguments = [
+        "a.b=1",
+        "--config-name",
+        "smoke_elastic",
+        "model=smoke",
+        "+x=1",
+        "~y",
+        "hydra.verbose=true",
+        "-c",
+        "job",
+    ]
+    assert hydra_arguments(arguments) == [
+        "--config-name",
+        "smoke_elastic",
+        "-c",
+        "job",
+        "++a.b=1",
+        "model=smoke",
+        "+x=1",
+        "~y",
+        "hydra.verbose=true",
+        "hydra.job.chdir=false",
+    ]

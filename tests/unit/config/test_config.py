@@ -1,0 +1,162 @@
+"""What a legal config is turned into, and that every field of it is read by somebody."""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+from elastic.config.elastic import BudgetConfig, ElasticPhaseConfig, PhaseConfig, RouterConfig
+from elastic.config.load import ConfigError, config_dict, load
+from elastic.config.rules import check, load_and_check
+from elastic.config.rules_layout import Cluster
+from elastic.config.sections import ModelConfig
+from elastic.config.serving import GenerateConfig, SubnetConfig
+from elastic.config.training import ElasticConfig, PretrainConfig, total_steps, with_vocab
+from elastic.space.axes import Axis
+from elastic.space.cost import Metric, shape_cost
+from elastic.space.gates import Execution
+from tests.unit.config.configs import VERBS, values_of
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize("kind", VERBS)
+def test_pitfall_14_default_config_is_legal(kind: type) -> None:
+    if kind is ElasticConfig:
+        # As with the folders it reads, there is no default for what the family may choose.
+        with pytest.raises(ConfigError, match=r"1 problem .*\n  elastic\.space = {}: no axis has a second choice"):
+            check(kind(), Cluster())
+    elif kind is not GenerateConfig:  # its weights are one of two fields, so neither can be marked as missing
+        check(kind(), Cluster())
+    load_and_check(kind, values_of(kind, {}), Cluster())
+
+
+def test_pitfall_25_full_budget_may_be_left_out() -> None:
+    changes = {"elastic.budgets": [{"name": "small", "ratio": 0.7}], "curriculum.0.budget_weights": {"small": 1}}
+    config = load_and_check(ElasticConfig, values_of(ElasticConfig, changes), Cluster())
+    assert [budget.name for budget in config.budgets()] == ["small"]
+
+
+def test_pitfall_10_ratio_and_target_are_two_fields() -> None:
+    """The full budget as a share of 1 is the parent's own cost, in the units of its metric."""
+    metrics = [{"name": str(metric), "metric": str(metric), "ratio": 1.0} for metric in Metric]
+    changes = {"elastic.budgets": metrics, "curriculum.0.budget_weights": {}}
+    config = load_and_check(ElasticConfig, values_of(ElasticConfig, changes), Cluster())
+    full = shape_cost(config.parent_shape(), config.deployment())
+    assert [budget.target for budget in config.budgets()] == [full[metric] for metric in Metric]
+
+
+@pytest.mark.parametrize("kind", VERBS)
+def test_plain_values_read_back_to_the_same_config(kind: type) -> None:
+    config = load(kind, values_of(kind, {}))
+    assert load(kind, config_dict(config)) == config
+
+
+def test_numbers_written_as_floats_become_whole_and_whole_become_floats() -> None:
+    changes: dict[str, object] = {"curriculum": [{"name": "a", "tokens": 65e9, "lr": {"peak": 1, "min": 0}}]}
+    phase = load(PretrainConfig, values_of(PretrainConfig, changes)).curriculum[0]
+    assert phase.tokens == 65_000_000_000 and type(phase.tokens) is int
+    assert type(phase.lr.peak) is float
+
+
+def test_tokens_round_up_to_whole_steps() -> None:
+    phase = PhaseConfig(name="a", sequence_length=8, global_batch=4, tokens=65)
+    assert phase.num_steps == 3
+    assert total_steps((phase, PhaseConfig(name="b", steps=5)), None) == 8
+    assert total_steps((phase, PhaseConfig(name="b", steps=5)), 4) == 4
+
+
+def test_null_vocabulary_is_padded_for_every_tensor_parallel_size() -> None:
+    config = with_vocab(PretrainConfig(model=ModelConfig(vocab_multiple=128)), 2047)
+    assert config.parent_shape().vocab == 2048
+    assert with_vocab(config, 9999) is config
+    with pytest.raises(ValueError, match=r"model\.vocab"):
+        PretrainConfig().parent_shape()
+
+
+def test_space_section_names_every_axis() -> None:
+    changes = {f"elastic.space.{axis}": {"choices": [full, full - 8]} for axis, full in _full_widths().items()}
+    config = load(ElasticConfig, values_of(ElasticConfig, changes))
+    assert {axis: choices.choices for axis, choices in config.elastic.space.axes().items()} == {
+        Axis(axis): (full, full - 8) for axis, full in _full_widths().items()
+    }
+
+
+def _full_widths() -> dict[str, int]:
+    return {
+        "hidden": 128,
+        "ffn": 256,
+        "mamba_head": 16,
+        "mamba_channel": 16,
+        "attention_head": 16,
+        "depth": 16,
+    }
+
+
+def test_subnet_by_hand_fills_in_what_is_not_given() -> None:
+    parent = ModelConfig(vocab=512).shape()
+    given = SubnetConfig(name="mine", hidden=64, ffn=(128,), kept_layers=(0, 1, 4))
+    subnet = given.subnet(parent)
+    assert (subnet.hidden, subnet.ffn, subnet.kept_layers) == (64, (128, 128), (0, 1, 4))
+    assert (subnet.mamba_heads, subnet.head_channels) == (parent.mamba_heads, parent.head_channels)
+    assert SubnetConfig(name="all").subnet(parent).shape(parent) == parent
+    with pytest.raises(ValueError, match="hidden = 999"):
+        SubnetConfig(name="wide", hidden=999).subnet(parent)
+
+
+def test_budget_weights_and_router_defaults_are_the_published_ones() -> None:
+    phase, router = ElasticPhaseConfig(name="a", steps=1), RouterConfig()
+    assert (phase.temperature, phase.logit_scale, phase.router_lr.peak) == ((1.0, 0.05), (1.0, 10.0), 1e-2)
+    assert (router.hidden_width, router.budget_loss_weight) == (256, 1.0)
+    assert BudgetConfig(name="b", ratio=0.5).metric is Metric.PARAMS
+
+
+def test_curriculum_reaches_the_loop_in_the_order_of_the_budgets() -> None:
+    changes = {"curriculum.0.budget_weights": {"small": 2}, "curriculum.0.lr": {"peak": 3.0, "min": 1.0}}
+    changes["curriculum.0.lr"] |= {"warmup_steps": 2, "schedule": "cosine"}
+    config = load_and_check(ElasticConfig, values_of(ElasticConfig, changes), Cluster())
+    short, long = config.curriculum_phases().phases
+    assert (short.budget_weights, long.budget_weights) == ((0.0, 2.0), (1.0, 1.0))
+    assert (short.execution, long.execution) == (Execution.MASK, Execution.SLICE)
+    assert (short.router_frozen, long.router_frozen) == (False, True)
+    assert [short.learning_rate.at(step, short.num_steps) for step in (0, 1, 2, 9)] == [1.5, 3.0, 3.0, 1.0]
+    assert (short.temperature.at(1.0), short.logit_scale.at(1.0)) == pytest.approx((0.05, 10.0))
+    assert config.curriculum_phases().total_steps == total_steps(config.curriculum, None)
+    (pretrain,) = PretrainConfig().curriculum_phases().phases
+    assert (pretrain.num_steps, pretrain.budget_weights) == (100, ())
+
+
+def config_fields(kind: type) -> Iterator[tuple[str, str]]:
+    """List (dataclass, field) of a config and all its sections."""
+    for name, hint in get_type_hints(kind).items():
+        yield kind.__name__, name
+        for inner in dataclasses_in(hint):
+            yield from config_fields(inner)
+
+
+def dataclasses_in(hint: Any) -> Iterator[type]:
+    """List the dataclasses in an annotation."""
+    if isinstance(hint, type) and is_dataclass(hint):
+        assert fields(hint)
+        yield hint
+    for argument in get_args(hint):
+        yield from dataclasses_in(argument)
+
+
+def test_pitfall_7_every_field_is_read_by_somebody() -> None:
+    """A field that only the rules look at would be a silent no-op."""
+    config = ROOT / "elastic" / "config"
+    rules = {config / "load.py", *config.glob("rules*.py")}
+    read = {
+        node.attr
+        for folder in ("elastic", "recipes")
+        for file in (ROOT / folder).rglob("*.py")
+        if file not in rules
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    unread = {f"{owner}.{name}" for kind in VERBS for owner, name in config_fields(kind) if name not in read}
+    assert unread == set()

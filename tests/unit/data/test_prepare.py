@@ -1,0 +1,215 @@
+"""Preparing data: the same bytes each time, no document on both sides, every skipped document counted."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from elastic.data.manifest import DataError, SkipRecord, read_manifest
+from elastic.data.prepare import PrepareConfig, prepare
+from elastic.data.tokenizer import load_tokenizer
+from tests.unit.data.preparing import NUM_DOCUMENTS, config, contents, texts, write_jsonl
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "source.jsonl"
+    write_jsonl(path, texts())
+    return path
+
+
+def documents_of(folder: Path, split: str) -> list[str]:
+    """Decode a split with Megatron's own reader, checking that each document ends in end-of-text."""
+    tokenizer = load_tokenizer(folder)
+    documents = []
+    dataset = IndexedDataset(str(folder / split))  # it unmaps the file when it is collected, so it is kept
+    for ids in dataset[:]:
+        assert ids[-1] == tokenizer.eos_id
+        documents.append(tokenizer.tokenizer.decode(ids[:-1].tolist()))
+    return documents
+
+
+def test_megatrons_reader_gives_back_every_document_once_with_its_end(source: Path, tmp_path: Path) -> None:
+    manifest = prepare(config(source, tmp_path / "data")).manifest
+    train, validation = (documents_of(tmp_path / "data", split) for split in ("train", "validation"))
+    assert sorted(train + validation) == sorted(texts())
+    assert [text for text in texts() if text in set(train)] == train  # in the order of the source
+    assert 0.04 < len(validation) / NUM_DOCUMENTS < 0.2
+    for split, documents in (("train", train), ("validation", validation)):
+        record = manifest.splits[split]
+        assert record.num_documents == len(documents)
+        assert record.text_bytes == sum(len(text.encode()) for text in documents)
+        assert record.num_tokens == np.memmap(tmp_path / "data" / f"{split}.bin", np.dtype(manifest.dtype)).size
+
+
+def test_two_runs_write_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        prepare(config(source, tmp_path / name))
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert sorted(contents(tmp_path / "one")) == [
+        "data.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "train.bin",
+        "train.idx",
+        "validation.bin",
+        "validation.idx",
+    ]
+
+
+def test_split_depends_on_content_not_on_order_or_company(source: Path, tmp_path: Path) -> None:
+    prepare(config(source, tmp_path / "data"))
+    validation = set(documents_of(tmp_path / "data", "validation"))
+    shuffled = random.Random(1).sample([*texts(), *(f"another {number}" for number in range(100))], k=300)
+    write_jsonl(tmp_path / "shuffled.jsonl", shuffled)
+    prepare(config(tmp_path / "shuffled.jsonl", tmp_path / "again"))
+    assert set(documents_of(tmp_path / "again", "validation")) & set(texts()) == validation
+
+
+def test_copies_of_a_document_never_stand_on_both_sides(source: Path, tmp_path: Path) -> None:
+    write_jsonl(source, texts() * 2)
+    once = prepare(config(source, tmp_path / "once")).manifest
+    first_copy = SkipRecord(NUM_DOCUMENTS, f"{source}:{NUM_DOCUMENTS + 1}")
+    assert (once.num_documents, once.skipped) == (NUM_DOCUMENTS, {"duplicate": first_copy})
+    twice = prepare(config(source, tmp_path / "twice", skip_duplicates=False)).manifest
+    assert (twice.num_documents, twice.skipped) == (2 * NUM_DOCUMENTS, {})
+    train, validation = (set(documents_of(tmp_path / "twice", split)) for split in ("train", "validation"))
+    assert not train & validation
+
+
+@pytest.mark.parametrize(("count", "ratio"), [(2, 1e-9), (2, 0.5), (3, 1e-9), (3, 0.5), (8, 1e-9)])
+def test_neither_split_is_ever_empty(source: Path, tmp_path: Path, count: int, ratio: float) -> None:
+    for start in range(0, 24, 8):
+        folder = tmp_path / f"{start}"
+        write_jsonl(source, texts()[start : start + count])
+        splits = prepare(config(source, folder, validation_ratio=ratio)).manifest.splits
+        assert all(record.num_documents > 0 for record in splits.values())
+        assert sum(record.num_documents for record in splits.values()) == count
+        if ratio < 1e-6:
+            assert splits["validation"].num_documents == 1
+
+
+def test_one_document_cannot_be_split_and_ratio_zero_makes_no_validation(source: Path, tmp_path: Path) -> None:
+    write_jsonl(source, texts()[:1] * 3)
+    with pytest.raises(DataError, match="validation_ratio=0"):
+        prepare(config(source, tmp_path / "data"))
+    manifest = prepare(config(source, tmp_path / "data", validation_ratio=0)).manifest
+    assert list(manifest.splits) == ["train"]
+    assert not list((tmp_path / "data").glob("validation*"))
+
+
+def test_tokenizer_never_sees_validation_documents(source: Path, tmp_path: Path) -> None:
+    # Each document repeats a word of its own: a word the trainer counted becomes one token, others stay in pieces.
+    generator = random.Random(0)
+    words = ["".join(generator.choices("abcdefghijklmnopqrstuvwxyz", k=8)) for _ in range(40)]
+    write_jsonl(source, [f" {word}" * 200 for word in words])
+    prepare(config(source, tmp_path / "data", vocab_size=2000, validation_ratio=0.3))
+    tokenizer = load_tokenizer(tmp_path / "data").tokenizer
+    for split, whole in (("train", True), ("validation", False)):
+        for text in documents_of(tmp_path / "data", split):
+            assert (len(tokenizer.encode(text[:9]).ids) == 1) == whole
+
+
+def test_tokenizer_sample_is_bounded_and_spread_over_the_corpus(source: Path, tmp_path: Path) -> None:
+    # 400 documents of 4 kB with a word of their own each; about a tenth of them fit in the sample.
+    generator = random.Random(0)
+    words = ["".join(generator.choices("abcdefghijklmnopqrstuvwxyz", k=8)) for _ in range(400)]
+    write_jsonl(source, [f" {word}" * 450 for word in words])
+    settings = {"vocab_size": 5000, "validation_ratio": 0, "tokenizer_sample_bytes": 160_000}
+    prepare(config(source, tmp_path / "data", **settings))
+    tokenizer = load_tokenizer(tmp_path / "data").tokenizer
+    seen = [number for number, word in enumerate(words) if len(tokenizer.encode(f" {word}").ids) == 1]
+    assert 20 <= len(seen) <= 45
+    assert min(seen) < 100 and max(seen) > 300
+
+
+def test_tokenizer_is_trained_on_something_even_when_every_document_misses_the_sample(
+    source: Path, tmp_path: Path
+) -> None:
+    prepared = prepare(config(source, tmp_path / "data", tokenizer_sample_bytes=1))
+    assert prepared.manifest.tokenizer.vocab_size > 257
+
+
+def test_given_tokenizer_is_copied_and_used(source: Path, tmp_path: Path) -> None:
+    first = prepare(config(source, tmp_path / "first"))
+    given = config(source, tmp_path / "second", tokenizer_path=str(tmp_path / "first"))
+    second = prepare(given)
+    assert (first.manifest.tokenizer.trained, second.manifest.tokenizer.trained) == (True, False)
+    for name, content in contents(first.folder).items():
+        assert name == "data.json" or contents(second.folder)[name] == content
+    assert prepare(given).already_prepared
+    content = json.loads((tmp_path / "first" / "tokenizer_config.json").read_text())
+    (tmp_path / "first" / "tokenizer_config.json").write_text(json.dumps(content | {"pad_token": None}))
+    with pytest.raises(DataError, match="tokenizer_fingerprint was"):
+        prepare(given)
+
+
+def test_skipped_documents_stand_in_the_manifest(tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for number, text in enumerate(texts()):
+        (folder / f"{number}.py").write_text(text)
+    bad = {"empty": b"", "binary": b"\0", "invalid_utf8": b"\xff", "too_large": b"x" * 9999, "duplicate": b""}
+    for name, content in bad.items():
+        (folder / f"{name}.py").write_bytes(content or (texts()[0].encode() if name == "duplicate" else b""))
+    (folder / "loop").symlink_to(folder)
+    (folder / "gone.py").symlink_to(folder / "nowhere")
+    settings = config(folder, tmp_path / "data", document_format="text", max_document_bytes=9998)
+    manifest = prepare(settings).manifest
+    assert manifest.num_documents == NUM_DOCUMENTS
+    paths = {name: folder / f"{name}.py" for name in bad} | {"unreadable": folder / "gone.py"}
+    # Of two copies the first in the order of names stays, which here is one of the numbers.
+    assert manifest.skipped == {
+        reason: SkipRecord(1, str(path)) for reason, path in (paths | {"folder_seen": folder / "loop"}).items()
+    }
+    assert manifest == read_manifest(tmp_path / "data")
+
+
+def test_corpus_without_a_usable_document_is_an_error_that_says_why(source: Path, tmp_path: Path) -> None:
+    source.write_text('{"a": 1}\n{"a": 2}\n\n')
+    with pytest.raises(
+        DataError, match=rf"skipped: 1 empty \(first {source}:3\), 2 missing_field \(first {source}:1\)"
+    ):
+        prepare(config(source, tmp_path / "data"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source.jsonl"]
+
+
+def test_all_illegal_settings_are_named_in_one_error(tmp_path: Path) -> None:
+    wrong = PrepareConfig(
+        output_dir="",
+        paths=[str(tmp_path / "nowhere")],
+        document_format="parquet",
+        text_field="",
+        suffixes=[],
+        max_bytes=0,
+        max_document_bytes=0,
+        validation_ratio=1.5,
+        tokenizer_path=str(tmp_path),
+        vocab_size=100,
+        tokenizer_sample_bytes=-1,
+    )
+    with pytest.raises(DataError) as caught:
+        prepare(wrong)
+    for problem in [
+        "output_dir = ''",
+        "nowhere: must exist",
+        "document_format = parquet: must be one of text, lines, jsonl",
+        "text_field = ''",
+        "suffixes = []",
+        "max_bytes = 0: must be at least 1; nearest legal 1",
+        "max_document_bytes = 0",
+        "validation_ratio = 1.5: must be within 0 and 0.5; nearest legal 0.5",
+        "vocab_size = 100: must be at least 257; nearest legal 257",
+        "tokenizer_sample_bytes = -1",
+        "must be a folder with tokenizer.json",
+    ]:
+        assert problem in str(caught.value)
+
+
+def test_output_inside_the_source_is_refused_and_the_defaults_are_legal(tmp_path: Path) -> None:
+    (problem,) = PrepareConfig(output_dir=str(tmp_path / "a" / "b"), paths=[str(tmp_path)]).problems()
+    assert "must lie outside the source" in problem
+    assert PrepareConfig(output_dir=str(tmp_path)).problems() == []

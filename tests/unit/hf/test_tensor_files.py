@@ -1,0 +1,145 @@
+"""Safetensors folders: written tensor by tensor, read back by the library, and every broken folder refused by name."""
+
+import json
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from elastic.hf.tensor_files import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    TensorFileError,
+    TensorFolder,
+    TensorSpec,
+    plan_shards,
+    write_tensors,
+)
+
+TENSORS = {
+    "odd": torch.randn(3).bfloat16(),
+    "state": torch.randn(5),
+    "matrix": torch.randn(7, 4).bfloat16(),
+    "half": torch.randn(1, 1, 3).half(),
+    "more": torch.randn(5),
+}
+SPECS = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in TENSORS.items()}
+
+
+def test_one_file_is_what_the_library_reads(tmp_path: Path) -> None:
+    backwards = reversed(list(TENSORS.items()))
+    total = write_tensors(tmp_path, SPECS, backwards, shard_bytes=1_000_000)
+    assert total == sum(tensor.numel() * tensor.element_size() for tensor in TENSORS.values())
+    assert [path.name for path in tmp_path.iterdir()] == [SINGLE_FILE]
+    read = load_file(tmp_path / SINGLE_FILE)
+    assert read.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor)
+
+
+def test_shards_hold_what_the_index_says(tmp_path: Path) -> None:
+    write_tensors(tmp_path, SPECS, TENSORS.items(), shard_bytes=40)
+    index = json.loads((tmp_path / INDEX_FILE).read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert files == [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    folder = TensorFolder.open(tmp_path)
+    assert set(folder) == TENSORS.keys() and len(folder) == 5 and folder.size("matrix") == (7, 4)
+    for name, tensor in TENSORS.items():
+        assert torch.equal(load_file(tmp_path / index["weight_map"][name])[name], tensor)
+        assert torch.equal(folder[name], tensor)
+
+
+def test_shards_stay_below_the_limit_unless_one_tensor_is_larger() -> None:
+    specs = {str(number): TensorSpec((size,), torch.float32) for number, size in enumerate((1, 2, 9, 1, 1, 2))}
+    assert [list(shard) for shard in plan_shards(specs, 16)] == [["0", "1"], ["2"], ["3", "4", "5"]]
+
+
+def test_values_are_converted_and_announced_sizes_enforced(tmp_path: Path) -> None:
+    specs = {"a": TensorSpec((2,), torch.bfloat16)}
+    write_tensors(tmp_path, specs, [("a", torch.tensor([1.0, 1.001]))], 100)
+    assert TensorFolder.open(tmp_path)["a"].tolist() == [1.0, 1.0]
+    with pytest.raises(TensorFileError, match=r"tensor a \(3,\) was not announced"):
+        write_tensors(tmp_path, specs, [("a", torch.zeros(3))], 100)
+    with pytest.raises(TensorFileError, match="came twice"):
+        write_tensors(tmp_path, specs, [("a", torch.zeros(2))] * 2, 100)
+    with pytest.raises(TensorFileError, match="never came: a"):
+        write_tensors(tmp_path, specs, [], 100)
+
+
+def test_memory_does_not_grow_with_the_number_of_tensors(tmp_path: Path) -> None:
+    """The writer must ask for a tensor only when the one before is on disk and forgotten."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def made(name: str) -> tuple[str, torch.Tensor]:
+        assert all(reference() is None for reference in alive)
+        tensor = TENSORS[name].clone()
+        alive.append(weakref.ref(tensor))
+        return name, tensor
+
+    write_tensors(tmp_path, SPECS, (made(name) for name in SPECS), 40)
+    assert len(alive) == 5
+
+
+def broken_folder(folder: Path, how: str) -> None:
+    if how == "a pickle":
+        torch.save(TENSORS, folder / "pytorch_model.bin")
+        return
+    if how == "empty":
+        return
+    write_tensors(folder, SPECS, TENSORS.items(), shard_bytes=40)
+    shard = folder / "model-00002-of-00003.safetensors"
+    index = json.loads((folder / INDEX_FILE).read_text())
+    match how:
+        case "a missing shard":
+            shard.unlink()
+        case "a truncated shard":
+            shard.write_bytes(shard.read_bytes()[:-3])
+        case "a shard that is not safetensors":
+            shard.write_bytes(b"\x80\x04 this is no header")
+        case "a tensor missing":
+            save_file({}, shard)
+        case "a tensor left over":
+            save_file(load_file(shard) | {"surplus": torch.zeros(1)}, shard)
+        case "a path outside":
+            (folder.parent / "outside.safetensors").write_bytes(shard.read_bytes())
+            index["weight_map"]["matrix"] = "../outside.safetensors"
+        case "an absolute path":
+            index["weight_map"]["matrix"] = str(shard)
+        case "a pickle in the index":
+            index["weight_map"]["matrix"] = "pytorch_model.bin"
+        case "no map":
+            index = {"metadata": {}}
+        case "an empty map":
+            index["weight_map"] = {}
+    (folder / INDEX_FILE).write_text("{not json" if how == "no JSON" else json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("a pickle", "pytorch_model.bin is a pickle, which can run code"),
+        ("empty", f"has neither {SINGLE_FILE} nor"),
+        ("a missing shard", "shard model-00002-of-00003.safetensors is missing"),
+        (
+            "a truncated shard",
+            r"00002-of-00003.safetensors is truncated: \d+ bytes are there, its header promises \d+",
+        ),
+        ("a shard that is not safetensors", "model-00002-of-00003.safetensors is not a safetensors file, or damaged"),
+        ("a tensor missing", "disagree about: matrix"),
+        ("a tensor left over", "disagree about: surplus"),
+        ("a path outside", "points to '../outside.safetensors' for matrix; only"),
+        ("an absolute path", "only safetensors files beside it"),
+        ("a pickle in the index", "points to 'pytorch_model.bin' for matrix"),
+        ("no map", "not a valid index"),
+        ("no JSON", "not a valid index"),
+        ("an empty map", "names no tensors"),
+    ],
+)
+def test_broken_folders_are_refused_by_name(tmp_path: Path, how: str, message: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    broken_folder(folder, how)
+    with pytest.raises(TensorFileError, match=message):
+        TensorFolder.open(folder)

@@ -1,0 +1,274 @@
+"""The plan's formulas against what is known otherwise: exact parameter counts, live tensors of real layers, torch's own
+FLOP formulas, and layouts the run's rules refuse."""
+
+import io
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from elastic.config.load import ConfigError
+from elastic.config.rules_layout import Cluster
+from elastic.config.sections import ParallelConfig
+from elastic.model.model import Layout, build_model
+from elastic.plan.activations import saved_bytes
+from elastic.plan.config import PlanConfig
+from elastic.plan.flops import backward_flops, layer_flops, stage_flops
+from elastic.plan.live import LiveBytes, ProductFlops
+from elastic.plan.memory import OptimizerSharding, optimizer_bytes, rank_parameters, stage_memory
+from elastic.plan.phases import budget_samples, phase_plans
+from elastic.plan.run_plan import run_plan
+from elastic.plan.search import candidate, largest_micro_batch, layout_name, layout_rule_problems, search
+from elastic.plan.traffic import micro_batch_traffic, moved_bytes
+from elastic.plan.work import KernelSet, LayerWork, MicroBatchWork
+from elastic.space.axes import Axis, AxisChoices, Space
+from elastic.space.cost import layer_flops_per_token, shape_cost
+from elastic.space.gates import Execution, Gates
+from elastic.space.shape import ModelShape
+from elastic.space.subnet import Subnet
+from elastic.verbs.inputs import load_run
+from elastic.world.groups import world
+from tests.unit.config.test_conf_files import compose_once
+
+BATCH, LENGTH = 2, 160  # not a multiple of the PyTorch scan's chunk: padding counts
+
+
+def space() -> Space:
+    """A parent whose sizes are all different, so that no term can stand in for another."""
+    shape = ModelShape.uniform(
+        "M-*", vocab=256, hidden=64, ffn=256, mamba_heads=16, head_channels=12, mamba_groups=4, mamba_state=20,
+        conv_kernel=4, attention_heads=8, kv_heads=4, attention_channels=24,
+    )  # fmt: skip
+    choices = {
+        Axis.HIDDEN: AxisChoices((64, 48)),
+        Axis.FFN: AxisChoices((256, 192), per_layer=True),
+        Axis.MAMBA_HEAD: AxisChoices((16, 12)),
+        Axis.MAMBA_CHANNEL: AxisChoices((12, 8)),
+        Axis.ATTENTION_HEAD: AxisChoices((8, 4)),
+    }
+    return Space(shape, choices)
+
+
+def small_run(execution: Execution, dtype: torch.dtype) -> tuple[MicroBatchWork, Gates]:
+    """One micro-batch in one process, at the smaller widths where it is sliced."""
+    here = space()
+    subnet = here.subnet({axis: (1,) * here.num_slots(axis) for axis in here.elastic_axes()})
+    if execution is Execution.SLICE:
+        gates = Gates.slice(subnet)
+    else:
+        sizes = {axis: (here.num_slots(axis), len(here.axes[axis].choices)) for axis in here.elastic_axes()}
+        gates = Gates.mask({axis: torch.full(size, 0.5).requires_grad_() for axis, size in sizes.items()})
+    layout = Layout(dtype=dtype)
+    gated = frozenset(here.elastic_axes())
+    work = MicroBatchWork(here.parent, layout, BATCH, LENGTH, execution, subnet, KernelSet.TORCH, here.lanes, gated)
+    return work, gates
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("execution", list(Execution))
+def test_saved_bytes_of_every_layer_are_what_stays_alive(execution: Execution, dtype: torch.dtype) -> None:
+    run, gates = small_run(execution, dtype)
+    with world(run.layout):
+        model = build_model(space(), run.layout).train()
+        for layer_index, layer in enumerate(model.decoder.layers):
+            gate = model.decoder.resolver.resolve(gates).layers[layer_index]
+            x = torch.randn(LENGTH, BATCH, run.hidden, dtype=dtype, requires_grad=True)
+            live = LiveBytes()
+            live.forget([*model.parameters(), *model.buffers(), *gates.weights.values(), x])
+            with live:
+                y = layer(x * 1.0, gate)
+            planned = saved_bytes(LayerWork(run, layer_index))
+            assert sum(planned.values()) == pytest.approx(live.bytes - y.nbytes, rel=0.02), planned
+
+
+@pytest.mark.parametrize("execution", list(Execution))
+def test_flops_are_what_torch_counts(execution: Execution) -> None:
+    """Only products on both sides; attention unfused, as torch's table knows no fused kernel of the CPU."""
+    run, gates = small_run(execution, torch.float32)
+    with world(run.layout), sdpa_kernel(SDPBackend.MATH):
+        model = build_model(space(), run.layout).train()
+        for layer_index, layer in enumerate(model.decoder.layers):
+            gate = model.decoder.resolver.resolve(gates).layers[layer_index]
+            x = torch.randn(LENGTH, BATCH, run.hidden, requires_grad=True)
+            with ProductFlops() as counted:
+                y = layer(x, gate)
+            forward = layer_flops(LayerWork(run, layer_index))
+            assert forward.total == pytest.approx(sum(counted.flops.values()), rel=0.02)
+            with ProductFlops() as counted:
+                y.sum().backward()
+            backward = backward_flops(forward, run.kernels)
+            assert backward.total == pytest.approx(sum(counted.flops.values()), rel=0.02)
+
+
+def test_projections_agree_with_the_cost_table() -> None:
+    """`space.cost` counts the same products per token, and beside them a convolution and another view of the scan."""
+    run, _ = small_run(Execution.MASK, torch.float32)
+    work = LayerWork(run, 1)
+    per_token = layer_flops_per_token(run.parent, work.kind, work.width, run.hidden, 12, LENGTH)
+    assert layer_flops(work).total == per_token * run.tokens
+    fused = replace(run, kernels=KernelSet.FUSED)
+    attention = LayerWork(fused, 2)
+    per_token = layer_flops_per_token(run.parent, attention.kind, attention.width, run.hidden, 12, LENGTH)
+    assert layer_flops(attention).total == per_token * run.tokens
+
+
+def values(name: str, *arguments: str) -> PlanConfig:
+    """Load a run as recipes/plan.py does."""
+    plain = OmegaConf.to_container(compose_once(name, arguments), resolve=True, throw_on_missing=False)
+    assert isinstance(plain, dict)
+    return load_run(PlanConfig, {str(key): value for key, value in plain.items()}, Cluster(), is_main=True)
+
+
+def parallel(config: PlanConfig, **changes: Any) -> ParallelConfig:
+    """Change the config's layout."""
+    return replace(config.parallel, **changes)
+
+
+def test_parameters_of_all_ranks_add_up_to_the_12b() -> None:
+    parent = values("plan").parent_shape()
+    for tensor, pipeline in ((1, 1), (8, 1), (4, 2), (2, 4)):
+        layout = Layout(tensor=tensor, pipeline=pipeline)
+        stages = [rank_parameters(parent, layout, stage) for stage in range(pipeline)]
+        whole = sum(sum(elements.values()) for elements in stages)
+        replicated = sum(
+            count
+            for elements in stages
+            for name, count in elements.items()
+            if name.endswith("norm.weight") and "mixer.norm" not in name
+        )
+        assert (whole - replicated) * tensor + replicated == shape_cost(parent).params == 12_310_001_152
+
+
+def test_adam_by_hand() -> None:
+    elements = {"mixer.D": 8, "mlp.linear_fc1.weight": 64}
+    bf16, fp32 = Layout(dtype=torch.bfloat16), Layout()
+    assert optimizer_bytes(elements, bf16, OptimizerSharding()) == 64 * 12 + 8 * 8
+    assert optimizer_bytes(elements, fp32, OptimizerSharding()) == 72 * 8
+    assert optimizer_bytes(elements, bf16, OptimizerSharding(ranks=4)) == (64 * 12 + 8 * 8) // 4
+
+
+def test_stages_keep_what_one_f_one_b_keeps() -> None:
+    """Stage s of p holds min(p - s, micro-batches); recompute leaves one stream per layer."""
+    run, _ = small_run(Execution.MASK, torch.float32)
+    run = replace(run, layout=Layout(pipeline=3, recompute=True))
+    first, middle, last = (stage_memory(run, stage, 8, 1, OptimizerSharding()) for stage in range(3))
+    stream = BATCH * LENGTH * 64 * 4
+    assert first.activations == 3 * (stream + stream)  # the gated embedding, too
+    assert middle.activations == 2 * stream
+    assert last.activations == stream + stream * 2  # the final norm keeps two
+    assert last.teacher_hidden == (8 + 1) * stream and first.teacher_hidden == 0
+    short = stage_memory(run, 0, 1, 1, OptimizerSharding())
+    assert short.activations == 2 * stream
+
+
+def test_a_slice_does_less_and_a_mask_does_not() -> None:
+    mask, slice_ = (small_run(execution, torch.float32)[0] for execution in (Execution.MASK, Execution.SLICE))
+    full = replace(slice_, subnet=Subnet.full(mask.parent))
+    assert stage_flops(mask, 0) == stage_flops(full, 0)
+    assert stage_flops(slice_, 0).forward.total < 0.75 * stage_flops(mask, 0).forward.total
+    assert stage_flops(slice_, 0).teacher == stage_flops(mask, 0).teacher
+
+
+def test_traffic_by_hand() -> None:
+    """One MLP layer between the ends: streams of T x D, gathered twice in backward under sequence parallelism."""
+    run, _ = small_run(Execution.MASK, torch.float32)
+    middle = replace(run, layout=Layout(tensor=2, pipeline=3, sequence=True))
+    stream, half = BATCH * LENGTH * 64 * 4, BATCH * LENGTH * 64 * 4 // 2
+    assert micro_batch_traffic(middle, 1) == {
+        ("tp", "all_gather"): 4 * stream,  # teacher, student, backward: the gradient and the input again
+        ("tp", "reduce_scatter"): 3 * stream,
+        ("pp", "send"): 3 * half,
+    }
+    plain = replace(run, layout=Layout(tensor=2, pipeline=3))
+    assert micro_batch_traffic(plain, 1)["tp", "all_reduce"] == 3 * stream
+    assert moved_bytes("all_reduce", 100.0, 4) == 150.0 and moved_bytes("all_gather", 100.0, 4) == 75.0
+
+
+@pytest.mark.parametrize("num_gpus", [256, 512])
+def test_the_12b_run_fits_with_a_tenth_to_spare_at_both_sizes(num_gpus: int) -> None:
+    config = values("plan", f"cluster.num_gpus={num_gpus}")
+    assert layout_rule_problems(config, config.parallel, config.data.micro_batch) == []
+    chosen = candidate(config, config.parallel, config.data.micro_batch, budget_samples(config, config.space()))
+    assert max(plan.phase.sequence_length for plan in chosen.plans) == 49_152
+    assert chosen.peak_bytes / 1e9 + 3.0 <= 0.9 * 80.0
+
+
+def test_the_readme_shows_what_the_plan_says() -> None:
+    text = (Path(__file__).parents[3] / "README.md").read_text()
+    table = re.findall(r"^\| ([\d,]+) tokens, (mask|slice), stage (\d) \| (.*) \|$", text, re.MULTILINE)
+    config = values("plan")
+    chosen = candidate(config, config.parallel, config.data.micro_batch, budget_samples(config, config.space()))
+    assert len(table) == 3
+    for tokens, execution, stage, cells in table:
+        (plan,) = (one for one in chosen.plans if one.phase.sequence_length == int(tokens.replace(",", "")))
+        assert plan.phase.execution == Execution(execution)
+        memory = plan.memory(int(stage))
+        columns = [
+            *(memory.parameters, memory.gradients, memory.optimizer, memory.teacher, memory.teacher_hidden),
+            *(memory.activations, max(memory.working_set, memory.logits), memory.total),
+        ]
+        assert cells.split(" | ") == [f"{amount / 1e9:.1f}" for amount in columns]
+    seconds = re.search(r"The step is estimated at ([\d.]+) s and ([\d.]+) s", text)
+    assert seconds is not None
+    assert list(seconds.groups()) == [f"{time.total:.1f}" for time in chosen.times]
+    spare = 1 - chosen.peak_bytes / 1e9 / 80.0 - config.cluster.reserved_gb / 80.0
+    assert f"{spare:.0%} of 80 GB is to spare" in text
+
+
+def test_rules_of_the_run_refuse_a_layout() -> None:
+    config = values("plan")
+    fields = {problem.field for problem in layout_rule_problems(config, parallel(config, tensor=3), 1)}
+    assert "parallel.tensor" in fields
+    many_replicas = parallel(config, tensor=2, pipeline=1, context=1)
+    assert [p.field for p in layout_rule_problems(config, many_replicas, 1)] == ["elastic.router.draws_per_step"]
+
+
+def test_search_ranks_what_fits_and_says_why_the_rest_is_out() -> None:
+    budgets = ", ".join(f"{{name: {name}, ratio: {ratio}}}" for name, ratio in (("12b", 1), ("9b", 0.9), ("6b", 0.8)))
+    arguments = ("cluster.num_gpus=64", "cluster.memory_gb=40", "plan.max_micro_batch=1", "elastic.space.depth=null")
+    config = values("plan", *arguments, "model.pattern=M-M*-M-M-", f"elastic.budgets=[{budgets}]")
+    found = search(config, budget_samples(config, config.space()))
+    times = [one.seconds for one in found.fitting]
+    assert times == sorted(times) and len(times) > 3
+    assert all(one.peak_bytes <= config.cluster.budget_bytes for one in found.fitting)
+    for number, one in enumerate(found.alone):
+        assert one is not None and one.times[number].total <= found.fitting[0].times[number].total
+    reasons = {one.rule: one for one in found.rejected}
+    assert "memory" in reasons and "GB of" in reasons["memory"].reason
+    assert layout_name(ParallelConfig(tensor=2, recompute="full"), 4) == "TP2 mb4 recompute"
+
+
+def test_largest_micro_batch_is_the_last_that_fits() -> None:
+    config = values("plan")
+    plan = phase_plans(config, config.parallel, 1, budget_samples(config, config.space()))[1]
+    most = largest_micro_batch(config, plan)
+
+    def peak(batch: int) -> int:
+        shares = tuple(replace(share, run=replace(share.run, batch=batch)) for share in plan.shares)
+        return replace(plan, shares=shares).peak_bytes
+
+    assert peak(most) <= config.cluster.budget_bytes < peak(most + 1)
+
+
+def test_verb_prints_and_returns_the_same() -> None:
+    config = values("plan", "plan.search=false")
+    console = Console(width=118, file=io.StringIO())
+    report = run_plan(config, console)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert f"{report['chosen']['phases'][1]['step_seconds']['total']:.1f} s" in text
+    assert f"{report['chosen']['days_at_mfu']:.1f} days" in text
+    assert all(f"warning: {line}" in text.replace("\n", " ") for line in report["warnings"])
+    assert "…" not in text
+
+
+def test_verb_refuses_an_illegal_layout() -> None:
+    config = values("plan", "parallel.tensor=16", "parallel.context=1")
+    with pytest.raises(ConfigError, match=r"parallel\.tensor = 16"):
+        run_plan(config, Console(file=io.StringIO()))

@@ -1,0 +1,104 @@
+"""How a recipe ends: user errors in plain words with code 2, our bugs with a traceback, nothing left lying about."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from elastic.config.sections import ComputeConfig
+from elastic.config.serving import EvaluateConfig
+from elastic.space.pattern import LayerPattern
+from recipes import _common
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def plain_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `run` see a command line without arguments, on one process."""
+    monkeypatch.setattr(sys, "argv", ["recipe.py"])
+    for name in ("RANK", "WORLD_SIZE", "HYDRA_FULL_ERROR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("plain_command_line")
+def test_user_error_is_printed_without_traceback_and_leaves_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        _common.run(lambda: LayerPattern.parse("MX"))
+    printed = capsys.readouterr()
+    assert caught.value.code == 2
+    assert "character 'X' at position 1" in printed.err and "Traceback" not in printed.err
+    assert printed.out == ""
+
+
+@pytest.mark.usefixtures("plain_command_line")
+def test_our_own_bug_keeps_its_traceback() -> None:
+    with pytest.raises(ValueError, match="invalid literal"):
+        _common.run(lambda: int("x"))
+
+
+@pytest.mark.usefixtures("plain_command_line")
+def test_wrong_config_leaves_before_the_body_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        _common.load_config(OmegaConf.create({"seed": "x", "budget": []}), EvaluateConfig)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    for line in ('seed = "x": must be a whole number', "budget = []: unknown key; did you mean budget_names?"):
+        assert line in error
+
+
+@pytest.mark.usefixtures("plain_command_line")
+def test_other_ranks_wait_so_that_rank_0_can_speak(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("time.sleep", waited.append)
+    with pytest.raises(SystemExit):
+        _common.leave("too small")
+    assert waited == [_common.WAIT_FOR_RANK_0_S]
+    assert "too small" in capsys.readouterr().err
+
+
+def test_process_is_set_up_as_the_trainer_section_says() -> None:
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    try:
+        _common.set_up_process(ComputeConfig(num_threads=threads + 1, deterministic=True))
+        assert torch.get_num_threads() == threads + 1
+        assert torch.are_deterministic_algorithms_enabled()
+        _common.set_up_process(ComputeConfig(num_threads=None, deterministic=False))
+        assert torch.get_num_threads() == threads + 1
+        assert not torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+
+
+def test_recipe_through_nemo_is_quiet_and_leaves_no_files(tmp_path: Path) -> None:
+    """The whole way in: NeMo's hydra_runner, all overrides, one message, an empty working directory."""
+    arguments = ["--config-name=smoke_evaluate", "trainer.num_thread=1", "sequence_length=0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "1"}
+    environment.pop("RANK", None)
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / "recipes" / "evaluate.py"), *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stdout == ""
+    heading, *lines = ended.stderr.splitlines()
+    assert heading == "4 problems in the configuration:"
+    assert [line.strip().partition(" = ")[0] for line in lines] == [
+        "trainer.num_thread",
+        "sequence_length",
+        "data.path",
+        "init_from.checkpoint",
+    ]
+    assert list(tmp_path.iterdir()) == []

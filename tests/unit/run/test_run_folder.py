@@ -1,0 +1,116 @@
+"""The run folder and its logs: what may be gone on with, what is never removed, and disks that refuse."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from elastic.checkpoint.record import Record, RecordError
+from elastic.config.load import ConfigError
+from elastic.config.rules_layout import Cluster
+from elastic.config.sections import ExpManagerConfig
+from elastic.config.serving import ExtractConfig, ImportConfig
+from elastic.config.training import ElasticConfig
+from elastic.run.folder import is_unfinished, prepare_run_folder
+from elastic.space.budget import Budget, BudgetError
+from elastic.space.cost import Metric
+from elastic.train.log import LogError, RunLog
+from elastic.verbs.inputs import load_run
+from elastic.world.rank_0 import SharedFileError, decided_by_rank_0
+from tests.unit.config.configs import put, values_of, written_record
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_unfinished(tmp_path: Path) -> None:
+    for name in ("config.json", "metrics.jsonl", "events.jsonl"):
+        (tmp_path / name).touch()
+    for name in ("tensorboard", "wandb", "checkpoints", "watchdog", "nonfinite"):
+        (tmp_path / name).mkdir()
+    assert is_unfinished(tmp_path)
+    (tmp_path / "extraction.json").touch()
+    assert not is_unfinished(tmp_path)
+
+
+@pytest.mark.parametrize("below", ["", "checkpoints/step_00000003", "thin_megatron"])
+def test_overwriting_never_removes_the_verbs_own_input(tmp_path: Path, below: str) -> None:
+    run = tmp_path / "name" / "version_0"
+    run.mkdir(parents=True)
+    (run / below).parent.mkdir(exist_ok=True)
+    (tmp_path / "link").symlink_to(run)
+    if below:
+        written_record(run / below)
+    places = {"exp_manager.exp_dir": str(tmp_path), "exp_manager.name": "name", "exp_manager.overwrite": True}
+    values = values_of(ExtractConfig, places)
+    put(values, "init_from.checkpoint", str(tmp_path / "link" / below))
+    with pytest.raises(ConfigError) as caught:
+        load_run(ExtractConfig, values, Cluster(), is_main=True)
+    problem = next(problem for problem in caught.value.problems if problem.field == "exp_manager.overwrite")
+    assert problem.rule.startswith("would remove init_from.checkpoint = ")
+    assert problem.remedy == "set exp_manager.version=version_1"
+
+
+def test_a_source_beside_the_run_folder_may_stay_while_it_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "name" / "version_0_source").mkdir(parents=True)
+    values = values_of(ImportConfig, {"exp_manager.exp_dir": str(tmp_path), "exp_manager.name": "name"})
+    put(values, "source", str(tmp_path / "name" / "version_0_source"))
+    put(values, "exp_manager.overwrite", True)
+    load_run(ImportConfig, values, Cluster(), is_main=True)
+
+
+def test_a_log_that_cannot_be_written_is_named_with_a_remedy(tmp_path: Path) -> None:
+    for name in ("metrics.jsonl", "events.jsonl"):
+        (tmp_path / name).symlink_to("/dev/full")
+    log = RunLog(tmp_path, tensorboard=False)
+    for write in (lambda: log.write(1, {"loss": 1.0}), lambda: log.event("spike", 1, {})):
+        with pytest.raises(LogError, match=r"(metrics|events)\.jsonl: No space left on device.*free space there"):
+            write()
+    with pytest.raises(LogError, match=r"nowhere/metrics\.jsonl: No such file"):
+        RunLog(tmp_path / "nowhere", tensorboard=False)
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    settings = replace(ExpManagerConfig(), exp_dir=str(tmp_path / "file"))
+    with pytest.raises(SharedFileError, match=r"file/.*: Not a directory"):
+        decided_by_rank_0(lambda: prepare_run_folder(settings, {}), None)
+
+
+@pytest.mark.parametrize("name", ["../planted", "/srv/planted", "a/b", "", ".hidden", "a b", "x" * 101])
+def test_a_name_that_leads_elsewhere_is_no_budget(tmp_path: Path, name: str) -> None:
+    with pytest.raises(BudgetError, match="a name is made of letters"):
+        Budget(name, Metric.PARAMS, 1.0)
+    for fine in ("12b", "_x", "9b-think", "v1.2+a", "\u00e4"):
+        assert Budget(fine, Metric.PARAMS, 1.0).name == fine
+
+
+def test_a_record_with_such_a_name_is_refused(tmp_path: Path) -> None:
+    from elastic.checkpoint.record import Family
+    from elastic.space.axes import Axis, AxisChoices
+    from elastic.space.cost import Deployment
+
+    family = Family({Axis.HIDDEN: AxisChoices((64,))}, (Budget("half", Metric.PARAMS, 1.0),), Deployment(), 16)
+    checkpoint = Path(written_record(tmp_path / "checkpoint", family=family))
+    assert Record.read(checkpoint).family is not None
+    record = checkpoint / "record.json"
+    record.write_text(record.read_text().replace('"half"', '"../../half"'))
+    with pytest.raises(RecordError, match="a name is made of letters"):
+        Record.read(checkpoint)
+
+
+def test_validation_sequences_must_be_there_at_every_length(tmp_path: Path) -> None:
+    from elastic.config.load import load
+    from elastic.data.manifest import Manifest, SplitRecord, TokenizerRecord
+    from elastic.verbs.token_ids import validation_problems
+
+    tokenizer = TokenizerRecord(vocab_size=300, eos_token="<end>", eos_id=0, trained=True, sha256="")
+    splits = {"validation": SplitRecord(1, 100 * 64 + 1, 1, {})}
+    (tmp_path / "data").mkdir()
+    Manifest({}, {}, 1, {}, False, "", tokenizer, "uint16", splits).write(tmp_path / "data")
+    lengths = {"curriculum.0.sequence_length": 32, "curriculum.1.sequence_length": 64}
+    values = values_of(ElasticConfig, lengths | {"data.path": str(tmp_path / "data"), "data.validation_sequences": 100})
+    assert list(validation_problems(load(ElasticConfig, values))) == []
+    put(values, "data.validation_sequences", 104)
+    (problem,) = validation_problems(load(ElasticConfig, values))
+    assert str(problem) == (
+        "data.validation_sequences = 104: phase long: the held-out split has 100 sequences of 64 tokens; nearest legal "
+        "value is 100"
+    )
