@@ -105,7 +105,7 @@ class BudgetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """Form of the routers, one per axis, and the weights of their own losses (FACTS 1.3; the entropy is ours).
+    """Form of the routers, one per axis, and the weights of their own losses (docs/method.md 1.3; the entropy is ours).
 
     A step's budgets are drawn `draws_per_step` times (null: as often as a replica has micro-batches), the noise of its
     gates `noise_draws_per_step` times (null: for every micro-batch). Both given, the same samples get the same gates

@@ -69,7 +69,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ImportanceSection:
-    """Size of the calibration, and how layers are scored on `depth_sequences` of it (FACTS 1.1)."""
+    """Size of the calibration, and how layers are scored on `depth_sequences` of it (docs/method.md 1.1)."""
 
     num_sequences: Count = 64
     sequence_length: Annotated[int, Range(low=2)] = 256

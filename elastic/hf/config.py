@@ -1,4 +1,4 @@
-"""Write `config.json` of stock `nemotron_h`, by the export rules of FACTS 3; `config_read` reads it back."""
+"""Write `config.json` of stock `nemotron_h`, by the export rules of docs/method.md 3; `config_read` reads it back."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

@@ -1,4 +1,4 @@
-"""Check an exported file value by value against the parent, from DESIGN 2 said a second time.
+"""Check an exported file value by value against the parent, from docs/design.md 2 said a second time.
 
 Nothing here uses the code that cuts, pads and renames: each row and column of an exported tensor names the parent's
 row and column it must come from (-1: a zero of the padding), and the values are compared where they lie.

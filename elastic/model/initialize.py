@@ -50,7 +50,7 @@ def initialize_parameters(
 
 
 def named_global_parameters(model: HybridModel) -> list[tuple[str, nn.Parameter]]:
-    """List parameters with global layer indices in their names, whatever the pipeline stage (PITFALLS 22).
+    """List parameters with global layer indices in their names, whatever the pipeline stage (docs/pitfalls.md 22).
 
     A tied head on a stage without the embedding is a second copy of it, and goes by the embedding's name.
     """

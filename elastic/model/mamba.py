@@ -102,7 +102,7 @@ class PortableMambaMixer(MambaMixer):
         for parameter in (self.conv1d_weight, self.conv1d_bias):
             parameter.partition_sizes = conv_blocks  # type: ignore[attr-defined]
         self.dt_bias = sharded(self.nheads_local_tp)
-        # A_log and D stay in fp32 whatever the model's precision (FACTS 3).
+        # A_log and D stay in fp32 whatever the model's precision (docs/method.md 3).
         self.A_log = sharded(self.nheads_local_tp, dtype=torch.float32)
         self.D = sharded(self.nheads_local_tp, dtype=torch.float32)
 

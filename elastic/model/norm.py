@@ -1,4 +1,4 @@
-"""Width-aware norms. A norm divides by the number of active channels: the sum of the gate (DESIGN 4).
+"""Width-aware norms. A norm divides by the number of active channels: the sum of the gate (docs/design.md 4).
 
 Shapes: S sequence, B batch, D hidden, G groups, I = heads x channels; lower case = this rank's shard.
 """

@@ -1,7 +1,7 @@
 """The rehearsal: one rank of a large job, the project's own code on tensors without memory.
 
 torch's fake process group answers every collective at once, FakeTensorMode gives tensors shapes and no storage. The
-run builds student and teacher, Megatron-Core's data-parallel wrapper and pipeline schedule as `verbs/training.py` does, and
+run builds student and teacher, the data-parallel wrapper and the pipeline schedule as `verbs/training.py` does, and
 traces teacher, forward, recompute, backward and gradient reduction of one step. The optimizer is left out: its
 grad norm decides on values.
 """

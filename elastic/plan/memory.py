@@ -23,7 +23,7 @@ _PARTS = {
     LayerKind.ATTENTION: ("input_layernorm", "self_attention"),
     LayerKind.MLP: ("pre_mlp_layernorm", "mlp"),
 }
-_KEPT_IN_FP32 = ("mixer.A_log", "mixer.D")  # FACTS 3
+_KEPT_IN_FP32 = ("mixer.A_log", "mixer.D")  # docs/method.md 3
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Score the layers of the parent by what their absence does to the logits (FACTS 1.1, eq. 5).
+"""Score the layers of the parent by what their absence does to the logits (docs/method.md 1.1, eq. 5).
 
 Shapes: B batch, S sequence, D hidden, V vocab, L layers; lower case = this tensor-parallel rank's shard.
 """

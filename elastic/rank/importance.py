@@ -1,4 +1,4 @@
-"""Score the widths of the parent on calibration tokens (FACTS 1.1, eq. 1-4) and rank them, best first.
+"""Score the widths of the parent on calibration tokens (docs/method.md 1.1, eq. 1-4) and rank them, best first.
 
 Every score is a sum over calibration tokens, so sums over micro-batches, replicas, context-parallel ranks and shards
 add up to the scores of one process; nothing depends on the layout.
@@ -163,7 +163,7 @@ def default_top_channels(space: Space) -> int:
 def make_ranking(
     scores: Scores, space: Space, depth: DepthScores | None = None, num_top_channels: int | None = None
 ) -> Ranking:
-    """Order every part of the parent, best first, heads inside their group (DESIGN 2); equal scores keep their order.
+    """Order every part of the parent, best first, heads inside their group (docs/design.md 2); ties keep their order.
 
     Without `depth` the layers stay in their order. `num_top_channels` is |D_top| of eq. 4.
     """

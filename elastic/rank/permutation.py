@@ -150,7 +150,7 @@ def permute_parameter(tensor: Tensor, name: str, parent: ModelShape, ranking: Ra
 def permute_tensors(
     source: TensorSource, parent: ModelShape, ranking: Ranking, lanes: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of the permuted parent: the same function, with the best parts first (DESIGN 2).
+    """Yield (name, tensor) of the permuted parent: the same function, with the best parts first (docs/design.md 2).
 
     Raises RankingError if the ranking does not fit the parent or an FFN width cannot be dealt into `lanes`.
     """

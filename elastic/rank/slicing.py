@@ -1,4 +1,4 @@
-"""Cut a submodel's tensors out of its parent, one tensor at a time, by the nested layout (DESIGN 2)."""
+"""Cut a submodel's tensors out of its parent, one tensor at a time, by the nested layout (docs/design.md 2)."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial

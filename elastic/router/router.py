@@ -10,7 +10,7 @@ from elastic.space.axes import Axis, Space
 
 
 class Router(nn.Module):
-    """one-hot budget -> Linear -> LeakyReLU -> Linear per axis (FACTS 1.3), in fp32, replicated on every rank."""
+    """one-hot budget -> Linear -> LeakyReLU -> Linear per axis (docs/method.md 1.3), fp32, replicated on every rank."""
 
     def __init__(self, space: Space, num_budgets: int, hidden_width: int = 256, seed: int = 0) -> None:
         super().__init__()

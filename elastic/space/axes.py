@@ -47,8 +47,8 @@ class AxisChoices:
 class Space:
     """Every subnet a router may choose inside one parent.
 
-    An axis that is absent from `axes` stays full. `lanes` deals FFN neurons (DESIGN: rank r sits in lane r mod
-    lanes). `depth_ranking` lists all layer indices, best first; depth n keeps the first n of it.
+    An axis that is absent from `axes` stays full. `lanes` deals FFN neurons (docs/design.md 2: rank r sits in lane
+    r mod lanes). `depth_ranking` lists all layer indices, best first; depth n keeps the first n of it.
     """
 
     parent: ModelShape

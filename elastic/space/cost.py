@@ -1,7 +1,7 @@
 """The one cost table: parameters, bytes and FLOPs of a hybrid model, for integer and for expected widths.
 
 Every formula is a polynomial, linear in each axis, so the same code counts a Subnet exactly (ints) and the expected
-cost under independent choice probabilities (fp32 tensors, differentiable). Formulas: FACTS 2 and the shapes of
+cost under independent choice probabilities (fp32 tensors, differentiable). Formulas: docs/method.md 2 and the shapes of
 Megatron-Core's parameters; a skipped layer costs nothing.
 """
 

@@ -11,7 +11,7 @@ from elastic.space.subnet import Subnet
 
 
 class Execution(StrEnum):
-    """How a choice is carried out (DESIGN 4)."""
+    """How a choice is carried out (docs/design.md 4)."""
 
     MASK = "mask"
     SLICE = "slice"

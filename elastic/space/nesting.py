@@ -1,8 +1,8 @@
 """The nested layout: which part of every parameter a width keeps, for slicing, masks, sharding and permutation alike.
 
 Every dimension of every parameter is `outer` repeats of a few blocks laid side by side, each block a small grid whose
-prefix along every grid direction is kept (DESIGN 2). A tensor-parallel rank owns whole outer repeats of a single-block
-dimension, or its share of every block, so the kept weights never depend on the number of ranks.
+prefix along every grid direction is kept (docs/design.md 2). A tensor-parallel rank owns whole outer repeats of a
+single-block dimension, or its share of every block, so the kept weights never depend on the number of ranks.
 
     ffn rows            lanes x [F/lanes]            keep f/lanes of each lane
     x, z rows           [G, H/G, P]                  keep h/G heads of each group, p channels of each head

@@ -48,7 +48,7 @@ class MicroBatchLoss:
 
 
 class PipelineRunner:
-    """Drives student and teacher stages of this rank; the loss is taken from final hidden states (DESIGN 6)."""
+    """Drives student and teacher stages of this rank; the loss is taken from final hidden states (docs/design.md 6)."""
 
     def __init__(
         self, world: World, student: nn.Module, loss: DistillConfig, teacher: ElasticModel | None = None

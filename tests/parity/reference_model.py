@@ -1,4 +1,4 @@
-"""A slow hybrid model in plain PyTorch, written from DESIGN 2 and 4 and FACTS alone: the judge of the mask execution.
+"""A slow hybrid model in plain PyTorch, written from docs/design.md and docs/method.md alone: judge of the masks.
 
 Shares no code with the elastic modules: masks are built element by element, the state-space recurrence runs token by
 token, attention is a softmax over an explicit causal matrix. Tensors are [B, S, ...], weights come in fp64.

@@ -1,4 +1,4 @@
-"""masked == sliced == submodel == stock transformers: same logits, same gradients on the kept weights (DESIGN 4)."""
+"""masked == sliced == submodel == stock transformers: same logits, same gradients on what is kept (docs/design.md 4)."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -81,7 +81,7 @@ def _run_submodel(name: str, index: int) -> Outcome:
     standalone = build_model(submodel_space(shape), Layout(), kernels=small_chunks())
     assert {n: p.shape for n, p in standalone.named_parameters()} == {n: t.shape for n, t in cut.items()}
     fill(standalone, cut, shape)
-    # PITFALLS 4, on what is really built.
+    # docs/pitfalls.md 4, on what is really built.
     assert sum(p.numel() for p in standalone.parameters()) == subnet_cost(space.parent, subnet).params
     logits = logits_of(standalone, tokens_for(shape), None)
     own = outcome_of(logits, dict(standalone.named_parameters())).gradients

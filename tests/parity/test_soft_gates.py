@@ -35,7 +35,7 @@ def process_groups() -> Iterator[None]:
 @pytest.mark.parametrize("name", SPACES)
 @pytest.mark.parametrize("kind", ["soft", "one-hot"])
 def test_pitfall_20_mask_agrees_with_an_independent_reference(name: str, kind: str) -> None:
-    """Values, weight gradients and gate gradients equal a slow fp64 model written from DESIGN 4 alone."""
+    """Values, weight gradients and gate gradients equal a slow fp64 model written from docs/design.md 4 alone."""
     space = SPACES[name]
     model = build_lively(space).double()
     if kind == "soft":

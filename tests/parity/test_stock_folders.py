@@ -34,7 +34,7 @@ TOKENIZER = {
     "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]},
     "added_tokens": [],
 }
-# What the export rules of a stock folder fix, whatever the source says (FACTS 3).
+# What the export rules of a stock folder fix, whatever the source says (docs/method.md 3).
 FIXED_BY_RULES = {
     "time_step_min",
     "time_step_limit",

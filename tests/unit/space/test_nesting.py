@@ -45,7 +45,7 @@ def cut(tensor_parallel: int = 1, **kept: int) -> Cut:
 
 
 def expected_rows(kind: DimKind, **kept: int) -> list[int]:
-    """Write down DESIGN 2 as conditions on each row of the small parent."""
+    """Write down docs/design.md 2 as conditions on each row of the small parent."""
     w = {"hidden": 24, "ffn": 32, "mamba_heads": 8, "head_channels": 3, "attention_heads": 8} | kept
 
     def inner(row: int) -> bool:  # [G=4, 2 heads, P=3]
