@@ -1,4 +1,4 @@
-"""masked == sliced == submodel == stock transformers: same logits, same gradients on what is kept (docs/design.md 4)."""
+"""masked == sliced == submodel == stock transformers: same logits and gradients on what is kept (docs/design.md 4)."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
