@@ -6,10 +6,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from elastic.config.load import load
 from elastic.space.axes import Axis, AxisChoices, Space
 from elastic.space.budget import Budget
-from elastic.space.cost import Deployment, Metric
+from elastic.space.cost import Deployment
 from elastic.space.pattern import LayerPattern
+from elastic.space.ranges import Count
 from elastic.space.shape import ModelShape
 
 RECORD_FILE = "record.json"
@@ -26,7 +28,7 @@ class Family:
     axes: Mapping[Axis, AxisChoices]
     budgets: tuple[Budget, ...]
     deployment: Deployment
-    router_width: int
+    router_width: Count
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,5 @@ def _from_json(content: dict[str, Any]) -> Record:
         depth_ranking=tuple(content["depth_ranking"]),
         data=content["data"],
         provenance=content["provenance"],
-        family=None
-        if family is None
-        else Family(
-            axes={Axis(a): AxisChoices(tuple(c["choices"]), c["per_layer"]) for a, c in family["axes"].items()},
-            budgets=tuple(Budget(b["name"], Metric(b["metric"]), b["target"]) for b in family["budgets"]),
-            deployment=Deployment(**family["deployment"]),
-            router_width=family["router_width"],
-        ),
+        family=None if family is None else load(Family, family),
     )

@@ -12,7 +12,7 @@ from dataclasses import Field as DataclassField
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Union
 
-from elastic.config.types import FolderName, Range, Required
+from elastic.space.ranges import FolderName, Range, Required
 
 NOT_GIVEN = "???"
 
@@ -165,7 +165,7 @@ class _Loader:
         if origin is list:
             return list(self._list((arguments[0], ...), given, path, remedy))
         if origin is Mapping:
-            return self._mapping(arguments[1], given, path, remedy)
+            return self._mapping(arguments, given, path, remedy)
         if isinstance(hint, type) and is_dataclass(hint):
             return self.dataclass_value(hint, given, path)
         return _scalar(hint, given, path, remedy)
@@ -184,13 +184,14 @@ class _Loader:
         )
         return tuple(self._legal_entries(entries, remedy).values())
 
-    def _mapping(self, hint: Any, given: Any, path: str, remedy: str) -> Mapping[str, Any]:
+    def _mapping(self, hints: tuple[Any, Any], given: Any, path: str, remedy: str) -> Mapping[Any, Any]:
         if given is None:
             return {}
         if not isinstance(given, Mapping):
             raise _IllegalValueError(Problem(path, given, "must map names to values", remedy))
-        legal = self._legal_entries(((hint, entry, f"{path}.{key}") for key, entry in given.items()), remedy)
-        return {entry_path.removeprefix(f"{path}."): entry for entry_path, entry in legal.items()}
+        names = {f"{path}.{key}": self._value(hints[0], str(key), f"{path}.{key}", remedy) for key in given}
+        legal = self._legal_entries(((hints[1], entry, f"{path}.{key}") for key, entry in given.items()), remedy)
+        return {names[entry_path]: entry for entry_path, entry in legal.items()}
 
     def _legal_entries(self, entries: Iterable[tuple[Any, Any, str]], remedy: str) -> dict[str, Any]:
         """Convert (annotation, given, path) entries, leave the illegal ones out and keep a problem for each of them."""

@@ -12,7 +12,7 @@ from elastic.config import rules_generate as generate_rules
 from elastic.config import rules_layout as layout_rules
 from elastic.config.load import ConfigError, Problem, load_with_problems
 from elastic.config.rules_layout import Cluster
-from elastic.config.serving import EvaluateConfig, ExtractConfig, FamilyConfig, GenerateConfig, ImportConfig
+from elastic.config.serving import EvaluateConfig, ExtractConfig, GenerateConfig, ImportConfig, MembersConfig
 from elastic.config.training import (
     CostConfig,
     ElasticConfig,
@@ -61,7 +61,7 @@ RULES = (
     Rule(ElasticRunConfig, ("model", "elastic"), elastic_rules.check_budgets),
     Rule(ElasticConfig, ("distill",), elastic_rules.check_distill),
     Rule(ElasticConfig, ("distill", "curriculum", "data", "parallel"), elastic_rules.check_num_chunks),
-    Rule(FamilyConfig, ("subnets",), elastic_rules.check_subnets),
+    Rule(MembersConfig, ("subnets",), elastic_rules.check_subnets),
     Rule(ExtractConfig, ("export",), elastic_rules.check_export),
     Rule(GenerateConfig, ("init_from", "folder", "budget", "think", "answer"), generate_rules.check_source),
     Rule(GenerateConfig, ("budget", "think", "answer", "subnets"), generate_rules.check_writers),

@@ -5,7 +5,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from elastic.config.elastic import BudgetConfig, LearningRateConfig, PhaseConfig
 from elastic.config.load import Problem, show
 from elastic.config.rules_layout import (
     Cluster,
@@ -15,10 +14,12 @@ from elastic.config.rules_layout import (
     nearest_divisor,
     sequence_problems,
 )
-from elastic.config.serving import ExtractConfig, FamilyConfig
-from elastic.config.training import ElasticConfig, ElasticRunConfig, PretrainConfig, total_steps
+from elastic.config.serving import ExtractConfig, MembersConfig
+from elastic.config.training import ElasticConfig, ElasticRunConfig, PretrainConfig
+from elastic.router.phases import Curriculum, Phase
+from elastic.router.schedules import LearningRate
 from elastic.space.axes import Axis, Space, SpaceError
-from elastic.space.budget import BudgetError, check_reachable
+from elastic.space.budget import Budget, BudgetError, check_reachable
 from elastic.space.gates import Execution
 from elastic.space.pattern import LayerKind
 from elastic.space.reach import smallest_subnet
@@ -99,13 +100,13 @@ def check_max_steps(config: Training, cluster: Cluster) -> Iterator[Problem]:
     """trainer.max_steps may stop a curriculum early; beyond its end there is nothing to run."""
     if any((phase.steps is None) == (phase.tokens is None) for phase in config.curriculum):
         return
-    whole, limit = total_steps(config.curriculum, None), config.trainer.max_steps
+    whole, limit = Curriculum(config.curriculum).total_steps, config.trainer.max_steps
     if limit is not None and limit > whole:
         rule = f"must be at most the {whole} steps of the curriculum"
         yield Problem("trainer.max_steps", limit, rule, f"nearest legal value is {whole}, null runs them all")
 
 
-def learning_rate_problems(path: str, rate: LearningRateConfig, phase: PhaseConfig) -> Iterator[Problem]:
+def learning_rate_problems(path: str, rate: LearningRate, phase: Phase) -> Iterator[Problem]:
     """A schedule falls from peak to min and warms up inside its phase."""
     if rate.min > rate.peak:
         rule, remedy = f"must be at most {path}.peak = {rate.peak:g}", f"nearest legal value is {rate.peak:g}"
@@ -209,18 +210,18 @@ def check_budgets(config: ElasticRunConfig, cluster: Cluster) -> Iterator[Proble
     """Every budget lies between the smallest subnet and the parent."""
     if config.model.vocab is None:
         return
-    space, deployment = config.space(), config.deployment()
+    space, deployment = config.space(), config.elastic.deployment
     smallest = smallest_subnet(space)
     for index, section in enumerate(config.elastic.budgets):
         if (section.target is None) == (section.ratio is None):
             continue
         try:
-            check_reachable(section.budget(space.parent, deployment), space.parent, smallest, deployment)
+            check_reachable(section.absolute(space.parent, deployment), space.parent, smallest, deployment)
         except BudgetError as error:
             yield _unreachable(f"elastic.budgets.{index}", section, str(error))
 
 
-def _unreachable(path: str, section: BudgetConfig, message: str) -> Problem:
+def _unreachable(path: str, section: Budget, message: str) -> Problem:
     rule, _, remedy = message.removeprefix(f"budget {section.name}: ").partition("; ")
     name, value = ("target", section.target) if section.target is not None else ("ratio", section.ratio)
     return Problem(f"{path}.{name}", value, rule, remedy or "choose smaller widths")
@@ -243,7 +244,7 @@ def check_num_chunks(config: ElasticConfig, cluster: Cluster) -> Iterator[Proble
         yield Problem("distill.num_chunks", config.distill.num_chunks, rule, f"nearest legal value is {tokens}")
 
 
-def check_subnets(config: FamilyConfig, cluster: Cluster) -> Iterator[Problem]:
+def check_subnets(config: MembersConfig, cluster: Cluster) -> Iterator[Problem]:
     """Subnets given by hand have names of their own, apart from the budgets'."""
     yield from unique_names("subnets", [subnet.name for subnet in config.subnets])
 

@@ -5,10 +5,14 @@ rules.py.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal
 
-from elastic.config.types import Count, Decay, Name, Positive, PositiveOrZero, Range, Required
+from elastic.router.draw import RouterSettings
+from elastic.space.axes import Axis, AxisChoices, Space
+from elastic.space.budget import Budget
+from elastic.space.cost import Deployment
+from elastic.space.ranges import Count, Decay, Name, Positive, PositiveOrZero, Range, Required
 from elastic.space.shape import ModelShape
 
 # How a checkpoint is looked at before it is trusted: all checksums, or all sizes and the checksums of small files.
@@ -49,22 +53,49 @@ class ModelConfig:
         size = self.vocab if self.vocab is not None else vocab
         if size is None:
             raise ValueError("model.vocab = null: fill it in from the prepared data first (config.with_vocab)")
-        return ModelShape.uniform(
-            self.pattern,
-            vocab=size,
-            hidden=self.hidden,
-            ffn=self.ffn,
-            mamba_heads=self.mamba_heads,
-            head_channels=self.head_channels,
-            mamba_groups=self.mamba_groups,
-            mamba_state=self.mamba_state,
-            conv_kernel=self.conv_kernel,
-            attention_heads=self.attention_heads,
-            kv_heads=self.kv_heads,
-            attention_channels=self.attention_channels,
-            tied_embeddings=self.tied_embeddings,
-            norm_epsilon=self.norm_epsilon,
-        )
+        sizes = {name: value for name, value in asdict(self).items() if name not in ("vocab_multiple", "init_std")}
+        return ModelShape.uniform(**sizes | {"vocab": size})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpaceConfig:
+    """Choices per axis; null leaves the axis full. `lanes` deals the FFN neurons."""
+
+    lanes: Count = 8
+    hidden: AxisChoices | None = None
+    ffn: AxisChoices | None = None
+    mamba_head: AxisChoices | None = None
+    mamba_channel: AxisChoices | None = None
+    attention_head: AxisChoices | None = None
+    depth: AxisChoices | None = None
+
+    def axes(self) -> dict[Axis, AxisChoices]:
+        """Return the choices of every axis that is named."""
+        return {axis: choices for axis in Axis if (choices := getattr(self, axis.value)) is not None}
+
+    def space(self, parent: ModelShape, depth_ranking: tuple[int, ...] = ()) -> Space:
+        """Build the space inside `parent`; raises SpaceError. An empty ranking keeps the first layers."""
+        return Space(parent=parent, axes=self.axes(), lanes=self.lanes, depth_ranking=depth_ranking)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElasticSection:
+    """What the family is: the space of subnets, the budgets asked for, and the routers that meet them."""
+
+    space: SpaceConfig = field(default_factory=SpaceConfig)
+    budgets: Annotated[tuple[Budget, ...], Range(low=1)] = (Budget(name="full", ratio=1.0),)
+    deployment: Deployment = field(default_factory=Deployment)
+    router: RouterSettings = field(default_factory=RouterSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Weights of the distillation loss; `num_chunks` splits the tokens of a micro-batch so logits stay small."""
+
+    kl_weight: PositiveOrZero = 1.0
+    cross_entropy_weight: PositiveOrZero = 0.0
+    temperature: Positive = 1.0
+    num_chunks: Count = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 
 from elastic.config.sections import DataConfig
 from elastic.config.training import Checkpoint, CheckpointInput, RunConfig, VerbConfig
-from elastic.config.types import Count, CountOrZero, MemberName, PositiveOrZero, Range, Required, Share
 from elastic.space.gates import Execution
 from elastic.space.pattern import LayerKind
+from elastic.space.ranges import Count, CountOrZero, MemberName, PositiveOrZero, Range, Required, Share
 from elastic.space.shape import WIDTH_FIELD, ModelShape
 from elastic.space.subnet import Subnet
 
@@ -44,7 +44,7 @@ class SubnetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FamilyInput(CheckpointInput):
+class MembersInput(CheckpointInput):
     """Weights to run, and whose router decides the budgets (null: the router saved beside the weights).
 
     Weights of the permuted parent with the router of a family show what cutting without training costs.
@@ -55,20 +55,20 @@ class FamilyInput(CheckpointInput):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FamilyConfig(VerbConfig):
-    """A verb that takes budgets out of a checkpoint: the model's sizes come with it.
+class MembersConfig(VerbConfig):
+    """A verb that takes members (budgets, subnets by hand) out of a checkpoint: the model's sizes come with it.
 
     `budget_names` null takes all budgets, an empty list none. (`budgets` is a group of files, so Hydra would not let
     the command line set a list of that name.)
     """
 
-    init_from: FamilyInput = field(default_factory=FamilyInput)
+    init_from: MembersInput = field(default_factory=MembersInput)
     budget_names: tuple[str, ...] | None = None
     subnets: tuple[SubnetConfig, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(FamilyConfig, RunConfig):
+class EvaluateConfig(MembersConfig, RunConfig):
     """recipes/evaluate.py: loss, perplexity and cost per budget (null: all) and per subnet given by hand."""
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -100,7 +100,7 @@ class TokenizerInput:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractConfig(FamilyConfig):
+class ExtractConfig(MembersConfig):
     """recipes/extract.py: budgets to Hugging Face folders and/or Megatron-Core checkpoints."""
 
     data: TokenizerInput = field(default_factory=TokenizerInput)

@@ -3,16 +3,16 @@
 A recipe turns its YAML into one of these (`load.load`), checks it (`rules.check`) and passes it on.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
-from elastic.config.elastic import DistillConfig, ElasticPhaseConfig, ElasticSection, PhaseConfig
 from elastic.config.sections import (
     ComputeConfig,
     DataConfig,
     DataFolder,
     DebugConfig,
+    DistillConfig,
+    ElasticSection,
     ExpManagerConfig,
     ImportanceSection,
     ModelConfig,
@@ -22,11 +22,10 @@ from elastic.config.sections import (
     TrainExpManagerConfig,
     Verification,
 )
-from elastic.config.types import Count, CountOrZero, Range, Required
-from elastic.router.phases import Curriculum
+from elastic.router.phases import ElasticPhase, Phase
 from elastic.space.axes import Space
 from elastic.space.budget import Budget
-from elastic.space.cost import Deployment
+from elastic.space.ranges import Count, CountOrZero, Range, Required
 from elastic.space.shape import ModelShape
 
 Checkpoint = Annotated[str, Required("a run folder of an earlier verb, or one checkpoint in it")]
@@ -57,6 +56,7 @@ class TrainConfig(RunConfig):
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     exp_manager: TrainExpManagerConfig = field(default_factory=TrainExpManagerConfig)
+    curriculum: Annotated[tuple[Phase, ...], Range(low=1)] = (Phase(name="pretrain", steps=100),)
     debug: DebugConfig = field(default_factory=DebugConfig)
 
     def parent_shape(self) -> ModelShape:
@@ -67,12 +67,6 @@ class TrainConfig(RunConfig):
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(TrainConfig):
     """recipes/pretrain_parent.py: train a parent from scratch."""
-
-    curriculum: Annotated[tuple[PhaseConfig, ...], Range(low=1)] = (PhaseConfig(name="pretrain", steps=100),)
-
-    def curriculum_phases(self) -> Curriculum:
-        """Return the phases in the form the loop takes."""
-        return Curriculum(tuple(phase.phase() for phase in self.curriculum))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,26 +112,17 @@ class ElasticRunConfig(TrainConfig):
     """What describes a run of the main job, for the verbs that train it or price it."""
 
     elastic: ElasticSection = field(default_factory=ElasticSection)
-    curriculum: Annotated[tuple[ElasticPhaseConfig, ...], Range(low=1)] = (ElasticPhaseConfig(name="train", steps=100),)
+    curriculum: Annotated[tuple[ElasticPhase, ...], Range(low=1)] = (ElasticPhase(name="train", steps=100),)
     distill: DistillConfig = field(default_factory=DistillConfig)
 
     def space(self, depth_ranking: tuple[int, ...] = ()) -> Space:
         """Build the space of subnets; raises SpaceError."""
         return self.elastic.space.space(self.parent_shape(), depth_ranking)
 
-    def deployment(self) -> Deployment:
-        """Return the conditions under which deployment bytes and FLOPs are counted."""
-        return self.elastic.deployment.deployment()
-
-    def curriculum_phases(self) -> Curriculum:
-        """Return the phases in the form the loop takes, weights in the order of the budgets."""
-        names = [budget.name for budget in self.elastic.budgets]
-        return Curriculum(tuple(phase.elastic_phase(names) for phase in self.curriculum))
-
     def budgets(self) -> tuple[Budget, ...]:
         """Return the budgets in absolute units, in the order of the config."""
-        parent, deployment = self.parent_shape(), self.deployment()
-        return tuple(budget.budget(parent, deployment) for budget in self.elastic.budgets)
+        parent, deployment = self.parent_shape(), self.elastic.deployment
+        return tuple(budget.absolute(parent, deployment) for budget in self.elastic.budgets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,9 +160,3 @@ def with_vocab[T: TrainConfig](config: T, tokenizer_tokens: int) -> T:
     if config.model.vocab is not None:
         return config
     return replace(config, model=replace(config.model, vocab=config.model.padded_vocab(tokenizer_tokens)))
-
-
-def total_steps(curriculum: Sequence[PhaseConfig], max_steps: int | None) -> int:
-    """Return the optimizer steps of a run: the whole curriculum, or fewer when trainer.max_steps says so."""
-    whole = sum(phase.num_steps for phase in curriculum)
-    return whole if max_steps is None else min(whole, max_steps)

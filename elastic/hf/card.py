@@ -102,8 +102,8 @@ def _cost_rows(info: CardInfo, shape: ModelShape) -> list[tuple[str, str]]:
     ]
     if info.budget is not None:
         budget = info.budget
-        share = cost[budget.metric] / budget.target
-        rows.insert(0, (f"budget {budget.name}", f"{budget.target:,.0f} {budget.metric}, used {share:.1%}"))
+        share = cost[budget.metric] / budget.limit
+        rows.insert(0, (f"budget {budget.name}", f"{budget.limit:,.0f} {budget.metric}, used {share:.1%}"))
     return rows
 
 

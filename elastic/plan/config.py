@@ -5,7 +5,7 @@ from typing import Annotated
 
 from elastic.config.sections import DataConfig, ParallelConfig
 from elastic.config.training import CostConfig, ElasticConfig, PermutedParentInput
-from elastic.config.types import Count, Name, Positive, PositiveOrZero, Range, Share
+from elastic.space.ranges import Count, Name, Positive, PositiveOrZero, Range, Share
 
 SpareShare = Annotated[float, Range(low=0, high=1, open_high=True)]
 

@@ -20,8 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from elastic.config.elastic import DistillConfig
-from elastic.config.sections import OptimConfig
+from elastic.config.sections import DistillConfig, OptimConfig
 from elastic.model.cpu_backend import use_cpu_backend
 from elastic.model.model import Layout, build_model
 from elastic.model.specs import Kernels

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from elastic.config.elastic import ElasticPhaseConfig
 from elastic.config.sections import ParallelConfig
 from elastic.model.model import Layout
 from elastic.plan.config import PlanConfig
 from elastic.plan.flops import Flops, StageFlops, stage_flops
 from elastic.plan.memory import OptimizerSharding, StageMemory, stage_memory
 from elastic.plan.work import KernelSet, MicroBatchWork
+from elastic.router.phases import ElasticPhase
 from elastic.space.axes import Space
 from elastic.space.gates import Execution
 from elastic.space.reach import Sample, sample_subnet
@@ -31,7 +31,7 @@ class Share:
 class PhasePlan:
     """One phase on one layout: its micro-batches by budget, and how many a replica runs in a step."""
 
-    phase: ElasticPhaseConfig
+    phase: ElasticPhase
     shares: tuple[Share, ...]
     micro_batches: int
     replicas: int
@@ -75,7 +75,7 @@ class PhasePlan:
 
 def budget_samples(config: PlanConfig, space: Space) -> dict[str, Sample]:
     """Return the sample subnet of every budget, the ones recipes/cost.py prints."""
-    deployment = config.deployment()
+    deployment = config.elastic.deployment
     return {budget.name: sample_subnet(space, budget, deployment) for budget in config.budgets()}
 
 
@@ -105,7 +105,7 @@ def phase_plans(
 
 def _shares(
     config: PlanConfig,
-    phase: ElasticPhaseConfig,
+    phase: ElasticPhase,
     layout: Layout,
     micro_batch: int,
     samples: dict[str, Sample],
@@ -129,8 +129,8 @@ def _shares(
     if phase.execution is Execution.MASK:  # full-size work whatever the budget
         yield Share("all", 1.0, run(Subnet.full(parent)))
         return
-    weights = phase.budget_weights or dict.fromkeys(samples, 1.0)
-    total = sum(weights.values())
-    for name, weight in weights.items():
+    weights = phase.weights(list(samples))
+    total = sum(weights)
+    for name, weight in zip(samples, weights, strict=True):
         if weight > 0:
             yield Share(name, weight / total, run(samples[name].subnet))

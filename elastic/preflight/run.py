@@ -48,7 +48,7 @@ def plan_run(config: VerbConfig, phase: str | None) -> tuple[Plan, tuple[Problem
     if not isinstance(config, TrainConfig):
         problem = Problem("PHASE", phase, "only a training run has phases", "leave it out")
         return Plan(str(run_dir)), (problem,) if phase else ()
-    phases = config.curriculum_phases().phases  # type: ignore[attr-defined]
+    phases = config.curriculum
     total = min(sum(p.num_steps for p in phases), config.trainer.max_steps or sum(p.num_steps for p in phases))
     override = ""
     if phase is not None:

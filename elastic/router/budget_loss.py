@@ -29,7 +29,7 @@ def budget_loss(
         # A metric that no elastic axis touches is a plain number, the same for all draws.
         own = used[..., index] if isinstance(used, Tensor) else torch.tensor(float(used), dtype=torch.float64)
         device = next(iter(probabilities.values())).device
-        columns.append((own.to(device) / budget.target - 1.0).abs().float())
+        columns.append((own.to(device) / budget.limit - 1.0).abs().float())
     return torch.stack(torch.broadcast_tensors(*columns), dim=-1)
 
 

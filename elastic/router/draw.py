@@ -16,6 +16,7 @@ from elastic.space.axes import Axis, Space
 from elastic.space.budget import Budget
 from elastic.space.cost import Deployment
 from elastic.space.gates import Execution, Gates
+from elastic.space.ranges import Count, PositiveOrZero
 from elastic.space.subnet import Subnet
 
 NUM_COST_DRAWS = 16  # ours; with 8, about one toy run in forty misses a budget by more than 3%
@@ -31,6 +32,23 @@ class Mode(StrEnum):
 
     SOFT = "soft"
     STRAIGHT_THROUGH = "straight_through"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterSettings:
+    """Form of the routers, one per axis, and the weights of their own losses (docs/method.md 1.3; the entropy is ours).
+
+    A step's budgets are drawn `draws_per_step` times (null: as often as a replica has micro-batches), the noise of its
+    gates `noise_draws_per_step` times (null: for every micro-batch). Both given, the same samples get the same gates
+    at every data-parallel and micro-batch size.
+    """
+
+    hidden_width: Count = 256
+    mode: Mode = Mode.SOFT
+    budget_loss_weight: PositiveOrZero = 1.0
+    entropy_weight: PositiveOrZero = 0.1
+    draws_per_step: Count | None = None
+    noise_draws_per_step: Count | None = None
 
 
 @dataclass
@@ -69,19 +87,15 @@ class GateSource:
     space: Space
     budgets: tuple[Budget, ...]
     deployment: Deployment
-    mode: Mode
-    budget_loss_weight: float
-    entropy_weight: float
-    draws_per_step: int | None
+    settings: RouterSettings
     seed: int
-    noise_draws_per_step: int | None = None
 
     def draw(self, place: Place, num_micro_batches: int, replica: int, replicas: int) -> Draw:
         """Return the gates of this replica's micro-batches at one step."""
-        phase, in_step = place.phase, num_micro_batches * replicas
-        draws = self.draws_per_step or num_micro_batches
+        phase, in_step = place.elastic, num_micro_batches * replicas
+        draws = self.settings.draws_per_step or num_micro_batches
         check_draws(draws, in_step, replicas)
-        drawn = draw_budgets(phase.budget_weights, self.seed, place.step, draws)
+        drawn = draw_budgets(phase.weights([budget.name for budget in self.budgets]), self.seed, place.step, draws)
         numbers = [index * replicas + replica for index in range(num_micro_batches)]
         budgets = [budget_of(drawn, number, in_step) for number in numbers]
         if phase.router_frozen:
@@ -91,10 +105,10 @@ class GateSource:
         budget_losses = self._budget_losses(logits, place)
         shares = cost_shares(self.space, self.budgets, self.deployment)
         entropy = choice_entropy(logits, place.logit_scale, shares)
-        undecided = self.entropy_weight * (1.0 - place.progress) * entropy
-        router_loss = self.budget_loss_weight * (budget_losses.sum() - undecided)
+        undecided = self.settings.entropy_weight * (1.0 - place.progress) * entropy
+        router_loss = self.settings.budget_loss_weight * (budget_losses.sum() - undecided)
         draw = Draw([], budget_losses=budget_losses, router_loss=router_loss)
-        noise_draws = self.noise_draws_per_step or in_step
+        noise_draws = self.settings.noise_draws_per_step or in_step
         for number, budget in zip(numbers, budgets, strict=True):
             noise_draw = number * noise_draws // in_step  # equal runs of micro-batches, as for the budgets
             source = {axis: self._weights(values[budget], axis, place, noise_draw) for axis, values in logits.items()}
@@ -123,7 +137,7 @@ class GateSource:
             logits.device
         )
         soft = choice_probabilities(logits, noise, place.logit_scale, place.temperature)
-        return soft if self.mode == Mode.SOFT else _StraightThrough.apply(soft)
+        return soft if self.settings.mode == Mode.SOFT else _StraightThrough.apply(soft)
 
     def _frozen(self, budget: int, execution: Execution) -> Gates:
         if execution is Execution.SLICE:

@@ -1,32 +1,58 @@
 """Curriculum phases: what changes from one part of a run to the next, and where in it a step falls."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from elastic.router.schedules import LearningRate, Linear
+from elastic.router.schedules import LearningRate, linear
 from elastic.space.gates import Execution
+from elastic.space.ranges import Count, Name, Positive, PositiveOrZero, Range
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One part of a run. `global_batch` counts sequences; a run without budgets leaves the router's fields alone."""
+    """One part of any run. `global_batch` counts sequences; give `steps` or `tokens`, not both."""
 
-    name: str
-    sequence_length: int
-    global_batch: int
-    num_steps: int
-    learning_rate: LearningRate
-    budget_weights: tuple[float, ...] = ()
-    router_learning_rate: LearningRate = field(default_factory=lambda: LearningRate(0.0))
-    temperature: Linear = field(default_factory=lambda: Linear(1.0, 1.0))
-    logit_scale: Linear = field(default_factory=lambda: Linear(1.0, 1.0))
-    router_frozen: bool = True
-    execution: Execution = Execution.MASK
+    name: Name
+    sequence_length: Annotated[int, Range(low=2)] = 256
+    global_batch: Count = 8
+    steps: Count | None = None
+    tokens: Count | None = None
+    lr: LearningRate = field(default_factory=LearningRate)
 
     @property
     def tokens_per_step(self) -> int:
         """Return the tokens of one global batch."""
         return self.global_batch * self.sequence_length
+
+    @property
+    def num_steps(self) -> int:
+        """Return the optimizer steps of the phase; a token count is rounded up to whole steps."""
+        if self.steps is not None:
+            return self.steps
+        assert self.tokens is not None, "the rules let exactly one of steps and tokens through"
+        return math.ceil(self.tokens / self.tokens_per_step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElasticPhase(Phase):
+    """One phase of the main job. `budget_weights` by budget name (empty: equal; a budget left out: never drawn).
+
+    `temperature` and `logit_scale` run linearly from the first to the second value over the phase.
+    """
+
+    budget_weights: Mapping[str, PositiveOrZero] = field(default_factory=dict)
+    router_lr: LearningRate = field(default_factory=lambda: LearningRate(peak=1e-2))
+    temperature: tuple[Positive, Positive] = (1.0, 0.05)
+    logit_scale: tuple[Positive, Positive] = (1.0, 10.0)
+    router_frozen: bool = False
+    execution: Execution = Execution.MASK
+
+    def weights(self, budget_names: Sequence[str]) -> tuple[float, ...]:
+        """Return the weights in the order of the budgets."""
+        given = self.budget_weights or dict.fromkeys(budget_names, 1.0)
+        return tuple(given.get(name, 0.0) for name in budget_names)
 
 
 @dataclass(frozen=True)
@@ -49,24 +75,30 @@ class Place:
         return self.step_in_phase * self.phase.global_batch
 
     @property
+    def elastic(self) -> ElasticPhase:
+        """Return the phase of a run that has budgets."""
+        assert isinstance(self.phase, ElasticPhase), "only the main job asks"
+        return self.phase
+
+    @property
     def learning_rate(self) -> float:
         """Return the model's learning rate."""
-        return self.phase.learning_rate.at(self.step_in_phase, self.phase.num_steps)
+        return self.phase.lr.at(self.step_in_phase, self.phase.num_steps)
 
     @property
     def router_learning_rate(self) -> float:
         """Return the router's learning rate."""
-        return self.phase.router_learning_rate.at(self.step_in_phase, self.phase.num_steps)
+        return self.elastic.router_lr.at(self.step_in_phase, self.phase.num_steps)
 
     @property
     def temperature(self) -> float:
         """Return the Gumbel-softmax temperature."""
-        return self.phase.temperature.at(self.progress)
+        return linear(self.elastic.temperature, self.progress)
 
     @property
     def logit_scale(self) -> float:
         """Return the factor on the router's logits."""
-        return self.phase.logit_scale.at(self.progress)
+        return linear(self.elastic.logit_scale, self.progress)
 
 
 @dataclass(frozen=True)

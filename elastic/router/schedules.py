@@ -2,34 +2,30 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
+
+from elastic.space.ranges import CountOrZero, PositiveOrZero
 
 
-@dataclass(frozen=True)
-class Linear:
-    """A value that runs linearly from `start` to `end` over a phase."""
-
-    start: float
-    end: float
-
-    def at(self, progress: float) -> float:
-        """Return the value at `progress` in [0, 1]."""
-        return self.start + (self.end - self.start) * min(max(progress, 0.0), 1.0)
+def linear(ends: tuple[float, float], progress: float) -> float:
+    """Return the value at `progress` in [0, 1] between two ends."""
+    return ends[0] + (ends[1] - ends[0]) * min(max(progress, 0.0), 1.0)
 
 
 @dataclass(frozen=True)
 class LearningRate:
-    """Linear warm-up to `peak` over `warmup_steps`, then constant, or a cosine down to `minimum` at the last step."""
+    """Linear warm-up to `peak` over `warmup_steps`, then constant, or a cosine to `min` at the phase's last step."""
 
-    peak: float
-    minimum: float = 0.0
-    warmup_steps: int = 0
-    cosine: bool = False
+    peak: PositiveOrZero = 1e-3
+    min: PositiveOrZero = 0.0
+    warmup_steps: CountOrZero = 0
+    schedule: Literal["constant", "cosine"] = "constant"
 
     def at(self, step: int, num_steps: int) -> float:
         """Return the learning rate of step `step` of a phase of `num_steps`."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
-        if not self.cosine:
+        if self.schedule == "constant":
             return self.peak
-        done = (step - self.warmup_steps) / max(1, num_steps - 1 - self.warmup_steps)
-        return self.minimum + (self.peak - self.minimum) * 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
+        done = min((step - self.warmup_steps) / max(1, num_steps - 1 - self.warmup_steps), 1.0)
+        return self.min + (self.peak - self.min) * 0.5 * (1.0 + math.cos(math.pi * done))

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from elastic.config.elastic import ElasticPhaseConfig, PhaseConfig
 from elastic.config.load import config_dict
 from elastic.config.training import ElasticConfig, TrainConfig
+from elastic.router.phases import ElasticPhase, Phase
 from elastic.run.difference import ABSENT, Difference, flatten
 
 TRAINED = "this phase has been trained"
@@ -15,7 +15,7 @@ SCHEDULE = "rates, temperature and logit scale follow the length of the phase an
 
 
 def curriculum_differences(
-    then: Sequence[PhaseConfig], now: Sequence[PhaseConfig], step: int, names: tuple[Sequence[str], Sequence[str]]
+    then: Sequence[Phase], now: Sequence[Phase], step: int, names: tuple[Sequence[str], Sequence[str]]
 ) -> Iterator[Difference]:
     """Compare phase by phase at `step`: past phases are fixed, the running one in part, later ones may be accepted.
 
@@ -57,11 +57,11 @@ def _judged(path: str, name: str, then: Any, now: Any, done: int, over: bool) ->
     return Difference(path, then, now, f"holds for the rest of the phase, {done} steps of it are done", True)
 
 
-def _meaning(phase: PhaseConfig, budget_names: Sequence[str]) -> dict[str, Any]:
+def _meaning(phase: Phase, budget_names: Sequence[str]) -> dict[str, Any]:
     """Return a phase with its steps counted and its weights as shares (none: uniform), so that two ways to say one
     thing are equal."""
     phase = replace(phase, steps=phase.num_steps, tokens=None)
-    if isinstance(phase, ElasticPhaseConfig):
+    if isinstance(phase, ElasticPhase):
         drawn = {name: weight for name, weight in phase.budget_weights.items() if weight}
         total, uniform = sum(drawn.values()), drawn.keys() == set(budget_names) and len(set(drawn.values())) == 1
         phase = replace(phase, budget_weights={} if uniform else {name: w / total for name, w in drawn.items()})
@@ -96,17 +96,17 @@ def draw_differences(
             yield Difference(f"elastic.router.{name}", first, second, why, True)
 
 
-def _ends(phases: Sequence[PhaseConfig]) -> list[int]:
+def _ends(phases: Sequence[Phase]) -> list[int]:
     return [sum(phase.num_steps for phase in phases[: index + 1]) for index in range(len(phases))]
 
 
-def _trains(phase: ElasticPhaseConfig) -> bool:
+def _trains(phase: ElasticPhase) -> bool:
     return not phase.router_frozen
 
 
-def _draws(config: ElasticConfig, phase: PhaseConfig, replicas: int) -> int:
+def _draws(config: ElasticConfig, phase: Phase, replicas: int) -> int:
     return config.elastic.router.draws_per_step or phase.global_batch // config.data.micro_batch // replicas
 
 
-def _noise(config: ElasticConfig, phase: PhaseConfig, replicas: int) -> int:
+def _noise(config: ElasticConfig, phase: Phase, replicas: int) -> int:
     return config.elastic.router.noise_draws_per_step or phase.global_batch // config.data.micro_batch

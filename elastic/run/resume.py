@@ -116,7 +116,7 @@ def differences(
     if isinstance(then, ElasticConfig) and isinstance(config, ElasticConfig):
         names = tuple([b.name for b in c.elastic.budgets] for c in (then, config))  # type: ignore[assignment]
         yield from _budget_differences(saved, record, config, state.step)
-    old, new = _phases(then), _phases(config)
+    old, new = then.curriculum, config.curriculum
     yield from curriculum_differences(old, new, state.step, names)
     yield from draw_differences(then, config, state.origin.get(REPLICAS, 1), origin[REPLICAS], state.step)
     if saved.depth_ranking != record.depth_ranking:
@@ -124,10 +124,6 @@ def differences(
         yield Difference("init_from.permuted_parent (depth ranking)", saved.depth_ranking, record.depth_ranking, why,
                          False, "give the permuted parent the run started from")  # fmt: skip
     yield from _input_differences(state.origin.get("inputs", {}), origin["inputs"])
-
-
-def _phases(config: TrainConfig) -> Any:
-    return config.curriculum  # type: ignore[attr-defined]  # both training configs have one, of their own phases
 
 
 def _field_differences(then: TrainConfig, now: TrainConfig) -> Iterator[Difference]:
@@ -146,7 +142,7 @@ def _budget_differences(saved: Record, record: Record, config: ElasticConfig, st
     assert saved.family is not None and record.family is not None
     if saved.family.budgets == record.family.budgets:
         return
-    old, new = (", ".join(f"{b.name} {b.metric} {b.target:g}" for b in r.family.budgets) for r in (saved, record))  # type: ignore[union-attr]
+    old, new = (", ".join(f"{b.name} {b.metric} {b.limit:g}" for b in r.family.budgets) for r in (saved, record))  # type: ignore[union-attr]
     end, learns = 0, False
     for phase in config.curriculum:
         end += phase.num_steps

@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
+from typing import Annotated
 
 import torch
 
 from elastic.space.pattern import LayerKind
+from elastic.space.ranges import Count, Required
 from elastic.space.shape import WIDTH_FIELD, ModelShape
 from elastic.space.subnet import Subnet
 
@@ -39,7 +41,7 @@ class SpaceError(ValueError):
 class AxisChoices:
     """Allowed widths of one axis, descending, index 0 = full. `per_layer`: one choice for each layer of its kind."""
 
-    choices: tuple[int, ...]
+    choices: Annotated[tuple[Count, ...], Required("the full width first, then smaller ones")] = ()
     per_layer: bool = False
 
 

@@ -1,52 +1,46 @@
-"""Budgets: what the user asks for, in absolute units."""
+"""Budgets: what the user asks for, in absolute units or as a share of the parent."""
 
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from elastic.space.cost import Deployment, Metric, subnet_cost
+from elastic.space.cost import Deployment, Metric, shape_cost, subnet_cost
+from elastic.space.ranges import MemberName, Positive, Share
 from elastic.space.shape import ModelShape
 from elastic.space.subnet import Subnet
 
-# A budget's name is also that of a folder (extract) and of columns in logs.
-NAME_PATTERN = r"\w[\w.+-]{0,99}"
-
 
 class BudgetError(ValueError):
-    """A budget that names no target, two targets, or one the parent cannot meet."""
+    """A budget that the choices cannot meet."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A named limit: at most `target` units of `metric` (parameters, bytes or FLOPs per token)."""
+    """A named limit on one metric: `target` in absolute units, or `ratio` of the parent's cost. Exactly one."""
 
-    name: str
-    metric: Metric
-    target: float
+    name: MemberName
+    metric: Metric = Metric.PARAMS
+    target: Positive | None = None
+    ratio: Share | None = None
 
-    @classmethod
-    def from_ratio(
-        cls, name: str, metric: Metric, ratio: float, parent: ModelShape, deployment: Deployment
-    ) -> "Budget":
-        """Make an absolute budget from a share of the parent's cost, 0 < ratio <= 1."""
-        if not 0 < ratio <= 1:
-            raise BudgetError(f"budget {name}: ratio = {ratio} must be above 0 and at most 1")
-        full = subnet_cost(parent, Subnet.full(parent), deployment)[metric]
-        return cls(name, metric, ratio * float(full))
+    @property
+    def limit(self) -> float:
+        """Return the target (parameters, bytes or FLOPs per token); a ratio is made absolute first."""
+        assert self.target is not None, "Budget.absolute comes first"
+        return self.target
 
-    def __post_init__(self) -> None:
-        if re.fullmatch(NAME_PATTERN, self.name) is None:
-            raise BudgetError(f"budget {self.name!r}: a name is made of letters, digits, _ . + and -")
-        if self.target <= 0:
-            raise BudgetError(f"budget {self.name}: target = {self.target} must be above 0")
+    def absolute(self, parent: ModelShape, deployment: Deployment) -> "Budget":
+        """Return the budget with its ratio turned into a target."""
+        if self.ratio is None:
+            return self
+        return replace(self, target=self.ratio * float(shape_cost(parent, deployment)[self.metric]), ratio=None)
 
 
 def check_reachable(budget: Budget, parent: ModelShape, smallest: Subnet, deployment: Deployment) -> None:
     """Raise BudgetError unless the target lies between the smallest subnet and the parent (0.1% slack)."""
     low = subnet_cost(parent, smallest, deployment)[budget.metric]
-    high = subnet_cost(parent, Subnet.full(parent), deployment)[budget.metric]
-    if not low * 0.999 <= budget.target <= high * 1.001:
-        nearest = low if budget.target < low else high
+    high = shape_cost(parent, deployment)[budget.metric]
+    if not low * 0.999 <= budget.limit <= high * 1.001:
+        nearest = low if budget.limit < low else high
         raise BudgetError(
-            f"budget {budget.name}: target {budget.target:,.0f} {budget.metric} lies outside what the choices can "
+            f"budget {budget.name}: target {budget.limit:,.0f} {budget.metric} lies outside what the choices can "
             f"reach, {low:,.0f} to {high:,.0f}; nearest reachable is {nearest:,.0f}"
         )

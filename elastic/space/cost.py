@@ -6,12 +6,13 @@ Megatron-Core's parameters; a skipped layer costs nothing.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
 
 from torch import Tensor
 
 from elastic.space.pattern import LayerKind
+from elastic.space.ranges import Count, Positive
 from elastic.space.shape import ModelShape
 from elastic.space.subnet import Subnet
 
@@ -31,17 +32,12 @@ class Metric(StrEnum):
 class Deployment:
     """Conditions of a deployment: sequences held at once, their length in tokens, bytes per element."""
 
-    batch: int = 1
-    length_tokens: int = 8192
-    weight_bytes: float = 2.0
-    kv_bytes: float = 2.0
-    ssm_bytes: float = 4.0
-    conv_bytes: float = 2.0
-
-    def __post_init__(self) -> None:
-        wrong = [field.name for field in fields(self) if getattr(self, field.name) <= 0]
-        if wrong:
-            raise ValueError(f"deployment: {', '.join(wrong)} must be above 0")
+    batch: Count = 1
+    length_tokens: Count = 8192
+    weight_bytes: Positive = 2.0
+    kv_bytes: Positive = 2.0
+    ssm_bytes: Positive = 4.0
+    conv_bytes: Positive = 2.0
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def _ratios(space: Space, axes: tuple[Axis, ...], candidates: Tensor, budget: Bu
         chosen[axis] = one_hot.unsqueeze(-2)  # [C, 1 slot, K]
     used = cost(space.parent, expected_widths(homogeneous, chosen), deployment)[budget.metric]
     # A metric that no elastic axis touches is a plain number.
-    return torch.as_tensor(used, dtype=torch.float64).expand(len(candidates)) / budget.target
+    return torch.as_tensor(used, dtype=torch.float64).expand(len(candidates)) / budget.limit
 
 
 def _spread(space: Space, axes: tuple[Axis, ...], candidates: Tensor) -> Tensor:
@@ -131,4 +131,4 @@ def _mixed(
 
 def _sample(space: Space, subnet: Subnet, budget: Budget, deployment: Deployment) -> Sample:
     used = subnet_cost(space.parent, subnet, deployment)
-    return Sample(subnet, used, float(used[budget.metric]) / budget.target)
+    return Sample(subnet, used, float(used[budget.metric]) / budget.limit)

@@ -231,7 +231,7 @@ class LogSteps:
         subnets = chosen_subnets(trainer)
         for budget in source.budgets:
             used = subnet_cost(source.space.parent, subnets[budget.name], source.deployment)[budget.metric]
-            values[f"router/{budget.name}/cost_ratio"] = float(used) / budget.target
+            values[f"router/{budget.name}/cost_ratio"] = float(used) / budget.limit
         if result.budget_losses is not None:
             for budget, loss in zip(source.budgets, result.budget_losses.tolist(), strict=True):
                 values[f"router/{budget.name}/budget_loss"] = loss

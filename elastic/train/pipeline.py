@@ -13,7 +13,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from elastic.config.elastic import DistillConfig
+from elastic.config.sections import DistillConfig
 from elastic.data.stream import Batch
 from elastic.distill.kl import distillation_loss
 from elastic.model.forward import context_parallel_slice

@@ -119,7 +119,7 @@ class Trainer:
         losses = self.runner.forward_backward(work)
         # 3. Through the gates to the router, outside the sharded graph.
         self.progress.enter(number, "optimizer")
-        trains_router = draw is not None and not place.phase.router_frozen
+        trains_router = draw is not None and not place.elastic.router_frozen
         if draw is not None and trains_router:
             self._router_gradients(place, draw)
         # 4. One decision for all ranks, then weights and router take the step, or neither does.

@@ -33,7 +33,7 @@ def run_cost(config: CostConfig, console: Console) -> dict[str, Any]:
     is of another model, OutputError for an output that exists already.
     """
     check_output(config)
-    space, deployment, budgets = cost_space(config), config.deployment(), config.budgets()
+    space, deployment, budgets = cost_space(config), config.elastic.deployment, config.budgets()
     samples = [sample_subnet(space, budget, deployment) for budget in budgets]
     report = {
         "deployment": asdict(deployment),
@@ -88,7 +88,7 @@ def budget_row(budget: Budget, sample: Sample, space: Space) -> dict[str, Any]:
     return {
         "name": budget.name,
         "metric": str(budget.metric),
-        "target": budget.target,
+        "target": budget.limit,
         "cost_ratio": sample.ratio,
         "is_near": sample.is_near,
         **cost_values(sample.cost),

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from elastic.config.elastic import DistillConfig
+from elastic.config.sections import DistillConfig
 from elastic.config.serving import EvaluateConfig
 from elastic.data.stream import PackedSequences, TokenStream
 from elastic.run.folder import open_run_folder, write_json
@@ -116,8 +116,8 @@ def _row(family: OpenFamily, index: int, loss: MeanLoss) -> dict[str, Any]:
     return {
         "name": member.name,
         "metric": None if budget is None else str(budget.metric),
-        "target": None if budget is None else budget.target,
-        "cost_ratio": None if budget is None else float(cost[budget.metric]) / budget.target,
+        "target": None if budget is None else budget.limit,
+        "cost_ratio": None if budget is None else float(cost[budget.metric]) / budget.limit,
         "params": cost.params,
         "deploy_bytes": cost.deploy_bytes,
         "flops_per_token": cost.flops_per_token,

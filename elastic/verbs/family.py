@@ -8,7 +8,7 @@ from elastic.checkpoint.checkpoint import Trainable, load_checkpoint, load_route
 from elastic.checkpoint.find import resolve_checkpoint
 from elastic.checkpoint.reader import StoredTensors
 from elastic.checkpoint.record import Record, check_same_shape
-from elastic.config.serving import FamilyConfig, SubnetConfig
+from elastic.config.serving import MembersConfig, SubnetConfig
 from elastic.model.model import ElasticModel, Layout, build_model
 from elastic.router.draw import decide
 from elastic.router.router import Router
@@ -92,7 +92,7 @@ def open_family(
 
 
 def open_configured(
-    config: FamilyConfig, *, world: World | None = None, say: Callable[[str], object] = lambda text: None
+    config: MembersConfig, *, world: World | None = None, say: Callable[[str], object] = lambda text: None
 ) -> OpenFamily:
     """Open what a verb's config names; errors of `open_family`."""
     source, full = config.init_from, config.init_from.verify == "full"

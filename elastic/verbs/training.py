@@ -8,14 +8,14 @@ from rich.console import Console
 from elastic.checkpoint.checkpoint import Trainable, load_checkpoint
 from elastic.checkpoint.find import resolve_checkpoint
 from elastic.checkpoint.record import Family, Record, check_same_shape
-from elastic.config.elastic import DistillConfig
 from elastic.config.load import config_dict
-from elastic.config.training import ElasticConfig, PretrainConfig, TrainConfig, with_vocab
+from elastic.config.sections import DistillConfig
+from elastic.config.training import ElasticConfig, PretrainConfig, TrainConfig
 from elastic.data.manifest import Manifest
 from elastic.data.phases import PhaseData
 from elastic.data.stream import PackedSequences, TokenStream
 from elastic.model.model import ElasticModel, build_model
-from elastic.router.draw import GateSource, Mode
+from elastic.router.draw import GateSource
 from elastic.router.phases import Curriculum
 from elastic.router.router import Router
 from elastic.run.folder import FINISHED_FILE, write_finished
@@ -40,7 +40,6 @@ GO_ON = "set exp_manager.resume_if_exists=true and exp_manager.overwrite=false"
 def run_pretrain(config: PretrainConfig, console: Console) -> Path:
     """Train a parent from scratch with cross-entropy; returns the run folder."""
     stream = TokenStream(Path(config.data.path) / "train")
-    config = with_vocab(config, stream.vocab_size)
     space = Space(config.parent_shape(), {}, lanes=1)
     record = Record("parent", space.parent, data=config.data.path)
     with (
@@ -49,7 +48,7 @@ def run_pretrain(config: PretrainConfig, console: Console) -> Path:
     ):
         model = build_model(space, here.layout, seed=config.seed, init_std=config.model.init_std)
         loss = DistillConfig(kl_weight=0.0, cross_entropy_weight=1.0, num_chunks=1)
-        trainer = _trainer(config, opened, stream, here, model, None, record, config.curriculum_phases(), loss)
+        trainer = _trainer(config, opened, stream, here, model, None, record, loss)
         return _fit(trainer, config, opened, stream, (), console)
 
 
@@ -59,7 +58,6 @@ def run_elastic(config: ElasticConfig, console: Console, callbacks: Sequence[Cal
     `callbacks` of the caller run after the run's own.
     """
     stream = TokenStream(Path(config.data.path) / "train")
-    config = with_vocab(config, stream.vocab_size)
     with world(model_layout(config.parallel, config.trainer), config.trainer.collective_timeout_s) as here:
         full = config.init_from.verify == "full"
         start = resolve_checkpoint(config.init_from.permuted_parent, full=full, world=here, say=console.print)
@@ -67,7 +65,7 @@ def run_elastic(config: ElasticConfig, console: Console, callbacks: Sequence[Cal
         check_same_shape(config.parent_shape(), parent.shape, start)
         space = Space(config.parent_shape(), config.elastic.space.axes(), parent.lanes, parent.depth_ranking)
         router_width = config.elastic.router.hidden_width
-        family = Family(space.axes, config.budgets(), config.deployment(), router_width)
+        family = Family(space.axes, config.budgets(), config.elastic.deployment, router_width)
         provenance = {"permuted parent": str(start), "data": config.data.path}
         record = Record("elastic", space.parent, space.lanes, space.depth_ranking, config.data.path, family, provenance)
         with open_training_run(config, _manifest(stream), record, here, console.print, start) as opened:
@@ -86,7 +84,7 @@ def _elastic_trainer(
     start: Path,
 ) -> Trainer:
     """Build student, teacher and router, and load them: from the run's own checkpoint, else from the parent."""
-    family, router_config = record.family, config.elastic.router
+    family = record.family
     assert family is not None
     student = build_model(space, here.layout, seed=config.seed)
     teacher = build_model(space, here.layout, seed=config.seed)
@@ -98,15 +96,10 @@ def _elastic_trainer(
         space=space,
         budgets=family.budgets,
         deployment=family.deployment,
-        mode=Mode(router_config.mode),
-        budget_loss_weight=router_config.budget_loss_weight,
-        entropy_weight=router_config.entropy_weight,
-        draws_per_step=router_config.draws_per_step,
-        noise_draws_per_step=router_config.noise_draws_per_step,
+        settings=config.elastic.router,
         seed=config.seed,
     )
-    phases = config.curriculum_phases()
-    trainer = _trainer(config, opened, stream, here, student, teacher, record, phases, config.distill, gates)
+    trainer = _trainer(config, opened, stream, here, student, teacher, record, config.distill, gates)
     trainer.carried_from = start
     return trainer
 
@@ -124,11 +117,10 @@ def _trainer(
     student: ElasticModel,
     teacher: ElasticModel | None,
     record: Record,
-    curriculum: Curriculum,
     loss: DistillConfig,
     gates: GateSource | None = None,
 ) -> Trainer:
-    wrapped = wrap_for_training(student, config.optim)
+    curriculum, wrapped = Curriculum(config.curriculum), wrap_for_training(student, config.optim)
     router = None if gates is None else gates.router
     router_optimizer = None if router is None else build_router_optimizer(router, config.optim)
     optimizer = build_optimizer(wrapped, config.optim, here)

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic.config.elastic import DistillConfig
-from elastic.config.sections import OptimConfig
+from elastic.config.sections import DistillConfig, OptimConfig
 from elastic.data.stream import Batch
 from elastic.model.initialize import named_global_parameters
 from elastic.model.model import Layout, build_model

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from elastic.config.elastic import DistillConfig, ElasticPhaseConfig
-from elastic.config.sections import OptimConfig
+from elastic.config.sections import DistillConfig, OptimConfig
 from elastic.model.model import Layout
 from elastic.plan.config import PlanConfig
 from elastic.plan.dry_run import Trace, dry_run, ranks_of_stages, trace_step
@@ -17,6 +16,7 @@ from elastic.plan.phases import PhasePlan, Share, budget_samples
 from elastic.plan.rehearsal import comparison, rehearse
 from elastic.plan.search import candidate
 from elastic.plan.work import KernelSet, MicroBatchWork
+from elastic.router.phases import ElasticPhase
 from elastic.space.axes import Axis, AxisChoices, Space
 from elastic.space.gates import Execution
 from elastic.space.shape import ModelShape
@@ -54,7 +54,7 @@ def micro_batch(layout: Layout, execution: Execution, kernels: KernelSet) -> Mic
 def compared(run: MicroBatchWork, trace: Trace, optim: OptimConfig) -> dict[str, tuple[float, float]]:
     """Plan and trace of every quantity, by name."""
     share = Share("all", 1.0, run)
-    plan = PhasePlan(ElasticPhaseConfig(name="p"), (share,), run.layout.pipeline, 1, NUM_CHUNKS, OptimizerSharding())
+    plan = PhasePlan(ElasticPhase(name="p"), (share,), run.layout.pipeline, 1, NUM_CHUNKS, OptimizerSharding())
     rows = comparison(plan, run, trace, run.layout.pipeline, optim.use_distributed_optimizer)
     return {row["what"]: (row["plan"], row["trace"]) for row in rows}
 

@@ -12,7 +12,6 @@ from elastic.model.initialize import named_global_parameters
 from elastic.model.model import Layout, build_model
 from elastic.router.phases import Phase, Place
 from elastic.router.router import Router
-from elastic.router.schedules import LearningRate
 from elastic.space.axes import Axis
 from elastic.space.gates import Gates
 from elastic.train.callbacks import NoCallback
@@ -58,11 +57,11 @@ class Copies:
         self.tensors["sample ids of micro-batch 0"] = self.batches[0].sample_ids.view(torch.int32)
 
     def before(self, step):
-        phase = Phase("only", 32, 8, 10, LearningRate(0.0))
+        phase = Phase(name="only", sequence_length=32, steps=10)
         self.sanity.before_step(Place(step, 0, phase, step), self.batches, self.gates)
 
     def after(self, step):
-        self.sanity.after_step(Place(step, 0, Phase("only", 32, 8, 10, LearningRate(0.0)), step))
+        self.sanity.after_step(Place(step, 0, Phase(name="only", sequence_length=32, steps=10), step))
 
 
 def messages(layout, tied, flips):

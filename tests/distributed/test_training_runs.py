@@ -8,8 +8,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from elastic.checkpoint.find import list_checkpoints
-from elastic.config.elastic import DistillConfig
 from elastic.config.load import load
+from elastic.config.sections import DistillConfig
 from elastic.config.training import ElasticConfig
 from elastic.model.model import Layout, build_model
 from elastic.router.router import Router

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from elastic.config.elastic import SpaceConfig
 from elastic.config.load import load
-from elastic.config.sections import ModelConfig
+from elastic.config.sections import ModelConfig, SpaceConfig
 from elastic.config.training import ElasticConfig, ImportanceConfig, PretrainConfig
 from elastic.space.axes import Space
 from elastic.verbs.estimate_importance import run_importance

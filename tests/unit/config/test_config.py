@@ -8,14 +8,16 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from elastic.config.elastic import BudgetConfig, ElasticPhaseConfig, PhaseConfig, RouterConfig
 from elastic.config.load import ConfigError, config_dict, load
 from elastic.config.rules import check, load_and_check
 from elastic.config.rules_layout import Cluster
 from elastic.config.sections import ModelConfig
 from elastic.config.serving import GenerateConfig, SubnetConfig
-from elastic.config.training import ElasticConfig, PretrainConfig, total_steps, with_vocab
+from elastic.config.training import ElasticConfig, PretrainConfig, with_vocab
+from elastic.router.draw import RouterSettings
+from elastic.router.phases import Curriculum, ElasticPhase, Phase
 from elastic.space.axes import Axis
+from elastic.space.budget import Budget
 from elastic.space.cost import Metric, shape_cost
 from elastic.space.gates import Execution
 from tests.unit.config.configs import VERBS, values_of
@@ -45,8 +47,8 @@ def test_pitfall_10_ratio_and_target_are_two_fields() -> None:
     metrics = [{"name": str(metric), "metric": str(metric), "ratio": 1.0} for metric in Metric]
     changes = {"elastic.budgets": metrics, "curriculum.0.budget_weights": {}}
     config = load_and_check(ElasticConfig, values_of(ElasticConfig, changes), Cluster())
-    full = shape_cost(config.parent_shape(), config.deployment())
-    assert [budget.target for budget in config.budgets()] == [full[metric] for metric in Metric]
+    full = shape_cost(config.parent_shape(), config.elastic.deployment)
+    assert [budget.limit for budget in config.budgets()] == [full[metric] for metric in Metric]
 
 
 @pytest.mark.parametrize("kind", VERBS)
@@ -63,10 +65,9 @@ def test_numbers_written_as_floats_become_whole_and_whole_become_floats() -> Non
 
 
 def test_tokens_round_up_to_whole_steps() -> None:
-    phase = PhaseConfig(name="a", sequence_length=8, global_batch=4, tokens=65)
+    phase = Phase(name="a", sequence_length=8, global_batch=4, tokens=65)
     assert phase.num_steps == 3
-    assert total_steps((phase, PhaseConfig(name="b", steps=5)), None) == 8
-    assert total_steps((phase, PhaseConfig(name="b", steps=5)), 4) == 4
+    assert Curriculum((phase, Phase(name="b", steps=5))).total_steps == 8
 
 
 def test_null_vocabulary_is_padded_for_every_tensor_parallel_size() -> None:
@@ -108,25 +109,25 @@ def test_subnet_by_hand_fills_in_what_is_not_given() -> None:
 
 
 def test_budget_weights_and_router_defaults_are_the_published_ones() -> None:
-    phase, router = ElasticPhaseConfig(name="a", steps=1), RouterConfig()
+    phase, router = ElasticPhase(name="a", steps=1), RouterSettings()
     assert (phase.temperature, phase.logit_scale, phase.router_lr.peak) == ((1.0, 0.05), (1.0, 10.0), 1e-2)
     assert (router.hidden_width, router.budget_loss_weight) == (256, 1.0)
-    assert BudgetConfig(name="b", ratio=0.5).metric is Metric.PARAMS
+    assert Budget(name="b", ratio=0.5).metric is Metric.PARAMS
 
 
 def test_curriculum_reaches_the_loop_in_the_order_of_the_budgets() -> None:
     changes = {"curriculum.0.budget_weights": {"small": 2}, "curriculum.0.lr": {"peak": 3.0, "min": 1.0}}
     changes["curriculum.0.lr"] |= {"warmup_steps": 2, "schedule": "cosine"}
     config = load_and_check(ElasticConfig, values_of(ElasticConfig, changes), Cluster())
-    short, long = config.curriculum_phases().phases
-    assert (short.budget_weights, long.budget_weights) == ((0.0, 2.0), (1.0, 1.0))
+    short, long = config.curriculum
+    assert (short.weights(["full", "small"]), long.weights(["full", "small"])) == ((0.0, 2.0), (1.0, 1.0))
     assert (short.execution, long.execution) == (Execution.MASK, Execution.SLICE)
     assert (short.router_frozen, long.router_frozen) == (False, True)
-    assert [short.learning_rate.at(step, short.num_steps) for step in (0, 1, 2, 9)] == [1.5, 3.0, 3.0, 1.0]
-    assert (short.temperature.at(1.0), short.logit_scale.at(1.0)) == pytest.approx((0.05, 10.0))
-    assert config.curriculum_phases().total_steps == total_steps(config.curriculum, None)
-    (pretrain,) = PretrainConfig().curriculum_phases().phases
-    assert (pretrain.num_steps, pretrain.budget_weights) == (100, ())
+    assert [short.lr.at(step, short.num_steps) for step in (0, 1, 2, 9)] == [1.5, 3.0, 3.0, 1.0]
+    end = Curriculum(config.curriculum).at(short.num_steps - 1)
+    assert (end.temperature, end.logit_scale) == pytest.approx((0.05, 10.0))
+    (pretrain,) = PretrainConfig().curriculum
+    assert pretrain.num_steps == 100 and type(pretrain) is Phase
 
 
 def config_fields(kind: type) -> Iterator[tuple[str, str]]:
@@ -157,6 +158,6 @@ def test_pitfall_7_every_field_is_read_by_somebody() -> None:
         if file not in rules
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-    }
+    } | {axis.value for axis in Axis}  # SpaceConfig.axes reads them by name
     unread = {f"{owner}.{name}" for kind in VERBS for owner, name in config_fields(kind) if name not in read}
     assert unread == set()

@@ -10,6 +10,7 @@ from elastic.config.rules import load_and_check
 from elastic.config.rules_layout import Cluster
 from elastic.config.training import CostConfig, ElasticConfig, PretrainConfig
 from elastic.hf.config import export_warnings
+from elastic.router.phases import Curriculum
 from elastic.space.axes import Axis, Space
 from elastic.space.cost import Metric, shape_cost
 from elastic.space.gates import Execution
@@ -62,13 +63,13 @@ def test_phases_are_the_published_ones(run: ElasticConfig) -> None:
 
 
 def test_learning_rates_are_the_published_ones_and_go_on_between_the_phases(run: ElasticConfig) -> None:
-    curriculum = run.curriculum_phases()
+    curriculum = Curriculum(run.curriculum)
     short, long = curriculum.phases
     rates = [curriculum.at(step).learning_rate for step in (0, 59, 60, 5_165, 5_166, 5_166 + 1_788)]
     assert rates == pytest.approx([9e-5 / 60, 9e-5, 9e-5, 9e-5, 9e-5, 9e-6])
     router = [curriculum.at(step).router_learning_rate for step in (0, 59, 60, 5_165)]
     assert router == pytest.approx([1e-2 / 60, 1e-2, 1e-2, 1e-2])
-    assert (short.learning_rate.warmup_steps, short.router_learning_rate.warmup_steps) == (60, 60)
+    assert (short.lr.warmup_steps, short.router_lr.warmup_steps) == (60, 60)
     ends = [(curriculum.at(step).temperature, curriculum.at(step).logit_scale) for step in (0, 5_165, 5_166)]
     assert ends == [pytest.approx(pair) for pair in ((1.0, 1.0), (0.05, 10.0), (0.05, 10.0))]
     # Ours: the second phase trains decided subnets.
@@ -84,9 +85,9 @@ def test_the_other_reading_of_the_second_phase_is_one_line_of_overrides() -> Non
         if word.startswith("curriculum.1.")
     ]
     values = composed("elastic_12b", *overrides)
-    _, long = load_and_check(ElasticConfig, values, STARTED_ON["elastic_12b"]).curriculum_phases().phases
-    assert (long.router_frozen, long.execution, long.router_learning_rate.peak) == (False, Execution.MASK, 1e-2)
-    assert len(overrides) == 4 and long.router_learning_rate.minimum == 1e-2
+    _, long = load_and_check(ElasticConfig, values, STARTED_ON["elastic_12b"]).curriculum
+    assert (long.router_frozen, long.execution, long.router_lr.peak) == (False, Execution.MASK, 1e-2)
+    assert len(overrides) == 4 and long.router_lr.min == 1e-2
 
 
 def test_distillation_and_router_are_the_published_ones(run: ElasticConfig) -> None:

@@ -8,8 +8,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
-from elastic.config.elastic import DistillConfig
-from elastic.config.sections import OptimConfig
+from elastic.config.sections import DistillConfig, OptimConfig
 from elastic.data.stream import Batch
 from elastic.model.cpu_backend import ADAPTATIONS, use_cpu_backend
 from elastic.model.model import Layout

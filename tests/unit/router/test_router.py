@@ -1,14 +1,16 @@
 """The router, its budget loss, and the gates it draws."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from elastic.router.budget_loss import budget_loss, cost_shares
-from elastic.router.draw import GateSource, Mode, RouterError, decide
+from elastic.router.draw import GateSource, Mode, RouterError, RouterSettings, decide
 from elastic.router.gumbel import choice_entropy, choice_probabilities
-from elastic.router.phases import Curriculum, Phase
+from elastic.router.phases import Curriculum, ElasticPhase
 from elastic.router.router import Router
-from elastic.router.schedules import LearningRate, Linear
+from elastic.router.schedules import LearningRate
 from elastic.space.axes import Axis, AxisChoices, Space
 from elastic.space.budget import Budget
 from elastic.space.cost import Deployment, Metric, shape_cost, subnet_cost
@@ -36,19 +38,20 @@ def space():
 
 
 def budgets(where, ratios=(1.0, 0.7, 0.45), metric=Metric.PARAMS):
-    return tuple(Budget.from_ratio(f"b{ratio}", metric, ratio, where.parent, DEPLOYMENT) for ratio in ratios)
+    return tuple(Budget(f"b{ratio}", metric, ratio=ratio).absolute(where.parent, DEPLOYMENT) for ratio in ratios)
 
 
 def source(mode=Mode.SOFT, where=None, seed=0, draws=None):
     where = where or space()
     router = Router(where, 3, hidden_width=32, seed=seed)
-    return GateSource(router, where, budgets(where), DEPLOYMENT, mode, 1.0, 0.1, draws, seed)
+    settings = RouterSettings(mode=mode, draws_per_step=draws)
+    return GateSource(router, where, budgets(where), DEPLOYMENT, settings, seed)
 
 
 def place(frozen=False, execution=Execution.MASK, step=0, temperature=0.5):
-    phase = Phase(
-        "test", 32, 8, 50, LearningRate(1e-3), (1.0, 1.0, 1.0), LearningRate(1e-2), Linear(temperature, temperature),
-        Linear(1.0, 1.0), frozen, execution,
+    phase = ElasticPhase(
+        name="test", sequence_length=32, steps=50, temperature=(temperature, temperature), logit_scale=(1.0, 1.0),
+        router_frozen=frozen, execution=execution,
     )  # fmt: skip
     return Curriculum((phase,)).at(step)
 
@@ -206,11 +209,9 @@ def test_initial_router_depends_on_the_seed_alone():
 def _anneal(seed, task, steps=150, weight=3.0, where=None):
     """Train a router on the budget loss and, optionally, a made-up task loss that prefers later layers."""
     gates = source(where=where, seed=seed)
-    gates.budget_loss_weight = weight
-    phase = Phase(
-        "anneal", 32, 12, steps, LearningRate(0.0), (1, 1, 1), LearningRate(1e-2, warmup_steps=10), Linear(1.0, 0.05),
-        Linear(1.0, 10.0), False, Execution.MASK,
-    )  # fmt: skip
+    gates.settings = replace(gates.settings, budget_loss_weight=weight)
+    router_lr = LearningRate(1e-2, warmup_steps=10)
+    phase = ElasticPhase(name="anneal", sequence_length=32, global_batch=12, steps=steps, router_lr=router_lr)
     optimizer = torch.optim.AdamW(gates.router.parameters(), lr=1e-2, weight_decay=0.0, betas=(0.9, 0.98))
     curriculum = Curriculum((phase,))
     for step in range(steps):
@@ -226,7 +227,7 @@ def _anneal(seed, task, steps=150, weight=3.0, where=None):
         optimizer.step()
     chosen = [decide(gates.router, gates.space, index) for index in range(3)]
     used = [subnet_cost(gates.space.parent, subnet).params for subnet in chosen]
-    return chosen, [cost / budget.target for cost, budget in zip(used, gates.budgets, strict=True)]
+    return chosen, [cost / budget.limit for cost, budget in zip(used, gates.budgets, strict=True)]
 
 
 def _task(where, axis, leaf):

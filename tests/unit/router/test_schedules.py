@@ -2,15 +2,15 @@
 
 import pytest
 
-from elastic.router.phases import Curriculum, Phase
-from elastic.router.schedules import LearningRate, Linear
+from elastic.router.phases import Curriculum, ElasticPhase, Phase
+from elastic.router.schedules import LearningRate, linear
 
 
 def test_linear_runs_from_start_to_end():
-    schedule = Linear(1.0, 0.05)
-    assert schedule.at(0.0) == 1.0
-    assert schedule.at(1.0) == pytest.approx(0.05)
-    assert schedule.at(0.5) == pytest.approx(0.525)
+    ends = (1.0, 0.05)
+    assert linear(ends, 0.0) == 1.0
+    assert linear(ends, 1.0) == pytest.approx(0.05)
+    assert linear(ends, 0.5) == pytest.approx(0.525)
 
 
 def test_warm_up_is_linear_and_never_zero():
@@ -20,7 +20,7 @@ def test_warm_up_is_linear_and_never_zero():
 
 
 def test_cosine_ends_at_the_minimum_with_the_last_step():
-    rate = LearningRate(1.0, minimum=0.1, warmup_steps=2, cosine=True)
+    rate = LearningRate(1.0, min=0.1, warmup_steps=2, schedule="cosine")
     values = [rate.at(step, 12) for step in range(12)]
     assert values[1] == 1.0
     assert values[-1] == pytest.approx(0.1)
@@ -28,8 +28,8 @@ def test_cosine_ends_at_the_minimum_with_the_last_step():
 
 
 def test_places_walk_through_the_phases():
-    short = Phase("short", 256, 8, 3, LearningRate(1.0), temperature=Linear(1.0, 0.0))
-    long = Phase("long", 1024, 4, 2, LearningRate(0.5))
+    short = ElasticPhase(name="short", global_batch=8, steps=3, temperature=(1.0, 0.0))
+    long = Phase(name="long", sequence_length=1024, global_batch=4, steps=2, lr=LearningRate(0.5))
     curriculum = Curriculum((short, long))
     places = [curriculum.at(step) for step in range(curriculum.total_steps)]
     assert [(place.phase_index, place.step_in_phase) for place in places] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]

@@ -32,7 +32,7 @@ def values(tmp_path, **overrides):
 
 def record_of(config, ranking=(0, 1, 2, 3, 4)):
     space = config.space(ranking)
-    family = Family(space.axes, config.budgets(), config.deployment(), config.elastic.router.hidden_width)
+    family = Family(space.axes, config.budgets(), config.elastic.deployment, config.elastic.router.hidden_width)
     return Record("elastic", space.parent, space.lanes, space.depth_ranking, "data", family)
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from elastic.checkpoint.record import Record, RecordError
-from elastic.config.load import ConfigError
+from elastic.config.load import ConfigError, load
 from elastic.config.rules_layout import Cluster
 from elastic.config.sections import ExpManagerConfig
 from elastic.config.serving import ExtractConfig, ImportConfig
 from elastic.config.training import ElasticConfig
 from elastic.run.folder import is_unfinished, prepare_run_folder
-from elastic.space.budget import Budget, BudgetError
+from elastic.space.budget import Budget
 from elastic.space.cost import Metric
 from elastic.train.log import LogError, RunLog
 from elastic.verbs.inputs import load_run
@@ -76,10 +76,10 @@ def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../planted", "/srv/planted", "a/b", "", ".hidden", "a b", "x" * 101])
 def test_a_name_that_leads_elsewhere_is_no_budget(tmp_path: Path, name: str) -> None:
-    with pytest.raises(BudgetError, match="a name is made of letters"):
-        Budget(name, Metric.PARAMS, 1.0)
+    with pytest.raises(ConfigError, match="it names a folder, too: letters" if name else "name = null: missing"):
+        load(Budget, {"name": name, "target": 1.0})
     for fine in ("12b", "_x", "9b-think", "v1.2+a", "\u00e4"):
-        assert Budget(fine, Metric.PARAMS, 1.0).name == fine
+        assert load(Budget, {"name": fine, "target": 1.0}).name == fine
 
 
 def test_a_record_with_such_a_name_is_refused(tmp_path: Path) -> None:
@@ -92,12 +92,11 @@ def test_a_record_with_such_a_name_is_refused(tmp_path: Path) -> None:
     assert Record.read(checkpoint).family is not None
     record = checkpoint / "record.json"
     record.write_text(record.read_text().replace('"half"', '"../../half"'))
-    with pytest.raises(RecordError, match="a name is made of letters"):
+    with pytest.raises(RecordError, match="it names a folder, too: letters"):
         Record.read(checkpoint)
 
 
 def test_validation_sequences_must_be_there_at_every_length(tmp_path: Path) -> None:
-    from elastic.config.load import load
     from elastic.data.manifest import Manifest, SplitRecord, TokenizerRecord
     from elastic.verbs.token_ids import validation_problems
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, NemotronHConfig, NemotronHForCausalLM
 
+from elastic.config.load import ConfigError, load
 from elastic.hf.config import HfSettings, hf_config
-from elastic.space.budget import Budget, BudgetError
+from elastic.space.budget import Budget
 from elastic.space.cost import Deployment, Metric, Widths, cost, layer_params, shape_cost, subnet_cost
 from elastic.space.nesting import LAYER_PARAMETERS, LAYER_PREFIX, Cut, DimKind, parameter_dims, parameter_size
 from elastic.space.pattern import LayerKind
@@ -201,20 +202,19 @@ def test_pitfall_09_a_narrow_subnet_is_charged_for_what_it_holds() -> None:
 def test_pitfall_10_absolute_targets_and_ratios_do_not_mix() -> None:
     """The untouched parent meets the budget made of ratio 1 exactly, in every metric."""
     for metric in Metric:
-        budget = Budget.from_ratio("full", metric, 1.0, NANO_12B, Deployment())
-        assert subnet_cost(NANO_12B, Subnet.full(NANO_12B))[metric] / budget.target - 1 == 0
-    assert Budget("6B", Metric.PARAMS, 6.0e9).target == 6.0e9
-    for ratio in (0.0, 1.5, 6.0e9):
-        with pytest.raises(BudgetError, match="ratio"):
-            Budget.from_ratio("wrong", Metric.PARAMS, ratio, NANO_12B, Deployment())
-    with pytest.raises(BudgetError, match="target"):
-        Budget("wrong", Metric.PARAMS, 0.0)
+        budget = Budget("full", metric, ratio=1.0).absolute(NANO_12B, Deployment())
+        assert subnet_cost(NANO_12B, Subnet.full(NANO_12B))[metric] / budget.limit - 1 == 0
+    absolute = Budget("6B", Metric.PARAMS, 6.0e9)
+    assert absolute.absolute(NANO_12B, Deployment()) == absolute and absolute.limit == 6.0e9
+    for wrong in ({"ratio": 0.0}, {"ratio": 1.5}, {"ratio": 6.0e9}, {"target": 0.0}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            load(Budget, {"name": "wrong", **wrong})
 
 
 @pytest.mark.parametrize("field", ["batch", "length_tokens", "weight_bytes", "kv_bytes", "ssm_bytes", "conv_bytes"])
 def test_deployment_refuses_values_that_are_not_positive(field: str) -> None:
-    with pytest.raises(ValueError, match=field):
-        Deployment(**{field: 0})
+    with pytest.raises(ConfigError, match=field):
+        load(Deployment, {field: 0})
 
 
 def test_layout_table_and_cost_agree_on_every_parameter() -> None:

@@ -30,7 +30,7 @@ DEPLOYMENT = Deployment(batch=2, length_tokens=512)
 
 
 def budget(share: float, metric: Metric = Metric.PARAMS) -> Budget:
-    return Budget.from_ratio("asked", metric, share, PARENT, DEPLOYMENT)
+    return Budget("asked", metric, ratio=share).absolute(PARENT, DEPLOYMENT)
 
 
 def homogeneous(space: Space) -> list[tuple[Subnet, float]]:
@@ -66,12 +66,12 @@ def test_sample_is_the_most_balanced_of_those_within_tolerance(metric: Metric, s
     asked = budget(share, metric)
     sample = sample_subnet(SPACE, asked, DEPLOYMENT)
     used = subnet_cost(PARENT, sample.subnet, DEPLOYMENT)
-    assert sample.cost == used and sample.ratio == float(used[metric]) / asked.target and sample.is_near
+    assert sample.cost == used and sample.ratio == float(used[metric]) / asked.limit and sample.is_near
     by_subnet = homogeneous(SPACE)
     near = [
         (spread, subnet)
         for subnet, spread in by_subnet
-        if abs(float(subnet_cost(PARENT, subnet, DEPLOYMENT)[metric]) / asked.target - 1) <= TOLERANCE
+        if abs(float(subnet_cost(PARENT, subnet, DEPLOYMENT)[metric]) / asked.limit - 1) <= TOLERANCE
     ]
     best = min(spread for spread, _ in near)
     (own,) = [spread for subnet, spread in by_subnet if subnet == sample.subnet]
@@ -87,7 +87,7 @@ def test_layers_of_a_per_layer_axis_are_mixed_where_the_grid_is_too_coarse() -> 
         space = Space(PARENT, {Axis.FFN: AxisChoices((512, 128), per_layer=True)})
         sample = sample_subnet(space, budget(share), DEPLOYMENT)
         ratios = [
-            float(subnet_cost(PARENT, space.subnet({Axis.FFN: mix}), DEPLOYMENT).params) / budget(share).target
+            float(subnet_cost(PARENT, space.subnet({Axis.FFN: mix}), DEPLOYMENT).params) / budget(share).limit
             for mix in product((0, 1), repeat=5)
         ]
         assert abs(sample.ratio - 1) == min(abs(ratio - 1) for ratio in ratios)

@@ -1,9 +1,9 @@
-"""Words of the config's annotations: the rule for one field alone stands in its type."""
+"""Annotations of fields that a person writes: the rule for one field alone stands in its type."""
 
 from dataclasses import dataclass
 from typing import Annotated
 
-from elastic.space.budget import NAME_PATTERN
+NAME_PATTERN = r"\w[\w.+-]{0,99}"
 
 
 @dataclass(frozen=True)
