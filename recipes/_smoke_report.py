@@ -9,7 +9,7 @@ from rich.table import Table
 
 from elastic.checkpoint.find import list_checkpoints
 from elastic.checkpoint.record import Record
-from elastic.data.stream import PackedSequences, TokenStream, validation_batches
+from elastic.data.stream import HeldOut, TokenStream, validation_batches
 from elastic.space.pattern import LayerKind
 from elastic.space.shape import WIDTH_FIELD, ModelShape
 
@@ -81,17 +81,17 @@ def hugging_face_loss(folder: Path, data: Path, num_tokens: int, sequence_length
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
-    dataset = PackedSequences(TokenStream(data / "validation"), sequence_length, 0)
+    held_out = HeldOut(TokenStream(data / "validation"), sequence_length)
     total, count = 0.0, 0
     batches = validation_batches(
-        dataset,
+        held_out,
         num_tokens // sequence_length,
         micro_batch_size=8,
         data_parallel_rank=0,
         data_parallel_size=1,
     )
     with torch.no_grad():
-        for batch in batches:
+        for _, batch in batches:
             logits = model(batch.tokens, use_cache=False).logits
             total += float(
                 torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum")

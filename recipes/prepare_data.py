@@ -21,6 +21,11 @@ def main(cfg: DictConfig) -> None:
     state = "already prepared" if prepared.already_prepared else "prepared"
     console = Console(soft_wrap=True, markup=False, highlight=False)
     console.print(f"{prepared.folder}: {state}, {prepared.manifest.num_documents:,} documents, {splits}")
+    manifest = prepared.manifest
+    if manifest.tokenizer.bos_ids:
+        console.print(f"every document begins with the tokenizer's own {list(manifest.tokenizer.bos_ids)}")
+    if manifest.stopped_at_max_bytes:
+        console.print(f"stopped at max_bytes = {manifest.settings['max_bytes']:,}: there are more documents")
     for line in skip_lines(prepared.manifest.skipped) or ["nothing"]:
         console.print(f"skipped: {line}")
 

@@ -270,12 +270,13 @@ def _check_range(limits: Range, value: Any, path: str, remedy: str) -> None:
         raise _IllegalValueError(Problem(path, value, rule, f"nearest legal value is {limits.high:g}"))
 
 
-def _one_of(legal: tuple[str, ...], given: Any, path: str) -> str:
+def _one_of(legal: tuple[Any, ...], given: Any, path: str) -> Any:
     if given in legal:
-        return str(given)
-    near = difflib.get_close_matches(str(given), legal, n=1, cutoff=0.0)
+        return legal[legal.index(given)]
+    names = [name if isinstance(name, str) else show(name) for name in legal]
+    near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.0)
     raise _IllegalValueError(
-        Problem(path, given, f"must be one of {', '.join(legal)}", f"nearest legal value is {near[0]}")
+        Problem(path, given, f"must be one of {', '.join(names)}", f"nearest legal value is {near[0]}")
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from elastic.data.corpus_files import CorpusFile, SkipReason, Skips, find_files
+from elastic.data.corpus_files import CorpusFile, FileChoice, SkipReason, Skips, find_files
 
 DRAIN_BYTES = 1 << 20
 # How files begin that would otherwise be counted as thousands of bad lines: gzip, zstd, xz, bzip2, zip; UTF-16 marks.
@@ -44,17 +44,26 @@ class Corpus:
     paths: tuple[str, ...]
     document_format: DocumentFormat = DocumentFormat.TEXT
     text_field: str = "text"
-    suffixes: tuple[str, ...] = (".py",)
-    exclude_folders: tuple[str, ...] = ()
+    suffixes: tuple[str, ...] | None = None
+    exclude_folders: tuple[str, ...] | None = None
     max_bytes: int | None = None
     max_document_bytes: int = 16 << 20
     skip_duplicates: bool = True
 
+    @property
+    def file_choice(self) -> FileChoice:
+        """Return which files of the folders are read."""
+        return FileChoice(self.suffixes, self.exclude_folders, self.document_format == DocumentFormat.JSONL)
+
 
 @dataclass(frozen=True)
 class Document:
-    """One usable text, its UTF-8 size, and the 16-byte hash of its content that decides all that looks random."""
+    """One usable text, its UTF-8 size, and the 16-byte hash of its content that decides all that looks random.
 
+    `source` is the configured path it came from.
+    """
+
+    source: str
     text: str
     num_bytes: int
     digest: bytes
@@ -86,9 +95,9 @@ def read_documents(corpus: Corpus, tally: Tally) -> Iterator[Document]:
     Holds one document in memory, plus about 130 bytes per distinct document when duplicates are skipped.
     """
     seen: set[bytes] = set()
-    for file in find_files(corpus.paths, corpus.suffixes, corpus.exclude_folders, tally.skipped):
+    for file in find_files(corpus.paths, corpus.file_choice, tally.skipped):
         for line, raw in _raw_documents(file, corpus):
-            document = raw if isinstance(raw, SkipReason) else _document(raw, corpus)
+            document = raw if isinstance(raw, SkipReason) else _document(raw, file.source, corpus)
             if isinstance(document, Document) and document.digest in seen:
                 document = SkipReason.DUPLICATE
             if isinstance(document, SkipReason):
@@ -148,7 +157,7 @@ def _signature(start: bytes) -> SkipReason | None:
     return next((reason for signature, reason in SIGNATURES.items() if start.startswith(signature)), None)
 
 
-def _document(raw: bytes, corpus: Corpus) -> Document | SkipReason:
+def _document(raw: bytes, source: str, corpus: Corpus) -> Document | SkipReason:
     text = _decode(raw)
     if isinstance(text, str) and corpus.document_format == DocumentFormat.JSONL and text.strip():
         text = _text_in_json(text, corpus.text_field)
@@ -162,7 +171,8 @@ def _document(raw: bytes, corpus: Corpus) -> Document | SkipReason:
         content = text.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
         return SkipReason.INVALID_UTF8
-    return Document(text, len(content), hashlib.blake2b(content, digest_size=16, person=b"elastic-document").digest())
+    digest = hashlib.blake2b(content, digest_size=16, person=b"elastic-document").digest()
+    return Document(source, text, len(content), digest)
 
 
 def _decode(raw: bytes) -> str | SkipReason:
@@ -181,7 +191,14 @@ def _text_in_json(line: str, text_field: str) -> str | SkipReason:
         return SkipReason.INVALID_JSON
     if not isinstance(record, dict):
         return SkipReason.NOT_AN_OBJECT
-    if text_field not in record:
-        return SkipReason.MISSING_FIELD
-    text = record[text_field]
-    return text if isinstance(text, str) else SkipReason.NOT_TEXT
+    text = record.get(text_field)
+    if isinstance(text, str):
+        return text
+    if _is_messages(text) or (text_field not in record and _is_messages(record.get("messages"))):
+        return SkipReason.MESSAGES
+    return SkipReason.NOT_TEXT if text_field in record else SkipReason.MISSING_FIELD
+
+
+def _is_messages(value: Any) -> bool:
+    """Tell whether a field holds the messages of a chat: objects with a role."""
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) and "role" in item for item in value)

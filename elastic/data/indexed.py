@@ -22,13 +22,15 @@ class IndexedWriter:
         self.num_documents = 0
         self.num_tokens = 0
         self.text_bytes = 0
+        self.source_tokens: dict[str, int] = {}
 
-    def add(self, ids: np.ndarray, text_bytes: int) -> None:
-        """Append one document: `ids` [T] with its end-of-text id, `text_bytes` the size of the text it came from."""
+    def add(self, ids: np.ndarray, text_bytes: int, source: str) -> None:
+        """Append one document: `ids` [T] with its end-of-text id, the size of its text, the source it came from."""
         self._builder.add_document(ids, [len(ids)])
         self.num_documents += 1
         self.num_tokens += len(ids)
         self.text_bytes += text_bytes
+        self.source_tokens[source] = self.source_tokens.get(source, 0) + len(ids)
 
     def __enter__(self) -> Self:
         return self

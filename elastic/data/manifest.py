@@ -2,15 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from elastic.world.file_records import file_problems, sha256_of
 
 MANIFEST_NAME = "data.json"
-FORMAT = "elastic-data-2"
+FORMAT = "elastic-data-3"
+READABLE_FORMATS = (FORMAT, "elastic-data-2")  # 2: without sources, begin-of-text and the tokenizer's other files
 SAMPLED_BLOCKS = 64
 SAMPLED_BLOCK_BYTES = 64 * 1024
 REMEDY = "prepare the data again with overwrite=true"
@@ -31,12 +32,20 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class SplitRecord:
-    """What one split holds: kept documents, their tokens (one end-of-text each included), their text, its files."""
+    """What one split holds: kept documents, their tokens (one end-of-text each included), their text, its files.
+
+    `sources` says how many of the tokens came from each configured path, one path's behind the other's in this order.
+    """
 
     num_documents: int
     num_tokens: int
     text_bytes: int
     files: Mapping[str, FileRecord]
+    sources: Mapping[str, int] = field(default_factory=dict)
+
+    def num_sequences(self, length: int) -> int:
+        """Count the sequences of `length` tokens and the one that follows, none of two sources."""
+        return sum((num_tokens - 1) // length for num_tokens in (self.sources or {"": self.num_tokens}).values())
 
 
 @dataclass(frozen=True)
@@ -49,13 +58,18 @@ class SkipRecord:
 
 @dataclass(frozen=True)
 class TokenizerRecord:
-    """The tokenizer that wrote the token ids. `vocab_size` is the largest id + 1, before any padding of the model."""
+    """The tokenizer that wrote the token ids. `vocab_size` is the largest id + 1, before any padding of the model.
+
+    `bos_ids` stand in front of every document; `files` holds the sha256 of every file of the tokenizer.
+    """
 
     vocab_size: int
     eos_token: str
     eos_id: int
     trained: bool
     sha256: str
+    bos_ids: Sequence[int] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,11 +105,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(f"{folder} is not a prepared data folder, it has no {MANIFEST_NAME}; {REMEDY}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}); {REMEDY}") from error
-    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+    if not isinstance(content, dict) or content.pop("format", None) not in READABLE_FORMATS:
         raise DataError(f"{path} is not in the format {FORMAT}; {REMEDY}")
     try:
         splits = {name: _split_from(record) for name, record in content.pop("splits").items()}
         tokenizer = TokenizerRecord(**content.pop("tokenizer"))
+        tokenizer = replace(tokenizer, bos_ids=tuple(tokenizer.bos_ids))
         skipped = {reason: SkipRecord(**record) for reason, record in content.pop("skipped").items()}
         return Manifest(**content, tokenizer=tokenizer, splits=splits, skipped=skipped)
     except (KeyError, TypeError, AttributeError) as error:
@@ -133,10 +148,13 @@ def check_folder(folder: Path, manifest: Manifest, *, full: bool = False) -> Non
 
 
 def check_tokenizer(folder: Path, manifest: Manifest) -> None:
-    """Raise DataError unless the folder's tokenizer is the one its tokens were made with."""
-    tokenizer = folder / "tokenizer.json"
-    if not tokenizer.is_file() or hashlib.sha256(tokenizer.read_bytes()).hexdigest() != manifest.tokenizer.sha256:
-        raise DataError(f"{tokenizer} is missing or is not the one the tokens were made with; restore it or {REMEDY}")
+    """Raise DataError unless the folder's tokenizer, settings and chat template included, is the one of its tokens."""
+    recorded = {"tokenizer.json": manifest.tokenizer.sha256, **manifest.tokenizer.files}
+    for name, sha256 in recorded.items():
+        if not (folder / name).is_file() or sha256_of(folder / name) != sha256:
+            raise DataError(
+                f"{folder / name} is missing or is not the one the tokens were made with; restore it or {REMEDY}"
+            )
 
 
 def check_split_files(folder: Path, manifest: Manifest, split: str, *, full: bool = False) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic.data.corpus import POSITIONS, Corpus, Document, Tally, read_documents
-from elastic.data.corpus_files import describe_files
+from elastic.data.corpus_files import SkipReason, describe_files
 from elastic.data.indexed import IndexedWriter
 from elastic.data.manifest import (
     MANIFEST_NAME,
@@ -35,6 +35,7 @@ from elastic.data.tokenizer import (
     load_tokenizer,
     train_tokenizer,
 )
+from elastic.world.file_records import sha256_of
 
 __all__ = ["PrepareConfig", "Prepared", "prepare", "skip_lines"]
 
@@ -76,7 +77,7 @@ def prepare(config: PrepareConfig) -> Prepared:
         raise DataError("data: " + "; ".join(problems))
     folder = Path(config.output_dir)
     settings = config.settings()
-    source = describe_files(config.paths, config.suffixes, config.exclude_folders)
+    source = describe_files(config.paths, config.corpus().file_choice)
     existing = _existing(folder, settings, source, config.overwrite)
     if existing is not None:
         return Prepared(folder, existing, already_prepared=True)
@@ -131,7 +132,7 @@ def _build(config: PrepareConfig, settings: dict[str, Any], source: dict[str, An
         train_tokenizer(scan.sample, config.vocab_size, aside)
     else:
         copy_tokenizer(Path(config.tokenizer_path), aside)
-    tokenizer = load_tokenizer(aside, parse_special_tokens=config.parse_special_tokens)
+    tokenizer = load_tokenizer(aside, parse_special_tokens=config.parse_special_tokens, add_bos=config.add_bos)
     splits, dtype = _write_splits(corpus, scan, tokenizer, aside)
     manifest = Manifest(
         settings=settings,
@@ -146,6 +147,8 @@ def _build(config: PrepareConfig, settings: dict[str, Any], source: dict[str, An
             eos_id=tokenizer.eos_id,
             trained=config.tokenizer_path is None,
             sha256=tokenizer.sha256,
+            bos_ids=tokenizer.bos_ids,
+            files={name: sha256_of(aside / name) for name in TOKENIZER_FILES if (aside / name).is_file()},
         ),
         dtype=dtype,
         splits=splits,
@@ -175,7 +178,7 @@ def _scan(corpus: Corpus, config: PrepareConfig, source_bytes: int) -> Scan:
             sample_bytes += min(document.num_bytes, 4 * SAMPLE_DOCUMENT_CHARACTERS)
     if not tally.kept:
         skipped = ", ".join(skip_lines(_by_name(tally))) or "nothing"
-        raise DataError(f"data: no usable document in {', '.join(corpus.paths)}; skipped: {skipped}")
+        raise DataError(f"data: no usable document in {', '.join(corpus.paths)}; skipped: {skipped}{_advice(tally)}")
     threshold = _split_threshold(nominal, lowest, highest)
     # Few large documents may all miss the sample; the tokenizer still needs one that is not validation.
     return Scan(tally, threshold, digest.hexdigest(), sample or [surely_training])
@@ -208,11 +211,13 @@ def _write_splits(
             for document, ids in zip(batch, ids_of_documents, strict=True):
                 digest.update(document.digest)
                 split = VALIDATION if document.split_position < scan.threshold else TRAIN
-                writers[split].add(ids, document.num_bytes)
+                writers[split].add(ids, document.num_bytes, document.source)
     if digest.hexdigest() != scan.documents_sha256:
         raise DataError(f"data: {', '.join(corpus.paths)} changed while it was read; start again when it is at rest")
     splits = {
-        name: SplitRecord(writer.num_documents, writer.num_tokens, writer.text_bytes, _records(aside, name))
+        name: SplitRecord(
+            writer.num_documents, writer.num_tokens, writer.text_bytes, _records(aside, name), writer.source_tokens
+        )
         for name, writer in writers.items()
     }
     return splits, str(writers[TRAIN].dtype)
@@ -241,6 +246,18 @@ def _by_name(tally: Tally) -> dict[str, SkipRecord]:
         reason.value: SkipRecord(count, skipped.examples[reason])
         for reason, count in sorted(skipped.counts.items(), key=lambda item: item[0].value)
     }
+
+
+def _advice(tally: Tally) -> str:
+    """Say what to do about what most users mean when nothing of their corpus can be used."""
+    remedies = {
+        SkipReason.MESSAGES: "chats are not read: write each with its chat template into a text field",
+        SkipReason.JSON_LINES: "set document_format=jsonl",
+        SkipReason.MISSING_FIELD: "name the field that holds the text with text_field=",
+        SkipReason.OTHER_SUFFIX: "name the endings of the files with suffixes=[...]",
+        SkipReason.COMPRESSED: "unpack the files",
+    }
+    return "".join(f"; {remedy}" for reason, remedy in remedies.items() if tally.skipped.counts[reason])
 
 
 def skip_lines(skipped: Mapping[str, SkipRecord]) -> list[str]:

@@ -7,19 +7,22 @@ from typing import Any
 
 from elastic.data.corpus import Corpus, DocumentFormat
 from elastic.data.corpus_files import STDLIB, resolve_path
-from elastic.data.tokenizer import SMALLEST_VOCAB, TOKENIZER_JSON, tokenizer_fingerprint
+from elastic.data.tokenizer import SMALLEST_VOCAB, TOKENIZER_JSON, AddBos, tokenizer_fingerprint
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
     """Say what to read, how to tokenize and split it, and where the prepared folder goes.
 
-    paths: files, or folders walked for `suffixes`; `python:stdlib` is the running Python's own library.
+    paths: files and folders, read in order of their names; `python:stdlib` is the running Python's own library.
+    suffixes, exclude_folders: which files of folders are taken, and folders of which names are not looked into. None:
+        every file of an own folder (.jsonl, .ndjson and .json for jsonl), of the library .py without tests.
     document_format: `text` (a file is a document), `lines` (a line is), `jsonl` (field `text_field` of a line is).
     max_bytes: text to take in all, None takes everything; max_document_bytes: larger documents are skipped.
     validation_ratio: share of the documents, chosen by a hash of their content, that goes to validation.
     tokenizer_path: folder of a tokenizer to use; None trains one of at most `vocab_size` tokens on a sample of
         `tokenizer_sample_bytes` of the training documents, spread over the corpus.
+    add_bos: put the tokenizer's begin-of-text token in front of every document; `auto` does as the tokenizer does.
     parse_special_tokens: turn special tokens spelled out in the text into their ids (chat data), else into letters.
     overwrite: replace a prepared folder that was made from something else.
     """
@@ -28,10 +31,8 @@ class PrepareConfig:
     paths: list[str] = field(default_factory=lambda: [STDLIB])
     document_format: str = "text"
     text_field: str = "text"
-    suffixes: list[str] = field(default_factory=lambda: [".py"])
-    exclude_folders: list[str] = field(
-        default_factory=lambda: ["__pycache__", "site-packages", "test", "tests", "idle_test"]
-    )
+    suffixes: list[str] | None = None
+    exclude_folders: list[str] | None = None
     max_bytes: int | None = None
     max_document_bytes: int = 16 << 20
     skip_duplicates: bool = True
@@ -39,6 +40,7 @@ class PrepareConfig:
     tokenizer_path: str | None = None
     vocab_size: int = 8192
     tokenizer_sample_bytes: int = 128 << 20
+    add_bos: AddBos = "auto"
     parse_special_tokens: bool = False
     overwrite: bool = False
 
@@ -71,8 +73,10 @@ class PrepareConfig:
         for name, (value, least) in smallest.items():
             if value is not None and value < least:
                 problems.append(f"{name} = {value}: must be at least {least}; nearest legal {least}")
-        if not self.suffixes or not all(self.suffixes):
-            problems.append(f"suffixes = {self.suffixes}: must list file name endings, none empty; e.g. [.py]")
+        if self.suffixes is not None and not (self.suffixes and all(self.suffixes)):
+            problems.append(f"suffixes = {self.suffixes}: must list file name endings, none empty; e.g. [.py], or null")
+        if self.add_bos is True and self.tokenizer_path is None:
+            problems.append("add_bos = true: a tokenizer trained here has no begin-of-text token; nearest legal auto")
         return problems
 
     def _path_problems(self) -> list[str]:
@@ -101,8 +105,8 @@ class PrepareConfig:
             paths=tuple(self.paths),
             document_format=DocumentFormat(self.document_format),
             text_field=self.text_field,
-            suffixes=tuple(self.suffixes),
-            exclude_folders=tuple(self.exclude_folders),
+            suffixes=None if self.suffixes is None else tuple(self.suffixes),
+            exclude_folders=None if self.exclude_folders is None else tuple(self.exclude_folders),
             max_bytes=self.max_bytes,
             max_document_bytes=self.max_document_bytes,
             skip_duplicates=self.skip_duplicates,
@@ -116,12 +120,13 @@ class PrepareConfig:
         settings: dict[str, Any] = {
             "document_format": self.document_format,
             "text_field": self.text_field,
-            "suffixes": list(self.suffixes),
-            "exclude_folders": sorted(self.exclude_folders),
+            "suffixes": self.suffixes,
+            "exclude_folders": None if self.exclude_folders is None else sorted(self.exclude_folders),
             "max_bytes": self.max_bytes,
             "max_document_bytes": self.max_document_bytes,
             "skip_duplicates": self.skip_duplicates,
             "validation_ratio": self.validation_ratio,
+            "add_bos": self.add_bos,
             "parse_special_tokens": self.parse_special_tokens,
         }
         if self.tokenizer_path is None:

@@ -4,7 +4,7 @@ Legend: S sequence length, B micro-batch size.
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -202,31 +202,77 @@ def micro_batch(
     return _batch([dataset.sample(index) for index in sample_ids], sample_ids)
 
 
+class HeldOut:
+    """The held-out split as sequences [S + 1] of one source each: S tokens and the one that follows the last.
+
+    Which sequences a loss is taken over is spread evenly over the split, not its front; so it does not depend on the
+    order in which the sources were named, as the split itself does not.
+    """
+
+    def __init__(self, stream: TokenStream, sequence_length: int) -> None:
+        self.stream, self.sequence_length = stream, sequence_length
+        recorded = stream.manifest and stream.manifest.splits[stream.prefix.name].sources
+        self.sources = dict(recorded or {str(stream.prefix): stream.num_tokens})
+
+    def __len__(self) -> int:
+        """Return how many sequences there are."""
+        return sum((num_tokens - 1) // self.sequence_length for num_tokens in self.sources.values())
+
+    def spread(self, num_sequences: int) -> dict[str, list[int]]:
+        """Return the first token of each of `num_sequences` sequences, by source; sources without any are left out.
+
+        Raises DataError when the split has fewer.
+        """
+        if not 1 <= num_sequences <= len(self):
+            raise DataError(
+                f"num_sequences = {num_sequences}: {self.stream.prefix} has {len(self)} sequences of "
+                f"{self.sequence_length} tokens; nearest legal {max(1, min(num_sequences, len(self)))}"
+            )
+        wanted = [index * len(self) // num_sequences for index in range(num_sequences)]
+        chosen: dict[str, list[int]] = {}
+        first_sequence = first_token = 0
+        for source, num_tokens in self.sources.items():
+            end = first_sequence + (num_tokens - 1) // self.sequence_length
+            inside = [index - first_sequence for index in wanted if first_sequence <= index < end]
+            if inside:
+                chosen[source] = [first_token + index * self.sequence_length for index in inside]
+            first_sequence, first_token = end, first_token + num_tokens
+        return chosen
+
+    def row(self, start: int) -> torch.Tensor:
+        """Return tokens [S + 1] from position `start`, int64."""
+        return torch.from_numpy(self.stream.read(start, self.sequence_length + 1).astype(np.int64))
+
+
+def source_labels(sources: Iterable[str]) -> dict[str, str]:
+    """Name each configured path by its last part where that tells them apart, else by the whole."""
+    paths = list(sources)
+    parts = [Path(path).name or path for path in paths]
+    return {path: part if parts.count(part) == 1 else path for path, part in zip(paths, parts, strict=True)}
+
+
 def num_validation_batches(num_sequences: int, data_parallel_size: int, micro_batch_size: int) -> int:
-    """Return how many micro-batches every rank gets from `validation_batches`; the same on all ranks."""
+    """Return how many micro-batches every rank gets for one source of `validation_batches`; the same on all ranks."""
     return -(-num_sequences // (data_parallel_size * micro_batch_size))
 
 
 def validation_batches(
-    dataset: PackedSequences,
+    held_out: HeldOut,
     num_sequences: int,
     data_parallel_rank: int,
     data_parallel_size: int,
     micro_batch_size: int,
-) -> Iterator[Batch]:
-    """Yield one rank's share of the first `num_sequences` chunks, unshuffled: the same set in all at any layout.
+) -> Iterator[tuple[str, Batch]]:
+    """Yield (source, micro-batch): one rank's share of `num_sequences` sequences, the same set at any layout.
 
-    Every rank gets the same number of full batches. Places beyond the last sequence repeat chunk 0 under sample id -1
-    and weigh nothing: reduce with `Batch.token_weights()`. Here sample ids are chunk indices. Raises DataError when the
-    dataset is shorter than `num_sequences`.
+    Every rank gets the same number of full batches of every source. Rows beyond a source's last sequence repeat its
+    first under sample id -1 and weigh nothing: reduce with `Batch.token_weights()`. Other sample ids are the position
+    of the first token. Raises DataError when the split is shorter than `num_sequences`.
     """
-    if not 1 <= num_sequences <= len(dataset):
-        raise DataError(
-            f"num_sequences = {num_sequences}: {dataset.stream.prefix} has {len(dataset)} sequences of "
-            f"{dataset.sequence_length} tokens; nearest legal {max(1, min(num_sequences, len(dataset)))}"
-        )
-    for index in range(num_validation_batches(num_sequences, data_parallel_size, micro_batch_size)):
-        first = (index * data_parallel_size + data_parallel_rank) * micro_batch_size
-        places = range(first, first + micro_batch_size)
-        rows = [dataset.chunk(place if place < num_sequences else 0) for place in places]
-        yield _batch(rows, [place if place < num_sequences else PADDING_SAMPLE for place in places])
+    for source, starts in held_out.spread(num_sequences).items():
+        for index in range(num_validation_batches(len(starts), data_parallel_size, micro_batch_size)):
+            first = (index * data_parallel_size + data_parallel_rank) * micro_batch_size
+            mine = starts[first : first + micro_batch_size]
+            fill = micro_batch_size - len(mine)
+            rows = [held_out.row(start) for start in [*mine, *starts[:1] * fill]]
+            yield source, _batch(rows, [*mine, *[PADDING_SAMPLE] * fill])

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -17,6 +17,7 @@ END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCAB = 257  # every byte and the end-of-text token
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+AddBos = Literal["auto", True, False]
 TOKENIZER_FILES = (TOKENIZER_JSON, TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja")
 LONGEST_RUN = 256
 PIECE_CHARACTERS = 1 << 20  # the library takes about 200 bytes of memory for each one it encodes at a time
@@ -25,16 +26,29 @@ _LONG_RUN = re.compile(rf"(\S{{{LONGEST_RUN}}})\S+|(\s{{{LONGEST_RUN}}})\s+")
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
-    """A tokenizer with its end-of-text token. `vocab_size` is the largest id + 1, `sha256` that of tokenizer.json."""
+    """A tokenizer with its end-of-text token. `vocab_size` is the largest id + 1, `sha256` that of tokenizer.json.
+
+    `bos_ids` stand in front of every document and every prompt.
+    """
 
     tokenizer: Tokenizer
     eos_token: str
     eos_id: int
     vocab_size: int
     sha256: str
+    bos_ids: tuple[int, ...]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Encode the beginning of a document, as stock transformers would."""
+        return self._begun(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        """Put the begin-of-text ids in front, once: a text whose special tokens are parsed may spell them itself."""
+        begun = ids[: len(self.bos_ids)] == list(self.bos_ids)
+        return ids if begun else [*self.bos_ids, *ids]
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encode texts on all cores; returns one array of int32 ids per text, with the end-of-text id appended.
+        """Encode texts on all cores; returns one array of int32 ids per text: bos_ids, the text's, end of text.
 
         A text beyond PIECE_CHARACTERS is encoded piece by piece, cut at line ends, so that its size costs no memory.
         Byte-level BPE gives the same ids either way; another tokenizer may give other tokens right at a cut.
@@ -42,17 +56,17 @@ class LoadedTokenizer:
         short = [text for text in texts if len(text) <= PIECE_CHARACTERS]
         encoded = iter(self.tokenizer.encode_batch_fast(short, add_special_tokens=False))
         return [
-            np.array([*next(encoded).ids, self.eos_id], dtype=np.int32)
+            np.array([*self._begun(next(encoded).ids), self.eos_id], dtype=np.int32)
             if len(text) <= PIECE_CHARACTERS
             else self._encode_in_pieces(text)
             for text in texts
         ]
 
     def _encode_in_pieces(self, text: str) -> np.ndarray:
-        pieces = [
-            np.array(self.tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0].ids, dtype=np.int32)
-            for piece in _pieces(text)
-        ]
+        pieces: list[np.ndarray] = []
+        for piece in _pieces(text):
+            ids = self.tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0].ids
+            pieces.append(np.array(ids if pieces else self._begun(ids), dtype=np.int32))
         return np.concatenate([*pieces, np.array([self.eos_id], dtype=np.int32)])
 
 
@@ -117,8 +131,10 @@ def _without_long_runs(text: str) -> str:
     return _LONG_RUN.sub(r"\1\2", text)
 
 
-def load_tokenizer(folder: Path, *, parse_special_tokens: bool = False) -> LoadedTokenizer:
+def load_tokenizer(folder: Path, *, parse_special_tokens: bool = False, add_bos: AddBos = "auto") -> LoadedTokenizer:
     """Load the tokenizer of `folder`; raises DataError when it has none or names no end-of-text token.
+
+    `add_bos`: put its begin-of-text token in front of texts; `auto` does what stock transformers does with the folder.
 
     Without `parse_special_tokens` a document that contains the letters of a special token is encoded as those
     letters, so no text can forge the end of a document; with it, chat templates and the like become their ids.
@@ -141,18 +157,43 @@ def load_tokenizer(folder: Path, *, parse_special_tokens: bool = False) -> Loade
         raise DataError(f"tokenizer {folder}: its end-of-text token {eos_token!r} is not in the vocabulary")
     # Ids may have holes, so the number of tokens is not the number of rows an embedding needs.
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    return LoadedTokenizer(tokenizer, eos_token, eos_id, vocab_size, hashlib.sha256(content).hexdigest())
+    bos_ids = _bos_ids(tokenizer, folder, add_bos)
+    return LoadedTokenizer(tokenizer, eos_token, eos_id, vocab_size, hashlib.sha256(content).hexdigest(), bos_ids)
+
+
+def _bos_ids(tokenizer: Tokenizer, folder: Path, add_bos: AddBos) -> tuple[int, ...]:
+    if add_bos == "auto":  # stock transformers ignores the config's add_bos_token beside a tokenizer.json, as here
+        plain, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+        starts = [start for start in range(len(whole)) if whole[start : start + len(plain)] == plain]
+        return tuple(whole[: starts[0]]) if starts else ()
+    if not add_bos:
+        return ()
+    token = _special_token(folder, "bos_token")
+    bos_id = None if token is None else tokenizer.token_to_id(token)
+    if bos_id is None:
+        raise DataError(
+            f"tokenizer {folder}: add_bos = true, but its bos_token = {token!r} is not in the vocabulary; "
+            f"name it in {TOKENIZER_CONFIG} or set add_bos=false"
+        )
+    return (bos_id,)
 
 
 def _eos_token(folder: Path) -> str:
+    token = _special_token(folder, "eos_token")
+    if token is None:
+        raise DataError(
+            f"tokenizer {folder}: no eos_token in {TOKENIZER_CONFIG}; name the token that ends a document there"
+        )
+    return token
+
+
+def _special_token(folder: Path, role: str) -> str | None:
     for name in (TOKENIZER_CONFIG, "special_tokens_map.json"):
-        token = _read_json(folder / name).get("eos_token")
+        token = _read_json(folder / name).get(role)
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
             return token
-    raise DataError(
-        f"tokenizer {folder}: no eos_token in {TOKENIZER_CONFIG}; name the token that ends a document there"
-    )
+    return None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

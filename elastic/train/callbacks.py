@@ -1,6 +1,6 @@
 """What happens around the steps of a run: validation. Saving is in save_checkpoints.py, signals in signals.py."""
 
-from elastic.data.stream import PackedSequences
+from elastic.data.stream import HeldOut, source_labels
 from elastic.train.chosen import chosen_gates
 from elastic.train.evaluation import evaluate_subnets
 from elastic.train.log import RunLog
@@ -21,7 +21,7 @@ class Validate(NoCallback):
     """Evaluates every budget's argmax subnet on the held-out split every n steps and at the end."""
 
     def __init__(
-        self, datasets: list[PackedSequences], log: RunLog, *, every_steps: int, num_sequences: int, micro_batch: int
+        self, datasets: list[HeldOut], log: RunLog, *, every_steps: int, num_sequences: int, micro_batch: int
     ) -> None:
         self.datasets, self.log, self.every_steps = datasets, log, every_steps
         self.num_sequences, self.micro_batch = num_sequences, micro_batch
@@ -38,5 +38,12 @@ class Validate(NoCallback):
             micro_batch=self.micro_batch,
             world=trainer.world,
         )
-        values = {f"validation/{name}/loss": loss.cross_entropy for name, loss in losses.items()}
+        values = {f"validation/{name}/loss": loss.mean.cross_entropy for name, loss in losses.items()}
+        for name, loss in losses.items():
+            if len(loss.by_source) > 1:
+                labels = source_labels(loss.by_source)
+                values |= {
+                    f"validation/{name}/loss/{labels[source]}": mean.cross_entropy
+                    for source, mean in loss.by_source.items()
+                }
         self.log.write(trainer.step, {name: value for name, value in values.items() if value is not None})

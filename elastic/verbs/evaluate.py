@@ -10,14 +10,13 @@ from rich.table import Table
 
 from elastic.config.sections import DistillConfig
 from elastic.config.serving import EvaluateConfig
-from elastic.data.stream import PackedSequences, TokenStream
+from elastic.data.stream import HeldOut, TokenStream, source_labels
 from elastic.run.folder import open_run_folder, write_json
 from elastic.space.axes import Axis, Space
 from elastic.space.cost import subnet_cost
 from elastic.space.gates import Gates
 from elastic.space.subnet import Subnet
-from elastic.train.evaluation import evaluate_subnets
-from elastic.train.metrics import MeanLoss
+from elastic.train.evaluation import HeldOutLoss, evaluate_subnets
 from elastic.train.pipeline import PipelineRunner
 from elastic.verbs.family import FamilyError, OpenFamily, open_configured
 from elastic.world.groups import model_layout, world
@@ -38,7 +37,7 @@ def run_evaluate(config: EvaluateConfig, console: Console) -> Path:
                 member.name: member_gates(member.subnet, family.space, config.execution, here.device)
                 for member in family.members
             },
-            PackedSequences(held_out, config.sequence_length, config.seed),
+            HeldOut(held_out, config.sequence_length),
             num_sequences=config.data.validation_sequences,
             micro_batch=config.data.micro_batch,
             world=here,
@@ -94,6 +93,9 @@ def evaluation_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="held-out loss per budget")
     for heading in ("name", "target", "used", "params", "loss", "perplexity", "deployed"):
         table.add_column(heading, justify="left" if heading == "name" else "right", no_wrap=True)
+    sources = source_labels(rows[0]["loss_by_source"]) if len(rows[0]["loss_by_source"]) > 1 else {}
+    for label in sources.values():
+        table.add_column(f"on {label}", justify="right", no_wrap=True)
     for row in rows:
         target = "-" if row["target"] is None else f"{row['target'] / 1e6:,.3f}M"
         used = "-" if row["cost_ratio"] is None else f"{row['cost_ratio']:.1%}"
@@ -105,11 +107,12 @@ def evaluation_table(rows: list[dict[str, Any]]) -> Table:
             f"{row['loss']:.4f}",
             f"{row['perplexity']:.2f}",
             f"{row['deploy_bytes'] / 2**20:,.1f} MiB",
+            *(f"{row['loss_by_source'][source]:.4f}" for source in sources),
         )
     return table
 
 
-def _row(family: OpenFamily, index: int, loss: MeanLoss) -> dict[str, Any]:
+def _row(family: OpenFamily, index: int, loss: HeldOutLoss) -> dict[str, Any]:
     member = family.members[index]
     cost = subnet_cost(family.space.parent, member.subnet, family.deployment)
     budget = member.budget
@@ -121,8 +124,9 @@ def _row(family: OpenFamily, index: int, loss: MeanLoss) -> dict[str, Any]:
         "params": cost.params,
         "deploy_bytes": cost.deploy_bytes,
         "flops_per_token": cost.flops_per_token,
-        "loss": loss.cross_entropy,
-        "perplexity": loss.perplexity,
-        "num_tokens": loss.num_tokens,
+        "loss": loss.mean.cross_entropy,
+        "loss_by_source": {source: mean.cross_entropy for source, mean in loss.by_source.items()},
+        "perplexity": loss.mean.perplexity,
+        "num_tokens": loss.mean.num_tokens,
         "subnet": subnet_summary(member.subnet),
     }

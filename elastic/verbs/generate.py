@@ -48,7 +48,7 @@ class Served:
 
     def encode(self, text: str) -> list[int]:
         """Turn a prompt into tokens as stock transformers does: special tokens are read, and added if it adds any."""
-        ids: list[int] = self.tokenizer.tokenizer.encode(text, add_special_tokens=True).ids
+        ids = self.tokenizer.encode_prompt(text)
         return ids
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -38,9 +38,9 @@ def validation_problems(config: object) -> Iterator[Problem]:
         lengths = {"sequence_length": config.sequence_length}
     else:
         lengths = {f"phase {phase.name}": phase.sequence_length for phase in config.curriculum}
-    num_tokens, wanted = manifest.splits["validation"].num_tokens, config.data.validation_sequences
+    split, wanted = manifest.splits["validation"], config.data.validation_sequences
     for where, length in lengths.items():
-        available = (num_tokens - 1) // length  # each is read with the token that follows it (data.py)
+        available = split.num_sequences(length)
         if wanted > available:
             rule = f"{where}: the held-out split has {available:,} sequences of {length:,} tokens"
             remedy = (

@@ -13,7 +13,7 @@ from elastic.config.sections import DistillConfig
 from elastic.config.training import ElasticConfig, PretrainConfig, TrainConfig
 from elastic.data.manifest import Manifest
 from elastic.data.phases import PhaseData
-from elastic.data.stream import PackedSequences, TokenStream
+from elastic.data.stream import HeldOut, TokenStream
 from elastic.model.model import ElasticModel, build_model
 from elastic.router.draw import GateSource
 from elastic.router.phases import Curriculum
@@ -171,7 +171,7 @@ def _fit(
     held_out = TokenStream(stream.prefix.with_name("validation"))
     trainer.callbacks = [
         Validate(
-            [PackedSequences(held_out, phase.sequence_length, config.seed) for phase in trainer.curriculum.phases],
+            [HeldOut(held_out, phase.sequence_length) for phase in trainer.curriculum.phases],
             log,
             every_steps=config.trainer.val_check_interval,
             num_sequences=config.data.validation_sequences,

@@ -12,6 +12,7 @@ from elastic.checkpoint.record import Record
 from elastic.config.load import load
 from elastic.config.serving import EvaluateConfig, ExtractConfig, ImportConfig
 from elastic.config.training import ImportanceConfig
+from elastic.data.prepare import PrepareConfig, prepare
 from elastic.run.folder import RunFolderError
 from elastic.space.axes import Axis
 from elastic.verbs.estimate_importance import PermutationError, run_importance
@@ -29,10 +30,10 @@ def family(start):
     return start / "run" / "family"
 
 
-def evaluate(start, version, checkpoint, processes=1, **more):
+def evaluate(start, version, checkpoint, processes=1, data="data", **more):
     values = dict(
         init_from=dict(checkpoint=str(checkpoint), **more.pop("init_from", {})),
-        data=dict(path=str(start / "data"), micro_batch=2, validation_sequences=7),
+        data=dict(path=str(start / data), micro_batch=2, validation_sequences=7),
         sequence_length=32,
         exp_manager=place(start, version),
         **more,
@@ -53,6 +54,24 @@ def _extract(values):
 
 def _import(values):
     run_import(load(ImportConfig, values), Console(quiet=True))
+
+
+def test_the_held_out_loss_is_the_same_for_any_order_of_sources_and_known_for_each(start, family):
+    for name, word in (("prose", "melon"), ("code", "return")):
+        (start / name).mkdir()
+        lines = [f"{word} {number * number} {word * (number % 4)}" for number in range(400)]
+        (start / name / "lines.txt").write_text("\n".join(lines))
+    rows = []
+    for order, processes in ((("prose", "code"), 1), (("code", "prose"), 1), (("code", "prose"), 2)):
+        paths, output = [str(start / name) for name in order], f"{'_'.join(order)}_{processes}"
+        prepare(PrepareConfig(str(start / output), paths, "lines", tokenizer_path=str(start / "data")))
+        rows.append(evaluate(start, f"on_{output}", family, processes, data=output))
+    assert rows[0] == rows[1]
+    for one, two in zip(rows[0].values(), rows[2].values(), strict=True):
+        assert set(one["loss_by_source"]) == {str(start / "prose"), str(start / "code")}
+        assert two["loss_by_source"] == pytest.approx(one["loss_by_source"], abs=1e-5)
+        low, high = sorted(one["loss_by_source"].values())
+        assert low < one["loss"] < high
 
 
 def test_a_family_leaves_through_hugging_face_and_comes_back(start, family):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from elastic.data.corpus import Corpus, DocumentFormat, Tally, read_documents
-from elastic.data.corpus_files import STDLIB, SkipReason, Skips, describe_files, find_files
+from elastic.data.corpus_files import STDLIB, FileChoice, SkipReason, Skips, describe_files, find_files
 
 MIB = 1 << 20
 LIMIT = 100
@@ -59,6 +59,8 @@ def test_unusable_file_is_counted_by_reason(tmp_path: Path, content: bytes, reas
         (b'{"content": "other field"}', SkipReason.MISSING_FIELD),
         (b'{"text": null}', SkipReason.NOT_TEXT),
         (b'{"text": ["a"]}', SkipReason.NOT_TEXT),
+        (b'{"text": [{"role": "user", "content": "a"}]}', SkipReason.MESSAGES),
+        (b'{"messages": [{"role": "user", "content": "a"}]}', SkipReason.MESSAGES),
         (b'{"text": "first"}', SkipReason.DUPLICATE),
         (b'{"text": "' + b"x" * LIMIT + b'"}', SkipReason.TOO_LARGE),
     ],
@@ -102,7 +104,7 @@ def test_document_of_200_mb_is_skipped_in_little_memory(tmp_path: Path, document
         stream.write(b'\n{"text": "after it"}\n')
     (tmp_path / "b.py").write_text('{"text": "next file"}')
     tracemalloc.start()
-    texts, tally = read(tmp_path, document_format, max_document_bytes=MIB)
+    texts, tally = read(tmp_path, document_format, max_document_bytes=MIB, suffixes=(".py",))
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert tally.skipped.counts == {SkipReason.TOO_LARGE: 1}
@@ -148,8 +150,30 @@ def test_folder_is_walked_in_name_order_without_excluded_and_hidden_folders(tmp_
     for name in ["b.py", "a/z.py", "c/a.py", "a.py", "test/t.py", "c/test/t.py", ".git/x.py", "notes.txt", "B.py"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    assert read(tmp_path, exclude_folders=("test",))[0] == ["B.py", "a/z.py", "a.py", "b.py", "c/a.py"]
-    assert read(tmp_path / "notes.txt")[0] == ["notes.txt"]  # named itself, so its suffix does not matter
+    texts, tally = read(tmp_path, exclude_folders=("test",), suffixes=(".py",))
+    assert texts == ["B.py", "a/z.py", "a.py", "b.py", "c/a.py"]
+    passed_over = {SkipReason.EXCLUDED_FOLDER: 2, SkipReason.HIDDEN: 1, SkipReason.OTHER_SUFFIX: 1}
+    assert tally.skipped.counts == passed_over
+    assert read(tmp_path / "notes.txt", suffixes=(".py",))[0] == ["notes.txt"]  # named itself: its suffix is no matter
+
+
+def test_every_file_of_an_own_folder_is_read_or_counted(tmp_path: Path) -> None:
+    names = ["a.txt", "b", "test/t.py", "tests/u.md", "site-packages/v.rst", "c.jsonl", ".d", ".e/f", "g.PY"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    texts, tally = read(tmp_path)
+    assert texts == ["a.txt", "b", "g.PY", "site-packages/v.rst", "test/t.py", "tests/u.md"]
+    assert tally.skipped.counts == {SkipReason.JSON_LINES: 1, SkipReason.HIDDEN: 2}
+    assert len(texts) + tally.skipped.counts.total() == len(names)
+
+
+def test_a_folder_of_json_lines_is_read_without_naming_their_endings(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.ndjson", "c.json"):
+        (tmp_path / name).write_text(json.dumps({"text": name}))
+    (tmp_path / "README.md").write_text("not JSON")
+    texts, tally = read(tmp_path, "jsonl")
+    assert (texts, tally.skipped.counts) == (["a.jsonl", "b.ndjson", "c.json"], {SkipReason.OTHER_SUFFIX: 1})
 
 
 def to_itself(folder: Path) -> None:
@@ -206,7 +230,7 @@ def test_linked_folder_is_read_once(tmp_path: Path) -> None:
 
 def test_description_follows_names_sizes_and_times_but_not_the_place(tmp_path: Path) -> None:
     def described(folder: str) -> dict[str, object]:
-        description = describe_files([str(tmp_path / folder)], [".py"], [])
+        description = describe_files([str(tmp_path / folder)], FileChoice())
         del description["paths"]
         return description
 
@@ -224,7 +248,7 @@ def test_description_follows_names_sizes_and_times_but_not_the_place(tmp_path: P
 
 
 def test_standard_library_is_a_corpus_of_its_own_without_tests() -> None:
-    files = list(find_files([STDLIB], [".py"], ["test", "tests", "idle_test", "site-packages"], Skips()))
+    files = list(find_files([STDLIB], FileChoice(), Skips()))
     names = [os.fsdecode(file.name) for file in files]
     assert {"os.py", "json/decoder.py", "asyncio/base_events.py"} <= set(names)
     assert not any(name.startswith(("test/", "site-packages/")) or "/tests/" in name for name in names)

@@ -1,6 +1,7 @@
 """Reading prepared tokens: every token once per epoch, the same samples at every layout."""
 
 from collections import Counter
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,15 @@ from elastic.data.prepare import PrepareConfig, prepare
 from elastic.data.stream import (
     PADDING_SAMPLE,
     Batch,
+    HeldOut,
     PackedSequences,
     TokenStream,
     micro_batch,
     num_validation_batches,
+    source_labels,
     validation_batches,
 )
+from elastic.data.tokenizer import load_tokenizer
 
 S = 16
 
@@ -186,31 +190,75 @@ def test_every_sample_is_read_once_over_interruptions_and_changes_of_layout(prep
 def test_validation_is_the_same_set_with_equal_steps_at_every_layout(
     prepared: Path, data_parallel_size: int, micro_batch_size: int
 ) -> None:
-    dataset = PackedSequences(TokenStream(prepared / "validation"), S, seed=5)
+    held_out = HeldOut(TokenStream(prepared / "validation"), S)
     ranks = [
-        list(validation_batches(dataset, 13, rank, data_parallel_size, micro_batch_size))
+        [batch for _, batch in validation_batches(held_out, 13, rank, data_parallel_size, micro_batch_size)]
         for rank in range(data_parallel_size)
     ]
     expected_steps = num_validation_batches(13, data_parallel_size, micro_batch_size)
     assert [len(batches) for batches in ranks] == [expected_steps] * data_parallel_size
     batches = [batch for batches in ranks for batch in batches]
-    assert sorted(number for number in ids(batches) if number != PADDING_SAMPLE) == list(range(13))
+    (starts,) = held_out.spread(13).values()
+    assert sorted(number for number in ids(batches) if number != PADDING_SAMPLE) == starts
     assert sum(batch.token_weights().sum().item() for batch in batches) == 13 * S
     for batch in batches:
         assert batch.tokens.shape == (micro_batch_size, S)
         for row, sample_id in enumerate(batch.sample_ids.tolist()):
             if sample_id != PADDING_SAMPLE:
-                assert batch.tokens[row].equal(dataset.chunk(sample_id)[:-1])
+                assert batch.tokens[row].equal(held_out.row(sample_id)[:-1])
 
 
-def test_pitfall_27_validation_reads_the_same_twice_whatever_the_seed(prepared: Path) -> None:
-    stream = TokenStream(prepared / "validation")
-    one, two = (list(validation_batches(PackedSequences(stream, S, seed), 6, 0, 1, 2)) for seed in (1, 2))
-    assert all(a.tokens.equal(b.tokens) and a.labels.equal(b.labels) for a, b in zip(one, two, strict=True))
+def test_validation_is_spread_over_the_whole_split(prepared: Path) -> None:
+    held_out = HeldOut(TokenStream(prepared / "validation"), S)
+    (starts,) = held_out.spread(5).values()
+    assert starts == [S * (index * len(held_out) // 5) for index in range(5)]
+    (everything,) = held_out.spread(len(held_out)).values()
+    assert everything == [S * index for index in range(len(held_out))]
+
+
+def test_pitfall_27_validation_reads_the_same_twice(prepared: Path) -> None:
+    one, two = (list(validation_batches(HeldOut(TokenStream(prepared / "validation"), S), 6, 0, 1, 2)) for _ in "ab")
+    assert all(a.tokens.equal(b.tokens) and a.labels.equal(b.labels) for (_, a), (_, b) in zip(one, two, strict=True))
 
 
 def test_more_validation_than_there_is_names_what_there_is(prepared: Path) -> None:
-    dataset = PackedSequences(TokenStream(prepared / "validation"), S, seed=5)
-    for wrong, nearest in ((0, 1), (10**6, len(dataset))):
+    held_out = HeldOut(TokenStream(prepared / "validation"), S)
+    for wrong, nearest in ((0, 1), (10**6, len(held_out))):
         with pytest.raises(DataError, match=rf"num_sequences = {wrong}: .*nearest legal {nearest}$"):
-            list(validation_batches(dataset, wrong, 0, 1, 1))
+            list(validation_batches(held_out, wrong, 0, 1, 1))
+
+
+def test_sources_in_any_order_give_the_same_data_and_the_same_held_out_sequences(tmp_path: Path) -> None:
+    """A sequence never holds two sources, a copy stays with the same one, and each knows its share."""
+    for number, name in enumerate(("prose", "code", "notes")):
+        (tmp_path / name).mkdir()
+        shared = ["the same line in all of them"]
+        lines = [f"{name} {index} " + "again " * (index % 9) for index in range(60 + 30 * number)]
+        (tmp_path / name / "lines.txt").write_text("\n".join(lines + shared))
+    outputs = []
+    for order in permutations(("prose", "code", "notes")):
+        output = tmp_path / "-".join(order)
+        paths = [str(tmp_path / name) for name in order]
+        prepare(PrepareConfig(str(output), paths, "lines", vocab_size=300, validation_ratio=0.4))
+        outputs.append({path.name: path.read_bytes() for path in output.iterdir()})
+    assert all(found == outputs[0] for found in outputs)
+    stream = TokenStream(output / "validation")
+    assert stream.manifest is not None
+    split = stream.manifest.splits["validation"]
+    assert [Path(source).name for source in split.sources] == ["code", "notes", "prose"]
+    assert sum(split.sources.values()) == split.num_tokens
+    held_out = HeldOut(stream, S)
+    assert len(held_out) == split.num_sequences(S)
+    tokenizer, first = load_tokenizer(output).tokenizer, 0
+    for source, starts in held_out.spread(len(held_out)).items():
+        end = first + split.sources[source]
+        text = tokenizer.decode(stream.read(first, end - first).tolist())
+        others = {"prose", "code", "notes"} - {Path(source).name}
+        assert Path(source).name in text and not any(other in text for other in others)
+        assert starts[0] == first and starts[-1] + S + 1 <= end
+        first = end
+
+
+def test_sources_are_named_by_what_tells_them_apart() -> None:
+    assert source_labels(["a/x", "b/y", "python:stdlib"]) == {"a/x": "x", "b/y": "y", "python:stdlib": "python:stdlib"}
+    assert source_labels(["a/x", "b/x"]) == {"a/x": "a/x", "b/x": "b/x"}

@@ -1,5 +1,6 @@
 """Indexed files that are not what they were: refused with the remedy when a run opens them; nothing is unpickled."""
 
+import json
 import pickle
 import shutil
 import struct
@@ -158,6 +159,26 @@ def test_damage_is_refused_without_a_manifest_too(copy: Path, damage: Callable[[
     damage(copy)
     with pytest.raises(DataError, match=rf"train\.(bin|idx): .*{REMEDY}"):
         TokenStream(copy / "train", require_manifest=False)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_file_changed_by_a_bit_is_refused(copy: Path, name: str) -> None:
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name} is missing or is not the one .*{REMEDY}"):
+        TokenStream(copy / "train")
+
+
+def test_a_folder_of_the_earlier_format_is_read(copy: Path) -> None:
+    manifest = json.loads((copy / "data.json").read_text())
+    manifest["format"] = "elastic-data-2"
+    del manifest["tokenizer"]["bos_ids"], manifest["tokenizer"]["files"]
+    for split in manifest["splits"].values():
+        del split["sources"]
+    (copy / "data.json").write_text(json.dumps(manifest))
+    stream = TokenStream(copy / "train")
+    assert stream.num_tokens == manifest["splits"]["train"]["num_tokens"]
 
 
 def test_files_of_another_corpus_of_the_same_size_are_refused(copy: Path, tmp_path: Path) -> None:

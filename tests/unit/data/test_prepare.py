@@ -2,15 +2,17 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from tokenizers import Tokenizer, processors
 
 from elastic.data.manifest import DataError, SkipRecord, read_manifest
 from elastic.data.prepare import PrepareConfig, prepare
-from elastic.data.tokenizer import load_tokenizer
+from elastic.data.tokenizer import load_tokenizer, train_tokenizer
 from tests.unit.data.preparing import NUM_DOCUMENTS, config, contents, texts, write_jsonl
 
 
@@ -175,6 +177,36 @@ def test_corpus_without_a_usable_document_is_an_error_that_says_why(source: Path
     ):
         prepare(config(source, tmp_path / "data"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source.jsonl"]
+
+
+def test_a_folder_whose_files_are_all_passed_over_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "chats").mkdir()
+    write_jsonl(tmp_path / "chats" / "a.jsonl", texts())
+    with pytest.raises(DataError, match=r"skipped: 1 json_lines_not_read_as_text .*set document_format=jsonl"):
+        prepare(config(tmp_path / "chats", tmp_path / "data", document_format="text"))
+    (tmp_path / "chats" / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "hello"}]}')
+    with pytest.raises(DataError, match=r"skipped: 1 chat_messages .*chats are not read: write each with its chat tem"):
+        prepare(config(tmp_path / "chats", tmp_path / "data"))
+
+
+def test_begin_of_text_is_in_the_manifest_and_in_front_of_every_document(source: Path, tmp_path: Path) -> None:
+    train_tokenizer(texts(), 300, tmp_path / "tokenizer")
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.add_special_tokens(["<s>"])
+    begin = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    tokenizer.save(str(path))
+    given = config(source, tmp_path / "data", tokenizer_path=str(tmp_path / "tokenizer"))
+    prepared = prepare(given)
+    assert prepared.manifest.tokenizer.bos_ids == (begin,)
+    assert read_manifest(tmp_path / "data") == prepared.manifest
+    for split in ("train", "validation"):
+        dataset = IndexedDataset(str(tmp_path / "data" / split))
+        documents = [dataset[index] for index in range(len(dataset))]
+        assert documents and all(document[0] == begin and begin not in document[1:] for document in documents)
+    with pytest.raises(DataError, match="add_bos was auto, now False"):
+        prepare(replace(given, add_bos=False))
 
 
 def test_all_illegal_settings_are_named_in_one_error(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from elastic.data import tokenizer as tokenizer_module
@@ -190,3 +190,48 @@ def test_long_text_without_a_place_to_cut_is_still_lossless(
     loaded = load_tokenizer(folder)
     (ids,) = loaded.encode_documents([text])
     assert (loaded.tokenizer.decode(ids[:-1].tolist()), ids[-1]) == (text, loaded.eos_id)
+
+
+def with_begin_of_text(folder: Path, copy: Path, *, template: bool, config: dict[str, object]) -> Path:
+    """Copy a tokenizer, give it `<s>`, in its post-processor with `template`, and more fields in its config."""
+    copy_tokenizer(folder, copy)
+    tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<s>"])
+    if template:
+        special = [("<s>", tokenizer.token_to_id("<s>"))]
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=special)
+    tokenizer.save(str(copy / "tokenizer.json"))
+    settings = json.loads((copy / "tokenizer_config.json").read_text()) | {"bos_token": "<s>"} | config
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings))
+    return copy
+
+
+@pytest.mark.parametrize("template", [False, True])
+@pytest.mark.parametrize("config", [{}, {"add_bos_token": True}, {"add_bos_token": False}], ids=str)
+def test_documents_and_prompts_begin_as_stock_transformers_begins_them(
+    folder: Path, tmp_path: Path, template: bool, config: dict[str, object]
+) -> None:
+    copy = with_begin_of_text(folder, tmp_path, template=template, config=config)
+    stock, loaded = AutoTokenizer.from_pretrained(copy), load_tokenizer(copy)
+    for text in CORPUS[:3]:
+        expected = stock(text)["input_ids"]
+        assert loaded.encode_prompt(text) == expected
+        assert loaded.encode_documents([text])[0].tolist() == [*expected, loaded.eos_id]
+
+
+def test_begin_of_text_can_be_asked_for_and_left_out(folder: Path, tmp_path: Path) -> None:
+    copy = with_begin_of_text(folder, tmp_path, template=True, config={})
+    begin = Tokenizer.from_file(str(copy / "tokenizer.json")).token_to_id("<s>")
+    assert [load_tokenizer(copy, add_bos=add).bos_ids for add in ("auto", True, False)] == [(begin,), (begin,), ()]
+    with pytest.raises(DataError, match=r"add_bos = true, but its bos_token = None .* set add_bos=false"):
+        load_tokenizer(folder, add_bos=True)
+    parsed = load_tokenizer(copy, parse_special_tokens=True)
+    assert parsed.encode_prompt("<s>once") == parsed.encode_prompt("once")  # a template that spells it itself
+
+
+def test_long_document_begins_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_tokenizer(with_begin_of_text(folder, tmp_path, template=True, config={}))
+    whole = loaded.encode_documents(["word " * 300])[0].tolist()
+    monkeypatch.setattr(tokenizer_module, "PIECE_CHARACTERS", 40)
+    assert loaded.encode_documents(["word " * 300])[0].tolist() == whole
+    assert whole.count(loaded.bos_ids[0]) == 1

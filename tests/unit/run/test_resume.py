@@ -58,7 +58,7 @@ def test_every_field_of_both_training_configs_has_a_rule_and_every_rule_a_field(
     paths |= flatten(config_dict(load(PretrainConfig, dict(data=dict(path="x"))))).keys()
     used = {next(pattern for pattern, *_ in RULES if re.fullmatch(pattern.replace("*", ".*"), p)) for p in paths}
     assert used == {pattern for pattern, *_ in RULES}
-    with pytest.raises(KeyError, match=r"no rule of resume_rules\.py"):
+    with pytest.raises(KeyError, match=r"no rule of rules\.py"):
         rule_of("new_section.field")
 
 
