@@ -53,7 +53,7 @@ class Smoke:
         done.write_text(f"{time.perf_counter() - started:.1f}\n")
         return target
 
-    def place(self, version: str) -> list[str]:
+    def into(self, version: str) -> list[str]:
         """Return the overrides that send a verb's output to its folder."""
         return [
             f"exp_manager.exp_dir={self.folder.parent}",
@@ -77,27 +77,27 @@ def chain(smoke: Smoke) -> dict[str, Any]:
     )
     from_data = f"data.path={data}"
     parent = smoke.run(
-        "pretrain_parent", "parent", ["--config-name=smoke_parent", from_data, *smoke.place("parent")], distributed=True
+        "pretrain_parent", "parent", ["--config-name=smoke_parent", from_data, *smoke.into("parent")], distributed=True
     )
     permuted = smoke.run(
         "estimate_importance",
         "permuted",
-        ["--config-name=smoke_importance", from_data, f"init_from.parent={parent}", *smoke.place("permuted")],
+        ["--config-name=smoke_importance", from_data, f"init_from.parent={parent}", *smoke.into("permuted")],
         threads=smoke.processes,
     )
     family = smoke.run(
         "train_elastic",
         "family",
-        ["--config-name=smoke_elastic", from_data, f"init_from.permuted_parent={permuted}", *smoke.place("family")],
+        ["--config-name=smoke_elastic", from_data, f"init_from.permuted_parent={permuted}", *smoke.into("family")],
         distributed=True,
     )
     exports = smoke.run(
-        "extract", "exports", ["--config-name=smoke_extract", f"init_from.checkpoint={family}", *smoke.place("exports")]
+        "extract", "exports", ["--config-name=smoke_extract", f"init_from.checkpoint={family}", *smoke.into("exports")]
     )
 
     def evaluate(version: str, checkpoint: Path, *more: str) -> list[dict[str, Any]]:
         arguments = ["--config-name=smoke_evaluate", from_data, f"init_from.checkpoint={checkpoint}", *more]
-        folder = smoke.run("evaluate", version, [*arguments, *smoke.place(version)])
+        folder = smoke.run("evaluate", version, [*arguments, *smoke.into(version)])
         return json.loads((folder / "evaluation.json").read_text())["members"]
 
     extraction = json.loads((exports / "extraction.json").read_text())["members"]

@@ -74,8 +74,8 @@ def resolve_checkpoint(
     if not found:
         return folder
     siblings = decided_by_rank_0(lambda: step_folders(folder.parent), world)
-    place = siblings.index(folder) if folder in siblings else len(siblings)
-    candidates = [*reversed(siblings[:place]), *siblings[place + 1 :]]
+    index = siblings.index(folder) if folder in siblings else len(siblings)
+    candidates = [*reversed(siblings[:index]), *siblings[index + 1 :]]
     nearest = next((other for other in candidates if not damages(other, full=full, world=world)), None)
     remedy = "its run has no other whole one" if nearest is None else f"the nearest whole one is {nearest}"
     raise CheckpointError(f"{folder} is not whole: {shown_problems(found)}; {remedy}")

@@ -72,8 +72,8 @@ def write_manifest(folder: Path, hashed: Files, leave_out: Collection[str] = ())
         )
     path = folder / MANIFEST_FILE
     path.write_text(_text(files))
-    for place in (path, *(below for below in folder.rglob("*") if below.is_dir()), folder):
-        flush_to_disk(place)
+    for changed in (path, *(below for below in folder.rglob("*") if below.is_dir()), folder):
+        flush_to_disk(changed)
     return files
 
 

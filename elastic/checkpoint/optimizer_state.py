@@ -1,7 +1,7 @@
 """The optimizer's state as parts of global tensors, for checkpoints that any layout reads.
 
 Megatron-Core's own `sharded_state_dict` does this but for two cases: bf16 and fp32 parameters in one group (A_log and D
-stay in fp32; their places among the bf16 ones are miscounted), and an optimizer that has not taken a step yet.
+stay in fp32; their indices among the bf16 ones are miscounted), and an optimizer that has not taken a step yet.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ STEP, MAIN = "common_step", "fp32_from_fp16_params"
 def sharded_optimizer_state(
     optimizer: ChainedOptimizer, sharded_model: Mapping[str, Any], is_loading: bool, metadata: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Describe the state of this rank by name, place and global size; `sharded_model` is the model's sharded state.
+    """Describe the state of this rank by name, index and global size; `sharded_model` is the model's sharded state.
 
     Keys and values are those of Megatron-Core's own `sharded_state_dict`, so `load_state_dict` takes them.
     """
@@ -63,13 +63,13 @@ def _counts_each_step(optimizer: MegatronOptimizer) -> bool:
 def count_in_order(optimizer: ChainedOptimizer) -> None:
     """Let a distributed optimizer find the state of each parameter; to be called once, when it has been built.
 
-    It notes places in the order of its buffers, and then puts fp32 parameters before those in half precision.
+    It notes indices in the order of its buffers, and then puts fp32 parameters before those in half precision.
     """
     for part in optimizer.chained_optimizers:
         if isinstance(part, DistributedOptimizer) and not part.is_stub_optimizer:
             for group, kinds in enumerate(zip(part.model_fp32_groups, part.model_float16_groups, strict=True)):
-                for place, parameter in enumerate(chain.from_iterable(kinds)):
-                    part.model_param_group_index_map[parameter] = (group, place)
+                for index, parameter in enumerate(chain.from_iterable(kinds)):
+                    part.model_param_group_index_map[parameter] = (group, index)
 
 
 def _sharded_half_precision(

@@ -61,12 +61,12 @@ class StoredTensors(Mapping[str, Tensor]):
         return tensor
 
     def _read(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
-        place = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-        path = self._folder / place.relative_path
+        extent = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+        path = self._folder / extent.relative_path
         try:
             with path.open("rb") as file:
-                file.seek(place.offset)
-                stored = torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
+                file.seek(extent.offset)
+                stored = torch.load(io.BytesIO(file.read(extent.length)), map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged pickle may raise anything
             raise CheckpointError(f"{path}: {key} cannot be read, the file is truncated or damaged: {error}") from error
         if not isinstance(stored, Tensor) or stored.shape != chunk.sizes:

@@ -70,12 +70,12 @@ class Document:
 
     @property
     def split_position(self) -> int:
-        """Return the content's place in 0..2**64-1 that decides between training and validation."""
+        """Return the content's number in 0..2**64-1 that decides between training and validation."""
         return int.from_bytes(self.digest[:8])
 
     @property
     def sample_position(self) -> int:
-        """Return an independent place in 0..2**64-1 that decides who the tokenizer is trained on."""
+        """Return an independent number in 0..2**64-1 that decides who the tokenizer is trained on."""
         return int.from_bytes(self.digest[8:])
 
 

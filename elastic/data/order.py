@@ -19,7 +19,7 @@ def mixed_seed(seed: int, *salts: int) -> int:
 class SampleOrder:
     """Map an unbounded sample index to a chunk: every epoch of `num_chunks` indices visits every chunk once.
 
-    A Feistel network over a grid of rows x columns >= num_chunks places, keyed by (seed, epoch, num_chunks); places
+    A Feistel network over a grid of rows x columns >= num_chunks cells, keyed by (seed, epoch, num_chunks); cells
     beyond the last chunk are sent round again until they land inside. It is a pure function of its fields and the
     index, so resuming, or asking from another number of ranks, needs no state.
     """
@@ -39,14 +39,14 @@ class SampleOrder:
         """Return the chunk, 0..num_chunks-1, that sample `sample_index` >= 0 reads."""
         if sample_index < 0:
             raise ValueError(f"sample_index = {sample_index}: must not be negative")
-        epoch, place = divmod(sample_index, self.num_chunks)
+        epoch, index = divmod(sample_index, self.num_chunks)
         rows = math.isqrt(self.num_chunks - 1) + 1
         columns = -(-self.num_chunks // rows)
         keys = self._keys(epoch)
-        place = _permute(place, rows, columns, keys)
-        while place >= self.num_chunks:
-            place = _permute(place, rows, columns, keys)
-        return place
+        index = _permute(index, rows, columns, keys)
+        while index >= self.num_chunks:
+            index = _permute(index, rows, columns, keys)
+        return index
 
     def _keys(self, epoch: int) -> tuple[int, ...]:
         text = f"{self.seed}:{epoch}:{self.num_chunks}"
@@ -54,9 +54,9 @@ class SampleOrder:
         return struct.unpack(f"<{NUM_ROUNDS}Q", digest)
 
 
-def _permute(place: int, rows: int, columns: int, keys: tuple[int, ...]) -> int:
+def _permute(index: int, rows: int, columns: int, keys: tuple[int, ...]) -> int:
     """Permute 0..rows*columns-1: each round shifts one coordinate by a keyed hash of the other, which is invertible."""
-    column, row = divmod(place, rows)
+    column, row = divmod(index, rows)
     for number, key in enumerate(keys):
         if number % 2 == 0:
             row = (row + _hash(key, column)) % rows

@@ -1,12 +1,12 @@
 """Training batches of a curriculum: every phase reads the stream at its own length and in its own order."""
 
-from elastic.data.stream import Batch, PackedSequences, TokenStream, micro_batch
-from elastic.router.phases import Curriculum, Place
+from elastic.data.stream import Batch, PackedSequences, TokenStream, read_batch
+from elastic.router.phases import Curriculum, Moment
 from elastic.world.groups import World
 
 
 class PhaseData:
-    """This replica's micro-batches at any place of the curriculum: a pure function of (seed, place)."""
+    """This replica's micro-batches at any step of the curriculum: a pure function of (seed, step)."""
 
     def __init__(
         self, stream: TokenStream, curriculum: Curriculum, *, micro_batch_size: int, seed: int, world: World
@@ -17,14 +17,14 @@ class PhaseData:
             for index, phase in enumerate(curriculum.phases)
         ]
 
-    def micro_batches(self, place: Place) -> list[Batch]:
+    def batches(self, moment: Moment) -> list[Batch]:
         """Return the micro-batches of one step, in the order they run."""
         replicas = self.world.data_size
-        count = place.phase.global_batch // (self.micro_batch_size * replicas)
+        count = moment.phase.global_batch // (self.micro_batch_size * replicas)
         return [
-            micro_batch(
-                self.datasets[place.phase_index],
-                consumed_samples=place.consumed_samples,
+            read_batch(
+                self.datasets[moment.phase_index],
+                consumed_samples=moment.consumed_samples,
                 micro_batch_index=index,
                 data_parallel_rank=self.world.data_rank,
                 data_parallel_size=replicas,

@@ -148,7 +148,7 @@ class PackedSequences:
         return self.chunk(self.order.chunk(sample_index))
 
     def chunk(self, chunk_index: int) -> torch.Tensor:
-        """Return tokens [S+1] int64 of a chunk by its place in the stream, unshuffled."""
+        """Return tokens [S+1] int64 of a chunk by its number in the stream, unshuffled."""
         tokens = self.stream.read(chunk_index * self.sequence_length, self.sequence_length + 1)
         return torch.from_numpy(tokens.astype(np.int64))
 
@@ -181,7 +181,7 @@ def _batch(rows: list[torch.Tensor], sample_ids: list[int]) -> Batch:
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.tensor(sample_ids, dtype=torch.int64))
 
 
-def micro_batch(
+def read_batch(
     dataset: PackedSequences,
     consumed_samples: int,
     micro_batch_index: int,

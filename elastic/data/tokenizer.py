@@ -80,17 +80,17 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _cut(text: str, start: int, end: int) -> int:
-    """Return where to cut text[start:end], a place where every usual pre-tokenizer cuts too if there is one.
+    """Return where to cut text[start:end], a point where every usual pre-tokenizer cuts too if there is one.
 
     That is after a line end with no white space behind it, else before a single space, else at `end`.
     """
     for separator, offset in (("\n", 1), (" ", 0)):
-        place = text.rfind(separator, start + 1, end)
-        while place != -1:
-            alone = offset or not text[place - 1].isspace()
-            if alone and not text[place + 1].isspace():
-                return place + offset
-            place = text.rfind(separator, start + 1, place)
+        cut = text.rfind(separator, start + 1, end)
+        while cut != -1:
+            alone = offset or not text[cut - 1].isspace()
+            if alone and not text[cut + 1].isspace():
+                return cut + offset
+            cut = text.rfind(separator, start + 1, cut)
     return end
 
 

@@ -58,7 +58,7 @@ class Marker:
 
 
 @dataclass(frozen=True)
-class PhasePlan:
+class ThinkPlan:
     """Think with one subnet until the marker comes, at most `max_think_tokens`, then answer with another.
 
     Out of tokens, the marker is forced. The answering subnet reads prompt, thinking and marker once; where both subnets
@@ -103,7 +103,7 @@ def ignore(token: int) -> None:
 
 def generate(
     model: ElasticModel,
-    plan: Subnet | PhasePlan,
+    plan: Subnet | ThinkPlan,
     prompt: Sequence[int],
     sampling: Sampling,
     limits: Limits,

@@ -14,12 +14,12 @@ def check_free_space(target: Path, num_bytes: int, what: str) -> None:
     `target` need not exist yet: the nearest folder above it that does decides. Nothing is created. `what` names
     what will be written, for the message.
     """
-    place = target.absolute()
-    while not place.is_dir() and place != place.parent:
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    existing = target.absolute()
+    while not existing.is_dir() and existing != existing.parent:
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise DiskSpaceError(
             f"not enough disk for {what} in {target}: {num_bytes / 1e9:,.2f} GB needed, {free / 1e9:,.2f} GB free on "
-            f"the disk of {place}; free {(num_bytes - free) / 1e9:,.2f} GB or write to another disk"
+            f"the disk of {existing}; free {(num_bytes - free) / 1e9:,.2f} GB or write to another disk"
         )

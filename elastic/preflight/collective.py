@@ -73,8 +73,8 @@ def _share_a_file(folder: Path) -> None:
     """Write a file on rank 0 where the run will be written, and look for it on every rank."""
     box = [""]
     if dist.get_rank() == 0:
-        place = next(path for path in (folder, *folder.parents) if path.is_dir())
-        box = [str(place / f".preflight_{os.getpid()}_{time.time_ns()}")]
+        existing = next(path for path in (folder, *folder.parents) if path.is_dir())
+        box = [str(existing / f".preflight_{os.getpid()}_{time.time_ns()}")]
         Path(box[0]).touch()
     dist.broadcast_object_list(box, src=0)
     probe = Path(box[0])

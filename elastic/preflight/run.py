@@ -94,9 +94,9 @@ def data_problems(config: VerbConfig) -> Iterator[Problem]:
 
 def folder_problems(config: VerbConfig) -> Iterator[Problem]:
     """The run folder, or the nearest folder above it that exists, must let this user write."""
-    place = nearest_existing(Path(config.exp_manager.run_dir))
-    if not os.access(place, os.W_OK | os.X_OK):
-        rule = f"may not be written by user {os.getuid()} ({place})"
+    existing = nearest_existing(Path(config.exp_manager.run_dir))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        rule = f"may not be written by user {os.getuid()} ({existing})"
         yield Problem("exp_manager.exp_dir", config.exp_manager.exp_dir, rule, "choose another, or change its owner")
 
 
@@ -111,8 +111,8 @@ def overwrite_problems(config: TrainConfig) -> Iterator[Problem]:
 def disk_problems(config: TrainConfig) -> Iterator[Problem]:
     """The disk must hold the checkpoints that stay and the one being written, less those that are there already."""
     run_dir = Path(config.exp_manager.run_dir)
-    place = nearest_existing(run_dir)
-    free = shutil.disk_usage(place).free
+    existing = nearest_existing(run_dir)
+    free = shutil.disk_usage(existing).free
     there = len(list((run_dir / "checkpoints").glob("step_*")))
     keep = config.exp_manager.keep_last_checkpoints
     count = max(1, keep + 1 - there)
@@ -120,7 +120,7 @@ def disk_problems(config: TrainConfig) -> Iterator[Problem]:
     if free < need:
         rule = f"{gib(need)} needed for {count} checkpoints of {gib(checkpoint_bytes(config))}"
         remedy = "free some, lower exp_manager.keep_last_checkpoints, or set exp_manager.exp_dir to another disk"
-        yield Problem(f"free disk at {place}", gib(free), rule, remedy)
+        yield Problem(f"free disk at {existing}", gib(free), rule, remedy)
 
 
 def memory_problems(config: TrainConfig, cluster: Cluster, gpus: Sequence[Gpu]) -> Iterator[Problem]:
@@ -163,4 +163,4 @@ def parameters(config: TrainConfig) -> Any:
 
 def nearest_existing(path: Path) -> Path:
     """Return `path`, or the nearest folder above it that exists."""
-    return next((place for place in (path.absolute(), *path.absolute().parents) if place.exists()), Path("/"))
+    return next((existing for existing in (path.absolute(), *path.absolute().parents) if existing.exists()), Path("/"))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from elastic.router.budget_loss import budget_loss, cost_shares
 from elastic.router.gumbel import choice_entropy, choice_probabilities, gumbel_noise
-from elastic.router.phases import Place
+from elastic.router.phases import Moment
 from elastic.router.router import Router
 from elastic.router.sampler import budget_of, check_draws, draw_budgets
 from elastic.space.axes import Axis, Space
@@ -80,7 +80,7 @@ class Draw:
 
 
 @dataclass
-class GateSource:
+class Chooser:
     """Draws budgets and gates for the steps of a run; everything random is a function of (seed, step, micro-batch)."""
 
     router: Router
@@ -90,34 +90,34 @@ class GateSource:
     settings: RouterSettings
     seed: int
 
-    def draw(self, place: Place, num_micro_batches: int, replica: int, replicas: int) -> Draw:
+    def draw(self, moment: Moment, num_micro_batches: int, replica: int, replicas: int) -> Draw:
         """Return the gates of this replica's micro-batches at one step."""
-        phase, in_step = place.elastic, num_micro_batches * replicas
+        phase, in_step = moment.elastic, num_micro_batches * replicas
         draws = self.settings.draws_per_step or num_micro_batches
         check_draws(draws, in_step, replicas)
-        drawn = draw_budgets(phase.weights([budget.name for budget in self.budgets]), self.seed, place.step, draws)
+        drawn = draw_budgets(phase.weights([budget.name for budget in self.budgets]), self.seed, moment.step, draws)
         numbers = [index * replicas + replica for index in range(num_micro_batches)]
         budgets = [budget_of(drawn, number, in_step) for number in numbers]
         if phase.router_frozen:
             frozen = {budget: self._frozen(budget, phase.execution) for budget in set(budgets)}
             return Draw([frozen[budget] for budget in budgets])
         logits = self.router()
-        budget_losses = self._budget_losses(logits, place)
+        budget_losses = self._budget_losses(logits, moment)
         shares = cost_shares(self.space, self.budgets, self.deployment)
-        entropy = choice_entropy(logits, place.logit_scale, shares)
-        undecided = self.settings.entropy_weight * (1.0 - place.progress) * entropy
+        entropy = choice_entropy(logits, moment.logit_scale, shares)
+        undecided = self.settings.entropy_weight * (1.0 - moment.progress) * entropy
         router_loss = self.settings.budget_loss_weight * (budget_losses.sum() - undecided)
         draw = Draw([], budget_losses=budget_losses, router_loss=router_loss)
         noise_draws = self.settings.noise_draws_per_step or in_step
         for number, budget in zip(numbers, budgets, strict=True):
             noise_draw = number * noise_draws // in_step  # equal runs of micro-batches, as for the budgets
-            source = {axis: self._weights(values[budget], axis, place, noise_draw) for axis, values in logits.items()}
+            source = {axis: self._weights(values[budget], axis, moment, noise_draw) for axis, values in logits.items()}
             leaves = {axis: weights.detach().clone().requires_grad_() for axis, weights in source.items()}
             draw.sources.append(source)
             draw.gates.append(Gates.mask(leaves, budget))
         return draw
 
-    def _budget_losses(self, logits: Mapping[Axis, Tensor], place: Place) -> Tensor:
+    def _budget_losses(self, logits: Mapping[Axis, Tensor], moment: Moment) -> Tensor:
         """Return the budget loss [budgets] of the choices the layers see, a mean over noise draws of its own stream.
 
         All budgets count at every step, drawn or not: the cost needs no data. With the noise of the gates, and not on
@@ -127,16 +127,16 @@ class GateSource:
         for axis, values in logits.items():
             budgets, slots, choices = values.shape
             size = (NUM_COST_DRAWS * budgets * slots, choices)
-            noise = gumbel_noise(self.seed, place.step, COST_STREAM, axis, size).view(-1, *values.shape)
-            noisy[axis] = choice_probabilities(values, noise.to(values.device), place.logit_scale, place.temperature)
+            noise = gumbel_noise(self.seed, moment.step, COST_STREAM, axis, size).view(-1, *values.shape)
+            noisy[axis] = choice_probabilities(values, noise.to(values.device), moment.logit_scale, moment.temperature)
         return budget_loss(self.space, self.budgets, noisy, self.deployment).mean(dim=0)
 
-    def _weights(self, logits: Tensor, axis: Axis, place: Place, noise_draw: int) -> Tensor:
+    def _weights(self, logits: Tensor, axis: Axis, moment: Moment, noise_draw: int) -> Tensor:
         """Return weights [slots, K] over the choices: soft, or exactly one-hot with the soft gradient."""
-        noise = gumbel_noise(self.seed, place.step, noise_draw, axis, (logits.shape[0], logits.shape[1])).to(
+        noise = gumbel_noise(self.seed, moment.step, noise_draw, axis, (logits.shape[0], logits.shape[1])).to(
             logits.device
         )
-        soft = choice_probabilities(logits, noise, place.logit_scale, place.temperature)
+        soft = choice_probabilities(logits, noise, moment.logit_scale, moment.temperature)
         return soft if self.settings.mode == Mode.SOFT else _StraightThrough.apply(soft)
 
     def _frozen(self, budget: int, execution: Execution) -> Gates:

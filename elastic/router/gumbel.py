@@ -9,10 +9,10 @@ from elastic.router.streams import stream
 from elastic.space.axes import Axis
 
 
-def gumbel_noise(seed: int, step: int, micro_batch: int, axis: Axis, shape: tuple[int, int]) -> Tensor:
-    """Draw Gumbel(0, 1) noise [slots, K], fp32: its own stream per axis and global micro-batch."""
+def gumbel_noise(seed: int, step: int, draw: int, axis: Axis, shape: tuple[int, int]) -> Tensor:
+    """Draw Gumbel(0, 1) noise [slots, K], fp32: its own stream per axis and draw."""
     exponential = torch.empty(shape, dtype=torch.float64)
-    exponential.exponential_(generator=stream(seed, f"gumbel/{axis}", step, micro_batch))
+    exponential.exponential_(generator=stream(seed, f"gumbel/{axis}", step, draw))
     return exponential.clamp(min=torch.finfo(torch.float64).tiny).log().neg().float()
 
 

@@ -56,7 +56,7 @@ class ElasticPhase(Phase):
 
 
 @dataclass(frozen=True)
-class Place:
+class Moment:
     """Where one step falls: the phase, the step inside it, and everything that depends on nothing else."""
 
     step: int
@@ -112,11 +112,11 @@ class Curriculum:
         """Return the steps of all phases."""
         return sum(phase.num_steps for phase in self.phases)
 
-    def at(self, step: int) -> Place:
+    def at(self, step: int) -> Moment:
         """Return where `step` falls; raises ValueError beyond the last phase."""
         before = 0
         for index, phase in enumerate(self.phases):
             if step < before + phase.num_steps:
-                return Place(step, index, phase, step - before)
+                return Moment(step, index, phase, step - before)
             before += phase.num_steps
         raise ValueError(f"step {step} lies beyond the curriculum's {before} steps")

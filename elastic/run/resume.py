@@ -61,7 +61,7 @@ def open_training_run(
     origin: dict[str, Any] = {}
     accepted: list[Difference] = []
 
-    def judge(checkpoint: Path) -> None:
+    def check(checkpoint: Path) -> None:
         state, saved = read_training_state(checkpoint), Record.read(checkpoint)
         if state is None:
             raise ResumeError(
@@ -79,7 +79,7 @@ def open_training_run(
         checkpoint = None
         if decided_by_rank_0(lambda: _goes_on(manager), here):
             checkpoint = newest_whole(folder, full=manager.verify_on_resume == "full", world=here, say=say)
-            decided_by_rank_0(lambda: judge(checkpoint), here)
+            decided_by_rank_0(lambda: check(checkpoint), here)
             decided_by_rank_0(lambda: set_aside_newer(checkpoint, say), here)
         open_run_folder(manager, config_dict(config), here, resume=manager.resume_if_exists)
         yield RunStart(folder, checkpoint, origin, tuple(accepted))

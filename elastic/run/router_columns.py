@@ -19,18 +19,18 @@ def load_router_columns(
     """Load weights and Adam state of a router for the budgets `old` into one for the budgets `new`.
 
     Everything but the first layers' weights [hidden width, budgets] is shared by all budgets and loads as it is. A
-    column of a budget that both know moves to its new place; that of a new budget keeps its fresh values, with zero
+    column of a budget that both know moves to its new index; that of a new budget keeps its fresh values, with zero
     moments. Adam's step count stays: it corrects a bias that zero moments of a new column have again for a while.
     """
     assert isinstance(router, Router)
     tensors = load_file(folder / ROUTER_FILE)
-    pairs = [(old.index(name), place) for place, name in enumerate(new) if name in old]
+    pairs = [(old.index(name), column) for column, name in enumerate(new) if name in old]
     first_layers = {f"networks.{axis}.0.weight" for axis in router.sizes}
 
     def fitted(saved: Tensor, fresh: Tensor) -> Tensor:
         result = fresh.clone()
-        for source, place in pairs:
-            result[:, place] = saved[:, source].to(fresh.device)
+        for source, column in pairs:
+            result[:, column] = saved[:, source].to(fresh.device)
         return result
 
     for name, parameter in router.named_parameters():

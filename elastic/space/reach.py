@@ -122,7 +122,7 @@ def _mixed(
             continue
         layers = space.parent.pattern.layers_of(KIND_OF_AXIS[axis])
         running = [ordinal for ordinal, layer_index in enumerate(layers) if layer_index in kept]
-        for _, ordinal in sorted((place * _GOLDEN_RATIO % 1.0, ordinal) for place, ordinal in enumerate(running)):
+        for _, ordinal in sorted((number * _GOLDEN_RATIO % 1.0, ordinal) for number, ordinal in enumerate(running)):
             slots[axis][ordinal] += 1
             subnet = space.subnet({name: tuple(indices) for name, indices in slots.items()})
             samples.append(_sample(space, subnet, budget, deployment))

@@ -21,10 +21,10 @@ class Validate(NoCallback):
     """Evaluates every budget's argmax subnet on the held-out split every n steps and at the end."""
 
     def __init__(
-        self, datasets: list[HeldOut], log: RunLog, *, every_steps: int, num_sequences: int, micro_batch: int
+        self, datasets: list[HeldOut], log: RunLog, *, every_steps: int, num_sequences: int, micro_batch_size: int
     ) -> None:
         self.datasets, self.log, self.every_steps = datasets, log, every_steps
-        self.num_sequences, self.micro_batch = num_sequences, micro_batch
+        self.num_sequences, self.micro_batch_size = num_sequences, micro_batch_size
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Evaluate when the step is due, at the sequence length of the phase that just ran."""
@@ -33,9 +33,9 @@ class Validate(NoCallback):
         losses = evaluate_subnets(
             trainer.runner,
             chosen_gates(trainer),
-            self.datasets[result.place.phase_index],
+            self.datasets[result.moment.phase_index],
             num_sequences=self.num_sequences,
-            micro_batch=self.micro_batch,
+            micro_batch_size=self.micro_batch_size,
             world=trainer.world,
         )
         values = {f"validation/{name}/loss": loss.mean.cross_entropy for name, loss in losses.items()}

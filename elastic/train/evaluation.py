@@ -24,7 +24,7 @@ def evaluate_subnets(
     held_out: HeldOut,
     *,
     num_sequences: int,
-    micro_batch: int,
+    micro_batch_size: int,
     world: World,
 ) -> dict[str, HeldOutLoss]:
     """Return the mean cross-entropy of each named choice (None: the whole parent) over the same held-out sequences.
@@ -35,7 +35,7 @@ def evaluate_subnets(
         validation_batches(
             held_out,
             num_sequences,
-            micro_batch_size=micro_batch,
+            micro_batch_size=micro_batch_size,
             data_parallel_rank=world.data_rank,
             data_parallel_size=world.data_size,
         )
@@ -45,7 +45,7 @@ def evaluate_subnets(
     meter = LossMeter(len(gates) * num_rows, world)
     for first, choice in zip(range(0, len(gates) * num_rows, num_rows), gates.values(), strict=True):
         for source, batch in batches:
-            loss = runner.evaluate([runner.micro_batch(batch, choice)])
+            loss = runner.evaluate([runner.share(batch, choice)])
             meter.add(loss, row=first)
             meter.add(loss, row=first + 1 + sources.index(source))
     means = iter(meter.read())

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from elastic.router.phases import Place
+from elastic.router.phases import Moment
 from elastic.space.cost import subnet_cost
 from elastic.train.chosen import chosen_subnets
 from elastic.train.metrics import LossMeter, MeanLoss
@@ -131,7 +131,7 @@ class LogSteps:
         self._task: TaskID | None = None
         self._meter: LossMeter | None = None
         self._tokens, self._since = 0, time.perf_counter()
-        self._places: list[Place] = []  # of the steps since the last log point
+        self._moments: list[Moment] = []  # of the steps since the last log point
         self._unlogged: StepResult | None = None  # the last of them
 
     def on_start(self, trainer: Trainer) -> None:
@@ -151,7 +151,7 @@ class LogSteps:
             self._say(trainer, "skipped_step", f"skipped step {trainer.step}: NaN or Inf, see {NONFINITE_FOLDER}/", {})
         else:
             self._meter.add(result.losses)
-        self._places.append(result.place)
+        self._moments.append(result.moment)
         self._tokens += result.num_tokens
         self._unlogged = result
         if trainer.step % self.every_steps == 0 or trainer.step == trainer.total_steps:
@@ -168,12 +168,12 @@ class LogSteps:
         """Reduce the losses since the last log point (all ranks), write and show them (rank 0)."""
         assert self._meter is not None
         self._unlogged = None
-        means = self._meter.read()  # waits for the device: the one place per log interval
+        means = self._meter.read()  # waits for the device: once per log interval
         now = time.perf_counter()
         tokens_per_s = self._tokens / max(now - self._since, 1e-9)
         self._tokens, self._since = 0, now
         row: dict[str, float | str] = {
-            "phase": result.place.phase.name,
+            "phase": result.moment.phase.name,
             "grad_norm": result.grad_norm,
             "learning_rate": result.learning_rate,
             "tokens_per_s": tokens_per_s,
@@ -186,21 +186,21 @@ class LogSteps:
             self.progress.update(
                 self._task,
                 completed=trainer.step,
-                description=result.place.phase.name,
+                description=result.moment.phase.name,
                 status=self._status(means, row, tokens_per_s),
             )
 
     def _report_spikes(self, trainer: Trainer, means: list[MeanLoss]) -> None:
         """Warn of losses that stand out, with the samples they were measured on."""
-        places, self._places = self._places, []
+        moments, self._moments = self._moments, []
         if self.spikes is None:
             return
-        last = places[-1]
-        first = next(place for place in places if place.phase_index == last.phase_index)
+        last = moments[-1]
+        first = next(moment for moment in moments if moment.phase_index == last.phase_index)
         samples = [first.consumed_samples, last.consumed_samples + last.phase.global_batch - 1]
         for name, mean in zip(self.names, means, strict=True):
             loss = mean.cross_entropy if mean.kl is None else mean.kl
-            spike = None if loss is None else self.spikes.judge(name, loss, last.phase_index)
+            spike = None if loss is None else self.spikes.take(name, loss, last.phase_index)
             if spike is not None:
                 values = {"phase": last.phase.name, "first_step": first.step + 1, "samples": samples, **asdict(spike)}
                 text = f"{spike}; steps {first.step + 1} to {trainer.step}, samples {samples[0]} to {samples[1]}"
@@ -220,20 +220,20 @@ class LogSteps:
         return {name: value for name, value in values.items() if value is not None}
 
     def _router_values(self, trainer: Trainer, result: StepResult) -> dict[str, float]:
-        source = trainer.gates
-        if source is None:
+        chooser = trainer.chooser
+        if chooser is None:
             return {}
         values = {
-            "temperature": result.place.temperature,
-            "logit_scale": result.place.logit_scale,
+            "temperature": result.moment.temperature,
+            "logit_scale": result.moment.logit_scale,
             "router_learning_rate": result.router_learning_rate or 0.0,
         }
         subnets = chosen_subnets(trainer)
-        for budget in source.budgets:
-            used = subnet_cost(source.space.parent, subnets[budget.name], source.deployment)[budget.metric]
+        for budget in chooser.budgets:
+            used = subnet_cost(chooser.space.parent, subnets[budget.name], chooser.deployment)[budget.metric]
             values[f"router/{budget.name}/cost_ratio"] = float(used) / budget.limit
         if result.budget_losses is not None:
-            for budget, loss in zip(source.budgets, result.budget_losses.tolist(), strict=True):
+            for budget, loss in zip(chooser.budgets, result.budget_losses.tolist(), strict=True):
                 values[f"router/{budget.name}/budget_loss"] = loss
         return values
 

@@ -66,7 +66,7 @@ class StepParts:
     budget_names: Sequence[str]
 
 
-def judge(
+def finite_on_all_ranks(
     losses: Iterable[MicroBatchLoss], gradients: Sequence[Tensor | float], router: nn.Module | None, world: World
 ) -> Finite:
     """Tell what is finite on all ranks, the same answer on each. Waits for the device: three numbers a step.
@@ -169,7 +169,7 @@ def evidence(
         "not_finite": finite.found(),
         "rank": torch.distributed.get_rank(),
         "host": platform.node(),
-        "place": {
+        "ranks": {
             "data": world.data_rank,
             "tensor": groups.tp.rank(),
             "pipeline": groups.pp.rank(),
@@ -178,11 +178,11 @@ def evidence(
         "grad_norm": readable(parts.grad_norm),
         "num_nonfinite_gradients": len(names),
         "nonfinite_gradients": list(names[:MAX_NAMES]),
-        "micro_batches": [_micro_batch(parts, index, suspects[index]) for index in range(len(parts.batches))],
+        "micro_batches": [_of_micro_batch(parts, index, suspects[index]) for index in range(len(parts.batches))],
     }
 
 
-def _micro_batch(parts: StepParts, index: int, is_suspect: bool) -> dict[str, Any]:
+def _of_micro_batch(parts: StepParts, index: int, is_suspect: bool) -> dict[str, Any]:
     content: dict[str, Any] = {"suspect": is_suspect, "sample_ids": parts.batches[index].sample_ids.tolist()}
     if parts.losses:
         loss = parts.losses[index]

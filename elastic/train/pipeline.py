@@ -59,7 +59,7 @@ class PipelineRunner:
         assert isinstance(bare, ElasticModel)
         self.student_model = bare
 
-    def micro_batch(self, batch: Batch, gates: Gates | None = None) -> MicroBatch:
+    def share(self, batch: Batch, gates: Gates | None = None) -> MicroBatch:
         """Take this context-parallel rank's share of a batch of whole sequences and move it to the device."""
         cp = self.world.groups.cp
 

@@ -30,7 +30,7 @@ from elastic.data.stream import Batch
 from elastic.model.initialize import named_global_parameters
 from elastic.model.model import ElasticModel
 from elastic.model.sharding import sharded_dim
-from elastic.router.phases import Place
+from elastic.router.phases import Moment
 from elastic.space.gates import Gates
 from elastic.world.fingerprint import fingerprint, text_fingerprint
 from elastic.world.groups import World
@@ -58,17 +58,22 @@ class Sanity:
     _left: Mapping[str, int] = field(default_factory=dict)
     _left_after_step: int | None = None
 
-    def before_step(self, place: Place, batches: Sequence[Batch], choices: Sequence[Gates | None]) -> None:
+    def before_step(self, moment: Moment, batches: Sequence[Batch], choices: Sequence[Gates | None]) -> None:
         """Compare what a step starts from; raises SanityError on all ranks alike."""
-        if place.step % self.every_n_steps:
+        if moment.step % self.every_n_steps:
             return
         state = self._state()
         moved = set()
-        if self._left_after_step == place.step - 1:
+        if self._left_after_step == moment.step - 1:
             values = _read(state)
             moved = {name for name in values if values[name] != self._left.get(name, values[name])}
         found = self._compare_state(state, moved)
-        position = {"seed": self.seed, "step": place.step, "phase": place.phase_index, "data": place.consumed_samples}
+        position = {
+            "seed": self.seed,
+            "step": moment.step,
+            "phase": moment.phase_index,
+            "data": moment.consumed_samples,
+        }
         if choices[0] is not None:
             position["budgets"] = text_fingerprint(sorted(str(gates.budget) for gates in choices if gates is not None))
         found += self._compare(position, None, "all ranks")
@@ -79,15 +84,15 @@ class Sanity:
         groups = self.world.groups
         for group, over in ((groups.tp, "tensor"), (groups.pp, "pipeline"), (groups.cp, "context")):
             found += self._compare(drawn, group, f"{over}-parallel ranks")
-        self._raise_on_all_ranks(found, f"before step {place.step + 1}")
+        self._raise_on_all_ranks(found, f"before step {moment.step + 1}")
 
-    def after_step(self, place: Place) -> None:
+    def after_step(self, moment: Moment) -> None:
         """Compare what the step left; raises SanityError on all ranks alike."""
-        if place.step % self.every_n_steps:
+        if moment.step % self.every_n_steps:
             return
         state = self._state()
-        self._raise_on_all_ranks(self._compare_state(state, set()), f"after step {place.step + 1}")
-        self._left, self._left_after_step = _read(state), place.step
+        self._raise_on_all_ranks(self._compare_state(state, set()), f"after step {moment.step + 1}")
+        self._left, self._left_after_step = _read(state), moment.step
 
     def _state(self) -> dict[str, Tensor]:
         """Return the fingerprints of this rank's weights, optimizer state and router, by name."""
@@ -109,8 +114,8 @@ class Sanity:
         state = {}
         for number, part in enumerate(() if self.optimizer is None else self.optimizer.chained_optimizers):
             kept = [] if part.is_stub_optimizer else [p for group in part.param_groups for p in group["params"]]
-            for place, parameter in enumerate(kept):
-                name, is_main = names.get(id(parameter), (f"{place} of optimizer {number}", True))
+            for index, parameter in enumerate(kept):
+                name, is_main = names.get(id(parameter), (f"{index} of optimizer {number}", True))
                 sharded = "shard of " if part.config.use_distributed_optimizer else ""
                 if is_main:
                     state[f"{sharded}main weight {name}"] = fingerprint(parameter)

@@ -32,7 +32,7 @@ class LossSpikes:
     phase: int | None = None
     history: dict[str, deque[float]] = field(default_factory=dict)
 
-    def judge(self, name: str, loss: float, phase: int) -> Spike | None:
+    def take(self, name: str, loss: float, phase: int) -> Spike | None:
         """Take the next value of a loss; return a Spike if it lies more than `threshold` deviations above the usual."""
         if phase != self.phase:
             self.phase, self.history = phase, {}

@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 from elastic.checkpoint.checkpoint import Trainable, TrainingState
 from elastic.checkpoint.record import Record
 from elastic.data.phases import PhaseData
-from elastic.router.draw import Draw, GateSource
-from elastic.router.phases import Curriculum, Place
+from elastic.router.draw import Chooser, Draw
+from elastic.router.phases import Curriculum, Moment
 from elastic.train.gate_gradients import sum_gate_gradients, sum_router_gradients
-from elastic.train.nonfinite import SkippedSteps, StepParts, judge
+from elastic.train.nonfinite import SkippedSteps, StepParts, finite_on_all_ranks
 from elastic.train.optimizer import apply_gradients, gradient_norm, largest_gradients, set_learning_rate
 from elastic.train.pipeline import MicroBatchLoss, PipelineRunner
 from elastic.train.sanity import Sanity
@@ -33,7 +33,7 @@ class StepResult:
     """
 
     step: int
-    place: Place
+    moment: Moment
     losses: Sequence[MicroBatchLoss]
     num_tokens: int
     grad_norm: float
@@ -55,7 +55,7 @@ class Callback(Protocol):
 
 @dataclass
 class Trainer:
-    """One training run, parent or elastic (then `gates` and `router_optimizer` are there).
+    """One training run, parent or elastic (then `chooser` and `router_optimizer` are there).
 
     `carried_from` is the checkpoint whose export settings and tokenizer go into this run's checkpoints. `progress`
     is where this rank stands, for its watchdog.
@@ -74,7 +74,7 @@ class Trainer:
     origin: Mapping[str, Any]
     total_steps: int
     skipped: SkippedSteps
-    gates: GateSource | None = None
+    chooser: Chooser | None = None
     router_optimizer: Optimizer | None = None
     carried_from: Path | None = None
     sanity: Sanity | None = None
@@ -100,16 +100,16 @@ class Trainer:
 
     def train_step(self) -> StepResult:
         """Run one optimizer step over the global batch; raises NonFiniteError after too many bad ones in a row."""
-        place, number = self.curriculum.at(self.step), self.step + 1
+        moment, number = self.curriculum.at(self.step), self.step + 1
         self.progress.enter(number, "data and gates")
-        batches = self.data.micro_batches(place)
+        batches = self.data.batches(moment)
         # 1. A budget for every micro-batch, and the router's gates for it.
         replica, replicas = self.world.data_rank, self.world.data_size
-        draw = None if self.gates is None else self.gates.draw(place, len(batches), replica, replicas)
+        draw = None if self.chooser is None else self.chooser.draw(moment, len(batches), replica, replicas)
         choices = [None] * len(batches) if draw is None else draw.gates
-        work = [self.runner.micro_batch(batch, gates) for batch, gates in zip(batches, choices, strict=True)]
+        work = [self.runner.share(batch, gates) for batch, gates in zip(batches, choices, strict=True)]
         if self.sanity is not None:
-            self.sanity.before_step(place, batches, choices)
+            self.sanity.before_step(moment, batches, choices)
         # 2. The teacher's hidden states, then the student forward and backward under its gates.
         self.progress.enter(number, "teacher")
         work = self.runner.with_teacher(work)
@@ -119,50 +119,50 @@ class Trainer:
         losses = self.runner.forward_backward(work)
         # 3. Through the gates to the router, outside the sharded graph.
         self.progress.enter(number, "optimizer")
-        trains_router = draw is not None and not place.elastic.router_frozen
+        trains_router = draw is not None and not moment.elastic.router_frozen
         if draw is not None and trains_router:
-            self._router_gradients(place, draw)
+            self._router_gradients(moment, draw)
         # 4. One decision for all ranks, then weights and router take the step, or neither does.
         grad_norm = gradient_norm(self.optimizer)
-        router = self.gates.router if self.gates is not None and trains_router else None
-        finite = judge(losses, [grad_norm, *largest_gradients(self.wrapped)], router, self.world)
+        router = self.chooser.router if self.chooser is not None and trains_router else None
+        finite = finite_on_all_ranks(losses, [grad_norm, *largest_gradients(self.wrapped)], router, self.world)
         if finite:
-            self._update(place, grad_norm, trains_router)
+            self._update(moment, grad_norm, trains_router)
         else:
-            names = () if self.gates is None else [budget.name for budget in self.gates.budgets]
+            names = () if self.chooser is None else [budget.name for budget in self.chooser.budgets]
             parts = StepParts(number, batches, draw, losses, float(grad_norm), self.runner.student_model, names)
             self.skipped.step_skipped(finite, parts, self.world)
         if self.sanity is not None:
-            self.sanity.after_step(place)
+            self.sanity.after_step(moment)
         return StepResult(
             step=self.step,
-            place=place,
+            moment=moment,
             losses=losses,
-            num_tokens=place.phase.tokens_per_step,
+            num_tokens=moment.phase.tokens_per_step,
             grad_norm=float(grad_norm),
             skipped=not finite,
-            learning_rate=place.learning_rate,
-            router_learning_rate=place.router_learning_rate if trains_router else None,
+            learning_rate=moment.learning_rate,
+            router_learning_rate=moment.router_learning_rate if trains_router else None,
             budget_losses=None if draw is None else draw.budget_losses,
         )
 
-    def _router_gradients(self, place: Place, draw: Draw) -> None:
+    def _router_gradients(self, moment: Moment, draw: Draw) -> None:
         """Push the gates' gradients through the router once, and sum what came out over replicas."""
-        assert self.gates is not None and self.router_optimizer is not None
+        assert self.chooser is not None and self.router_optimizer is not None
         # The task loss is a mean over the tokens of the global batch; gate gradients are sums over one replica.
-        flat = sum_gate_gradients(draw.flat_gradients(), draw.entries(), self.world) / place.phase.tokens_per_step
+        flat = sum_gate_gradients(draw.flat_gradients(), draw.entries(), self.world) / moment.phase.tokens_per_step
         self.router_optimizer.zero_grad(set_to_none=False)
         draw.push(flat, router_loss_scale=1.0 / self.world.data_size)
-        sum_router_gradients(self.gates.router.parameters(), self.world)
+        sum_router_gradients(self.chooser.router.parameters(), self.world)
 
-    def _update(self, place: Place, grad_norm: Tensor | float, trains_router: bool) -> None:
+    def _update(self, moment: Moment, grad_norm: Tensor | float, trains_router: bool) -> None:
         """Step the weights, and the router where it trains."""
         self.skipped.step_taken()
-        set_learning_rate(self.optimizer, place.learning_rate)
+        set_learning_rate(self.optimizer, moment.learning_rate)
         apply_gradients(self.optimizer, grad_norm)
         if trains_router:
             assert self.router_optimizer is not None
-            set_learning_rate(self.router_optimizer, place.router_learning_rate)
+            set_learning_rate(self.router_optimizer, moment.router_learning_rate)
             self.router_optimizer.step()
 
     def _entering(self, callback: Callback, method: str) -> None:
@@ -170,7 +170,7 @@ class Trainer:
 
     def trainable(self) -> Trainable:
         """Return what a checkpoint holds."""
-        router = None if self.gates is None else self.gates.router
+        router = None if self.chooser is None else self.chooser.router
         return Trainable(self.runner.student_model, self.optimizer, router, self.router_optimizer)
 
     def training_state(self) -> TrainingState:

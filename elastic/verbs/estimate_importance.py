@@ -13,7 +13,7 @@ from elastic.checkpoint.checkpoint import Trainable, load_checkpoint, save_check
 from elastic.checkpoint.find import checkpoint_folder, resolve_checkpoint
 from elastic.checkpoint.record import Record
 from elastic.config.training import ImportanceConfig
-from elastic.data.stream import PackedSequences, TokenStream, micro_batch
+from elastic.data.stream import PackedSequences, TokenStream, read_batch
 from elastic.hf.logits import LogitDifference, probe_tokens
 from elastic.model.forward import context_parallel_slice, forward_hidden
 from elastic.model.initialize import named_global_parameters
@@ -83,7 +83,7 @@ def _calibration(config: ImportanceConfig, stream: TokenStream, here: World, num
     section = config.importance
     dataset = PackedSequences(stream, section.sequence_length, config.seed)
     for index in range(num_sequences // (section.micro_batch * here.data_size)):
-        yield micro_batch(dataset, 0, index, here.data_rank, here.data_size, section.micro_batch).tokens
+        yield read_batch(dataset, 0, index, here.data_rank, here.data_size, section.micro_batch).tokens
 
 
 def _rank_layers(

@@ -39,7 +39,7 @@ def run_evaluate(config: EvaluateConfig, console: Console) -> Path:
             },
             HeldOut(held_out, config.sequence_length),
             num_sequences=config.data.validation_sequences,
-            micro_batch=config.data.micro_batch,
+            micro_batch_size=config.data.micro_batch,
             world=here,
         )
         rows = [_row(family, index, losses[member.name]) for index, member in enumerate(family.members)]

@@ -16,7 +16,7 @@ from elastic.config.serving import GenerateConfig
 from elastic.data.manifest import DataError
 from elastic.data.tokenizer import LoadedTokenizer, load_tokenizer
 from elastic.generate.sampling import Sampling
-from elastic.generate.text import End, Generation, Limits, Marker, Part, PhasePlan, generate, ignore
+from elastic.generate.text import End, Generation, Limits, Marker, Part, ThinkPlan, generate, ignore
 from elastic.hf.carried import read_carried
 from elastic.hf.config import HfSettings
 from elastic.hf.folder import open_hf_folder
@@ -120,13 +120,13 @@ def open_served(config: GenerateConfig, here: World, console: Console) -> Served
     return Served(source, model.eval(), {WHOLE: whole, **named}, tokenizer, ends)
 
 
-def _plan(config: GenerateConfig, served: Served) -> Subnet | PhasePlan:
+def _plan(config: GenerateConfig, served: Served) -> Subnet | ThinkPlan:
     think, answer = config.think, config.answer
     if think is None or answer is None:
         return served.subnets[config.budget or WHOLE]
     ids = served.tokenizer.tokenizer.encode(config.marker, add_special_tokens=False).ids
     marker = Marker(config.marker, tuple(ids), served.decode)
-    return PhasePlan(served.subnets[think], served.subnets[answer], marker, config.max_think_tokens)
+    return ThinkPlan(served.subnets[think], served.subnets[answer], marker, config.max_think_tokens)
 
 
 def _shown(served: Served, console: Console) -> Callable[[int], None]:

@@ -15,7 +15,7 @@ from elastic.data.manifest import Manifest
 from elastic.data.phases import PhaseData
 from elastic.data.stream import HeldOut, TokenStream
 from elastic.model.model import ElasticModel, build_model
-from elastic.router.draw import GateSource
+from elastic.router.draw import Chooser
 from elastic.router.phases import Curriculum
 from elastic.router.router import Router
 from elastic.run.folder import FINISHED_FILE, write_finished
@@ -91,7 +91,7 @@ def _elastic_trainer(
     for model in (teacher,) if opened.checkpoint else (student, teacher):
         load_checkpoint(start, Trainable(model))
     teacher.requires_grad_(False)
-    gates = GateSource(
+    chooser = Chooser(
         router=Router(space, len(family.budgets), family.router_width, seed=config.seed).to(here.device),
         space=space,
         budgets=family.budgets,
@@ -99,7 +99,7 @@ def _elastic_trainer(
         settings=config.elastic.router,
         seed=config.seed,
     )
-    trainer = _trainer(config, opened, stream, here, student, teacher, record, config.distill, gates)
+    trainer = _trainer(config, opened, stream, here, student, teacher, record, config.distill, chooser)
     trainer.carried_from = start
     return trainer
 
@@ -118,10 +118,10 @@ def _trainer(
     teacher: ElasticModel | None,
     record: Record,
     loss: DistillConfig,
-    gates: GateSource | None = None,
+    chooser: Chooser | None = None,
 ) -> Trainer:
     curriculum, wrapped = Curriculum(config.curriculum), wrap_for_training(student, config.optim)
-    router = None if gates is None else gates.router
+    router = None if chooser is None else chooser.router
     router_optimizer = None if router is None else build_router_optimizer(router, config.optim)
     optimizer = build_optimizer(wrapped, config.optim, here)
     every = config.debug.sanity_every_n_steps
@@ -140,7 +140,7 @@ def _trainer(
         origin=opened.origin,
         total_steps=min(curriculum.total_steps, config.trainer.max_steps or curriculum.total_steps),
         skipped=SkippedSteps(opened.folder, config.trainer.max_skipped_in_a_row),
-        gates=gates,
+        chooser=chooser,
         router_optimizer=router_optimizer,
         sanity=sanity if config.debug.sanity else None,
     )
@@ -175,7 +175,7 @@ def _fit(
             log,
             every_steps=config.trainer.val_check_interval,
             num_sequences=config.data.validation_sequences,
-            micro_batch=config.data.micro_batch,
+            micro_batch_size=config.data.micro_batch,
         ),
         # Before the save: a step whose checkpoint is whole is not run again, and its row would be missing for ever.
         LogSteps(log, budget_names or ("parent",), config.trainer.log_every_n_steps, console, _spikes(config)),

@@ -117,9 +117,9 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def explained(error: OSError, place: Path) -> str:
-    """Say which file could not be written and why, and what helps; `place` is where, if the error does not know."""
-    path = Path(os.fsdecode(error.filename)) if error.filename is not None else place
+def explained(error: OSError, tried: Path) -> str:
+    """Say which file could not be written and why, and what helps; `tried` is where, if the error does not know."""
+    path = Path(os.fsdecode(error.filename)) if error.filename is not None else tried
     text = f"{path}: {error.strerror or error}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         disk = next((folder for folder in (path, *path.parents) if folder.is_dir()), None)

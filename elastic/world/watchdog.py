@@ -37,12 +37,12 @@ MAX_NAMED = 8
 class Progress:
     """What this rank's main thread does; written by the loop, read by the watchdog's thread."""
 
-    place: tuple[int, int, str] = (0, 0, "starting")
+    mark: tuple[int, int, str] = (0, 0, "starting")
 
     def enter(self, step: int, doing: str) -> None:
         """Note that something else begins; steps count from 1 as in metrics.jsonl."""
         # One assignment of one tuple, so that a reader never sees half of it.
-        self.place = (self.place[0] + 1, step, doing)
+        self.mark = (self.mark[0] + 1, step, doing)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def verdict(before: Sequence[Sign | None], after: Sequence[Sign | None]) -> str:
         parts += [f"rank {rank} is behind the others, at {sign}" for rank, sign in late.items()]
     if not parts:
         where = next(iter(alive.values()), None)
-        return f"all {len(after)} ranks are alive and stand at the same place, {where}"
+        return f"all {len(after)} ranks are alive and stand at the same point, {where}"
     more = [f"and {len(parts) - MAX_NAMED} more ranks"] if len(parts) > MAX_NAMED else []
     return "; ".join([*parts[:MAX_NAMED], *more])
 
@@ -120,7 +120,7 @@ class Watchdog:
             self._beat += 1
             self._send(self._store)
             if isinstance(error, RuntimeError) and self.num_ranks > 1:
-                _, step, doing = self.progress.place
+                _, step, doing = self.progress.mark
                 print(f"{self._me()} failed in step {step}, {doing}: {self._verdict()}", file=sys.stderr, flush=True)
         self._stop.set()
         assert self._thread is not None
@@ -132,34 +132,34 @@ class Watchdog:
         Time is counted in beats, so a machine that slept, or a process that was stopped and woken, is not judged by
         the time it could not run.
         """
-        place, beats_at_place = self.progress.place, 0
+        mark, beats_at_mark = self.progress.mark, 0
         while not self._stop.is_set():
             self._beat += 1
             self._send(self._store)
-            beats_at_place = beats_at_place + 1 if self.progress.place == place else 0
-            place = self.progress.place
-            if beats_at_place * self.beat_s > self.timeout_s and self._failure is None:
-                self._end(place)
+            beats_at_mark = beats_at_mark + 1 if self.progress.mark == mark else 0
+            mark = self.progress.mark
+            if beats_at_mark * self.beat_s > self.timeout_s and self._failure is None:
+                self._end(mark)
             self._stop.wait(self.beat_s)
 
     def _send(self, store: Store) -> None:
-        begun, step, doing = self.progress.place
+        begun, step, doing = self.progress.mark
         sign = Sign(self._beat, begun, step, self._failure or doing)
         with contextlib.suppress(RuntimeError):  # the store's rank is gone or slow: this rank's own clock runs on
             store.set(_key(self.rank), sign.encode())
 
-    def _end(self, place: tuple[int, int, str]) -> None:
+    def _end(self, mark: tuple[int, int, str]) -> None:
         """Report and end this process, whatever its main thread is stuck in; let it live if it moves on meanwhile."""
         faulthandler.dump_traceback_later(END_ANYWAY_S, exit=True)
-        _, step, doing = place
+        _, step, doing = mark
         header = f"{self._me()} has made no progress for {self.timeout_s:g} s: step {step}, {doing}"
         try:
             print(header, file=sys.stderr, flush=True)
             faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
             found = self._verdict()
             print(f"{self._me()}: {found}", file=sys.stderr, flush=True)
-            if self.progress.place != place:
-                print(f"{self._me()} goes on after all, at step {self.progress.place[1]}", file=sys.stderr, flush=True)
+            if self.progress.mark != mark:
+                print(f"{self._me()} goes on after all, at step {self.progress.mark[1]}", file=sys.stderr, flush=True)
                 faulthandler.cancel_dump_traceback_later()
                 return
             folder = self.run_folder / WATCHDOG_FOLDER

@@ -62,10 +62,10 @@ def run(where: Path | None = None) -> list[dict[str, Any]]:
     rows = []
     for num_layers, pattern in PATTERNS.items():
         with tempfile.TemporaryDirectory(dir=where) as scratch:
-            place = [f"exp_manager.exp_dir={scratch}", "exp_manager.name=run"]
+            run = [f"exp_manager.exp_dir={scratch}", "exp_manager.name=run"]
             source = Path(scratch) / "stock"
             size = random_folder(source, ModelShape.uniform(pattern, **WIDTHS))
-            imported = measured("import_hf", [f"source={source}", *place, "exp_manager.version=parent"])
+            imported = measured("import_hf", [f"source={source}", *run, "exp_manager.version=parent"])
             cut = measured(
                 "extract",
                 [
@@ -73,7 +73,7 @@ def run(where: Path | None = None) -> list[dict[str, Any]]:
                     f"subnets=[{SUBNET}]",
                     "budget_names=[]",
                     "export.check=values",
-                    *place,
+                    *run,
                     "exp_manager.version=cut",
                 ],
             )

@@ -36,16 +36,16 @@ def run(where: Path | None = None, pattern: str = PATTERN) -> list[dict[str, Any
         rows.append({"what": what, "gb": num_bytes / 1e9, "mb_per_s": num_bytes / 1e6 / figures["seconds"], **figures})
 
     with tempfile.TemporaryDirectory(dir=where) as scratch:
-        place = [f"exp_manager.exp_dir={scratch}", "exp_manager.name=run"]
+        run = [f"exp_manager.exp_dir={scratch}", "exp_manager.name=run"]
         stock, copy, cut = Path(scratch, "stock"), Path(scratch, "copy"), Path(scratch, "run", "cut", "cut")
         size = random_folder(stock, ModelShape.uniform(pattern, **WIDTHS))
         add("plain copy of the 12B", size, copied(stock, copy))
-        add("import_hf", size, measured("import_hf", [f"source={stock}", *place, "exp_manager.version=parent"]))
+        add("import_hf", size, measured("import_hf", [f"source={stock}", *run, "exp_manager.version=parent"]))
         shutil.rmtree(stock)
         kept = [layer for layer in range(len(pattern)) if layer not in LEFT_OUT]
         chosen = [f"subnets=[{SUBNET.format(kept=kept)}]", "budget_names=[]", "export.check=values"]
         parent = f"init_from.checkpoint={scratch}/run/parent"
-        extracted = measured("extract", [parent, *chosen, *place, "exp_manager.version=cut"])
+        extracted = measured("extract", [parent, *chosen, *run, "exp_manager.version=cut"])
         size = sum(file.stat().st_size for file in cut.glob("*.safetensors"))
         add("extract", size, extracted)
         add("plain copy of the 6B", size, copied(cut, copy))

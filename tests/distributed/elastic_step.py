@@ -88,7 +88,7 @@ def elastic_step(case: LayoutCase) -> dict[str, Any]:
     )
     local = range(GLOBAL_BATCH // (MICRO_BATCH * here.data_size))
     numbers = [index * here.data_size + here.data_rank for index in local]
-    work = [runner.micro_batch(batch(g), mixed_gates(space, g)) for g in numbers]
+    work = [runner.share(batch(g), mixed_gates(space, g)) for g in numbers]
     work = runner.with_teacher(work)
     wrapped.zero_grad_buffer()
     losses = runner.forward_backward(work)

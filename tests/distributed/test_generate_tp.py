@@ -8,7 +8,7 @@ from megatron.core import parallel_state
 
 from elastic.generate.decoder import Decoder
 from elastic.generate.sampling import Sampling
-from elastic.generate.text import Limits, Marker, PhasePlan, generate
+from elastic.generate.text import Limits, Marker, ThinkPlan, generate
 from elastic.model.cpu_backend import use_cpu_backend
 from elastic.model.model import Layout
 from elastic.space.subnet import Subnet
@@ -27,7 +27,7 @@ def _texts(size: int) -> dict[str, Any]:
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
     model = build_lively(SPACE, Layout(tensor=size)).eval()
     drawn = Sampling(temperature=1.3, top_k=30, top_p=0.95, seed=4)
-    plan = PhasePlan(SUBNETS[1], SUBNETS[0], Marker("never", (40, 41), lambda tokens: ""), max_think_tokens=4)
+    plan = ThinkPlan(SUBNETS[1], SUBNETS[0], Marker("never", (40, 41), lambda tokens: ""), max_think_tokens=4)
     decoder = Decoder(model, SUBNETS[1], 16)
     decoder.feed(PROMPT[:2])
     phases = generate(model, plan, PROMPT, Sampling(), LIMITS)

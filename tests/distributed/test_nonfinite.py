@@ -94,7 +94,7 @@ def trained_tensors(trainer):
     kinds = dict(
         weights=list(trainer.runner.student_model.parameters()),
         adam=adam,
-        router=list(trainer.gates.router.parameters()),
+        router=list(trainer.chooser.router.parameters()),
         router_adam=router_adam,
     )
     return {kind: [tensor.detach().clone() for tensor in tensors] for kind, tensors in kinds.items()}
@@ -193,7 +193,7 @@ def test_a_bad_gate_gradient_is_found_before_the_router_is_lost(start):
 def test_a_bad_weight_gradient_is_named_with_its_global_layer(start):
     by_rank = dumps(start, "poisoned_four", 4)
     assert by_rank[1]["nonfinite_gradients"] == ["decoder.layers.2.norm.weight"]
-    assert by_rank[1]["place"] == {"data": 0, "tensor": 1, "pipeline": 0, "context": 0}
+    assert by_rank[1]["ranks"] == {"data": 0, "tensor": 1, "pipeline": 0, "context": 0}
     assert set(by_rank) == {0, 1, 2}, "rank 2 reads for the replica, since no micro-batch shows anything"
     sliced = dumps(start, "poisoned_dp2", 7)
     # Nothing says which replica it was: both tell their samples and what ran.

@@ -52,7 +52,7 @@ def test_bf16_is_gone_on_with_at_another_layout(start, half):
 
 def skip_all(values):
     """Train as if every gradient had a NaN in it."""
-    with mock.patch.object(loop, "judge", lambda *arguments: Finite(False, True, True)):
+    with mock.patch.object(loop, "finite_on_all_ranks", lambda *arguments: Finite(False, True, True)):
         train(values)
 
 

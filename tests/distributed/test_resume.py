@@ -15,7 +15,7 @@ from elastic.checkpoint.find import list_checkpoints
 from elastic.config.load import load
 from elastic.config.training import ElasticConfig
 from elastic.data import phases as phase_data
-from elastic.data.stream import PackedSequences, TokenStream, micro_batch
+from elastic.data.stream import PackedSequences, TokenStream, read_batch
 from elastic.model.model import Layout
 from elastic.router.router import Router
 from elastic.run.folder import RunFolderError, run_lock
@@ -161,7 +161,7 @@ def counted(log, rank_function, *arguments):
     """Call a training function while every micro-batch it reads is written down: phase, place, sample ids, chunks."""
 
     def write_down(dataset, consumed_samples, *more, **named):
-        batch = micro_batch(dataset, consumed_samples, *more, **named)
+        batch = read_batch(dataset, consumed_samples, *more, **named)
         ids = batch.sample_ids.tolist()
         row = dict(length=dataset.sequence_length, consumed=consumed_samples, ids=ids)
         row["chunks"] = [dataset.order.chunk(sample) for sample in ids]

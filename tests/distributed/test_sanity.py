@@ -10,7 +10,7 @@ from elastic.config.load import load
 from elastic.config.training import ElasticConfig
 from elastic.model.initialize import named_global_parameters
 from elastic.model.model import Layout, build_model
-from elastic.router.phases import Phase, Place
+from elastic.router.phases import Moment, Phase
 from elastic.router.router import Router
 from elastic.space.axes import Axis
 from elastic.space.gates import Gates
@@ -58,10 +58,10 @@ class Copies:
 
     def before(self, step):
         phase = Phase(name="only", sequence_length=32, steps=10)
-        self.sanity.before_step(Place(step, 0, phase, step), self.batches, self.gates)
+        self.sanity.before_step(Moment(step, 0, phase, step), self.batches, self.gates)
 
     def after(self, step):
-        self.sanity.after_step(Place(step, 0, Phase(name="only", sequence_length=32, steps=10), step))
+        self.sanity.after_step(Moment(step, 0, Phase(name="only", sequence_length=32, steps=10), step))
 
 
 def messages(layout, tied, flips):

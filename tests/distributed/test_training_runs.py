@@ -123,7 +123,7 @@ class KeepRouter(NoCallback):
     """Takes the router's weights and the subnets it chose off every rank at the end of a run."""
 
     def on_end(self, trainer):
-        self.weights = {name: tensor.clone() for name, tensor in trainer.gates.router.state_dict().items()}
+        self.weights = {name: tensor.clone() for name, tensor in trainer.chooser.router.state_dict().items()}
         self.subnets = [(subnet.hidden, subnet.ffn, subnet.kept_layers) for subnet in chosen_subnets(trainer).values()]
 
 
@@ -155,7 +155,7 @@ def losses_by_label():
     runner = PipelineRunner(here, student, DistillConfig(), teacher)
     small = space.subnet({axis: (1,) * space.num_slots(axis) for axis in space.elastic_axes()})
     choices = [Gates.slice(small, budget=1), Gates.slice(space.subnet({}), budget=0)]
-    work = runner.with_teacher([runner.micro_batch(batch(g), gates) for g, gates in enumerate(choices)])
+    work = runner.with_teacher([runner.share(batch(g), gates) for g, gates in enumerate(choices)])
     meter = LossMeter(2, here)
     meter.add(runner.forward_backward(work))
     return [(mean.kl, mean.num_tokens) for mean in meter.read()]

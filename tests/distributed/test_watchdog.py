@@ -130,7 +130,7 @@ def slow(folder):
         time.sleep(watchdog.timeout_s + 2 * watchdog.beat_s)
         progress.enter(2, "data and gates")
         time.sleep(10 * watchdog.beat_s)
-        return watchdog.progress.place[1]
+        return watchdog.progress.mark[1]
 
 
 def test_a_rank_that_moves_on_after_all_is_left_alive(tmp_path):
@@ -149,7 +149,7 @@ def later(signs):
 def test_verdicts():
     same = [sign(30, 5), sign(30, 5), sign(30, 5)]
     assert (
-        verdict(same, later(same)) == "all 3 ranks are alive and stand at the same place, step 5, forward and backward"
+        verdict(same, later(same)) == "all 3 ranks are alive and stand at the same point, step 5, forward and backward"
     )
     silent = later(same)
     silent[1] = same[1]

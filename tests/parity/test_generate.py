@@ -13,7 +13,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 
 from elastic.generate.decoder import Decoder
 from elastic.generate.sampling import Sampling
-from elastic.generate.text import End, GenerateError, Generation, Limits, Marker, PhasePlan, generate
+from elastic.generate.text import End, GenerateError, Generation, Limits, Marker, ThinkPlan, generate
 from elastic.hf.card import CardInfo
 from elastic.hf.check import ValueCheck
 from elastic.hf.export import ExportOptions, export_folder
@@ -94,7 +94,7 @@ def stock_tokens(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int,
     return tokens
 
 
-def written(served: Served, plan: Subnet | PhasePlan, prompt: Sequence[int], **more: int) -> Generation:
+def written(served: Served, plan: Subnet | ThinkPlan, prompt: Sequence[int], **more: int) -> Generation:
     return generate(served.model, plan, prompt, GREEDY, Limits(more.get("new_tokens", NEW_TOKENS)))
 
 
@@ -176,9 +176,9 @@ def by_hand(served: Served, prompt: Sequence[int], switch: int, forced: Sequence
     return [*thought, *forced, *answer]
 
 
-def plan_of(served: Served, text: str, ids: Sequence[int], most: int, answer: str = "full") -> PhasePlan:
+def plan_of(served: Served, text: str, ids: Sequence[int], most: int, answer: str = "full") -> ThinkPlan:
     marker = Marker(text, tuple(ids), letters)
-    return PhasePlan(served.subnets["smallest"], served.subnets[answer], marker, max_think_tokens=most)
+    return ThinkPlan(served.subnets["smallest"], served.subnets[answer], marker, max_think_tokens=most)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS[1:])

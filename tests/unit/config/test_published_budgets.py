@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from elastic.router.draw import GateSource, decide
+from elastic.router.draw import Chooser, decide
 from elastic.router.phases import Curriculum
 from elastic.router.router import Router
 from elastic.space.axes import Axis
@@ -141,13 +141,13 @@ def test_a_router_reaches_every_budget_of_the_12b(file: str) -> None:
     curriculum = Curriculum((replace(config.curriculum[0], steps=400, tokens=None),))
     router = Router(space, len(budgets), config.elastic.router.hidden_width)
     settings = replace(config.elastic.router, draws_per_step=None, noise_draws_per_step=None)
-    source = GateSource(router, space, budgets, deployment, settings, seed=0)
+    source = Chooser(router, space, budgets, deployment, settings, seed=0)
     optimizer = torch.optim.AdamW(router.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(400):
-        place = curriculum.at(step)
-        optimizer.param_groups[0]["lr"] = place.router_learning_rate
+        moment = curriculum.at(step)
+        optimizer.param_groups[0]["lr"] = moment.router_learning_rate
         optimizer.zero_grad()
-        loss = source.draw(place, 1, 0, 1).router_loss
+        loss = source.draw(moment, 1, 0, 1).router_loss
         assert loss is not None
         loss.backward()
         torch.nn.utils.clip_grad_norm_(router.parameters(), config.optim.clip_grad)

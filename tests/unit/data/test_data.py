@@ -17,8 +17,8 @@ from elastic.data.stream import (
     HeldOut,
     PackedSequences,
     TokenStream,
-    micro_batch,
     num_validation_batches,
+    read_batch,
     source_labels,
     validation_batches,
 )
@@ -144,7 +144,7 @@ def step(
     """Return all micro-batches of one step on all ranks."""
     num_micro_batches = global_batch // (data_parallel_size * micro_batch_size)
     return [
-        micro_batch(dataset, consumed, index, rank, data_parallel_size, micro_batch_size)
+        read_batch(dataset, consumed, index, rank, data_parallel_size, micro_batch_size)
         for rank in range(data_parallel_size)
         for index in range(num_micro_batches)
     ]

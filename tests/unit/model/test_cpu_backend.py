@@ -35,7 +35,7 @@ def _train_one_step_and_save(left_out: list[str], tied: bool, folder: str) -> bo
     tokens = torch.arange(9).view(1, 9)
     batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.arange(1))
     wrapped.zero_grad_buffer()
-    runner.forward_backward([runner.micro_batch(batch), runner.micro_batch(batch)])
+    runner.forward_backward([runner.share(batch), runner.share(batch)])
     updated, norm, _ = optimizer.step()
     sharded = model.sharded_state_dict(metadata=ensure_metadata_has_dp_cp_group(None))
     dist_checkpointing.save(sharded, folder)

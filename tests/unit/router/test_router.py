@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from elastic.router.budget_loss import budget_loss, cost_shares
-from elastic.router.draw import GateSource, Mode, RouterError, RouterSettings, decide
+from elastic.router.draw import Chooser, Mode, RouterError, RouterSettings, decide
 from elastic.router.gumbel import choice_entropy, choice_probabilities
 from elastic.router.phases import Curriculum, ElasticPhase
 from elastic.router.router import Router
@@ -45,10 +45,10 @@ def source(mode=Mode.SOFT, where=None, seed=0, draws=None):
     where = where or space()
     router = Router(where, 3, hidden_width=32, seed=seed)
     settings = RouterSettings(mode=mode, draws_per_step=draws)
-    return GateSource(router, where, budgets(where), DEPLOYMENT, settings, seed)
+    return Chooser(router, where, budgets(where), DEPLOYMENT, settings, seed)
 
 
-def place(frozen=False, execution=Execution.MASK, step=0, temperature=0.5):
+def moment(frozen=False, execution=Execution.MASK, step=0, temperature=0.5):
     phase = ElasticPhase(
         name="test", sequence_length=32, steps=50, temperature=(temperature, temperature), logit_scale=(1.0, 1.0),
         router_frozen=frozen, execution=execution,
@@ -107,7 +107,7 @@ def test_expected_widths_keep_leading_dimensions():
 
 
 def test_soft_gates_are_leaves_that_sum_to_one_and_differ_between_micro_batches():
-    draw = source().draw(place(), 4, 0, 1)
+    draw = source().draw(moment(), 4, 0, 1)
     for gates in draw.gates:
         for axis, leaf in gates.weights.items():
             assert leaf.is_leaf and leaf.requires_grad and leaf.dtype == torch.float32
@@ -117,7 +117,7 @@ def test_soft_gates_are_leaves_that_sum_to_one_and_differ_between_micro_batches(
 
 def test_pitfall_18_straight_through_gates_are_exactly_one_hot_with_the_soft_gradient():
     hard, soft = source(Mode.STRAIGHT_THROUGH), source(Mode.SOFT)
-    one, other = hard.draw(place(), 2, 0, 1), soft.draw(place(), 2, 0, 1)
+    one, other = hard.draw(moment(), 2, 0, 1), soft.draw(moment(), 2, 0, 1)
     for gates, smooth in zip(one.gates, other.gates, strict=True):
         for axis, leaf in gates.weights.items():
             assert set(leaf.unique().tolist()) <= {0.0, 1.0} and (leaf.sum(-1) == 1).all()
@@ -132,12 +132,12 @@ def test_pitfall_18_straight_through_gates_are_exactly_one_hot_with_the_soft_gra
 def test_gradients_pushed_through_gates_equal_one_graph():
     """Leaves cut the graph in two; the chain rule across the cut must give the uncut gradient."""
     cut, whole = source(), source()
-    draw = cut.draw(place(), 3, 0, 1)
+    draw = cut.draw(moment(), 3, 0, 1)
     targets = [{axis: torch.randn_like(leaf) for axis, leaf in gates.weights.items()} for gates in draw.gates]
     for gates, target in zip(draw.gates, targets, strict=True):
         sum((leaf * target[axis]).square().sum() for axis, leaf in gates.weights.items()).backward()
     draw.push(draw.flat_gradients())
-    uncut = whole.draw(place(), 3, 0, 1)
+    uncut = whole.draw(moment(), 3, 0, 1)
     loss = uncut.router_loss
     for graph, target in zip(uncut.sources, targets, strict=True):
         loss = loss + sum((value * target[axis]).square().sum() for axis, value in graph.items())
@@ -147,9 +147,9 @@ def test_gradients_pushed_through_gates_equal_one_graph():
 
 
 def test_gates_depend_on_the_global_micro_batch_not_on_the_replica_count():
-    alone = source(draws=2).draw(place(), 4, 0, 1).gates
+    alone = source(draws=2).draw(moment(), 4, 0, 1).gates
     for replica in range(2):
-        for index, gates in enumerate(source(draws=2).draw(place(), 2, replica, 2).gates):
+        for index, gates in enumerate(source(draws=2).draw(moment(), 2, replica, 2).gates):
             same = alone[index * 2 + replica]
             assert gates.budget == same.budget
             assert all(torch.equal(leaf, same.weights[axis]) for axis, leaf in gates.weights.items())
@@ -158,15 +158,15 @@ def test_gates_depend_on_the_global_micro_batch_not_on_the_replica_count():
 def test_pitfall_27_decisions_have_no_noise():
     router, where = source().router, space()
     assert decide(router, where, 1) == decide(router, where, 1)
-    frozen = source().draw(place(frozen=True, execution=Execution.SLICE), 3, 0, 1)
-    again = source().draw(place(frozen=True, execution=Execution.SLICE, step=7), 3, 0, 1)
+    frozen = source().draw(moment(frozen=True, execution=Execution.SLICE), 3, 0, 1)
+    again = source().draw(moment(frozen=True, execution=Execution.SLICE, step=7), 3, 0, 1)
     by_budget = {gates.budget: gates.subnet for gates in again.gates}
     assert all(by_budget[gates.budget] == gates.subnet for gates in frozen.gates)
     assert frozen.gates[0].subnet == decide(source().router, where, frozen.gates[0].budget)
 
 
 def test_frozen_masks_are_the_decision_without_gradient():
-    draw = source().draw(place(frozen=True), 3, 0, 1)
+    draw = source().draw(moment(frozen=True), 3, 0, 1)
     for gates in draw.gates:
         logits = source().router()
         for axis, weights in gates.weights.items():
@@ -190,8 +190,8 @@ def test_a_router_with_a_bad_weight_decides_nothing(value):
         gates.router.networks["ffn"][2].bias[-1] = value
     for ask in (
         lambda: decide(gates.router, gates.space, 1),
-        lambda: gates.draw(place(frozen=True), 3, 0, 1),
-        lambda: gates.draw(place(frozen=True, execution=Execution.SLICE), 3, 0, 1),
+        lambda: gates.draw(moment(frozen=True), 3, 0, 1),
+        lambda: gates.draw(moment(frozen=True, execution=Execution.SLICE), 3, 0, 1),
     ):
         with pytest.raises(RouterError, match=r"logits for budget \d .* NaN or Inf on ffn, .* earlier checkpoint"):
             ask()

@@ -31,11 +31,11 @@ def test_places_walk_through_the_phases():
     short = ElasticPhase(name="short", global_batch=8, steps=3, temperature=(1.0, 0.0))
     long = Phase(name="long", sequence_length=1024, global_batch=4, steps=2, lr=LearningRate(0.5))
     curriculum = Curriculum((short, long))
-    places = [curriculum.at(step) for step in range(curriculum.total_steps)]
-    assert [(place.phase_index, place.step_in_phase) for place in places] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
-    assert [place.consumed_samples for place in places] == [0, 8, 16, 0, 4]
-    assert [place.temperature for place in places[:3]] == [1.0, 0.5, 0.0]
-    assert places[3].learning_rate == 0.5
+    moments = [curriculum.at(step) for step in range(curriculum.total_steps)]
+    assert [(at.phase_index, at.step_in_phase) for at in moments] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    assert [at.consumed_samples for at in moments] == [0, 8, 16, 0, 4]
+    assert [at.temperature for at in moments[:3]] == [1.0, 0.5, 0.0]
+    assert moments[3].learning_rate == 0.5
     assert short.tokens_per_step == 2048
     with pytest.raises(ValueError, match="beyond the curriculum's 5 steps"):
         curriculum.at(5)
