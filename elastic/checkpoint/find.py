@@ -6,8 +6,7 @@ There is no pointer file that could be wrong: the folders themselves are looked 
 from collections.abc import Callable
 from pathlib import Path
 
-from elastic.checkpoint.manifest import MANIFEST_FILE, damages, shown_problems, step_folders
-from elastic.checkpoint.metadata import CheckpointError
+from elastic.checkpoint.contents import CONTENTS_FILE, CheckpointError, damages, shown_problems, step_folders
 from elastic.checkpoint.record import RECORD_FILE
 from elastic.world.groups import World
 from elastic.world.rank_0 import decided_by_rank_0
@@ -65,7 +64,7 @@ def resolve_checkpoint(
     folder = Path(path)
 
     def is_checkpoint() -> bool:
-        is_named = (folder / MANIFEST_FILE).is_file() or (folder / RECORD_FILE).is_file()
+        is_named = (folder / CONTENTS_FILE).is_file() or (folder / RECORD_FILE).is_file()
         return is_named or folder in step_folders(folder.parent)
 
     if not decided_by_rank_0(is_checkpoint, world):

@@ -86,10 +86,11 @@ def _sharded_half_precision(
         ]
         for group, mains in zip(state["optimizer"]["param_groups"], state[MAIN], strict=True)
     ]
-    step = optimizer._extract_common_per_param_step(state["optimizer"])
+    steps = [own["step"] for own in state["optimizer"]["state"].values() if "step" in own]
+    assert all(step == steps[0] for step in steps), "one step count is stored for all parameters"
     optim_state_to_sharding_state(state["optimizer"], by_id, exclude_keys="step")
-    if step is not None:
-        state["optimizer"]["state"][STEP] = step
+    if steps:
+        state["optimizer"]["state"][STEP] = steps[0]
     return state
 
 

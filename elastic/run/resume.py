@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic.checkpoint.checkpoint import Trainable, TrainingState, load_checkpoint, read_training_state
 from elastic.checkpoint.find import list_checkpoints, newest_whole, set_aside_newer
 from elastic.checkpoint.record import Record
+from elastic.checkpoint.state import Trainable, TrainingState, load_checkpoint, read_training_state
 from elastic.config.load import config_dict, load_with_problems
 from elastic.config.sections import TrainExpManagerConfig
 from elastic.config.training import ElasticConfig, TrainConfig

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from elastic.checkpoint.checkpoint import ROUTER_FILE
+from elastic.checkpoint.state import ROUTER_FILE
 from elastic.router.router import Router
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from elastic.checkpoint.checkpoint import begin_save
+from elastic.checkpoint.contents import damages, step_of
 from elastic.checkpoint.find import checkpoint_folder, list_checkpoints
-from elastic.checkpoint.manifest import damages, step_of
-from elastic.checkpoint.save import CheckpointWrite, SavedCheckpoint
+from elastic.checkpoint.state import begin_save
+from elastic.checkpoint.write import CheckpointWrite, SavedCheckpoint
 from elastic.train.callbacks import NoCallback
 from elastic.train.log import RunLog
 from elastic.train.trainer import StepResult, Trainer

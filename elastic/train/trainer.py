@@ -11,8 +11,8 @@ from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from elastic.checkpoint.checkpoint import Trainable, TrainingState
 from elastic.checkpoint.record import Record
+from elastic.checkpoint.state import Trainable, TrainingState
 from elastic.data.phases import PhaseData
 from elastic.router.draw import Chooser, Draw
 from elastic.router.phases import Curriculum, Moment

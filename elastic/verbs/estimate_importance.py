@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from elastic.checkpoint.checkpoint import Trainable, load_checkpoint, save_checkpoint
 from elastic.checkpoint.find import checkpoint_folder, resolve_checkpoint
 from elastic.checkpoint.record import Record
+from elastic.checkpoint.state import Trainable, load_checkpoint, save_checkpoint
 from elastic.config.training import ImportanceConfig
 from elastic.data.stream import PackedSequences, TokenStream, read_batch
 from elastic.hf.logits import LogitDifference, probe_tokens

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from elastic.checkpoint.reader import StoredTensors
+from elastic.checkpoint.read import StoredTensors
 from elastic.checkpoint.record import Record
 from elastic.hf.card import deployed_params
 from elastic.hf.check import FolderCheck, LogitCheck, ValueCheck

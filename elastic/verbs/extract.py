@@ -12,7 +12,7 @@ from rich.console import Console
 
 from elastic.checkpoint.find import checkpoint_folder
 from elastic.checkpoint.record import Record
-from elastic.checkpoint.writer import save_streamed
+from elastic.checkpoint.stream import save_streamed
 from elastic.config.serving import ExtractConfig
 from elastic.hf.card import CardInfo
 from elastic.hf.carried import Carried, write_carried

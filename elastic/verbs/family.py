@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from elastic.checkpoint.checkpoint import Trainable, load_checkpoint, load_router
 from elastic.checkpoint.find import resolve_checkpoint
-from elastic.checkpoint.reader import StoredTensors
+from elastic.checkpoint.read import StoredTensors
 from elastic.checkpoint.record import Record, check_same_shape
+from elastic.checkpoint.state import Trainable, load_checkpoint, load_router
 from elastic.config.serving import MembersConfig, SubnetConfig
 from elastic.model.model import ElasticModel, Layout, build_model
 from elastic.router.draw import decide

@@ -47,8 +47,8 @@ def tokenizer_path(config: GenerateConfig, own: str | None) -> str | None:
 
 def _source(config: GenerateConfig) -> _Source | Problem:
     # Megatron-Core takes seconds to import, and a wrong config should not wait for it.
+    from elastic.checkpoint.contents import CheckpointError
     from elastic.checkpoint.find import resolve_checkpoint
-    from elastic.checkpoint.metadata import CheckpointError
     from elastic.hf.carried import CarriedError
     from elastic.hf.folder import HfFolderError, open_hf_folder
     from elastic.verbs.text_settings import text_settings

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from elastic.checkpoint.contents import writing_folder
 from elastic.checkpoint.find import checkpoint_folder
-from elastic.checkpoint.manifest import writing_folder
 from elastic.checkpoint.record import Record
-from elastic.checkpoint.writer import save_streamed, stored_bytes
+from elastic.checkpoint.stream import save_streamed, stored_bytes
 from elastic.config.serving import ImportConfig
 from elastic.hf.carried import Carried, write_carried
 from elastic.hf.disk import check_free_space

@@ -107,8 +107,8 @@ def checkpoint_problems(config: object) -> Iterator[Problem]:
             return
         case _:
             return
+    from elastic.checkpoint.contents import CheckpointError
     from elastic.checkpoint.find import resolve_checkpoint  # Megatron-Core takes seconds to import
-    from elastic.checkpoint.metadata import CheckpointError
 
     try:
         checkpoint = resolve_checkpoint(path)  # sizes only: the verb itself looks at the checksums

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from elastic.checkpoint.checkpoint import Trainable, load_checkpoint
 from elastic.checkpoint.find import resolve_checkpoint
 from elastic.checkpoint.record import Family, Record, check_same_shape
+from elastic.checkpoint.state import Trainable, load_checkpoint
 from elastic.config.load import config_dict
 from elastic.config.sections import DistillConfig
 from elastic.config.training import ElasticConfig, PretrainConfig, TrainConfig

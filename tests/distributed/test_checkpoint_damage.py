@@ -8,9 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from elastic.checkpoint.contents import (
+    ALWAYS_HASHED_BYTES,
+    CONTENTS_FILE,
+    CheckpointError,
+    damages,
+    read_contents,
+    write_contents,
+)
 from elastic.checkpoint.find import checkpoint_folder, list_checkpoints, newest_whole, resolve_checkpoint
-from elastic.checkpoint.manifest import ALWAYS_HASHED_BYTES, MANIFEST_FILE, damages, read_manifest, write_manifest
-from elastic.checkpoint.metadata import METADATA_FILE, CheckpointError
+from elastic.checkpoint.read import METADATA_FILE
 from tests.distributed.harness import run_distributed
 from tests.distributed.training import elastic_values, rows, train
 
@@ -71,7 +78,7 @@ def test_every_damage_is_detected_and_the_previous_checkpoint_used(pair: Path) -
         with changed(newest / name, change):
             assert newest_whole(run, full=True, say=heard.append) == older, f"{name} {what}"
         # A manifest with another digit of a checksum in it looks like a damaged file.
-        named = name if name != MANIFEST_FILE else ""
+        named = name if name != CONTENTS_FILE else ""
         assert heard and f"{newest.name} is not whole: {named}" in heard[0], f"{name} {what}: {heard}"
     assert newest_whole(run, full=True, say=pytest.fail) == newest
 
@@ -103,7 +110,7 @@ def verify_together(folder: Path) -> list[str]:
 def test_ranks_share_the_checking_and_are_told_the_same(tmp_path: Path) -> None:
     for number in range(5):
         (tmp_path / f"{number}").write_bytes(bytes(ALWAYS_HASHED_BYTES + number + 1))
-    write_manifest(tmp_path, {})
+    write_contents(tmp_path, {})
     assert run_distributed(verify_together, 2, tmp_path) == [[], []]
     damaged = {"0", "3", "4"}  # both ranks have some of them
     for name in damaged:
@@ -123,7 +130,7 @@ def test_a_resumed_run_goes_on_from_the_previous_one_as_if_nothing_were(pair: Pa
     assert 9 in after and {step: after[step] for step in before} == before
     logged = (pair / "run" / "flipped" / "metrics.jsonl").read_text()
     assert logged.count('{"step": 4, "phase"') == 2, "it went on from step 3"
-    assert (newest.parent / "step_00000006.broken" / MANIFEST_FILE).is_file(), "for a look at what happened"
+    assert (newest.parent / "step_00000006.broken" / CONTENTS_FILE).is_file(), "for a look at what happened"
     assert [path.name for path in list_checkpoints(pair / "run" / "flipped")] == ["step_00000006", "step_00000009"]
 
 
@@ -160,7 +167,7 @@ def test_a_save_in_the_background_is_the_same_save(pair: Path) -> None:
     pairs = list(zip(*(list_checkpoints(pair / "run" / v) for v in ("damaged", "background")), strict=True))
     assert len(pairs) == 2
     for foreground, background in pairs:
-        expected, found = read_manifest(foreground), read_manifest(background)
+        expected, found = read_contents(foreground), read_contents(background)
         assert expected.keys() == found.keys() and not damages(background, full=True)
         # The index carries a random id, the state the config with the name of the run.
         same = [name for name in expected if name not in (".metadata", "state.json")]
@@ -170,4 +177,4 @@ def test_a_save_in_the_background_is_the_same_save(pair: Path) -> None:
     assert len(saves) == 2
     for row in saves:
         assert row["checkpoint/seconds"] >= row["checkpoint/blocked_seconds"] > 0
-    assert saves[-1]["checkpoint/bytes"] == sum(file.size_bytes for file in read_manifest(pairs[-1][1]).values())
+    assert saves[-1]["checkpoint/bytes"] == sum(file.size_bytes for file in read_contents(pairs[-1][1]).values())

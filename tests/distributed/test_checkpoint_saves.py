@@ -8,16 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 
-from elastic.checkpoint.checkpoint import Trainable, begin_save, load_checkpoint
+from elastic.checkpoint import write as checkpoint_write
+from elastic.checkpoint.contents import CheckpointError, damages, read_contents, write_contents, writing_folder
 from elastic.checkpoint.find import checkpoint_folder, list_checkpoints
-from elastic.checkpoint.manifest import damages, read_manifest, writing_folder
-from elastic.checkpoint.metadata import CheckpointError
+from elastic.checkpoint.read import StoredTensors
 from elastic.checkpoint.record import Record
-from elastic.checkpoint.save import CheckpointWrite
+from elastic.checkpoint.state import Trainable, begin_save, load_checkpoint
+from elastic.checkpoint.write import CheckpointWrite
 from elastic.model.model import Layout, build_model
 from elastic.world.groups import World, join_world
 from tests.distributed.elastic_step import tiny_space
@@ -169,7 +172,7 @@ def test_a_run_that_fills_its_disk_leaves_with_an_error_and_resumes(start: Path,
     values = elastic_values(start, "v", exp_manager=dict(exp_dir=str(small_disk), create_tensorboard_logger=False))
     script.write_text(COMMAND.format(values=json.dumps(values)))
     run = small_disk / "run" / "v"
-    one = sum(file.size_bytes for file in read_manifest(list_checkpoints(start / "run" / "permuted")[0]).values())
+    one = sum(file.size_bytes for file in read_contents(list_checkpoints(start / "run" / "permuted")[0]).values())
     resize(small_disk, 5 * one)  # weights and twice as much again for Adam, but not two of it
 
     ended = subprocess.run(
@@ -190,3 +193,45 @@ def test_a_run_that_fills_its_disk_leaves_with_an_error_and_resumes(start: Path,
 
 def resize(disk: Path, num_bytes: int) -> None:
     subprocess.run(["mount", "-o", f"remount,size={num_bytes}", str(disk)], check=True)
+
+
+def foreign_and_split(run: Path) -> list[set[str]]:
+    """Save with Megatron-Core's own writer, as checkpoints of earlier versions were, and with small files."""
+    pair = Pair(run)
+    weights = {name: value.clone() for name, value in pair.trained.model.state_dict().items() if value is not None}
+
+    def loads_back(folder: Path) -> None:
+        with torch.no_grad():
+            for parameter in pair.trained.model.parameters():
+                parameter.zero_()
+        load_checkpoint(folder, pair.trained)
+        found = pair.trained.model.state_dict()
+        assert all(torch.equal(found[name], value) for name, value in weights.items())
+
+    earlier = checkpoint_folder(run, 1)
+    if pair.here.is_main:
+        earlier.mkdir(parents=True)
+    torch.distributed.barrier()
+    dist_checkpointing.save({"model": pair.trained.model.sharded_state_dict(metadata={})}, str(earlier))
+    if pair.here.is_main:
+        pair.record.write(earlier)
+        write_contents(earlier, {})
+    torch.distributed.barrier()
+    loads_back(earlier)
+    with mock.patch.object(checkpoint_write, "FILE_BYTES", 20_000):
+        pair.save(2)
+        pair.save(3, in_background=True)
+    for step in (2, 3):
+        loads_back(checkpoint_folder(run, step))
+    return [{path.name for path in folder.glob("*.distcp")} for folder in list_checkpoints(run)]
+
+
+def test_earlier_checkpoints_and_those_of_many_files_are_read(tmp_path: Path) -> None:
+    """A rank writes several files where one would be large; the index says where everything lies."""
+    (earlier, split, background), _ = run_distributed(foreign_and_split, 2, tmp_path)
+    assert earlier == {"__0_0.distcp", "__1_0.distcp"}
+    assert len(split) > 4 and split == background
+    first, *others = (StoredTensors(folder, tiny_space().parent) for folder in list_checkpoints(tmp_path))
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+    contents = [read_contents(folder) for folder in list_checkpoints(tmp_path)[1:]]
+    assert all(contents[0][name] == contents[1][name] for name in split)

@@ -13,7 +13,7 @@ from megatron.core import optimizer as megatron
 from megatron.core.optimizer import distrib_optimizer
 
 from elastic.checkpoint.find import list_checkpoints
-from elastic.checkpoint.metadata import read_metadata
+from elastic.checkpoint.read import read_metadata
 from tests.distributed.harness import run_distributed
 from tests.distributed.training import elastic_values, rows, train
 

@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from elastic.checkpoint.checkpoint import Trainable, save_checkpoint
 from elastic.checkpoint.find import checkpoint_folder
 from elastic.checkpoint.record import Family, Record
+from elastic.checkpoint.state import Trainable, save_checkpoint
 from elastic.config.load import load
 from elastic.config.rules_layout import Cluster
 from elastic.config.serving import ExtractConfig, GenerateConfig

@@ -16,13 +16,12 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import Metadata
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from elastic.checkpoint.checkpoint import ROUTER_FILE, STATE_FILE, Trainable, load_checkpoint, load_router
+from elastic.checkpoint.contents import CONTENTS_FILE, CheckpointError, write_contents
 from elastic.checkpoint.find import list_checkpoints, resolve_checkpoint
-from elastic.checkpoint.manifest import MANIFEST_FILE, write_manifest
-from elastic.checkpoint.metadata import LEGACY_COMMON_FILE, METADATA_FILE, CheckpointError, refuse_code
-from elastic.checkpoint.reader import StoredTensors
+from elastic.checkpoint.read import LEGACY_COMMON_FILE, METADATA_FILE, StoredTensors, refuse_code
 from elastic.checkpoint.record import RECORD_FILE, Record, RecordError
-from elastic.checkpoint.writer import COMMON_KEY
+from elastic.checkpoint.state import ROUTER_FILE, STATE_FILE, Trainable, load_checkpoint, load_router
+from elastic.checkpoint.write import COMMON
 from elastic.data.manifest import DataError
 from elastic.data.stream import TokenStream
 from elastic.data.tokenizer import load_tokenizer
@@ -57,14 +56,14 @@ def checkpoint(start: Path, tmp_path: Path) -> Path:
 
 def seal(folder: Path) -> None:
     """Make the manifest fit what lies in the folder."""
-    (folder / MANIFEST_FILE).unlink()
-    write_manifest(folder, {})
+    (folder / CONTENTS_FILE).unlink()
+    write_contents(folder, {})
 
 
 def forge_common_state(folder: Path, payload: bytes) -> None:
     """Append an object to a tensor file and let the index point to it."""
     metadata: Metadata = pickle.loads((folder / METADATA_FILE).read_bytes())
-    stored = metadata.storage_data[MetadataIndex(COMMON_KEY)]
+    stored = metadata.storage_data[MetadataIndex(COMMON.unique_key)]
     with (folder / stored.relative_path).open("ab") as file:
         stored.offset, stored.length = file.tell(), len(payload)
         file.write(payload)

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from elastic.checkpoint.find import list_checkpoints
-from elastic.checkpoint.metadata import read_metadata
+from elastic.checkpoint.read import read_metadata
 from elastic.config.load import load
 from elastic.config.training import ElasticConfig
 from elastic.train import trainer as loop

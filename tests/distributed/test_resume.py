@@ -10,8 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from elastic.checkpoint.checkpoint import read_training_state
 from elastic.checkpoint.find import list_checkpoints
+from elastic.checkpoint.state import read_training_state
 from elastic.config.load import load
 from elastic.config.training import ElasticConfig
 from elastic.data import phases as phase_data

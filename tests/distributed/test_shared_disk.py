@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from elastic.checkpoint import find as checkpoint_find
+from elastic.checkpoint.contents import write_contents
 from elastic.checkpoint.find import newest_whole, resolve_checkpoint
-from elastic.checkpoint.manifest import write_manifest
 from elastic.model.model import Layout
 from elastic.world.groups import join_world
 from elastic.world.rank_0 import SharedFileError, decided_by_rank_0
@@ -33,7 +33,7 @@ def test_all_ranks_go_on_from_the_checkpoint_that_rank_0_sees(tmp_path: Path, fu
         folder = tmp_path / "checkpoints" / f"step_{step:08d}"
         folder.mkdir(parents=True)
         (folder / "weights").write_bytes(bytes([step]) * (2 << 20))
-        write_manifest(folder, {})
+        write_contents(folder, {})
     assert run_distributed(found_behind_the_others, 2, tmp_path, full) == [("step_00000006", "step_00000006")] * 2
 
 

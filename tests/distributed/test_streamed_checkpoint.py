@@ -13,15 +13,13 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
-from elastic.checkpoint import writer as checkpoint_writer
-from elastic.checkpoint.checkpoint import Trainable, load_checkpoint, save_checkpoint
+from elastic.checkpoint import write as checkpoint_write
+from elastic.checkpoint.contents import CheckpointError, damages, writing_folder
 from elastic.checkpoint.find import resolve_checkpoint
-from elastic.checkpoint.manifest import damages, writing_folder
-from elastic.checkpoint.metadata import METADATA_FILE, CheckpointError, read_metadata
-from elastic.checkpoint.reader import StoredTensors
+from elastic.checkpoint.read import METADATA_FILE, StoredTensors, read_metadata, stored_parts
 from elastic.checkpoint.record import Record
-from elastic.checkpoint.stored_names import stored_parts
-from elastic.checkpoint.writer import JOURNAL, UnfinishedError, save_streamed, stored_bytes
+from elastic.checkpoint.state import Trainable, load_checkpoint, save_checkpoint
+from elastic.checkpoint.stream import JOURNAL, UnfinishedError, save_streamed, stored_bytes
 from elastic.model.initialize import named_global_parameters
 from elastic.model.model import Layout, build_model
 from elastic.model.sharding import shard_tensor
@@ -181,7 +179,7 @@ def test_a_failure_in_the_last_step_costs_nothing_that_is_finished(tmp_path: Pat
         raise AssertionError(f"{name} is read again")
 
     folder = tmp_path / "step_00000000"
-    with mock.patch.object(checkpoint_writer, "write_manifest", full_disk), pytest.raises(CheckpointError):
+    with mock.patch.object(checkpoint_write, "write_contents", full_disk), pytest.raises(CheckpointError):
         write(folder, SPLITTABLE)
     write(folder, SPLITTABLE, source=source)
     assert damages(folder, full=True) == [] and not (folder / JOURNAL).exists()

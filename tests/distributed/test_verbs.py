@@ -6,8 +6,8 @@ from unittest import mock
 import pytest
 from rich.console import Console
 
+from elastic.checkpoint.contents import CheckpointError
 from elastic.checkpoint.find import resolve_checkpoint
-from elastic.checkpoint.metadata import CheckpointError
 from elastic.checkpoint.record import Record
 from elastic.config.load import load
 from elastic.config.serving import EvaluateConfig, ExtractConfig, ImportConfig

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from elastic.checkpoint.checkpoint import CheckpointError, Trainable, load_checkpoint
 from elastic.checkpoint.find import resolve_checkpoint
-from elastic.checkpoint.reader import StoredTensors
+from elastic.checkpoint.read import StoredTensors
 from elastic.checkpoint.record import Record
-from elastic.checkpoint.writer import UnfinishedError
+from elastic.checkpoint.state import CheckpointError, Trainable, load_checkpoint
+from elastic.checkpoint.stream import UnfinishedError
 from elastic.config.load import load
 from elastic.config.serving import ExtractConfig, ImportConfig, SubnetConfig
 from elastic.hf.config import ExportError, HfSettings, hf_config

@@ -1,5 +1,6 @@
 """Manifest, search, pruning and the order of saves, on folders made by hand; real checkpoints: tests/distributed."""
 
+import ast
 import errno
 import hashlib
 import json
@@ -16,19 +17,20 @@ import pytest
 import torch
 from rich.console import Console
 
+import elastic.checkpoint
 import elastic.train.save_checkpoints as saving
-from elastic.checkpoint.find import list_checkpoints, newest_whole, resolve_checkpoint, set_aside_newer
-from elastic.checkpoint.manifest import (
+from elastic.checkpoint.contents import (
     ALWAYS_HASHED_BYTES,
-    MANIFEST_FILE,
+    CONTENTS_FILE,
+    CheckpointError,
     StoredFile,
     damages,
-    read_manifest,
-    write_manifest,
+    read_contents,
+    write_contents,
 )
-from elastic.checkpoint.metadata import CheckpointError
+from elastic.checkpoint.find import list_checkpoints, newest_whole, resolve_checkpoint, set_aside_newer
 from elastic.checkpoint.record import RECORD_FILE
-from elastic.checkpoint.save import SavedCheckpoint
+from elastic.checkpoint.write import SavedCheckpoint
 from elastic.train.log import RunLog
 from elastic.train.save_checkpoints import SaveCheckpoints, prune
 from elastic.world.file_records import explained, hashed_file
@@ -43,7 +45,7 @@ def checkpoint(run: Path, step: int) -> Path:
     (folder / RECORD_FILE).write_text(f'{{"step": {step}}}\n')
     (folder / "below" / "settings.json").write_text("{}")
     (folder / "__0_0.distcp").write_bytes(bytes(step % 256 for _ in range(LARGE)))
-    write_manifest(folder, {})
+    write_contents(folder, {})
     return folder
 
 
@@ -56,7 +58,7 @@ def flip(path: Path, offset: int) -> None:
 
 def test_the_manifest_lists_every_file_with_size_and_sha256(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, 1)
-    content = json.loads((folder / MANIFEST_FILE).read_text())
+    content = json.loads((folder / CONTENTS_FILE).read_text())
     assert set(content["files"]) == {RECORD_FILE, "below/settings.json", "__0_0.distcp"}
     for name, entry in content["files"].items():
         data = (folder / name).read_bytes()
@@ -82,10 +84,10 @@ def test_sizes_alone_find_everything_but_a_change_inside_a_large_file(tmp_path: 
         (lambda folder: (folder / "__0_0.distcp").write_bytes(b""), "has 0 bytes, the manifest says 1,052,672"),
         (lambda folder: (folder / "common.pt").write_bytes(b"x"), "common.pt is not in manifest.json"),
         (lambda folder: (folder / "below" / "more").touch(), "below/more is not in manifest.json"),
-        (lambda folder: (folder / MANIFEST_FILE).unlink(), "manifest.json is missing"),
-        (lambda folder: (folder / MANIFEST_FILE).write_text("{"), "manifest.json is damaged"),
-        (lambda folder: (folder / MANIFEST_FILE).write_text('{"files": {"a": 3}}'), "manifest.json is damaged"),
-        (lambda folder: (folder / MANIFEST_FILE).write_text("[" * 100_000), "manifest.json is damaged"),
+        (lambda folder: (folder / CONTENTS_FILE).unlink(), "manifest.json is missing"),
+        (lambda folder: (folder / CONTENTS_FILE).write_text("{"), "manifest.json is damaged"),
+        (lambda folder: (folder / CONTENTS_FILE).write_text('{"files": {"a": 3}}'), "manifest.json is damaged"),
+        (lambda folder: (folder / CONTENTS_FILE).write_text("[" * 100_000), "manifest.json is damaged"),
         (lambda folder: ((folder / RECORD_FILE).unlink(), os.mkfifo(folder / RECORD_FILE)), "is no regular file"),
     ],
 )
@@ -98,26 +100,26 @@ def test_sizes_alone_find(change: Any, said: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname"])
 def test_a_manifest_that_leads_out_of_the_folder_is_damaged(name: str, tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, 1)
-    text = (folder / MANIFEST_FILE).read_text().replace(f'"{RECORD_FILE}"', json.dumps(name))
-    (folder / MANIFEST_FILE).write_text(text)
+    text = (folder / CONTENTS_FILE).read_text().replace(f'"{RECORD_FILE}"', json.dumps(name))
+    (folder / CONTENTS_FILE).write_text(text)
     with pytest.raises(CheckpointError, match="damaged"):
-        read_manifest(folder)
+        read_contents(folder)
 
 
 def test_every_byte_of_the_manifest_matters(tmp_path: Path) -> None:
     """The manifest has no checksum of its own: blanks and key names must not be free to change either."""
     folder = checkpoint(tmp_path, 1)
-    good = (folder / MANIFEST_FILE).read_bytes()
+    good = (folder / CONTENTS_FILE).read_bytes()
     for offset in range(len(good)):
         for mask in (0x01, 0x29):  # 0x29 turns a blank into a tab, which JSON does not mind
-            (folder / MANIFEST_FILE).write_bytes(good[:offset] + bytes([good[offset] ^ mask]) + good[offset + 1 :])
+            (folder / CONTENTS_FILE).write_bytes(good[:offset] + bytes([good[offset] ^ mask]) + good[offset + 1 :])
             assert damages(folder, full=False) or damages(folder, full=True), f"byte {offset}"
 
 
 def test_a_file_that_did_not_arrive_keeps_a_manifest_from_being_written(tmp_path: Path) -> None:
     (tmp_path / "here").write_text("x")
     with pytest.raises(CheckpointError, match=r"__7_0.distcp is missing; is it on a disk that all nodes share\?"):
-        write_manifest(tmp_path, {"__7_0.distcp": StoredFile(12, "0" * 64)})
+        write_contents(tmp_path, {"__7_0.distcp": StoredFile(12, "0" * 64)})
 
 
 def test_the_newest_whole_one_is_found_and_the_others_are_named(tmp_path: Path) -> None:
@@ -148,7 +150,7 @@ def test_a_named_checkpoint_that_is_broken_names_the_nearest_whole_one(tmp_path:
     (second / RECORD_FILE).unlink()
     with pytest.raises(CheckpointError, match=f"record.json is missing; the nearest whole one is {first}"):
         resolve_checkpoint(second)
-    (first / MANIFEST_FILE).unlink()
+    (first / CONTENTS_FILE).unlink()
     with pytest.raises(CheckpointError, match=f"the nearest whole one is {third}"):
         resolve_checkpoint(second)
     (third / "below" / "settings.json").unlink()
@@ -285,3 +287,17 @@ def test_two_saves_never_overlap_and_the_end_waits(tmp_path: Path, monkeypatch: 
         "checkpoint/blocked_seconds": 0.5,
         "checkpoint/bytes": 10.0,
     }
+
+
+def test_the_room_uses_no_private_name_of_another_package() -> None:
+    """What another package keeps for itself it may change any day; checkpoints are to be read for years."""
+    files = sorted(Path(elastic.checkpoint.__file__).parent.glob("*.py"))
+    imported = [
+        f"{file.name}: {node.module}.{alias.name}"
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module is not None
+        for alias in node.names
+        if any(part.startswith("_") for part in (*node.module.split("."), alias.name))
+    ]
+    assert len(files) > 5 and imported == []

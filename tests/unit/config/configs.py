@@ -9,7 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from elastic.checkpoint.manifest import write_manifest
+from elastic.checkpoint.contents import write_contents
 from elastic.checkpoint.record import Record
 from elastic.config.load import ConfigError
 from elastic.config.sections import ModelConfig
@@ -78,7 +78,7 @@ def written_record(folder: Path, kind: str = "permuted_parent", mamba_groups: in
     """Make `folder` look like a checkpoint, with 8 lanes where nothing else is said."""
     folder.mkdir()
     Record(kind, ModelConfig(vocab=512, mamba_groups=mamba_groups).shape(), **({"lanes": 8} | more)).write(folder)
-    write_manifest(folder, {})
+    write_contents(folder, {})
     return str(folder)
 
 

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from elastic.checkpoint.checkpoint import TrainingState
 from elastic.checkpoint.record import Family, Record
+from elastic.checkpoint.state import TrainingState
 from elastic.config.load import config_dict, load
 from elastic.config.training import ElasticConfig, PretrainConfig
 from elastic.run.difference import flatten

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from elastic.checkpoint.manifest import write_manifest
+from elastic.checkpoint.contents import write_contents
 from elastic.checkpoint.record import Record
 from elastic.config.load import ConfigError
 from elastic.config.rules_layout import Cluster
@@ -132,7 +132,7 @@ def test_data_of_another_tokenizer_than_the_checkpoints_is_refused(
     if from_import:
         trained_with = tmp_path / "checkpoint" / "hugging_face"
         shutil.copytree(own, trained_with)
-        write_manifest(tmp_path / "checkpoint", {})
+        write_contents(tmp_path / "checkpoint", {})
     changes = {field: checkpoint, "exp_manager.exp_dir": str(tmp_path)}
     load_run(kind, values_of(kind, changes | {"data.path": own}), Cluster(), is_main=True)
     with pytest.raises(ConfigError) as caught:
@@ -163,7 +163,7 @@ def test_data_with_more_tokens_than_the_checkpoint_is_refused(tmp_path: Path) ->
     shape = ModelConfig(vocab=DATA_TOKENS - 1).shape()
     (tmp_path / "checkpoint").mkdir()
     Record("parent", shape).write(tmp_path / "checkpoint")
-    write_manifest(tmp_path / "checkpoint", {})
+    write_contents(tmp_path / "checkpoint", {})
     changes = {"init_from.parent": str(tmp_path / "checkpoint"), "data.path": data}
     with pytest.raises(ConfigError) as caught:
         load_run(ImportanceConfig, values_of(ImportanceConfig, changes), Cluster(), is_main=False)

@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from elastic.checkpoint.manifest import write_manifest
+from elastic.checkpoint.contents import write_contents
 from elastic.checkpoint.record import Record, RecordError
 from elastic.config.load import ConfigError
 from elastic.config.rules_layout import Cluster
@@ -152,7 +152,7 @@ def test_a_permuted_parent_says_which_layers_leave(tmp_path: Path) -> None:
     parent = tmp_path / "permuted"
     parent.mkdir()
     Record("permuted_parent", config.parent_shape(), 8, ranking).write(parent)
-    write_manifest(parent, {})
+    write_contents(parent, {})
     text, report = printed(config_of("elastic_12b", f"init_from.permuted_parent={parent}"))
     assert "depth:" not in text and report["depth_ranking"] == list(ranking)
     for row in report["budgets"]:

@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: every file with size and checksum, written last and looked at first.
+"""The contents of a checkpoint: every file with size and checksum, written last (manifest.json) and looked at first.
 
-A folder is a whole checkpoint when its manifest is readable, and it holds exactly the files of the manifest, as they
-were written. Each rank hashes its files while it writes them; when a checkpoint is verified, each rank hashes a share.
+A folder is a whole checkpoint when that list is readable, and it holds exactly the files of the list, as they were
+written. Each rank hashes its files while it writes them; when a checkpoint is verified, each rank hashes a share.
 """
 
 import json
@@ -13,16 +13,19 @@ from pathlib import Path
 
 import torch
 
-from elastic.checkpoint.metadata import CheckpointError
 from elastic.world.file_records import file_problems, flush_to_disk, sha256_of
 from elastic.world.groups import World
 
-MANIFEST_FILE = "manifest.json"
+CONTENTS_FILE = "manifest.json"
 FORMAT = "elastic-checkpoint-1"
 # Files up to this size are hashed even where only sizes are asked for: settings, router, the index of a small model.
 ALWAYS_HASHED_BYTES = 1 << 20
 HASHING_THREADS = 4
 SHOWN_PROBLEMS = 4
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, incomplete or does not fit."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ def writing_folder(folder: Path) -> Path:
     return folder.with_name(folder.name + ".writing")
 
 
-def write_manifest(folder: Path, hashed: Files, leave_out: Collection[str] = ()) -> Files:
-    """Write the manifest of a folder that is complete otherwise; returns it.
+def write_contents(folder: Path, hashed: Files, leave_out: Collection[str] = ()) -> Files:
+    """Write the contents of a folder that is complete otherwise; returns them.
 
     `hashed` are files whose size and checksum are known from writing them; all others are hashed here and flushed to
     the disk, but for `leave_out`, which are not there to stay. Raises CheckpointError if one of `hashed` is not there
@@ -70,36 +73,36 @@ def write_manifest(folder: Path, hashed: Files, leave_out: Collection[str] = ())
         raise CheckpointError(
             f"{folder} is not as it was written: {shown_problems(problems)}; is it on a disk that all nodes share?"
         )
-    path = folder / MANIFEST_FILE
+    path = folder / CONTENTS_FILE
     path.write_text(_text(files))
     for changed in (path, *(below for below in folder.rglob("*") if below.is_dir()), folder):
         flush_to_disk(changed)
     return files
 
 
-def read_manifest(folder: Path) -> Files:
-    """Read the manifest of a checkpoint; raises CheckpointError when it is missing, damaged or of another format."""
-    path = folder / MANIFEST_FILE
+def read_contents(folder: Path) -> Files:
+    """Read the contents of a checkpoint; raises CheckpointError when it is missing, damaged or of another format."""
+    path = folder / CONTENTS_FILE
     try:
         text = path.read_text()
         content = json.loads(text)
         files = {name: StoredFile(**fields) for name, fields in content["files"].items()}
-        # Our own spelling, byte for byte: the manifest has no checksum, and every other change shows in the files.
+        # Our own spelling, byte for byte: this file has no checksum, and every other change shows in the files.
         if text != _text(files) or not all(_is_plausible(name, file) for name, file in files.items()):
             raise ValueError("it is not as it was written")
     except FileNotFoundError:
         raise CheckpointError(
-            f"{MANIFEST_FILE} is missing: an unfinished checkpoint, or one of a version without manifests"
+            f"{CONTENTS_FILE} is missing: an unfinished checkpoint, or one of a version without manifests"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{MANIFEST_FILE} is damaged ({error})") from error
+        raise CheckpointError(f"{CONTENTS_FILE} is damaged ({error})") from error
     return files
 
 
 def damages(folder: Path, *, full: bool, world: World | None = None) -> list[str]:
     """Say what is wrong with a checkpoint, naming the files; an empty list for a whole one.
 
-    Always: the manifest, no file missing or added, all sizes, and the checksums of small files. `full`: all checksums.
+    Always: the list, no file missing or added, all sizes, and the checksums of small files. `full`: all checksums.
     Given `world` all ranks call this together, share the work and get the same answer; without, this process does all.
     """
     if world is None:
@@ -120,6 +123,13 @@ def damages(folder: Path, *, full: bool, world: World | None = None) -> list[str
     return [problem for share in found for problem in share]
 
 
+def what_remains(parent: Path) -> str:
+    """Say which earlier checkpoint is left when a save failed."""
+    whole = [folder.name for folder in step_folders(parent) if not damages(folder, full=False)]
+    kept = f"{whole[-1]} is whole and stays" if whole else "there is no earlier checkpoint"
+    return f"{kept}. When this is mended, the same command goes on from the newest whole checkpoint"
+
+
 def shown_problems(problems: list[str]) -> str:
     """Return the first few problems as one line."""
     more = f"; and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
@@ -133,7 +143,7 @@ def _is_plausible(name: str, file: StoredFile) -> bool:
 
 def _quick_damages(folder: Path) -> tuple[list[str], Files]:
     try:
-        files = read_manifest(folder)
+        files = read_contents(folder)
         held = _names_in(folder)
     except CheckpointError as error:
         return [str(error)], {}
@@ -141,7 +151,7 @@ def _quick_damages(folder: Path) -> tuple[list[str], Files]:
         return [f"cannot be read ({error})"], {}
     small = [name for name, file in files.items() if file.size_bytes <= ALWAYS_HASHED_BYTES]
     problems = _file_problems(folder, files, small)
-    problems += [f"{name} is not in {MANIFEST_FILE}: move it away" for name in sorted(held.difference(files))]
+    problems += [f"{name} is not in {CONTENTS_FILE}: move it away" for name in sorted(held.difference(files))]
     return problems, files
 
 
@@ -169,7 +179,7 @@ def _file_problems(folder: Path, files: Files, hashed: Iterable[str]) -> list[st
 
 def _names_in(folder: Path) -> set[str]:
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
-    return names.difference((MANIFEST_FILE,))
+    return names.difference((CONTENTS_FILE,))
 
 
 def _text(files: Files) -> str:

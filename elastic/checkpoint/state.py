@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
-from elastic.checkpoint.manifest import damages, shown_problems
-from elastic.checkpoint.metadata import CheckpointError, refuse_code
+from elastic.checkpoint.contents import CheckpointError, damages, shown_problems
 from elastic.checkpoint.optimizer_state import begin_state, sharded_optimizer_state
+from elastic.checkpoint.read import refuse_code
 from elastic.checkpoint.record import Record
-from elastic.checkpoint.save import CheckpointWrite, SavedCheckpoint
+from elastic.checkpoint.write import CheckpointWrite, SavedCheckpoint
 from elastic.hf.carried import CARRIED_FOLDER
 from elastic.hf.safe_files import UnsafeFileError, read_json
 from elastic.model.model import ElasticModel
