@@ -102,9 +102,9 @@ class PortableMambaMixer(MambaMixer):
         for parameter in (self.conv1d_weight, self.conv1d_bias):
             parameter.partition_sizes = conv_blocks  # type: ignore[attr-defined]
         self.dt_bias = sharded(self.nheads_local_tp)
-        # A_log and D stay in fp32 whatever the model's precision (docs/method.md 3).
-        self.A_log = sharded(self.nheads_local_tp, dtype=torch.float32)
-        self.D = sharded(self.nheads_local_tp, dtype=torch.float32)
+        # A_log and D are at least fp32 whatever the model's precision (docs/method.md 3).
+        wide = torch.promote_types(config.params_dtype, torch.float32)
+        self.A_log, self.D = (sharded(self.nheads_local_tp, dtype=wide) for _ in range(2))
 
     def _context_parallel(self, cut: Cut | None) -> MambaContextParallel:
         """Bundle the (cut) convolution and per-head parameters with Megatron-Core's context-parallel exchange."""

@@ -16,11 +16,11 @@ from elastic.world.groups import World
 
 
 def wrap_for_training(model: ElasticModel, optim: OptimConfig) -> DistributedDataParallel:
-    """Wrap one stage in Megatron-Core's data-parallel gradient buffers, reduced in fp32."""
+    """Wrap one stage in Megatron-Core's data-parallel gradient buffers, reduced in at least fp32."""
     return DistributedDataParallel(
         model.config,
         DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
+            grad_reduce_in_fp32=model.config.bf16,
             overlap_grad_reduce=optim.overlap_grad_reduce,
             use_distributed_optimizer=optim.use_distributed_optimizer,
             check_for_nan_in_grad=False,

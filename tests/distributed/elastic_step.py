@@ -15,7 +15,7 @@ from elastic.space.axes import Axis, AxisChoices, Space
 from elastic.space.gates import Gates
 from elastic.space.shape import ModelShape
 from elastic.train.gate_gradients import sum_gate_gradients
-from elastic.train.optimizer import build_optimizer, wrap_for_training
+from elastic.train.optimizer import build_optimizer, gradient_norm, wrap_for_training
 from elastic.train.pipeline import PipelineRunner
 from elastic.world.groups import join_world
 
@@ -59,7 +59,7 @@ def batch(global_index: int) -> Batch:
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.arange(MICRO_BATCH))
 
 
-def mixed_gates(space: Space, global_index: int) -> Gates:
+def mixed_gates(space: Space, global_index: int, dtype: torch.dtype) -> Gates:
     """Another choice for every micro-batch: soft, then one-hot (a real submodel), then slices by hard choice."""
     generator = torch.Generator().manual_seed(global_index)
     if global_index % 4 == 3:
@@ -67,8 +67,8 @@ def mixed_gates(space: Space, global_index: int) -> Gates:
     weights = {}
     for axis in space.elastic_axes():
         soft = torch.randn(space.num_slots(axis), len(space.axes[axis].choices), generator=generator).softmax(-1)
-        hard = torch.nn.functional.one_hot(soft.argmax(-1), soft.shape[-1]).float()
-        weights[axis] = (soft if global_index % 2 == 0 else hard).requires_grad_()
+        hard = torch.nn.functional.one_hot(soft.argmax(-1), soft.shape[-1])
+        weights[axis] = (soft if global_index % 2 == 0 else hard).to(dtype).requires_grad_()
     return Gates.mask(weights, budget=0)
 
 
@@ -88,7 +88,8 @@ def elastic_step(case: LayoutCase) -> dict[str, Any]:
     )
     local = range(GLOBAL_BATCH // (MICRO_BATCH * here.data_size))
     numbers = [index * here.data_size + here.data_rank for index in local]
-    work = [runner.share(batch(g), mixed_gates(space, g)) for g in numbers]
+    gates_dtype = torch.promote_types(case.layout.dtype, torch.float32)
+    work = [runner.share(batch(g), mixed_gates(space, g, gates_dtype)) for g in numbers]
     work = runner.with_teacher(work)
     wrapped.zero_grad_buffer()
     losses = runner.forward_backward(work)
@@ -99,7 +100,6 @@ def elastic_step(case: LayoutCase) -> dict[str, Any]:
         for g, micro in zip(numbers, work, strict=True)
     }
     gradients = {name: parameter.main_grad.clone() for name, parameter in named_global_parameters(student)}
-    _, norm, _ = optimizer.step()
     return {
         "tp": here.groups.tp.rank(),
         "dp": here.data_rank,
@@ -108,7 +108,7 @@ def elastic_step(case: LayoutCase) -> dict[str, Any]:
         "losses": {g: (float(loss.kl), float(loss.cross_entropy)) for g, loss in zip(numbers, losses, strict=False)},
         "gate_gradients": gate_gradients,
         "gradients": gradients,
-        "grad_norm": float(norm),
+        "grad_norm": float(gradient_norm(optimizer)),
     }
 
 
