@@ -14,6 +14,8 @@ from tests.disks import mounted_disk
 if not torch.cuda.is_available():
     # Megatron-Core's fused functions otherwise compile C++ at their first call.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # Triton's kernels run in its interpreter; it looks when it is first imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
 
 

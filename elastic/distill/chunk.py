@@ -35,15 +35,76 @@ class _Exponentials:
     plain: Tensor
 
 
+def fused_chunk_loss(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    weights: Tensor,
+    settings: LossSettings,
+    grad_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """Do what `chunk_loss` does in two readings of the logits, bf16 or fp32, with Triton.
+
+    The gradient is a difference of softmaxes taken in fp32 and only then rounded to `grad_dtype`; it takes the place of
+    the student's logits if these have that dtype.
+    """
+    from elastic.kernels.softmax_pair import logit_gradient, row_statistics
+
+    tau = 1.0 if teacher is None else settings.temperature
+    mine = row_statistics(student, teacher, tau)
+    maxima = settings.shard.reduce([mine.student_max, mine.teacher_max], ReduceOp.MAX)
+    student_max, teacher_max = maxima if teacher is not None else (maxima[0], torch.zeros_like(maxima[0]))
+    # Sums against the maxima of the whole vocabulary; the product's differences move along with them.
+    student_grown, teacher_grown = (student_max - mine.student_max) / tau, (teacher_max - mine.teacher_max) / tau
+    sums = {
+        "student": mine.student_sum * (-student_grown).exp(),
+        "plain": mine.plain_sum * (mine.student_max - student_max).exp(),
+    }
+    if teacher is not None:
+        shrink = (-teacher_grown).exp()
+        sums["teacher"] = mine.teacher_sum * shrink
+        sums["product"] = (mine.product + mine.teacher_sum * (student_grown - teacher_grown)) * shrink
+    columns = None  # of the labels; -1 on another rank
+    if settings.with_cross_entropy and labels is not None:
+        local, here = settings.shard.locate(labels)
+        label_logit = student.gather(1, local.unsqueeze(1)).squeeze(1).float() - student_max
+        sums["label_logit"], columns = label_logit.where(here, 0), local.where(here, -1)
+    sums = dict(zip(sums, settings.shard.reduce(list(sums.values()), ReduceOp.SUM), strict=True))
+    losses = _losses(sums, labels, weights, tau, settings)
+    if not settings.with_grad:
+        return losses, None
+    kl_scale, plain_scale = weights * (settings.kl_weight * tau), weights * settings.cross_entropy_weight
+    if teacher is None:
+        kl_scale = torch.zeros_like(kl_scale)
+    gradient = student if student.dtype == grad_dtype else torch.empty_like(student, dtype=grad_dtype)
+    logit_gradient(
+        student,
+        teacher,
+        student_max,
+        teacher_max,
+        (kl_scale / sums["student"], plain_scale / sums["plain"], kl_scale / sums.get("teacher", sums["student"])),
+        torch.full_like(weights, -1, dtype=torch.int64) if columns is None else columns,
+        plain_scale,
+        tau,
+        out=gradient,
+    )
+    return losses, gradient
+
+
 def chunk_loss(
-    student: Tensor, teacher: Tensor | None, labels: Tensor | None, weights: Tensor, settings: LossSettings
-) -> Tensor:
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    weights: Tensor,
+    settings: LossSettings,
+) -> tuple[Tensor, Tensor | None]:
     """Return the weighted sums [KL, cross-entropy] over the chunk, fp64, not yet times their loss weights.
 
-    Uses up both logits [n, v] as working memory; one more [n, v] is allocated. With `settings.with_grad`, `student`
-    is left holding the gradient of the weighted total:
+    With `settings.with_grad` also the gradient [n, v] of the weighted total in the logits' place and dtype:
 
         w (kl_weight tau (q - p) + cross_entropy_weight (softmax(z) - onehot(label)))
+
+    Uses up both logits [n, v] as working memory; one more [n, v] is allocated.
     """
     tau = 1.0 if teacher is None else settings.temperature  # softens the KL only
     _take_maximum_away(student, teacher, settings.shard)
@@ -58,7 +119,8 @@ def chunk_loss(
         if settings.cross_entropy_weight > 0 and local is not None and here is not None:
             rows = torch.arange(len(local), device=local.device)
             student[rows, local] -= (settings.cross_entropy_weight * weights).where(here, 0)
-    return losses
+        return losses, student
+    return losses, None
 
 
 def _take_maximum_away(student: Tensor, teacher: Tensor | None, shard: VocabShard) -> None:

@@ -10,6 +10,7 @@ respect to the student's logits (`chunk.py`), multiplies that into the gradients
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from elastic.distill.chunk import LossSettings, chunk_loss
+from elastic.distill.chunk import LossSettings, chunk_loss, fused_chunk_loss
 from elastic.distill.vocab_parallel import VocabShard
 
 
@@ -121,6 +122,9 @@ class _ChunkedLoss(torch.autograd.Function):
         if settings.with_grad and ctx.needs_input_grad[1]:
             head_grad = torch.zeros(student_head.shape, dtype=dtype, device=student_head.device)
         sums = torch.zeros(2, dtype=torch.float64, device=student_hidden.device)
+        of_chunk = chunk_loss
+        if student_hidden.is_cuda and dtype == torch.float32:
+            of_chunk = partial(fused_chunk_loss, grad_dtype=student_hidden.dtype)
         step = max(1, math.ceil(num_tokens / num_chunks))
         for start in range(0, num_tokens, step):
             chunk = slice(start, start + step)
@@ -129,15 +133,16 @@ class _ChunkedLoss(torch.autograd.Function):
             teacher = None
             if teacher_hidden is not None and teacher_head is not None:
                 teacher = _logits(teacher_hidden[chunk], teacher_head).to(dtype)
-            sums += chunk_loss(logits, teacher, None if labels is None else labels[chunk], weights[chunk], settings)
-            del teacher  # spent, and the products may need room
-            if settings.with_grad:
-                # Now the gradient of the logits: a difference of softmaxes taken in fp32, only then rounded.
-                logits = logits.to(hidden.dtype)
-            if hidden_grad is not None:
-                torch.mm(logits, student_head, out=hidden_grad[chunk])
-            if head_grad is not None:
-                _add_product(head_grad, logits.t(), hidden)
+            labels_here = None if labels is None else labels[chunk]
+            losses, gradient = of_chunk(logits, teacher, labels_here, weights[chunk], settings)
+            sums += losses
+            del logits, teacher  # spent, and the products may need room
+            if gradient is not None:
+                gradient = gradient.to(hidden.dtype)
+            if hidden_grad is not None and gradient is not None:
+                torch.mm(gradient, student_head, out=hidden_grad[chunk])
+            if head_grad is not None and gradient is not None:
+                _add_product(head_grad, gradient.t(), hidden)
         ctx.save_for_backward(hidden_grad, head_grad)
         ctx.dtypes = student_hidden.dtype, student_head.dtype
         total = settings.kl_weight * sums[0] + settings.cross_entropy_weight * sums[1]

@@ -1,13 +1,15 @@
 """The distillation loss with the vocabulary split over two ranks, against the fp64 definition on one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from elastic.distill.chunk import LossSettings, chunk_loss, fused_chunk_loss
 from elastic.distill.kl import distillation_loss
+from elastic.distill.vocab_parallel import VocabShard
 from elastic.model.cpu_backend import use_cpu_backend
 from elastic.model.head import parallel_hidden
 from tests.distributed.harness import run_distributed
@@ -200,3 +202,25 @@ def _collectives(num_chunks: int) -> list[int]:
 
 def test_two_collectives_per_chunk() -> None:
     assert run_distributed(_collectives, 2, 3) == [[6, 6], [6, 6]]
+
+
+def _fused_chunk():
+    group = dist.group.WORLD
+    rank, size = group.rank(), group.size()
+    generator = torch.Generator().manual_seed(3)
+    student, teacher = (4 * torch.randn(5, 600, generator=generator) for _ in range(2))
+    teacher[:, :300] -= 20.0  # the maxima of the ranks differ
+    labels, weights = torch.randint(600, (5,), generator=generator), torch.rand(5, generator=generator)
+    for tau in (1.0, 1.7):
+        whole = LossSettings(0.7, 0.3, tau, True, True, VocabShard(0, 600, 600, None))
+        expected, gradient = chunk_loss(student.double(), teacher.double(), labels, weights.double(), whole)
+        mine = slice(rank * 600 // size, (rank + 1) * 600 // size)
+        split = replace(whole, shard=VocabShard.of(600 // size, group))
+        parts = student[:, mine].contiguous(), teacher[:, mine].contiguous()
+        found, part = fused_chunk_loss(*parts, labels, weights, split, torch.float32)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(part.double(), gradient[:, mine], rtol=0, atol=1e-6)
+
+
+def test_fused_chunk_of_a_split_vocabulary_is_that_of_the_whole():
+    run_distributed(_fused_chunk, 2)
