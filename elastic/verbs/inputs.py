@@ -25,25 +25,29 @@ from elastic.data.manifest import DataError, read_manifest
 from elastic.data.prepare_config import PrepareConfig
 from elastic.space.shape import ModelShape
 from elastic.verbs.generate_inputs import generate_problems
+from elastic.verbs.parent import fill_from_parent, model_problems
 from elastic.verbs.token_ids import tokenizer_problems, validation_problems, vocab_problems
 
 
 def load_run[T](kind: type[T], values: Mapping[str, Any], cluster: Cluster, *, is_main: bool) -> T:
-    """Build and check a verb's config, files included, and fill a null model.vocab in from the prepared data.
+    """Build and check a verb's config, files included; what it leaves to its parent or its data is filled in.
 
     Only the main process looks whether the run folder is free: it is also the one that will create it.
     Raises ConfigError listing every problem.
     """
+    values, open_problems, unknown = fill_from_parent(kind, values)
     config, problems = load_with_problems(kind, values)
     unreliable = frozenset(problem.section for problem in problems)
+    unclear = unreliable | unknown
     files = tuple(problem for problem in input_problems(config) if problem.section not in unreliable)
-    if not unreliable.intersection(("model", "data")) and not files:
+    problems += open_problems
+    if not unclear.intersection(("model", "data")) and not files:
         try:
             config = filled_in(config)
         except DataError as error:
             files += (Problem("model.vocab", None, str(error), "or set model.vocab"),)
-    problems += rule_problems(config, cluster, unreliable) + files
-    if not unreliable.intersection(("model", "data")) and not files:
+    problems += rule_problems(config, cluster, unclear) + files
+    if not unclear.intersection(("model", "data")) and not files:
         problems += tuple(vocab_problems(config))
     if not unreliable and not files:
         problems += (*validation_problems(config), *checkpoint_problems(config))
@@ -143,6 +147,7 @@ def _nesting_problems(config: ElasticRunConfig, record: Record, name: str, path:
     elif record.lanes != config.elastic.space.lanes:
         rule = f"must be the lanes the parent was permuted for = {record.lanes}"
         yield Problem("elastic.space.lanes", config.elastic.space.lanes, rule, f"nearest legal value is {record.lanes}")
+    yield from model_problems(config.model, record, path)
 
 
 def output_problems(config: VerbConfig) -> Iterator[Problem]:

@@ -21,6 +21,7 @@ from elastic.router.router import Router
 from elastic.run.folder import FINISHED_FILE, write_finished
 from elastic.run.resume import RunStart, load_run_state, open_training_run
 from elastic.space.axes import Space
+from elastic.space.budget import Budget
 from elastic.train.callbacks import Validate
 from elastic.train.log import LogSteps, RunLog, ScalarWriter, WandbWriter
 from elastic.train.nonfinite import SkippedSteps
@@ -71,7 +72,16 @@ def run_elastic(config: ElasticConfig, console: Console, callbacks: Sequence[Cal
         with open_training_run(config, _manifest(stream), record, here, console.print, start) as opened:
             trainer = _elastic_trainer(config, opened, stream, here, space, record, start)
             trainer.callbacks = list(callbacks)
+            if here.is_main:
+                console.print(family_lines(space, family.budgets), markup=False, highlight=False)
             return _fit(trainer, config, opened, stream, tuple(budget.name for budget in family.budgets), console)
+
+
+def family_lines(space: Space, budgets: Sequence[Budget]) -> str:
+    """Say what the router may choose and what is asked of it."""
+    choices = {axis: " ".join(map(str, space.axes[axis].choices)) for axis in space.elastic_axes()}
+    asked = ", ".join(f"{budget.name} {budget.target:,.0f} {budget.metric}" for budget in budgets)
+    return "\n".join(["choices", *(f"  {axis}: {widths}" for axis, widths in choices.items()), f"budgets: {asked}"])
 
 
 def _elastic_trainer(

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from elastic.checkpoint.contents import write_contents
-from elastic.checkpoint.record import Record, RecordError
+from elastic.checkpoint.record import Record
 from elastic.config.load import ConfigError
 from elastic.config.rules_layout import Cluster
 from elastic.config.training import CostConfig
@@ -51,7 +51,7 @@ def printed(config: CostConfig) -> tuple[str, dict[str, Any]]:
             "elastic_12b",
             ("model=nemotron_nano_v2_9b", "space=nemotron_nano_v2_9b", "budgets=nemotron_nano_v2_9b"),
         ),
-        ("train_elastic", ("model.vocab=2048",)),
+        ("train_elastic", ("model=smoke", "model.vocab=2048")),
         ("smoke_elastic", ("model.vocab=2048", "init_from.permuted_parent=null")),
         ("train_elastic", ("model=tiny_test", "space=tiny_test", "model.vocab=512")),
     ],
@@ -122,10 +122,16 @@ def test_mamba_widths_that_differ_between_layers_cannot_be_exported() -> None:
 
 def test_null_vocabulary_needs_data_or_a_number() -> None:
     with pytest.raises(ConfigError, match=r"model\.vocab = null: .*no data\.path is given; or set model\.vocab"):
-        config_of("train_elastic")
+        config_of("train_elastic", "model=smoke")
     with pytest.raises(ConfigError, match=r'data\.path = "not/there": does not exist'):
-        config_of("train_elastic", "data.path=not/there")
-    assert config_of("train_elastic", "data.path=not/there", "model.vocab=2048").parent_shape().vocab == 2048
+        config_of("train_elastic", "model=smoke", "data.path=not/there")
+    known = config_of("train_elastic", "model=smoke", "data.path=not/there", "model.vocab=2048")
+    assert known.parent_shape().vocab == 2048
+
+
+def test_nothing_is_priced_without_a_model() -> None:
+    with pytest.raises(ConfigError, match=r"1 problem.*\s+model = null: missing.*model=NAME or init_from"):
+        config_of("train_elastic")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +167,7 @@ def test_a_permuted_parent_says_which_layers_leave(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"elastic\.space\.lanes = 16"):
         config_of("elastic_12b", f"init_from.permuted_parent={parent}", "elastic.space.lanes=16")
     nine = ("model=nemotron_nano_v2_9b", "space=nemotron_nano_v2_9b", "budgets=nemotron_nano_v2_9b")
-    with pytest.raises(RecordError, match="hidden: config 4480, checkpoint 5120"):
+    with pytest.raises(ConfigError, match=r"model\.hidden = 4480: the checkpoint holds hidden = 5120"):
         printed(config_of("elastic_12b", f"init_from.permuted_parent={parent}", *nine))
 
 
