@@ -15,7 +15,7 @@ from elastic.verbs.training import run_elastic, run_pretrain
 from elastic.world.agent import end_with_agent
 
 MODEL = dict(
-    pattern="M-*-", vocab_multiple=32, hidden=32, ffn=64, mamba_heads=4, head_channels=8, mamba_groups=2,
+    pattern="M-*-", vocab=320, hidden=32, ffn=64, mamba_heads=4, head_channels=8, mamba_groups=2,
     mamba_state=16, attention_heads=4, kv_heads=2, attention_channels=16,
 )  # fmt: skip
 SPACE = dict(lanes=8, hidden=dict(choices=[32, 24]), ffn=dict(choices=[64, 32], per_layer=True),

@@ -49,8 +49,8 @@ def values_of(start, verb, target):
         "generate": dict(init_from=dict(checkpoint=permuted), prompts=["the"]),
         "extract": dict(init_from=dict(checkpoint=permuted)),
         "import_hf": dict(source=str(start / "stock")),
-        "cost": dict(model={**MODEL, "vocab": 320}, elastic=dict(space=SPACE, budgets=BUDGETS)),
-        "plan": dict(model={**MODEL, "vocab": 320}, elastic=dict(space=SPACE, budgets=BUDGETS)),
+        "cost": dict(model=MODEL, elastic=dict(space=SPACE, budgets=BUDGETS)),
+        "plan": dict(model=MODEL, elastic=dict(space=SPACE, budgets=BUDGETS)),
     }[verb]
     if verb in ("cost", "plan"):
         return dict(given, output=str(target / "precious.json"))

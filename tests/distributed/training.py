@@ -20,7 +20,7 @@ from elastic.verbs.training import run_elastic, run_pretrain
 from recipes._tiny_family import prepare_corpus
 
 MODEL = dict(
-    pattern="M-M*-", vocab=None, vocab_multiple=32, hidden=64, ffn=128, mamba_heads=8, head_channels=8, mamba_groups=4,
+    pattern="M-M*-", vocab=320, hidden=64, ffn=128, mamba_heads=8, head_channels=8, mamba_groups=4,
     mamba_state=16, attention_heads=8, kv_heads=4, attention_channels=16,
 )  # fmt: skip
 SPACE = dict(
@@ -96,7 +96,7 @@ def elastic_values(folder: Path, version: str, **overrides: Any) -> dict[str, An
 
 def tiny_run_space() -> Space:
     """Return the space of the tiny runs, layers in their own order."""
-    return load(SpaceConfig, SPACE).space(load(ModelConfig, {**MODEL, "vocab": 320}).shape())
+    return load(SpaceConfig, SPACE).space(load(ModelConfig, MODEL).shape())
 
 
 def train(values: dict[str, Any]) -> None:

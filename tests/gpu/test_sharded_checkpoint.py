@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]
 STEPS = 6
 MODEL = dict(
-    pattern="M-*-M", vocab_multiple=64, hidden=128, ffn=256, mamba_heads=8, head_channels=32, mamba_groups=2,
+    pattern="M-*-M", vocab=320, hidden=128, ffn=256, mamba_heads=8, head_channels=32, mamba_groups=2,
     mamba_state=32, attention_heads=4, kv_heads=2, attention_channels=32,
 )  # fmt: skip
 # A process of its own: it joins NCCL as a run under no launcher does.
