@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from elastic.world.file_records import file_problems, flush_to_disk, sha256_of
+from elastic.world.files import file_problems, first_few, flush_to_disk, sha256_of
 from elastic.world.groups import World
 
 CONTENTS_FILE = "manifest.json"
@@ -21,7 +21,6 @@ FORMAT = "elastic-checkpoint-1"
 # Files up to this size are hashed even where only sizes are asked for: settings, router, the index of a small model.
 ALWAYS_HASHED_BYTES = 1 << 20
 HASHING_THREADS = 4
-SHOWN_PROBLEMS = 4
 
 
 class CheckpointError(ValueError):
@@ -132,8 +131,7 @@ def what_remains(parent: Path) -> str:
 
 def shown_problems(problems: list[str]) -> str:
     """Return the first few problems as one line."""
-    more = f"; and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
-    return "; ".join(problems[:SHOWN_PROBLEMS]) + more
+    return "; ".join(first_few(problems))
 
 
 def _is_plausible(name: str, file: StoredFile) -> bool:

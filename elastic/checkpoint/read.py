@@ -170,8 +170,7 @@ class StoredTensors(Mapping[str, Tensor]):
             elif tuple(self._stored[part.key].size) != part.size:
                 problems.append(f"{part.key} is {tuple(self._stored[part.key].size)}, expected {part.size}")
         if problems:
-            more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-            raise CheckpointError(f"{folder} does not fit its record: {'; '.join(problems[:4])}{more}")
+            raise CheckpointError(f"{folder} does not fit its record: {shown_problems(problems)}")
 
     def __getitem__(self, name: str) -> Tensor:
         """Read one full parameter in the number format it is stored in."""

@@ -34,7 +34,7 @@ from elastic.checkpoint.write import COMMON, Writer, publish
 from elastic.rank.slicing import TensorSource, parameter_names, reader
 from elastic.space.nesting import split_parameter_name
 from elastic.space.shape import ModelShape
-from elastic.world.file_records import explained
+from elastic.world.files import explained
 
 JOURNAL = "written.jsonl"
 

@@ -40,8 +40,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from elastic.checkpoint.contents import CheckpointError, StoredFile, what_remains, write_contents, writing_folder
-from elastic.hf.disk import check_free_space
-from elastic.world.file_records import explained, flush_to_disk, hashed_file
+from elastic.world.files import check_free_space, explained, flush_to_disk, hashed_file
 from elastic.world.groups import World
 
 FORMAT = CheckpointingConfig("torch_dist")  # what Megatron-Core calls torch's format

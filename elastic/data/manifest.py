@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from elastic.world.file_records import file_problems, sha256_of
+from elastic.world.files import file_problems, sha256_of
 
 MANIFEST_NAME = "data.json"
 FORMAT = "elastic-data-3"

@@ -35,7 +35,7 @@ from elastic.data.tokenizer import (
     load_tokenizer,
     train_tokenizer,
 )
-from elastic.world.file_records import sha256_of
+from elastic.world.files import sha256_of
 
 __all__ = ["PrepareConfig", "Prepared", "prepare", "skip_lines"]
 

@@ -4,7 +4,6 @@ A subfolder of a checkpoint holds it: `settings.json` and the tokenizer files, n
 """
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from elastic.hf.dtypes import DtypeError, DtypeRule
 from elastic.hf.folder import HfFolder
 from elastic.hf.safe_files import UnsafeFileError, listed, read_json
 from elastic.hf.tokenizer_files import copy_tokenizer_files, find_tokenizer
+from elastic.world.files import written_aside
 
 CARRIED_FOLDER = "hugging_face"
 SETTINGS_FILE = "settings.json"
@@ -59,9 +59,8 @@ def write_carried(carried: Carried, checkpoint: Path) -> Path:
         "dtypes": carried.dtypes.to_json(),
         "tokenizer_files": [path.name for path in carried.tokenizer_files],
     }
-    aside = folder / f".{SETTINGS_FILE}.partial"
-    aside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(aside, folder / SETTINGS_FILE)
+    with written_aside(folder / SETTINGS_FILE) as aside:
+        aside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return folder
 
 

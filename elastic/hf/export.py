@@ -1,8 +1,6 @@
 """Write a model as a Hugging Face folder, reload it, compare, and only then call it done."""
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +12,6 @@ from torch import Tensor
 from elastic.hf.card import CardInfo, deployed_params, model_card
 from elastic.hf.check import CheckOutcome, FolderCheck
 from elastic.hf.config import ExportError, HfSettings, generation_config, hf_config
-from elastic.hf.disk import DiskSpaceError, check_free_space
 from elastic.hf.dtypes import DtypeRule
 from elastic.hf.folder import CONFIG_FILE, GENERATION_FILE, HfFolderError, open_hf_folder
 from elastic.hf.names import HfTensorError, hf_sizes, to_hf
@@ -25,6 +22,7 @@ from elastic.hf.tokenizer_files import TokenizerFileError, copy_tokenizer
 from elastic.rank.slicing import TensorSource
 from elastic.space.cost import shape_cost
 from elastic.space.shape import ModelShape
+from elastic.world.files import DiskSpaceError, check_free_space, remove, written_aside
 
 
 @dataclass(frozen=True)
@@ -75,22 +73,20 @@ def export_folder(
     specs = {name: TensorSpec(size, rule.of(name)) for name, size in hf_sizes(shape).items()}
     total = sum(spec.num_bytes for spec in specs.values())
     _check_target(folder, total, options.overwrite)
-    aside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    for left in folder.parent.glob(f".{folder.name}.partial-*"):  # by a killed export
+        remove(left)
     try:
-        write_tensors(aside, specs, _reported(to_hf(source, shape), specs, total, progress), options.shard_bytes)
-        _write_json(aside / CONFIG_FILE, hf_config(shape, options.settings, rule.main))
-        _write_json(aside / GENERATION_FILE, generation_config(options.settings))
-        copy_tokenizer(options.tokenizer_folder, aside, shape.vocab)
-        outcome = check(open_hf_folder(aside), shape)  # and the folder is held to the rules of any other
-        text = model_card(card, shape, str(rule.main).removeprefix("torch."), str(outcome))
-        (aside / "README.md").write_text(text)
-        _move_into_place(aside, folder)
+        with written_aside(folder) as aside:
+            aside.mkdir()
+            write_tensors(aside, specs, _reported(to_hf(source, shape), specs, total, progress), options.shard_bytes)
+            _write_json(aside / CONFIG_FILE, hf_config(shape, options.settings, rule.main))
+            _write_json(aside / GENERATION_FILE, generation_config(options.settings))
+            copy_tokenizer(options.tokenizer_folder, aside, shape.vocab)
+            outcome = check(open_hf_folder(aside), shape)  # and the folder is held to the rules of any other
+            text = model_card(card, shape, str(rule.main).removeprefix("torch."), str(outcome))
+            (aside / "README.md").write_text(text)
     except (TensorFileError, TokenizerFileError, HfFolderError, HfTensorError, ReloadError, ExportError) as error:
         raise ExportError(f"export to {folder}: {error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return ExportReport(folder, int(shape_cost(shape).params), deployed_params(shape), outcome)
 
 
@@ -116,17 +112,6 @@ def _check_target(folder: Path, num_bytes: int, overwrite: bool) -> None:
         check_free_space(folder, num_bytes, "the exported weights")
     except DiskSpaceError as error:
         raise ExportError(str(error)) from error
-
-
-def _move_into_place(aside: Path, folder: Path) -> None:
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-        os.replace(aside, folder)
-        shutil.rmtree(old)
-    else:
-        os.replace(aside, folder)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

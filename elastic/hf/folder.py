@@ -26,6 +26,7 @@ from elastic.hf.tensor_headers import StoredTensor
 from elastic.hf.tensor_index import TensorScan, scan_tensors
 from elastic.hf.tokenizer_files import find_tokenizer, tokenizer_problems
 from elastic.space.shape import ModelShape
+from elastic.world.files import first_few
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -46,9 +47,8 @@ class HfFolderError(ValueError):
 
     def __init__(self, folder: Path, problems: list[str]) -> None:
         self.problems = tuple(problems)
-        some = [f"\n- {problem}" for problem in problems[:_MOST_SHOWN]]
-        more = [f"\n- and {len(problems) - _MOST_SHOWN} more"] if len(problems) > _MOST_SHOWN else []
-        super().__init__(f"{folder} cannot be read as a nemotron_h model:" + "".join(some + more))
+        some = "".join(f"\n- {problem}" for problem in first_few(problems, _MOST_SHOWN))
+        super().__init__(f"{folder} cannot be read as a nemotron_h model:{some}")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from elastic.hf.config import export_shape
 from elastic.rank.slicing import TensorSource, cut_parameter, parameter_names, reader
 from elastic.space.nesting import Cut, DimKind, kept_indices, parameter_dims, parameter_size, split_parameter_name
 from elastic.space.shape import ModelShape
+from elastic.world.files import first_few
 
 PREFIX = "backbone."
 _MEMORY_PREFIX = "model."  # what a loaded stock model's state_dict uses instead
@@ -166,8 +167,8 @@ def check_names(names: Iterable[str], shape: ModelShape) -> None:
     expected, given = hf_sizes(shape).keys(), set(names)
     optional = {HF_HEAD} if shape.tied_embeddings else set()
     missing, unexpected = sorted(expected - given - optional), sorted(given - expected)
-    problems = [f"missing {_some(missing)}"] if missing else []
-    problems += [f"unexpected {_some(unexpected)}"] if unexpected else []
+    problems = [f"missing {', '.join(first_few(missing))}"] if missing else []
+    problems += [f"unexpected {', '.join(first_few(unexpected))}"] if unexpected else []
     if problems:
         raise HfTensorError("Hugging Face tensors do not match the config: " + "; ".join(problems))
 
@@ -237,8 +238,3 @@ def _layer(name: str) -> int:
     layer_index, _ = split_parameter_name(name)
     assert layer_index is not None, f"{name} is not inside a layer"
     return layer_index
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more

@@ -8,6 +8,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from elastic.world.files import first_few
+
 _MAX_DEPTH = 32
 _SHOWN_CHARACTERS = 100
 
@@ -91,8 +93,7 @@ def quoted(value: object) -> str:
 
 def listed(names: Collection[str], limit: int = 4) -> str:
     """Name the first few of `names`, sorted, and count the others."""
-    first = ", ".join(shown(name) for name in sorted(names)[:limit])
-    return first + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return ", ".join(first_few([shown(name) for name in sorted(names)], limit))
 
 
 def _refuse_irregular(path: Path, status: os.stat_result) -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from elastic.config.load import Problem
+from elastic.world.files import nearest_existing
 
 EXIT_PROBLEM = 2
 NUM_ELEMENTS = 1 << 20  # 4 MiB: large enough to leave NCCL's path for tiny messages
@@ -73,7 +74,7 @@ def _share_a_file(folder: Path) -> None:
     """Write a file on rank 0 where the run will be written, and look for it on every rank."""
     box = [""]
     if dist.get_rank() == 0:
-        existing = next(path for path in (folder, *folder.parents) if path.is_dir())
+        existing = nearest_existing(folder)
         box = [str(existing / f".preflight_{os.getpid()}_{time.time_ns()}")]
         Path(box[0]).touch()
     dist.broadcast_object_list(box, src=0)

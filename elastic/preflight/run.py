@@ -17,6 +17,7 @@ from elastic.data.manifest import DataError, check_folder, read_manifest
 from elastic.preflight.node import Gpu, gib
 from elastic.run.folder import FINISHED_FILE
 from elastic.space.cost import shape_cost
+from elastic.world.files import nearest_existing
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
 # What Adam keeps for a weight: two moments in fp32 and, beside half-precision weights, an fp32 copy of them.
@@ -159,8 +160,3 @@ def checkpoint_bytes(config: TrainConfig) -> float:
 def parameters(config: TrainConfig) -> Any:
     """Count the parent's parameters; `model.vocab` must be filled in."""
     return shape_cost(config.parent_shape()).params
-
-
-def nearest_existing(path: Path) -> Path:
-    """Return `path`, or the nearest folder above it that exists."""
-    return next((existing for existing in (path.absolute(), *path.absolute().parents) if existing.exists()), Path("/"))

@@ -4,7 +4,6 @@ Legend: D hidden, F ffn, P head channels, G Mamba groups, H Mamba heads, KV key-
 a attention channels, N state.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from elastic.rank.slicing import TensorSource, parameter_names, reader
 from elastic.space.nesting import DimKind, parameter_dims, split_parameter_name
 from elastic.space.pattern import LayerKind
 from elastic.space.shape import ModelShape
+from elastic.world.files import written_aside
 
 Order = tuple[int, ...]
 
@@ -182,10 +182,8 @@ def save_ranking(
     orders = _named_orders(ranking)
     tensors = {f"ranking.{name}": torch.tensor(order, dtype=torch.int64) for name, order in orders.items()}
     tensors |= {f"score.{name}": score.detach().cpu().clone() for name, score in scores.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    save_file(tensors, aside, metadata=dict(provenance))
-    os.replace(aside, path)
+    with written_aside(path) as aside:
+        save_file(tensors, aside, metadata=dict(provenance))
 
 
 def load_ranking(path: Path) -> RankingFile:

@@ -1,7 +1,6 @@
 """The folder of one run: created once, resumed on request, never overwritten silently."""
 
 import fcntl
-import json
 import os
 import shutil
 import time
@@ -12,6 +11,7 @@ from typing import Any
 
 from elastic.checkpoint.find import list_checkpoints
 from elastic.config.sections import ExpManagerConfig
+from elastic.world.files import write_json
 from elastic.world.groups import World
 from elastic.world.rank_0 import decided_by_rank_0
 
@@ -59,13 +59,6 @@ def prepare_run_folder(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG_FILE, config)
     return folder, newest
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON aside and rename, so that a reader never sees half a file."""
-    aside = path.with_name(path.name + ".writing")
-    aside.write_text(json.dumps(content, indent=1, default=str) + "\n")
-    aside.rename(path)
 
 
 def is_unfinished(folder: Path) -> bool:

@@ -19,7 +19,7 @@ from elastic.train.metrics import LossMeter, MeanLoss
 from elastic.train.nonfinite import NONFINITE_FOLDER, readable
 from elastic.train.spikes import LossSpikes
 from elastic.train.trainer import StepResult, Trainer
-from elastic.world.file_records import explained
+from elastic.world.files import explained
 
 METRICS_FILE, EVENTS_FILE = "metrics.jsonl", "events.jsonl"
 

@@ -22,9 +22,9 @@ from elastic.data.stream import Batch
 from elastic.model.initialize import named_global_parameters
 from elastic.model.model import ElasticModel
 from elastic.router.draw import Draw
-from elastic.run.folder import write_json
 from elastic.space.gates import Gates
 from elastic.train.pipeline import MicroBatchLoss
+from elastic.world.files import write_json
 from elastic.world.groups import World
 
 NONFINITE_FOLDER = "nonfinite"

@@ -32,6 +32,7 @@ from elastic.model.model import ElasticModel
 from elastic.model.sharding import sharded_dim
 from elastic.router.phases import Moment
 from elastic.space.gates import Gates
+from elastic.world.files import first_few
 from elastic.world.fingerprint import fingerprint, text_fingerprint
 from elastic.world.groups import World
 
@@ -168,7 +169,7 @@ class Sanity:
         everyone: list[tuple[str, Sequence[str]]] = [("", ())] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, (platform.node(), found))
         messages = list(dict.fromkeys(message for _, theirs in everyone for message in theirs))
-        shown = messages[:MAX_SHOWN] + [f"and {len(messages) - MAX_SHOWN} more"] * (len(messages) > MAX_SHOWN)
+        shown = first_few(messages, MAX_SHOWN)
         named = [rank for rank in range(len(everyone)) if any(f"rank {rank} " in message for message in messages)]
         hosts = "".join(f"\n  rank {rank} runs on {everyone[rank][0]}" for rank in named)
         passed = "none yet" if self._left_after_step is None else f"after step {self._left_after_step + 1}"

@@ -11,7 +11,7 @@ from rich.table import Table
 from elastic.config.sections import DistillConfig
 from elastic.config.serving import EvaluateConfig
 from elastic.data.stream import HeldOut, TokenStream, source_labels
-from elastic.run.folder import open_run_folder, write_json
+from elastic.run.folder import open_run_folder
 from elastic.space.axes import Axis, Space
 from elastic.space.cost import subnet_cost
 from elastic.space.gates import Gates
@@ -19,6 +19,7 @@ from elastic.space.subnet import Subnet
 from elastic.train.evaluation import HeldOutLoss, evaluate_subnets
 from elastic.train.pipeline import PipelineRunner
 from elastic.verbs.family import FamilyError, OpenFamily, open_configured
+from elastic.world.files import write_json
 from elastic.world.groups import model_layout, world
 
 EVALUATION_FILE = "evaluation.json"

@@ -21,12 +21,13 @@ from elastic.hf.export import ExportOptions, ExportReport, export_folder
 from elastic.hf.names import hf_names
 from elastic.hf.tokenizer_files import find_tokenizer
 from elastic.rank.slicing import parameter_names, parent_parameter, submodel_source
-from elastic.run.folder import prepare_run_folder, write_json
+from elastic.run.folder import prepare_run_folder
 from elastic.verbs.evaluate import subnet_summary
 from elastic.verbs.export_check import choose_check
 from elastic.verbs.family import Member, OpenFamily, open_configured
 from elastic.verbs.progress import transfer_progress
 from elastic.verbs.text_settings import text_settings
+from elastic.world.files import write_json
 from elastic.world.groups import DTYPES
 from elastic.world.rank_0 import decided_by_rank_0
 

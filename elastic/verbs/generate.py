@@ -21,13 +21,14 @@ from elastic.hf.carried import read_carried
 from elastic.hf.config import HfSettings
 from elastic.hf.folder import open_hf_folder
 from elastic.model.model import ElasticModel
-from elastic.run.folder import open_run_folder, write_json
+from elastic.run.folder import open_run_folder
 from elastic.space.subnet import Subnet
 from elastic.verbs.evaluate import subnet_summary
 from elastic.verbs.family import open_family
 from elastic.verbs.generate_inputs import tokenizer_path
 from elastic.verbs.hf_model import load_hf_model
 from elastic.verbs.text_settings import text_settings
+from elastic.world.files import write_json
 from elastic.world.groups import World, model_layout, world
 
 GENERATION_FILE = "generation.json"

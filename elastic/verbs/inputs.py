@@ -27,6 +27,7 @@ from elastic.space.shape import ModelShape
 from elastic.verbs.generate_inputs import generate_problems
 from elastic.verbs.parent import fill_from_parent, model_problems
 from elastic.verbs.token_ids import tokenizer_problems, validation_problems, vocab_problems
+from elastic.world.files import nearest_existing
 
 
 def load_run[T](kind: type[T], values: Mapping[str, Any], cluster: Cluster, *, is_main: bool) -> T:
@@ -91,8 +92,8 @@ def input_problems(config: object) -> Iterator[Problem]:
     """Yield a problem for every input that is not there."""
     for name, path in input_paths(config):
         if path is not None and not Path(path).exists():
-            parent = next((folder for folder in Path(path).parents if folder.exists()), Path())
-            yield Problem(name, path, "does not exist", f"the nearest folder that exists is {parent}")
+            nearest = nearest_existing(Path(path))
+            yield Problem(name, path, "does not exist", f"the nearest folder that exists is {nearest}")
 
 
 def checkpoint_problems(config: object) -> Iterator[Problem]:

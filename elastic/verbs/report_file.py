@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from elastic.config.training import CostConfig
-from elastic.run.folder import write_json
+from elastic.world.files import write_json
 
 
 class OutputError(ValueError):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from elastic.world.file_records import explained
+from elastic.world.files import explained
 from elastic.world.groups import World
 
 

@@ -25,6 +25,8 @@ import torch
 from torch.distributed import Store
 from torch.distributed.distributed_c10d import _get_default_store
 
+from elastic.world.files import first_few
+
 EXIT_STALLED = 75  # EX_TEMPFAIL: starting again may help
 WATCHDOG_FOLDER = "watchdog"
 BEATS_PER_TIMEOUT = 20
@@ -83,8 +85,7 @@ def verdict(before: Sequence[Sign | None], after: Sequence[Sign | None]) -> str:
     if not parts:
         where = next(iter(alive.values()), None)
         return f"all {len(after)} ranks are alive and stand at the same point, {where}"
-    more = [f"and {len(parts) - MAX_NAMED} more ranks"] if len(parts) > MAX_NAMED else []
-    return "; ".join([*parts[:MAX_NAMED], *more])
+    return "; ".join(first_few(parts, MAX_NAMED, "more ranks"))
 
 
 @dataclass

@@ -36,6 +36,7 @@ NARROWER = {  # rooms that import less than all below them: each can be read wit
     "config": {"space", "router"},
     "generate": {"space", "model"},
 }
+FOR_ALL = "elastic.world.files"  # it imports no room itself
 RECIPES_ONLY = {"hydra", "nemo", "omegaconf", "lightning", "pytorch_lightning", "recipes", "tests"}
 MAY_IMPORT_MEGATRON = {"model", "world", "data", "checkpoint", "train", "verbs", "plan"}
 MAX_SHARE_OF_LINES = 0.15
@@ -64,11 +65,16 @@ def test_room_imports_only_what_is_below_it(room: str) -> None:
     forbidden = {f"elastic.{other}" for other in ROOMS if other != room and other not in may_import(room)}
     forbidden |= RECIPES_ONLY | (set() if room in MAY_IMPORT_MEGATRON else {"megatron"})
     for file in (ROOT / "elastic" / room).rglob("*.py"):
-        for name in imported_names(file):
+        for name in imported_names(file) - {FOR_ALL}:
             prefixes = {name.split(".")[0], ".".join(name.split(".")[:2])}
             assert not prefixes & forbidden, f"{file.relative_to(ROOT)} imports {name}"
             allowed_in_space = sys.stdlib_module_names | {"torch", "elastic"}
             assert room != "space" or name.split(".")[0] in allowed_in_space, f"{file.name} imports {name}"
+
+
+def test_what_every_room_may_import_imports_no_room() -> None:
+    file = ROOT / FOR_ALL.replace(".", "/")
+    assert {name.split(".")[0] for name in imported_names(file.with_suffix(".py"))} <= sys.stdlib_module_names
 
 
 def test_the_rooms_are_the_folders() -> None:

@@ -33,7 +33,7 @@ from elastic.checkpoint.record import RECORD_FILE
 from elastic.checkpoint.write import SavedCheckpoint
 from elastic.train.log import RunLog
 from elastic.train.save_checkpoints import SaveCheckpoints, prune
-from elastic.world.file_records import explained, hashed_file
+from elastic.world.files import explained, hashed_file
 
 LARGE = ALWAYS_HASHED_BYTES + 4096
 

@@ -11,12 +11,12 @@ import torch
 
 from elastic.hf.carried import SETTINGS_FILE, Carried, CarriedError, read_carried, write_carried
 from elastic.hf.config import HfSettings, hf_config
-from elastic.hf.disk import DiskSpaceError, check_free_space
 from elastic.hf.dtypes import DtypeError, DtypeRule
 from elastic.hf.folder import HfFolderError, open_hf_folder
 from elastic.hf.names import hf_sizes
 from elastic.hf.tensor_files import TensorSpec, plan_shards
 from elastic.hf.tensor_index import INDEX_FILE
+from elastic.world.files import DiskSpaceError, check_free_space
 from tests.shapes import NANO_12B
 from tests.unit.hf.hf_folders import (
     GENERATION,
