@@ -1,5 +1,6 @@
 """Write `config.json` of stock `nemotron_h`, by the export rules of docs/method.md 3; `config_read` reads it back."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -38,8 +39,14 @@ CARRIED: dict[str, Any] = {
     "time_step_max": 0.1,
     "use_cache": True,
 }
+# Stock code clamps dt from below at time_step_min, which training never did, and takes its logarithm when it draws
+# weights: the smallest value that does neither harm (softplus reaches it at -46, where exp(dt A) is 1 in any format).
+# Engines that read time_step_limit are told that there is none.
+TIME_STEPS: dict[str, Any] = {"time_step_min": 1e-20, "time_step_limit": [0.0, math.inf]}
 # The same for keys that are written only if the source has them, with their type.
 CARRIED_IF_GIVEN: dict[str, type] = {"mamba_ssm_cache_dtype": str, "time_step_rank": int, "use_mamba_kernels": bool}
+# What the exports of a pattern without an attention layer say: stock code cannot hold their cache.
+NO_CACHE = {"use_cache": False}
 # Widths of layer kinds that the pattern does not have: they size nothing, and travel so that a config stays equal.
 WIDTH_KEYS = {
     LayerKind.MLP: "intermediate_size",
@@ -173,6 +180,7 @@ def hf_config(shape: ModelShape, settings: HfSettings, dtype: torch.dtype) -> di
         **FIXED,
         **{key: carried.get(key, default) for key, default in CARRIED.items()},
         **{key: carried[key] for key in CARRIED_IF_GIVEN if key in carried},
+        **({} if runs_with_cache(padded) else NO_CACHE),
         **token_ids,
         "chunk_size": settings.chunk_size,
         "conv_kernel": padded.conv_kernel,
@@ -191,19 +199,25 @@ def hf_config(shape: ModelShape, settings: HfSettings, dtype: torch.dtype) -> di
         "rms_norm_eps": padded.norm_epsilon,
         "ssm_state_size": padded.mamba_state,
         "tie_word_embeddings": padded.tied_embeddings,
-        # Stock code clamps dt from below at this value; training never did.
-        "time_step_min": 0.0,
+        **TIME_STEPS,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "vocab_size": padded.vocab,
     }
 
 
-def generation_config(settings: HfSettings) -> dict[str, Any]:
-    """Return generation_config.json: the source's as it is, or one that says no more than the special tokens."""
-    if settings.generation is not None:
-        return dict(settings.generation)
+def runs_with_cache(shape: ModelShape) -> bool:
+    """Tell whether stock code can hold a cache of the model: it asks an attention layer for the cache's length."""
+    return bool(shape.attention_heads)
+
+
+def generation_config(settings: HfSettings, shape: ModelShape) -> dict[str, Any]:
+    """Return generation_config.json: the source's as it is, or one that says no more than the special tokens.
+
+    Either says use_cache: false for a model that stock code can run only so.
+    """
     known = {key: value for key, value in settings.token_ids().items() if value is not None}
-    return {"_from_model_config": True, **known}
+    written = {"_from_model_config": True, **known} if settings.generation is None else dict(settings.generation)
+    return written if runs_with_cache(shape) else written | NO_CACHE
 
 
 def token_problems(token_ids: Mapping[str, int | list[int] | None], vocab: int) -> list[str]:

@@ -14,6 +14,7 @@ from elastic.hf.config import (
     CARRIED_IF_GIVEN,
     FIXED,
     MODEL_TYPE,
+    TIME_STEPS,
     WIDTH_KEYS,
     HfConfigError,
     HfSettings,
@@ -21,7 +22,7 @@ from elastic.hf.config import (
 )
 from elastic.hf.pattern import read_pattern
 from elastic.hf.safe_files import listed, quoted, shown
-from elastic.space.pattern import PatternError
+from elastic.space.pattern import LayerKind, PatternError
 from elastic.space.shape import ModelShape, ShapeError
 
 # Other names that stock code of some release reads, and the name used here.
@@ -132,7 +133,9 @@ def settings_from_hf_config(raw: Mapping[str, Any], generation: Mapping[str, Any
     kinds = set(read_pattern(config, []))
     kept = {key: config[key] for key, default in CARRIED.items() if config.get(key, default) != default}
     kept |= {key: config[key] for key in CARRIED_IF_GIVEN if key in config}
-    # 0 neurons and one head for each group are what an export writes by itself.
+    # What an export writes by itself: no cache without attention, 0 neurons, one head for each group.
+    if LayerKind.ATTENTION not in kinds:
+        kept.pop("use_cache", None)
     unused = {key: config[key] for kind, key in WIDTH_KEYS.items() if kind not in kinds}
     implied = {"intermediate_size": 0, "mamba_num_heads": config["n_groups"]}
     implied["num_attention_heads"] = config["num_key_value_heads"]
@@ -168,10 +171,10 @@ def import_warnings(config: Mapping[str, Any]) -> list[str]:
     """List what a config without problems says that is computed otherwise here, or not kept."""
     known, _ = _canonical(config)
     warnings = []
-    if (floor := known.get("time_step_min", 0.001)) > 0:
+    if (floor := known.get("time_step_min", 0.001)) > TIME_STEPS["time_step_min"]:
         warnings.append(
             f"time_step_min = {floor}: stock transformers clamps dt there, training and vLLM do not; logits of the "
-            f"stock folder may differ, exports carry 0.0"
+            f"stock folder may differ, exports carry {TIME_STEPS['time_step_min']}"
         )
     if known.get("residual_in_fp32", False):
         warnings.append(

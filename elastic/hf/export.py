@@ -80,7 +80,7 @@ def export_folder(
             aside.mkdir()
             write_tensors(aside, specs, _reported(to_hf(source, shape), specs, total, progress), options.shard_bytes)
             _write_json(aside / CONFIG_FILE, hf_config(shape, options.settings, rule.main))
-            _write_json(aside / GENERATION_FILE, generation_config(options.settings))
+            _write_json(aside / GENERATION_FILE, generation_config(options.settings, shape))
             copy_tokenizer(options.tokenizer_folder, aside, shape.vocab)
             outcome = check(open_hf_folder(aside), shape)  # and the folder is held to the rules of any other
             text = model_card(card, shape, str(rule.main).removeprefix("torch."), str(outcome))
@@ -115,4 +115,4 @@ def _check_target(folder: Path, num_bytes: int, overwrite: bool) -> None:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    path.write_text(json.dumps(value, indent=2) + "\n")  # time_step_limit ends at Infinity, as in published configs

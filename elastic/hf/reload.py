@@ -19,8 +19,11 @@ from elastic.hf.child import ChildError, run_without_gpu
 _KERNEL_PACKAGES = ("mamba_ssm", "causal_conv1d")
 
 
+_STOCK_ERRORS = (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError)
+
+
 class ReloadError(ValueError):
-    """Stock transformers could not load the folder, or not with exactly the tensors it needs."""
+    """Stock transformers could not load or run the folder, or not with exactly the tensors it needs."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,10 @@ class Reloaded:
 
 
 def reload_logits(folder: Path, tokens: Tensor) -> Reloaded:
-    """Load `folder` with AutoModelForCausalLM and run `tokens` [B, S].
+    """Load `folder` with AutoModelForCausalLM and run `tokens` [B, S], all arguments left at their defaults.
 
-    Raises ReloadError if it does not load, or with missing, unexpected or mismatched tensors.
+    A loss and two generated tokens are tried, too. Raises ReloadError if one of these fails, or for missing, unexpected
+    or mismatched tensors.
     """
     if any(importlib.util.find_spec(package) for package in _KERNEL_PACKAGES):
         return _reload_in_child(folder, tokens)
@@ -50,14 +54,19 @@ def stock_logits(folder: Path, tokens: Tensor) -> Reloaded:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+    except _STOCK_ERRORS as error:
         raise ReloadError(f"stock transformers cannot load {folder}: {error}") from error
     complaints = [f"{what}: {_some(found)}" for what, found in info.items() if found]
     if complaints:
         raise ReloadError(f"stock transformers loads {folder} with complaints: " + "; ".join(complaints))
     model.eval()
-    with torch.no_grad():
-        logits = model(tokens, use_cache=False).logits
+    try:
+        # Everything by its default, as most users run it: the folder's own use_cache, generation config and loss.
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            logits = model(tokens, labels=tokens).logits
+            model.generate(tokens[:, :8], max_new_tokens=2)
+    except _STOCK_ERRORS as error:
+        raise ReloadError(f"stock transformers loads {folder}, but does not run it by default: {error}") from error
     return Reloaded(logits, sum(parameter.numel() for parameter in model.parameters()))
 
 

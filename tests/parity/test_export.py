@@ -78,7 +78,7 @@ def test_an_export_generates_without_remote_code(tmp_path: Path) -> None:
 
 
 def test_small_time_steps_survive_the_reload(tmp_path: Path) -> None:
-    """Stock code clamps dt at time_step_min; the exported 0.0 must leave steps far below the default 0.001 alone."""
+    """Stock code clamps dt at time_step_min; the exported value must leave steps far below the default 0.001 alone."""
     model = stock_model(SHAPE)
     with torch.no_grad():
         model.model.layers[0].mixer.dt_bias.fill_(-9.0)

@@ -279,4 +279,4 @@ def test_draws_follow_stock_transformers_probabilities(
 def test_exports_carry_the_time_step_that_stock_code_clamps_at(served: Served) -> None:
     """Without it the equality above would hold by luck only: stock code clamps dt at time_step_min."""
     for folder in served.folders.values():
-        assert json.loads((folder / "config.json").read_text())["time_step_min"] == 0.0
+        assert json.loads((folder / "config.json").read_text())["time_step_min"] == 1e-20

@@ -48,7 +48,7 @@ def config(shape: ModelShape = NANO_12B, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_config_says_the_shape(name: str) -> None:
     shape = SHAPES[name]
-    written = json.loads(json.dumps(config(shape), allow_nan=False))
+    written = json.loads(json.dumps(config(shape)))
     assert shape_from_hf_config(written) == shape
     assert settings_from_hf_config(written) == SETTINGS
     again = hf_config(shape_from_hf_config(written), settings_from_hf_config(written), torch.bfloat16)
@@ -57,10 +57,12 @@ def test_the_config_says_the_shape(name: str) -> None:
 
 def test_the_config_keeps_every_export_rule() -> None:
     written = config()
-    assert written["time_step_min"] == 0.0
+    # Above 0, for stock code takes its logarithm, and far below any step that bf16 or fp32 could tell from none.
+    assert 0 < written["time_step_min"] <= 1e-20 and written["time_step_limit"] == [0.0, math.inf]
     assert written["hybrid_override_pattern"] == str(NANO_12B.pattern) and written["num_hidden_layers"] == 62
-    assert not any(isinstance(value, list) for key, value in written.items() if key != "architectures")
-    forbidden = ("expert", "moe", "nextn", "mtp", "auto_map", "time_step_limit", "layers_block_type", "n_group")
+    lists = {key for key, value in written.items() if isinstance(value, list)}
+    assert lists == {"architectures", "time_step_limit"}
+    forbidden = ("expert", "moe", "nextn", "mtp", "auto_map", "layers_block_type", "n_group")
     assert not [key for key in written if any(word in key for word in forbidden) and key != "n_groups"]
     assert written["layer_norm_epsilon"] == written["rms_norm_eps"] == 1e-5
     assert (written["torch_dtype"], written["residual_in_fp32"]) == ("bfloat16", False)
@@ -72,7 +74,8 @@ def test_stock_transformers_reads_the_same_sizes(name: str) -> None:
     stock = NemotronHConfig(**config(shape))
     assert stock.hybrid_override_pattern == str(shape.pattern)
     assert stock.mamba_num_heads * stock.mamba_head_dim == shape.mamba_heads[0] * shape.head_channels
-    assert (stock.time_step_min, stock.layer_norm_epsilon) == (0.0, shape.norm_epsilon)
+    assert (stock.time_step_min, stock.layer_norm_epsilon) == (1e-20, shape.norm_epsilon)
+    assert list(stock.time_step_limit) == [0.0, math.inf]
     # What stock transformers writes itself, in its newer style, means the same.
     assert shape_from_hf_config(json.loads(json.dumps(stock.to_dict()))) == shape
 
@@ -142,12 +145,23 @@ def test_generation_settings_travel() -> None:
     published = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": [2, 11, 12], "pad_token_id": 0}
     published |= {"transformers_version": "4.51", "do_sample": True}
     settings = settings_from_hf_config(config(), published)
-    assert generation_config(settings) == published
+    assert generation_config(settings, NANO_12B) == published
     assert hf_config(NANO_12B, settings, torch.bfloat16)["eos_token_id"] == 12
     with pytest.raises(ExportError, match="eos_token_id = 12 is outside the vocabulary of 8"):
         hf_config(NANO_12B.with_vocab(8), SETTINGS, torch.bfloat16)
-    own = generation_config(replace(SETTINGS, pad_token_id=None))
+    own = generation_config(replace(SETTINGS, pad_token_id=None), NANO_12B)
     assert own == {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 12}
+
+
+def test_a_model_without_attention_says_that_stock_code_cannot_cache_it() -> None:
+    shape = SHAPES["no attention"]
+    assert config(shape)["use_cache"] is False and config()["use_cache"] is True
+    for given in (None, {"do_sample": True, "use_cache": True}):
+        settings = replace(SETTINGS, generation=given)
+        assert generation_config(settings, shape)["use_cache"] is False
+        assert generation_config(settings, NANO_12B).get("use_cache", True) is True
+    # An export says it by itself, so that a later one with attention layers would not.
+    assert settings_from_hf_config(config(shape)).carried == {}
 
 
 def test_settings_survive_json() -> None:
