@@ -52,7 +52,7 @@ COPY elastic elastic
 COPY recipes recipes
 COPY conf conf
 COPY launch launch
-COPY README.md LICENSE ./
+COPY README.md LICENSE setup.py ./
 # The launchers and recipes run from this folder, so the project is installed as a link to it.
 RUN python3 -m pip install --no-deps --no-build-isolation --editable .
 

@@ -5,7 +5,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,14 +18,16 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.text import Text
 
-from elastic.config.load import ConfigError
 from elastic.config.rules import Cluster
 from elastic.config.sections import ComputeConfig
 from elastic.config.training import RunConfig
 from elastic.verbs.inputs import load_run
 from recipes._arguments import check_arguments
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+RECIPES = Path(__file__).resolve().parent
+CONF = next(
+    folder for folder in (RECIPES / "conf", RECIPES.parent / "conf") if folder.is_dir()
+)  # installed, or a clone
 EXIT_USER_ERROR = 2
 WAIT_FOR_RANK_0_S = 30.0
 
@@ -37,11 +40,19 @@ def run(main: Callable[[], Any]) -> None:
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that Hydra hands exceptions on instead of printing them
     try:
-        check_arguments(sys.argv[1:], CONF)
-        sys.argv[1:] = hydra_arguments(sys.argv[1:])
-        main()
+        with leave_on_user_error():
+            check_arguments(sys.argv[1:], CONF)
+            sys.argv[1:] = hydra_arguments(sys.argv[1:])
+            main()
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         leave(str(error))
+
+
+@contextmanager
+def leave_on_user_error() -> Iterator[None]:
+    """Turn an error meant for the user into a message and the process's end."""
+    try:
+        yield
     except ValueError as error:
         if not is_user_error(error):
             raise
@@ -74,10 +85,8 @@ def load_config[T](cfg: DictConfig, kind: type[T]) -> T:
     Every rank reads and judges for itself, before any process group starts. A wrong config prints every problem on
     rank 0 and leaves with code 2.
     """
-    try:
+    with leave_on_user_error():
         config = read_config(cfg, kind)
-    except ConfigError as error:
-        leave(str(error))
     # Megatron-Core reports every parameter bucket and the whole optimizer config at INFO.
     logging.getLogger("megatron").setLevel(logging.ERROR)
     if rank() > 0:

@@ -26,7 +26,7 @@ from elastic.preflight.node import (
 
 ROOT = Path(__file__).resolve().parent.parent
 EXIT_PROBLEMS = 2
-VERBS = ("train_elastic", "pretrain_parent", "estimate_importance", "evaluate", "smoke")
+CHECKED = ("train_elastic", "pretrain_parent", "estimate_importance", "evaluate", "smoke")
 
 
 def requirements(with_gpus: bool) -> list[str]:
@@ -61,24 +61,18 @@ def check_run(options: argparse.Namespace, node: Node) -> list[Problem]:
 
     from elastic.config.load import ConfigError
     from elastic.config.rules_layout import Cluster
-    from elastic.config.serving import EvaluateConfig
-    from elastic.config.training import ElasticConfig, ImportanceConfig, PretrainConfig, VerbConfig
     from elastic.preflight.run import plan_run, run_problems
     from elastic.verbs.inputs import load_run
+    from recipes._verbs import VERBS
 
-    kinds: dict[str, type[VerbConfig]] = {
-        "train_elastic": ElasticConfig,
-        "pretrain_parent": PretrainConfig,
-        "estimate_importance": ImportanceConfig,
-        "evaluate": EvaluateConfig,
-    }
     cluster = Cluster(num_processes=options.processes, has_gpu=options.gpus > 0)
     try:
         cfg = compose_run(options.arguments)
         if options.show:
             print(OmegaConf.to_yaml(cfg, resolve=True))
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
-        config = load_run(kinds[options.verb], values, cluster, is_main=node_number() == 0)  # type: ignore[arg-type]
+        is_main = node_number() == 0
+        config: Any = load_run(VERBS[options.verb].config, values, cluster, is_main=is_main)  # type: ignore[arg-type]
     except (HydraException, OmegaConfBaseException) as error:
         rule = str(error).splitlines()[0]
         return [Problem("override", " ".join(options.arguments), rule, "see conf/ for groups and their files")]
@@ -99,7 +93,7 @@ def main() -> None:
     parser.add_argument("--phase", help="last phase of the curriculum to train")
     parser.add_argument("--plan", type=Path, help="write what a launcher needs to know of the run to PLAN_<node>")
     parser.add_argument("--show", action="store_true", help="print the resolved config; does not judge the node")
-    parser.add_argument("verb", choices=VERBS)
+    parser.add_argument("verb", choices=CHECKED)
     options, rest = parser.parse_known_args()
     options.arguments = rest
     wanted = requirements(options.gpus > 0)

@@ -41,10 +41,8 @@ class Smoke:
             self.console.print(f"{verb} {version}: already done, kept")
             return target
         self.console.print(Rule(f"{verb} -> {target}"))
-        launcher = [sys.executable]
-        if distributed and self.processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}"]
-        command = [*launcher, str(ROOT / "recipes" / f"{verb}.py"), *arguments, *self._shared(verb)]
+        ranks = [f"--nproc-per-node={self.processes}"] if distributed and self.processes > 1 else []
+        command = [sys.executable, str(ROOT / "recipes" / f"{verb}.py"), *ranks, *arguments, *self._shared(verb)]
         started = time.perf_counter()
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
         finished = subprocess.run(command, env=environment, check=False)

@@ -1,0 +1,46 @@
+"""The table of verbs: the config each takes, and the body that does its work."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from elastic.config.serving import EvaluateConfig, ExtractConfig, GenerateConfig, ImportConfig
+from elastic.config.training import CostConfig, ElasticConfig, ImportanceConfig, PretrainConfig
+from elastic.data.prepare_config import PrepareConfig
+from elastic.plan.config import PlanConfig
+from elastic.plan.run_plan import run_plan
+from elastic.verbs.cost import run_cost
+from elastic.verbs.estimate_importance import run_importance
+from elastic.verbs.evaluate import run_evaluate
+from elastic.verbs.extract import run_extract
+from elastic.verbs.generate import run_generate
+from elastic.verbs.import_hf import run_import
+from elastic.verbs.prepare_data import run_prepare
+from elastic.verbs.training import run_elastic, run_pretrain
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb: called with a checked `config` and the console to speak to; `run_name` is the file of conf/ it takes.
+
+    `columns` is what its tables need: a narrower terminal, or a job's log, wraps instead of losing digits.
+    """
+
+    config: type
+    body: Callable[..., Any]
+    run_name: str | None = None
+    columns: int = 0
+
+
+VERBS = {
+    "prepare_data": Verb(PrepareConfig, run_prepare),
+    "pretrain_parent": Verb(PretrainConfig, run_pretrain),
+    "import_hf": Verb(ImportConfig, run_import),
+    "estimate_importance": Verb(ImportanceConfig, run_importance),
+    "cost": Verb(CostConfig, run_cost, "elastic_12b", columns=100),
+    "plan": Verb(PlanConfig, run_plan, columns=118),
+    "train_elastic": Verb(ElasticConfig, run_elastic),
+    "evaluate": Verb(EvaluateConfig, run_evaluate),
+    "extract": Verb(ExtractConfig, run_extract),
+    "generate": Verb(GenerateConfig, run_generate),
+}

@@ -1,0 +1,51 @@
+"""A wheel, not a clone: conf/ is in it, and an installed recipe finds it from any folder."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel offline from a copy, so that nothing is left in the clone, and unpack it as pip would."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, source)
+    for name in ("elastic", "recipes", "conf"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    build = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
+    ended = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    (wheel,) = source.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder / "site")
+    return folder / "site"
+
+
+def test_every_file_of_conf_is_installed(installed: Path) -> None:
+    shipped = {
+        path.relative_to(installed / "recipes" / "conf") for path in (installed / "recipes" / "conf").rglob("*.yaml")
+    }
+    assert shipped == {path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rglob("*.yaml")}
+    modules = {
+        path.relative_to(installed) for folder in ("elastic", "recipes") for path in (installed / folder).rglob("*.py")
+    }
+    assert modules == {
+        path.relative_to(ROOT) for folder in ("elastic", "recipes") for path in (ROOT / folder).rglob("*.py")
+    }
+
+
+def test_an_installed_recipe_finds_its_config(installed: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(installed), "TORCHDYNAMO_DISABLE": "1"}
+    command = [sys.executable, str(installed / "recipes" / "evaluate.py"), "sequence_length=0"]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2, ended.stderr
+    assert "sequence_length = 0: must be at least 2" in ended.stderr and "init_from.checkpoint = null" in ended.stderr
