@@ -68,9 +68,10 @@ def backends() -> Iterator[tuple[str, str, bool]]:
 def mask_against_slice() -> dict[str, float]:
     """Run one small subnet both ways; returns the relative differences of logits and of the kept weights' gradients."""
     from elastic.model.model import Layout, build_model
-    from elastic.space.axes import Axis, AxisChoices, Space
+    from elastic.space.axes import Axis
     from elastic.space.gates import Gates
     from elastic.space.shape import ModelShape
+    from elastic.space.space import AxisChoices, Space
     from elastic.world.groups import world
 
     shape = ModelShape.uniform(

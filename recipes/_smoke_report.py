@@ -10,8 +10,9 @@ from rich.table import Table
 from elastic.checkpoint.find import list_checkpoints
 from elastic.checkpoint.record import Record
 from elastic.data.stream import HeldOut, TokenStream, validation_batches
+from elastic.space.axes import AXES, INNER_AXIS
 from elastic.space.pattern import LayerKind
-from elastic.space.shape import WIDTH_FIELD, ModelShape
+from elastic.space.shape import ModelShape
 
 UNITS = {LayerKind.MAMBA: "Mamba\nheads", LayerKind.MLP: "FFN\nneurons", LayerKind.ATTENTION: "query\nheads"}
 
@@ -70,7 +71,7 @@ def layer_widths(shape: ModelShape, subnet: dict[str, Any]) -> list[dict[str, An
     """Say layer by layer of the parent how wide a subnet is there (null: skipped), and how wide the parent."""
     rows = []
     for index, kind in enumerate(shape.pattern.kinds):
-        width = subnet[WIDTH_FIELD[kind]][shape.pattern.ordinal(index)]
+        width = subnet[AXES[INNER_AXIS[kind]].size][shape.pattern.ordinal(index)]
         kept = width if index in subnet["kept_layers"] else None
         rows.append({"kind": str(kind), "width": kept, "parent_width": shape.width(index)})
     return rows

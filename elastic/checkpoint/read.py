@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from elastic.checkpoint.contents import CheckpointError, damages, shown_problems
 from elastic.model.sharding import block_sizes
-from elastic.rank.slicing import parameter_names
-from elastic.space.nesting import DimKind, parameter_dims, parameter_size
+from elastic.space.layers import DIMS, parameter_dims, parameter_names
+from elastic.space.nesting import parameter_size
 from elastic.space.shape import ModelShape
 
 METADATA_FILE = ".metadata"
@@ -118,9 +118,6 @@ def _refuse_code_in_object(path: Path, key: str, offset: int, length: int) -> No
         ) from error
 
 
-_BLOCKS = {DimKind.IN_PROJ: ("z", "x", "B", "C", "dt"), DimKind.CONV: ("x", "B", "C")}
-
-
 @dataclass(frozen=True)
 class StoredPart:
     """One key of a checkpoint: rows `start` to `start + size[0]` of a parameter."""
@@ -134,12 +131,13 @@ def stored_parts(name: str, shape: ModelShape) -> tuple[StoredPart, ...]:
     """Return the keys of one full parameter in row order; raises KeyError for a name the model does not have."""
     rows, *columns = parameter_size(name, shape)
     kind = parameter_dims(name)[0]
-    if kind not in _BLOCKS:
+    blocks = DIMS[kind].blocks
+    if DIMS[kind].interleaved or len(blocks) == 1:
         return (StoredPart(name, 0, (rows, *columns)),)
     # Megatron-Core's parameters are `conv1d_weight` and `conv1d_bias`, its keys those of the older `conv1d` module.
     stem = name.replace("conv1d_", "conv1d.")
     parts, start = [], 0
-    for block, size in zip(_BLOCKS[kind], block_sizes(name, shape, dim=0), strict=True):
+    for block, size in zip(blocks, block_sizes(name, shape, dim=0), strict=True):
         parts.append(StoredPart(f"{stem}.{block}", start, (size, *columns)))
         start += size
     return tuple(parts)

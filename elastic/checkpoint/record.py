@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from elastic.config.load import load
-from elastic.space.axes import Axis, AxisChoices, Space
+from elastic.space.axes import Axis
 from elastic.space.budget import Budget
 from elastic.space.cost import Deployment
 from elastic.space.pattern import LayerPattern
 from elastic.space.ranges import Count
 from elastic.space.shape import ModelShape
+from elastic.space.space import AxisChoices, Space
 
 RECORD_FILE = "record.json"
 

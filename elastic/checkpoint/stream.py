@@ -31,8 +31,8 @@ from elastic.checkpoint.contents import CheckpointError, StoredFile, writing_fol
 from elastic.checkpoint.read import StoredPart, stored_parts
 from elastic.checkpoint.record import Record
 from elastic.checkpoint.write import COMMON, Writer, publish
-from elastic.rank.slicing import TensorSource, parameter_names, reader
-from elastic.space.nesting import split_parameter_name
+from elastic.rank.slicing import TensorSource, reader
+from elastic.space.layers import parameter_names, split_parameter_name
 from elastic.space.shape import ModelShape
 from elastic.world.files import explained
 

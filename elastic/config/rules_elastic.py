@@ -18,12 +18,13 @@ from elastic.config.serving import ExtractConfig, MembersConfig
 from elastic.config.training import ElasticConfig, ElasticRunConfig, PretrainConfig
 from elastic.router.phases import Curriculum, Phase
 from elastic.router.schedules import LearningRate
-from elastic.space.axes import Axis, Space, SpaceError
+from elastic.space.axes import Axis
 from elastic.space.budget import Budget, BudgetError, check_reachable
 from elastic.space.gates import Execution
 from elastic.space.pattern import LayerKind
 from elastic.space.reach import smallest_subnet
 from elastic.space.shape import ModelShape
+from elastic.space.space import Space, SpaceError
 
 Training = PretrainConfig | ElasticConfig
 
@@ -184,7 +185,7 @@ def _full_width(parent: ModelShape, axis: Axis) -> int:
 def _example_choices(parent: ModelShape, lanes: int, axis: Axis) -> list[int]:
     """Return legal choices at the full and at about three quarters and half of the width."""
     space = Space(parent=parent, axes={}, lanes=lanes)
-    full, multiple = space.full_width(axis), space.multiple(axis)
+    full, multiple = space.full_width(axis), space.parts(axis)
     smaller = {max(multiple, int(full * share) // multiple * multiple) for share in (0.75, 0.5)} if full else set()
     return sorted({full} | {width for width in smaller if width <= full}, reverse=True)
 

@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal
 
 from elastic.router.draw import RouterSettings
-from elastic.space.axes import Axis, AxisChoices, Space
+from elastic.space.axes import Axis
 from elastic.space.budget import Budget
 from elastic.space.cost import Deployment
 from elastic.space.ranges import Count, Decay, Name, Positive, PositiveOrZero, Range, Required
 from elastic.space.shape import ModelShape
+from elastic.space.space import AxisChoices, Space
 
 # How a checkpoint is looked at before it is trusted: all checksums, or all sizes and the checksums of small files.
 Verification = Literal["full", "sizes"]

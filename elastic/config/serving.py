@@ -1,14 +1,14 @@
 """The configs of the verbs that take models out of a checkpoint (evaluate, extract, generate) or bring one in."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from elastic.config.sections import DataConfig
 from elastic.config.training import Checkpoint, CheckpointInput, RunConfig, VerbConfig
+from elastic.space.axes import AXES
 from elastic.space.gates import Execution
-from elastic.space.pattern import LayerKind
 from elastic.space.ranges import Count, CountOrZero, MemberName, PositiveOrZero, Range, Required, Share
-from elastic.space.shape import WIDTH_FIELD, ModelShape
+from elastic.space.shape import ModelShape
 from elastic.space.subnet import Subnet
 
 
@@ -26,16 +26,12 @@ class SubnetConfig:
 
     def subnet(self, parent: ModelShape) -> Subnet:
         """Return the subnet inside `parent`; raises SubnetError if it does not fit."""
-        given = {LayerKind.MLP: self.ffn, LayerKind.MAMBA: self.mamba_heads, LayerKind.ATTENTION: self.attention_heads}
-        widths = {}
-        for kind, name in WIDTH_FIELD.items():
-            num_layers = len(parent.pattern.layers_of(kind))
-            full = Subnet.full(parent)
-            chosen = given[kind] or getattr(full, name)
-            widths[name] = chosen * num_layers if len(chosen) == 1 else chosen
+        widths: dict[str, Any] = {}
+        for entry in AXES.values():
+            full, chosen = getattr(parent, entry.size), getattr(self, entry.size)
+            one_for_all = entry.own and len(chosen) == 1
+            widths[entry.size] = (chosen * len(full) if one_for_all else chosen) or full
         subnet = Subnet(
-            hidden=self.hidden or parent.hidden,
-            head_channels=self.head_channels or parent.head_channels,
             kept_layers=self.kept_layers or tuple(range(len(parent.pattern))),
             **widths,
         )

@@ -23,10 +23,10 @@ from elastic.config.sections import (
     Verification,
 )
 from elastic.router.phases import ElasticPhase, Phase
-from elastic.space.axes import Space
 from elastic.space.budget import Budget
 from elastic.space.ranges import Count, CountOrZero, Range, Required
 from elastic.space.shape import ModelShape
+from elastic.space.space import Space
 
 Checkpoint = Annotated[str, Required("a run folder of an earlier verb, or one checkpoint in it")]
 

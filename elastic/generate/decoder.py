@@ -30,7 +30,7 @@ class Decoder:
         self._model, self._gates = model, Gates.slice(subnet)
         self._device = next(model.parameters()).device
         self.cache = empty_cache(
-            model.decoder.resolver.space.parent,
+            model.decoder.masks.space.parent,
             subnet,
             capacity_tokens,
             tensor_parallel=groups.tp.size(),

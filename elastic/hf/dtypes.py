@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from elastic.hf.names import FP32_SUFFIXES, PREFIX
+from elastic.hf.names import PREFIX
 from elastic.hf.safe_files import listed, shown
 from elastic.hf.tensor_headers import StoredTensor
+from elastic.space.layers import FP32_PARAMETERS
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 _BY_NAME = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -41,7 +42,7 @@ class DtypeRule:
 
         Training holds them in fp32 and inference engines compute with fp32; rounding them would only lose accuracy.
         """
-        return cls(main, {} if main == torch.float32 else dict.fromkeys(FP32_SUFFIXES, torch.float32))
+        return cls(main, {} if main == torch.float32 else dict.fromkeys(FP32_PARAMETERS, torch.float32))
 
     def of(self, name: str) -> torch.dtype:
         """Return the format of a tensor given by its name in the file."""

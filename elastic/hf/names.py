@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from elastic.hf.config import export_shape
-from elastic.rank.slicing import TensorSource, cut_parameter, parameter_names, reader
-from elastic.space.nesting import Cut, DimKind, kept_indices, parameter_dims, parameter_size, split_parameter_name
+from elastic.rank.slicing import TensorSource, cut_parameter, reader
+from elastic.space.layers import parameter_dims, parameter_names, split_parameter_name
+from elastic.space.nesting import Cut, kept_indices, parameter_size
 from elastic.space.shape import ModelShape
 from elastic.world.files import first_few
 
@@ -46,8 +47,6 @@ LAYER_NAMES: dict[str, tuple[str, ...]] = {
     "mlp.linear_fc1.weight": ("mixer.up_proj.weight",),
     "mlp.linear_fc2.weight": ("mixer.down_proj.weight",),
 }
-# State-space parameters that Megatron-Core trains in fp32.
-FP32_SUFFIXES = ("mixer.A_log", "mixer.D")
 
 
 class HfTensorError(ValueError):
@@ -202,10 +201,10 @@ def pad_parameter(tensor: Tensor, name: str, shape: ModelShape, padded: ModelSha
     if cut is None:
         return tensor
     for dim, kind in enumerate(parameter_dims(name)):
-        if kind is not DimKind.WHOLE and not cut.layout(kind).is_whole:
+        if not cut.grid(kind).is_whole:
             size = list(tensor.shape)
-            size[dim] = cut.layout(kind).full_size
-            tensor = tensor.new_zeros(size).index_copy(dim, kept_indices(cut.layout(kind)).to(tensor.device), tensor)
+            size[dim] = cut.grid(kind).full_size
+            tensor = tensor.new_zeros(size).index_copy(dim, kept_indices(cut.grid(kind)).to(tensor.device), tensor)
     return tensor
 
 
@@ -225,9 +224,7 @@ def _padding_cut(name: str, shape: ModelShape, padded: ModelShape) -> Cut | None
     layer_index, _ = split_parameter_name(name)
     if layer_index is None or shape.width(layer_index) == padded.width(layer_index):
         return None
-    return Cut.of_layer(
-        padded, layer_index, shape.width(layer_index), hidden=shape.hidden, head_channels=shape.head_channels
-    )
+    return Cut.of_layer(padded, layer_index, shape.layer_widths(layer_index))
 
 
 def _is_qkv(name: str) -> bool:

@@ -17,8 +17,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from elastic.model.cache import AttentionCache
-from elastic.model.gate import LayerGate, residual
+from elastic.model.masks import LayerGates, residual
 from elastic.model.observe import LayerObserver
+from elastic.space.axes import Axis
 
 
 class SdpaCoreAttention(MegatronModule):
@@ -88,13 +89,13 @@ class ElasticSelfAttention(SelfAttention):
     def forward_gated(
         self,
         x: Tensor,
-        gate: LayerGate,
+        gates: LayerGates,
         observer: LayerObserver | None = None,
         cache: AttentionCache | None = None,
     ) -> Tensor:
         """Map [S, B, D] to [S, B, D] under the layer's head gate; x goes on where a cache ends."""
         kv, a = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
-        qkv = self.linear_qkv.forward_cut(x, gate.cut)
+        qkv = self.linear_qkv.forward_cut(x, gates.cut)
         qkv = qkv.view(*qkv.shape[:2], kv, -1, a)  # [S, B, kv, h/kv + 2, A]
         query, key, value = qkv.split([qkv.shape[3] - 2, 1, 1], dim=3)
         query = query.reshape(*query.shape[:2], -1, a)
@@ -105,9 +106,10 @@ class ElasticSelfAttention(SelfAttention):
             context = self.core_attention(query, key, value, None, attn_mask_type=self.attn_mask_type)  # [S, B, h*A]
         else:
             context = cached_attention(query, key, value, cache)
-        if gate.inner.vector is not None:
-            context = gate.inner.apply(context.unflatten(-1, (-1, a)).transpose(-1, -2)).transpose(-1, -2).flatten(-2)
-        return self.linear_proj.forward_cut(context, gate.cut)
+        heads = gates[Axis.ATTENTION_HEAD]
+        if heads.vector is not None:
+            context = heads.apply(context.unflatten(-1, (-1, a)).transpose(-1, -2)).transpose(-1, -2).flatten(-2)
+        return self.linear_proj.forward_cut(context, gates.cut)
 
 
 class ElasticAttentionLayer(TransformerLayer):
@@ -116,12 +118,12 @@ class ElasticAttentionLayer(TransformerLayer):
     def forward(
         self,
         x: Tensor,
-        gate: LayerGate,
+        gates: LayerGates,
         observer: LayerObserver | None = None,
         cache: AttentionCache | None = None,
     ) -> Tensor:
         """Map the stream [S, B, D] to the stream."""
-        normalised = self.input_layernorm(x, gate.hidden)
+        normalised = self.input_layernorm(x, gates.hidden)
         if observer is not None:
             observer.normalised(normalised)
-        return residual(x, self.self_attention.forward_gated(normalised, gate, observer, cache), gate)
+        return residual(x, self.self_attention.forward_gated(normalised, gates, observer, cache), gates)

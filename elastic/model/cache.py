@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elastic.space.nesting import Cut, DimKind
+from elastic.space.layers import DimKind
+from elastic.space.nesting import Cut
 from elastic.space.pattern import LayerKind
 from elastic.space.shape import ModelShape
 from elastic.space.subnet import Subnet
@@ -84,12 +85,10 @@ def empty_cache(
             cut = Cut.of_layer(
                 parent,
                 layer_index,
-                subnet.width(parent, layer_index),
-                hidden=subnet.hidden,
-                head_channels=subnet.head_channels,
+                subnet.layer_widths(parent, layer_index),
                 tensor_parallel=tensor_parallel,
             )
-            conv_channels, heads = (cut.layout(dim).kept_size for dim in (DimKind.CONV, DimKind.MAMBA_HEAD))
+            conv_channels, heads = (cut.grid(dim).kept_size for dim in (DimKind.CONV, DimKind.MAMBA_HEAD))
             wide = torch.promote_types(dtype, torch.float32)  # the state sums over the whole sequence
             layers[layer_index] = MambaCache(
                 torch.zeros(batch, parent.conv_kernel - 1, conv_channels, dtype=dtype, device=device),

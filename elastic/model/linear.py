@@ -12,7 +12,8 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from elastic.model.nested_product import product_with_columns, product_with_rows
-from elastic.space.nesting import Cut, DimKind, take
+from elastic.space.layers import DimKind
+from elastic.space.nesting import Cut, take
 
 # Up to here an inference product leaves the weight where it lies; beyond, one copy of the kept part pays off.
 FEW_TOKENS = 8
@@ -32,13 +33,13 @@ class ElasticColumnParallelLinear(ColumnParallelLinear):
 
     def kept_weight(self, cut: Cut) -> Tensor:
         """Return the part of this rank's weight that a cut computes with: [kept rows, kept columns]."""
-        return take(take(self.weight, 1, cut.layout(self.columns)), 0, cut.layout(self.rows))
+        return take(take(self.weight, 1, cut.grid(self.columns)), 0, cut.grid(self.rows))
 
     def forward_cut(self, x: Tensor, cut: Cut) -> Tensor:
         """Map [S(/tp), B, kept columns] to [S, B, kept rows of this rank]."""
         if _is_short_inference(x) and not self.sequence_parallel:
-            weight = take(self.weight, 1, cut.layout(self.columns))  # a view: columns are hidden channels
-            return product_with_rows(x.flatten(0, 1), weight, cut.layout(self.rows)).unflatten(0, x.shape[:2])
+            weight = take(self.weight, 1, cut.grid(self.columns))  # a view: columns are hidden channels
+            return product_with_rows(x.flatten(0, 1), weight, cut.grid(self.rows)).unflatten(0, x.shape[:2])
         return self._forward_impl(
             input=x,
             weight=self.kept_weight(cut),
@@ -59,13 +60,13 @@ class ElasticRowParallelLinear(RowParallelLinear):
 
     def kept_weight(self, cut: Cut) -> Tensor:
         """Return the part of this rank's weight that a cut computes with: [kept rows, kept columns]."""
-        return take(take(self.weight, 0, cut.layout(self.rows)), 1, cut.layout(self.columns))
+        return take(take(self.weight, 0, cut.grid(self.rows)), 1, cut.grid(self.columns))
 
     def forward_cut(self, x: Tensor, cut: Cut) -> Tensor:
         """Map [S, B, kept columns of this rank] to [S(/tp), B, kept rows]."""
         if _is_short_inference(x):
-            weight = take(self.weight, 0, cut.layout(self.rows))  # a view: rows are hidden channels
-            flat = product_with_columns(x.flatten(0, 1), weight, cut.layout(self.columns))
+            weight = take(self.weight, 0, cut.grid(self.rows))  # a view: rows are hidden channels
+            flat = product_with_columns(x.flatten(0, 1), weight, cut.grid(self.columns))
             partial = flat.unflatten(0, x.shape[:2])
         else:
             partial = self._forward_impl(

@@ -18,11 +18,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from elastic.model.cache import MambaCache
-from elastic.model.gate import LayerGate, residual
+from elastic.model.masks import LayerGates, residual
 from elastic.model.norm import GatedGroupNorm
 from elastic.model.observe import LayerObserver
 from elastic.model.state_space import StateSpaceBackend
-from elastic.space.nesting import Cut, DimKind, take
+from elastic.space.axes import Axis
+from elastic.space.layers import FP32_PARAMETERS, DimKind
+from elastic.space.nesting import Cut, take
 
 
 class PortableMambaMixer(MambaMixer):
@@ -101,19 +103,19 @@ class PortableMambaMixer(MambaMixer):
         self.conv1d_bias = sharded(conv_channels)
         for parameter in (self.conv1d_weight, self.conv1d_bias):
             parameter.partition_sizes = conv_blocks  # type: ignore[attr-defined]
-        self.dt_bias = sharded(self.nheads_local_tp)
-        # A_log and D are at least fp32 whatever the model's precision (docs/method.md 3).
         wide = torch.promote_types(config.params_dtype, torch.float32)
-        self.A_log, self.D = (sharded(self.nheads_local_tp, dtype=wide) for _ in range(2))
+        for name in ("dt_bias", "A_log", "D"):
+            dtype = wide if f"mixer.{name}" in FP32_PARAMETERS else config.params_dtype
+            setattr(self, name, sharded(self.nheads_local_tp, dtype=dtype))
 
     def _context_parallel(self, cut: Cut | None) -> MambaContextParallel:
         """Bundle the (cut) convolution and per-head parameters with Megatron-Core's context-parallel exchange."""
 
         def kept(parameter: Tensor, kind: DimKind) -> Tensor:
-            return parameter if cut is None else take(parameter, 0, cut.layout(kind))
+            return parameter if cut is None else take(parameter, 0, cut.grid(kind))
 
-        heads = self.nheads_local_tp if cut is None else cut.layout(DimKind.MAMBA_HEAD).kept_size
-        inner = self.d_inner_local_tp if cut is None else cut.layout(DimKind.INNER).kept_size
+        heads = self.nheads_local_tp if cut is None else cut.grid(DimKind.MAMBA_HEAD).kept_size
+        inner = self.d_inner_local_tp if cut is None else cut.grid(DimKind.INNER).kept_size
         return MambaContextParallel(
             cp_group=self.pg_collection.cp,
             d_inner_local_tp=inner,
@@ -163,24 +165,24 @@ class ElasticMambaMixer(PortableMambaMixer):
     """Heads are elastic inside each SSM group, channels inside each head; B, C and the state stay."""
 
     def forward_gated(
-        self, x: Tensor, gate: LayerGate, observer: LayerObserver | None = None, cache: MambaCache | None = None
+        self, x: Tensor, gates: LayerGates, observer: LayerObserver | None = None, cache: MambaCache | None = None
     ) -> Tensor:
         """Map [S, B, D] to [S, B, D] under the layer's head and channel gates; x goes on where a cache ends."""
-        cut = gate.cut
-        inner = cut.layout(DimKind.INNER)
+        cut = gates.cut
+        inner = cut.grid(DimKind.INNER)
         cp = self.cp if inner.is_whole else self._context_parallel(cut)
         zxbcdt = self.in_proj.forward_cut(x, cut)
         if observer is not None:
             x_rows = zxbcdt.narrow(-1, inner.kept_size, inner.kept_size)
             observer.mamba_inner(x_rows.unflatten(-1, (cp.nheads_local_tp, -1)))
         y = cp.post_conv_ssm(self._state_space(cp.pre_conv_ssm(zxbcdt), cp, cache))  # [S, B, i]
-        if gate.inner.vector is not None or gate.channels.vector is not None:
-            per_head = y.unflatten(-1, (cp.nheads_local_tp, -1))
-            y = gate.channels.apply(per_head)
-            if gate.inner.vector is not None:
-                y = y * gate.inner.vector.to(y.dtype).unsqueeze(-1)
+        heads, channels = gates[Axis.MAMBA_HEAD], gates[Axis.MAMBA_CHANNEL]
+        if heads.vector is not None or channels.vector is not None:
+            y = channels.apply(y.unflatten(-1, (cp.nheads_local_tp, -1)))
+            if heads.vector is not None:
+                y = y * heads.vector.to(y.dtype).unsqueeze(-1)
             y = y.flatten(-2)
-        active = gate.inner.active * gate.channels.active / self.ngroups  # of one group
+        active = heads.active * channels.active / self.ngroups  # of one group
         y = self.norm(y, self.ngroups_local_tp, active, take(self.norm.weight, 0, inner))
         return self.out_proj.forward_cut(y, cut)
 
@@ -189,10 +191,10 @@ class ElasticMambaLayer(MambaLayer):
     """x + g_depth g_hidden Mamba(norm(x))."""
 
     def forward(
-        self, x: Tensor, gate: LayerGate, observer: LayerObserver | None = None, cache: MambaCache | None = None
+        self, x: Tensor, gates: LayerGates, observer: LayerObserver | None = None, cache: MambaCache | None = None
     ) -> Tensor:
         """Map the stream [S, B, D] to the stream."""
-        normalised = self.norm(x, gate.hidden)
+        normalised = self.norm(x, gates.hidden)
         if observer is not None:
             observer.normalised(normalised)
-        return residual(x, self.mixer.forward_gated(normalised, gate, observer, cache), gate)
+        return residual(x, self.mixer.forward_gated(normalised, gates, observer, cache), gates)

@@ -16,9 +16,9 @@ from elastic.model.initialize import initialize_parameters
 from elastic.model.observe import Observer
 from elastic.model.segments import pipeline_pattern
 from elastic.model.specs import Kernels, elastic_stack_spec
-from elastic.space.axes import Space
 from elastic.space.gates import Execution, Gates
 from elastic.space.shape import ModelShape
+from elastic.space.space import Space
 
 
 @dataclass(frozen=True)

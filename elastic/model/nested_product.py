@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elastic.space.nesting import DimLayout
+from elastic.space.nesting import Grid
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class _Strip:
     kept: int = 1
 
 
-def product_with_rows(x: Tensor, weight: Tensor, rows: DimLayout) -> Tensor:
+def product_with_rows(x: Tensor, weight: Tensor, rows: Grid) -> Tensor:
     """Map x [T, C] to [T, r] with the kept rows of `weight` [R, C]."""
     if rows.is_whole:
         return x @ weight.t()
@@ -42,7 +42,7 @@ def product_with_rows(x: Tensor, weight: Tensor, rows: DimLayout) -> Tensor:
     return torch.cat(parts, dim=2).flatten(1)
 
 
-def product_with_columns(x: Tensor, weight: Tensor, columns: DimLayout) -> Tensor:
+def product_with_columns(x: Tensor, weight: Tensor, columns: Grid) -> Tensor:
     """Map x [T, c] to [T, R] with the kept columns of `weight` [R, C]."""
     if columns.is_whole:
         return x @ weight.t()
@@ -56,7 +56,7 @@ def product_with_columns(x: Tensor, weight: Tensor, columns: DimLayout) -> Tenso
     return total
 
 
-def _strips(weight: Tensor, layout: DimLayout) -> Iterator[_Strip]:
+def _strips(weight: Tensor, layout: Grid) -> Iterator[_Strip]:
     """Yield the kept part of dimension 0 of `weight`, block by block."""
     sizes = [math.prod(block.full) for block in layout.blocks]
     for block, part in zip(layout.blocks, weight.unflatten(0, (layout.outer, -1)).split(sizes, dim=1), strict=True):

@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from elastic.model.gate import WidthGate
+from elastic.model.masks import Width
 
 
 def gated_rms(x: Tensor, active: Tensor | int, epsilon: float) -> Tensor:
@@ -31,7 +31,7 @@ class ElasticRMSNorm(nn.Module):
         # Under sequence parallelism each rank sees some tokens only; Megatron-Core then sums this gradient.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, x: Tensor, hidden: WidthGate | None = None) -> Tensor:
+    def forward(self, x: Tensor, hidden: Width | None = None) -> Tensor:
         """Normalise `x` [S, B, d] over its active channels; `hidden` None means all of them."""
         width = x.shape[-1]
         active = width if hidden is None else hidden.active

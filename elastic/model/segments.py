@@ -34,7 +34,7 @@ def pipeline_pattern(shape: ModelShape, stages: int) -> str:
 def balanced_segments(shape: ModelShape, stages: int) -> list[int]:
     """Return the number of layers of each stage, minimising the heaviest stage (dynamic programming)."""
     work = [
-        layer_flops_per_token(shape, kind, shape.width(index), shape.hidden, shape.head_channels, length_tokens=8192)
+        layer_flops_per_token(shape, kind, shape.layer_widths(index), length_tokens=8192)
         for index, kind in enumerate(shape.pattern.kinds)
     ]
     layers = len(work)

@@ -5,24 +5,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from elastic.space.nesting import DimKind, DimLayout, parameter_dims, parameter_layouts
+from elastic.space.layers import DIMS, parameter_dims
+from elastic.space.nesting import Grid, parameter_grids
 from elastic.space.shape import ModelShape
-
-_REPLICATED = (DimKind.HIDDEN, DimKind.WHOLE)
 
 
 def sharded_dim(name: str) -> int | None:
     """Return the dimension that tensor parallelism shards, or None for a replicated parameter."""
-    return next((dim for dim, kind in enumerate(parameter_dims(name)) if kind not in _REPLICATED), None)
+    return next((dim for dim, kind in enumerate(parameter_dims(name)) if DIMS[kind].sharded), None)
 
 
 def block_sizes(name: str, shape: ModelShape, dim: int) -> list[int]:
     """Return the runs of rows that are split one by one ([z, x, B, C, dt]); a repeated layout is one run."""
-    layout = parameter_layouts(name, shape)[dim]
+    layout = parameter_grids(name, shape)[dim]
     assert layout is not None
     if layout.outer > 1 or len(layout.blocks) == 1:
         return [layout.full_size]
-    return [DimLayout((block,)).full_size for block in layout.blocks]
+    return [Grid((block,)).full_size for block in layout.blocks]
 
 
 def shard_tensor(full: Tensor, name: str, shape: ModelShape, rank: int, size: int) -> Tensor:

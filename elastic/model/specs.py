@@ -24,8 +24,8 @@ from elastic.model.mlp import ElasticMLP, ElasticMLPLayer
 from elastic.model.norm import ElasticRMSNorm
 from elastic.model.stack import ElasticStack
 from elastic.model.state_space import MambaSsmStateSpace, StateSpaceBackend, TorchStateSpace
-from elastic.space.axes import Space
-from elastic.space.nesting import DimKind
+from elastic.space.layers import DimKind
+from elastic.space.space import Space
 
 
 @dataclass(frozen=True)

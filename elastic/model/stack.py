@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from elastic.model.cache import ModelCache
-from elastic.model.gate import GateResolver, StreamGates
+from elastic.model.masks import LayerGates, Masks
 from elastic.model.norm import ElasticRMSNorm
 from elastic.model.observe import Observer
-from elastic.space.axes import Space
 from elastic.space.gates import Gates
+from elastic.space.layers import DimKind
 from elastic.space.pattern import LayerKind
 from elastic.space.shape import ModelShape
+from elastic.space.space import Space
 
 
 class ElasticStack(HybridStack):
@@ -64,7 +65,7 @@ class ElasticStack(HybridStack):
                 build_module(spec, config=layer_config(config, space.parent, layer_index), **common, **extra)
             )
         device = None if config.use_cpu_initialization else _current_cuda_device()
-        self.resolver = GateResolver(space, layer_indices, self.tp_group.size(), device)
+        self.masks = Masks(space, layer_indices, self.tp_group.size(), device)
         if post_process:
             self.final_norm = ElasticRMSNorm(config, config.hidden_size, eps=config.layernorm_epsilon)
 
@@ -82,42 +83,43 @@ class ElasticStack(HybridStack):
         schedule exchanges. `observer` sees what the layers compute. With a `cache`, made for the subnet that `gates`
         run, the S tokens are the next ones of its sequences, and it is moved on.
         """
-        stream = self.resolver.full() if gates is None else self.resolver.resolve(gates)
+        layers = self.masks.full() if gates is None else self.masks.layers(gates)
+        hidden, width = layers[0].hidden, layers[0].cut.grid(DimKind.HIDDEN).kept_size
         x = hidden_states if self.pre_process else self.input_tensor
         assert x is not None
-        x = x[..., : stream.width]
+        x = x[..., :width]
         if self.pre_process:
-            x = stream.hidden.apply(x)
-        x = self._run_layers(x, stream, observer, cache)
+            x = hidden.apply(x)
+        x = self._run_layers(x, layers, observer, cache)
         if self.post_process:
-            return self.final_norm(x, stream.hidden)
-        return F.pad(x, (0, self.config.hidden_size - stream.width))
+            return self.final_norm(x, hidden)
+        return F.pad(x, (0, self.config.hidden_size - width))
 
     def _run_layers(
-        self, x: Tensor, stream: StreamGates, observer: Observer | None, cache: ModelCache | None
+        self, x: Tensor, gates: tuple[LayerGates, ...], observer: Observer | None, cache: ModelCache | None
     ) -> Tensor:
         recompute = self.config.recompute_granularity == "full" and self.training and x.requires_grad
         assert observer is None or not recompute, "a recomputed layer would be observed twice"
         assert cache is None or not torch.is_grad_enabled(), "a cache is moved on in place and has no gradients"
-        for layer, gate, layer_index in zip(self.layers, stream.layers, self.resolver.layer_indices, strict=True):
-            if gate.skipped:
+        for layer, own, layer_index in zip(self.layers, gates, self.masks.layer_indices, strict=True):
+            if own.skipped:
                 continue
             seen_by = None if observer is None else observer.layer(layer_index)
             if cache is not None:
-                x = layer(x, gate, seen_by, cache.layer(layer_index))
+                x = layer(x, own, seen_by, cache.layer(layer_index))
             elif recompute:
-                # The gate travels inside the call, so the recomputed forward sees its own micro-batch's choice.
-                x = checkpoint(layer, x, gate, use_reentrant=False, preserve_rng_state=False)
+                # The gates travel inside the call, so the recomputed forward sees its own micro-batch's choice.
+                x = checkpoint(layer, x, own, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, gate, seen_by)
+                x = layer(x, own, seen_by)
         return x
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """Shard like HybridStack; the resolver holds no parameters and is left out."""
+        """Shard like HybridStack; the masks are no parameters and are left out."""
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        return {name: entry for name, entry in sharded.items() if not name.startswith(f"{prefix}resolver.")}
+        return {name: entry for name, entry in sharded.items() if not name.startswith(f"{prefix}masks.")}
 
 
 def layer_config(config: TransformerConfig, shape: ModelShape, layer_index: int) -> TransformerConfig:

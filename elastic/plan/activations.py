@@ -10,7 +10,8 @@ import torch
 
 from elastic.plan.work import FP32_BYTES, KernelSet, LayerWork, MicroBatchWork, ScanSizes
 from elastic.space.axes import Axis
-from elastic.space.nesting import Cut, DimKind, take
+from elastic.space.layers import DimKind
+from elastic.space.nesting import Cut, take
 from elastic.space.pattern import LayerKind
 
 TORCH_CHUNK_TOKENS = 64  # TorchStateSpace
@@ -151,9 +152,7 @@ def weight_copy_bytes(layer: LayerWork) -> int:
     cut = Cut.of_layer(
         run.parent,
         layer.layer_index,
-        layer.width,
-        hidden=run.hidden,
-        head_channels=layer.head_channels,
+        {} if run.masked else run.subnet.layer_widths(run.parent, layer.layer_index),
         lanes=run.lanes,
         tensor_parallel=run.layout.tensor,
     )
@@ -169,7 +168,7 @@ def _copied_elements(cut: Cut, kind: LayerKind) -> int:
     }[kind]
     copied = 0
     for kinds in ((rows, DimKind.HIDDEN), (DimKind.HIDDEN, columns)):
-        layouts = [cut.layout(dim) for dim in kinds]
+        layouts = [cut.grid(dim) for dim in kinds]
         weight = torch.empty([layout.full_size for layout in layouts], device="meta")
         kept = weight
         for dim, layout in reversed(list(enumerate(layouts))):

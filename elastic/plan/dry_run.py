@@ -27,8 +27,8 @@ from elastic.model.specs import Kernels
 from elastic.plan.live import CollectiveBytes, LiveBytes, ProductFlops
 from elastic.plan.stand_ins import STAND_INS
 from elastic.plan.work import KernelSet, MicroBatchWork
-from elastic.space.axes import Space
 from elastic.space.gates import Execution, Gates
+from elastic.space.space import Space
 from elastic.train.optimizer import build_optimizer, wrap_for_training
 from elastic.train.pipeline import MicroBatch, PipelineRunner
 from elastic.world.groups import World

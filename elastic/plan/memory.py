@@ -13,17 +13,10 @@ from elastic.model.sharding import sharded_dim
 from elastic.plan.activations import checkpoint_bytes, fused_scan_workspace_bytes, saved_bytes
 from elastic.plan.work import FP32_BYTES, KernelSet, LayerWork, MicroBatchWork, distinct, stage_layers
 from elastic.space.axes import Axis
-from elastic.space.nesting import LAYER_PARAMETERS, LAYER_PREFIX, parameter_size
+from elastic.space.layers import FP32_PARAMETERS, LAYER_PREFIX, LAYERS
+from elastic.space.nesting import parameter_size
 from elastic.space.pattern import LayerKind
 from elastic.space.shape import ModelShape
-
-# Parameters of each kind's layers, by the first part of their names.
-_PARTS = {
-    LayerKind.MAMBA: ("norm", "mixer"),
-    LayerKind.ATTENTION: ("input_layernorm", "self_attention"),
-    LayerKind.MLP: ("pre_mlp_layernorm", "mlp"),
-}
-_KEPT_IN_FP32 = ("mixer.A_log", "mixer.D")  # docs/method.md 3
 
 
 @dataclass(frozen=True)
@@ -69,9 +62,8 @@ def _names(parent: ModelShape, layout: Layout, stage: int) -> Iterator[str]:
     if stage == 0:
         yield "embedding.word_embeddings.weight"
     for layer_index in stage_layers(parent, layout)[stage]:
-        for name in LAYER_PARAMETERS:
-            if name.partition(".")[0] in _PARTS[parent.pattern.kinds[layer_index]]:
-                yield f"{LAYER_PREFIX}{layer_index}.{name}"
+        for name in LAYERS[parent.pattern.kinds[layer_index]].parameters:
+            yield f"{LAYER_PREFIX}{layer_index}.{name}"
     if stage == layout.pipeline - 1:
         yield "decoder.final_norm.weight"
         if not parent.tied_embeddings or stage > 0:
@@ -86,7 +78,7 @@ def _local_elements(name: str, parent: ModelShape, tensor: int) -> int:
 def parameter_bytes(elements: dict[str, int], layout: Layout) -> int:
     """Return the bytes of parameters; A_log and D stay in fp32."""
     return sum(
-        count * (FP32_BYTES if name.endswith(_KEPT_IN_FP32) else layout.dtype.itemsize)
+        count * (FP32_BYTES if name.endswith(FP32_PARAMETERS) else layout.dtype.itemsize)
         for name, count in elements.items()
     )
 
@@ -99,7 +91,7 @@ def optimizer_bytes(elements: dict[str, int], layout: Layout, sharding: Optimize
     masters = sum(
         count
         for name, count in elements.items()
-        if layout.dtype.itemsize < FP32_BYTES and not name.endswith(_KEPT_IN_FP32)
+        if layout.dtype.itemsize < FP32_BYTES and not name.endswith(FP32_PARAMETERS)
     )
     return (2 * sum(elements.values()) + masters) * FP32_BYTES // sharding.ranks
 

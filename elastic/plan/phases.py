@@ -11,9 +11,9 @@ from elastic.plan.flops import Flops, StageFlops, stage_flops
 from elastic.plan.memory import OptimizerSharding, StageMemory, stage_memory
 from elastic.plan.work import KernelSet, MicroBatchWork
 from elastic.router.phases import ElasticPhase
-from elastic.space.axes import Space
 from elastic.space.gates import Execution
 from elastic.space.reach import Sample, sample_subnet
+from elastic.space.space import Space
 from elastic.space.subnet import Subnet
 from elastic.world.groups import model_layout
 

@@ -14,7 +14,7 @@ from elastic.plan.phases import PhasePlan
 from elastic.plan.search import Candidate
 from elastic.plan.traffic import micro_batch_traffic, step_traffic
 from elastic.plan.work import KernelSet, MicroBatchWork
-from elastic.space.axes import Space
+from elastic.space.space import Space
 
 
 def rehearse(config: PlanConfig, space: Space, chosen: Candidate) -> list[dict[str, Any]]:

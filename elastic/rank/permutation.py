@@ -4,6 +4,7 @@ Legend: D hidden, F ffn, P head channels, G Mamba groups, H Mamba heads, KV key-
 a attention channels, N state.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from elastic.rank.slicing import TensorSource, parameter_names, reader
-from elastic.space.nesting import DimKind, parameter_dims, split_parameter_name
-from elastic.space.pattern import LayerKind
+from elastic.rank.slicing import TensorSource, reader
+from elastic.space.axes import Axis
+from elastic.space.layers import DIMS, DimKind, parameter_dims, parameter_names, split_parameter_name
+from elastic.space.nesting import Cut
 from elastic.space.shape import ModelShape
 from elastic.world.files import written_aside
 
@@ -91,58 +93,45 @@ def deal_into_lanes(ranking: Order, lanes: int) -> Tensor:
     return torch.tensor(ranking).view(-1, lanes).T.reshape(-1)
 
 
+def axis_order(axis: Axis, ordinal: int, ranking: Ranking, lanes: int) -> Tensor:
+    """Return the old neuron, head or channel for every new one along one axis of a layer, [width] int64."""
+    if axis is Axis.HIDDEN:
+        return torch.tensor(ranking.hidden)
+    if axis is Axis.FFN:
+        return deal_into_lanes(ranking.ffn[ordinal], lanes)
+    order = torch.tensor(getattr(ranking, f"{axis}s")[ordinal])
+    if order.dim() == 2:  # numbers inside the parts of the axis
+        order = order + order.shape[1] * torch.arange(len(order)).unsqueeze(1)
+    return order.reshape(-1)
+
+
 def row_order(kind: DimKind, layer_index: int | None, parent: ModelShape, ranking: Ranking, lanes: int) -> Tensor:
     """Return the old row for every new row of one dimension, int64."""
-    if kind is DimKind.HIDDEN:
-        return torch.tensor(ranking.hidden)
-    if kind is DimKind.VOCAB:
-        return torch.arange(parent.vocab)
-    assert layer_index is not None, "only the residual stream and the vocabulary exist outside the layers"
-    ordinal = parent.pattern.ordinal(layer_index)
-    match parent.pattern.kinds[layer_index]:
-        case LayerKind.MLP:
-            return deal_into_lanes(ranking.ffn[ordinal], lanes)
-        case LayerKind.ATTENTION:
-            return _attention_rows(kind, torch.tensor(ranking.attention_heads[ordinal]), parent.attention_channels)
-        case LayerKind.MAMBA:
-            heads = torch.tensor(ranking.mamba_heads[ordinal])
-            channels = torch.tensor(ranking.mamba_channels[ordinal])
-            return _mamba_rows(kind, heads, channels, parent.mamba_groups * parent.mamba_state)
-
-
-def _attention_rows(kind: DimKind, queries: Tensor, a: int) -> Tensor:
-    kv_heads, per_group = queries.shape
-    extra = 2 if kind is DimKind.QKV else 0
-    rows = torch.arange(kv_heads * (per_group + extra) * a).view(kv_heads, per_group + extra, a)
-    query_rows = rows[torch.arange(kv_heads).unsqueeze(1), queries]
-    return torch.cat([query_rows, rows[:, per_group:]], dim=1).reshape(-1)
-
-
-def _mamba_rows(kind: DimKind, heads: Tensor, channels: Tensor, group_state: int) -> Tensor:
-    num_groups, per_group = heads.shape
-    head_rows = torch.arange(heads.numel()).view(num_groups, per_group)[torch.arange(num_groups).unsqueeze(1), heads]
-    dt = head_rows.reshape(-1)
-    inner = (dt.unsqueeze(1) * channels.numel() + channels).reshape(-1)
-    d_inner, state = inner.numel(), torch.arange(2 * group_state)
-    match kind:
-        case DimKind.IN_PROJ:
-            return torch.cat([inner, inner + d_inner, state + 2 * d_inner, dt + 2 * d_inner + 2 * group_state])
-        case DimKind.CONV:
-            return torch.cat([inner, state + d_inner])
-        case DimKind.INNER:
-            return inner
-        case _:
-            return dt
+    ordinal = 0 if layer_index is None else parent.pattern.ordinal(layer_index)
+    grid = Cut.of_layer(parent, layer_index, {}).grid(kind)
+    sizes = [math.prod(block.full) for block in grid.blocks]
+    blocks = torch.arange(grid.full_size).view(grid.outer, -1).split(sizes, dim=1)
+    found = []
+    for rows, directions in zip(blocks, DIMS[kind].blocks.values(), strict=True):
+        orders = [
+            axis_order(d, ordinal, ranking, lanes) if isinstance(d, Axis) else torch.arange(getattr(parent, d))
+            for d in directions
+        ]
+        cells = rows.reshape([order.numel() for order in orders])
+        for direction, order in enumerate(orders):
+            cells = cells.index_select(direction, order)
+        found.append(cells.reshape(grid.outer, -1))
+    return torch.cat(found, dim=1).reshape(-1)
 
 
 def permute_parameter(tensor: Tensor, name: str, parent: ModelShape, ranking: Ranking, lanes: int) -> Tensor:
     """Reorder one full parameter of the parent along all its dimensions; a new tensor of the same size."""
     layer_index, _ = split_parameter_name(name)
     for dim, kind in enumerate(parameter_dims(name)):
-        if kind is not DimKind.WHOLE:
-            order = row_order(kind, layer_index, parent, ranking, lanes)
-            if tensor.shape[dim] != order.numel():
-                raise ValueError(f"{name}: dimension {dim} has {tensor.shape[dim]} rows, expected {order.numel()}")
+        order = row_order(kind, layer_index, parent, ranking, lanes)
+        if tensor.shape[dim] != order.numel():
+            raise ValueError(f"{name}: dimension {dim} has {tensor.shape[dim]} rows, expected {order.numel()}")
+        if any(isinstance(direction, Axis) for block in DIMS[kind].blocks.values() for direction in block):
             tensor = tensor.index_select(dim, order.to(tensor.device))
     return tensor
 

@@ -5,31 +5,14 @@ from functools import partial
 
 from torch import Tensor
 
-from elastic.space.nesting import (
-    LAYER_PARAMETERS,
-    LAYER_PREFIX,
-    MODEL_PARAMETERS,
-    Cut,
-    DimKind,
-    parameter_dims,
-    split_parameter_name,
-    take,
-)
-from elastic.space.pattern import LayerKind
+from elastic.space.axes import AXES, LANES
+from elastic.space.layers import LAYER_PREFIX, parameter_dims, parameter_names, split_parameter_name
+from elastic.space.nesting import Cut, take
 from elastic.space.shape import ModelShape
 from elastic.space.subnet import Subnet, SubnetError
 
 # Where full tensors come from: a dict, or a function that reads one tensor by name from disk.
 TensorSource = Mapping[str, Tensor] | Callable[[str], Tensor]
-
-_KIND_OF_MODULE = {
-    "norm": LayerKind.MAMBA,
-    "mixer": LayerKind.MAMBA,
-    "input_layernorm": LayerKind.ATTENTION,
-    "self_attention": LayerKind.ATTENTION,
-    "pre_mlp_layernorm": LayerKind.MLP,
-    "mlp": LayerKind.MLP,
-}
 
 
 def reader(source: TensorSource) -> Callable[[str], Tensor]:
@@ -37,47 +20,22 @@ def reader(source: TensorSource) -> Callable[[str], Tensor]:
     return source.__getitem__ if isinstance(source, Mapping) else source
 
 
-def layer_parameters(kind: LayerKind) -> tuple[str, ...]:
-    """List the parameter names of one layer of `kind`, without the layer prefix."""
-    return tuple(name for name in LAYER_PARAMETERS if _KIND_OF_MODULE[name.split(".")[0]] is kind)
-
-
-def parameter_names(shape: ModelShape) -> Iterator[str]:
-    """Yield the Megatron-Core names of a model's parameters: embedding, layers, final norm, head unless tied."""
-    embedding, final_norm, head = MODEL_PARAMETERS
-    yield embedding
-    for layer_index, kind in enumerate(shape.pattern.kinds):
-        yield from (f"{LAYER_PREFIX}{layer_index}.{name}" for name in layer_parameters(kind))
-    yield final_norm
-    if not shape.tied_embeddings:
-        yield head
-
-
 def layer_cut(parent: ModelShape, subnet: Subnet, layer_index: int | None, lanes: int, tensor_parallel: int = 1) -> Cut:
     """Return what a subnet keeps of one parent layer; `layer_index` None is for parameters outside the layers.
 
     Raises SubnetError if an FFN width, the parent's or the chosen one, cannot be dealt into `lanes`.
     """
-    kept = 0
-    if layer_index is not None:
-        kept = subnet.width(parent, layer_index)
-        is_ffn = parent.pattern.kinds[layer_index] is LayerKind.MLP
-        wrong = [width for width in (parent.width(layer_index), kept) if is_ffn and width % lanes]
-    if layer_index is not None and wrong:
-        nearest = max(lanes, round(wrong[0] / lanes) * lanes)
-        raise SubnetError(
-            f"subnet: ffn = {wrong[0]} of layer {layer_index} must be a multiple of lanes = {lanes}; "
-            f"nearest legal is {nearest}"
-        )
-    return Cut.of_layer(
-        parent,
-        layer_index,
-        kept,
-        hidden=subnet.hidden,
-        head_channels=subnet.head_channels,
-        lanes=lanes,
-        tensor_parallel=tensor_parallel,
-    )
+    kept = subnet.layer_widths(parent, layer_index)
+    full = parent.layer_widths(layer_index)
+    for axis, entry in AXES.items():
+        for width in (full.get(axis, 0), kept.get(axis, 0)):
+            if entry.parts == LANES and width % lanes:
+                nearest = max(lanes, round(width / lanes) * lanes)
+                raise SubnetError(
+                    f"subnet: {entry.size} = {width} of layer {layer_index} must be a multiple of lanes = {lanes}; "
+                    f"nearest legal is {nearest}"
+                )
+    return Cut.of_layer(parent, layer_index, kept, lanes=lanes, tensor_parallel=tensor_parallel)
 
 
 def cut_parameter(tensor: Tensor, name: str, cut: Cut) -> Tensor:
@@ -89,11 +47,10 @@ def cut_parameter(tensor: Tensor, name: str, cut: Cut) -> Tensor:
     if tensor.dim() != len(kinds):
         raise ValueError(f"{name} has {tensor.dim()} dimensions, expected {len(kinds)}")
     for dim, kind in enumerate(kinds):
-        if kind is not DimKind.WHOLE:
-            try:
-                tensor = take(tensor, dim, cut.layout(kind))
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
+        try:
+            tensor = take(tensor, dim, cut.grid(kind))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     return tensor
 
 

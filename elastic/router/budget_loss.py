@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from elastic.space.axes import Axis, Space
+from elastic.space.axes import Axis
 from elastic.space.budget import Budget
-from elastic.space.cost import Deployment, cost, subnet_cost
-from elastic.space.expected import expected_widths
+from elastic.space.cost import Deployment, Widths, cost, subnet_cost
+from elastic.space.space import Space
 from elastic.space.subnet import Subnet
 
 
@@ -22,7 +22,7 @@ def budget_loss(
 
     Costs of 10^10 and their small differences do not fit fp32, so the table runs in fp64 and only the ratio is fp32.
     """
-    table = cost(space.parent, expected_widths(space, probabilities), deployment)
+    table = cost(space.parent, Widths.expected(space, probabilities), deployment)
     columns = []
     for index, budget in enumerate(budgets):
         used = table[budget.metric]

@@ -12,11 +12,12 @@ from elastic.router.gumbel import choice_entropy, choice_probabilities, gumbel_n
 from elastic.router.phases import Moment
 from elastic.router.router import Router
 from elastic.router.sampler import budget_of, check_draws, draw_budgets
-from elastic.space.axes import Axis, Space
+from elastic.space.axes import Axis
 from elastic.space.budget import Budget
 from elastic.space.cost import Deployment
 from elastic.space.gates import Execution, Gates
 from elastic.space.ranges import Count, PositiveOrZero
+from elastic.space.space import Space
 from elastic.space.subnet import Subnet
 
 NUM_COST_DRAWS = 16  # ours; with 8, about one toy run in forty misses a budget by more than 3%

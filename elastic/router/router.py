@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from elastic.router.streams import stream
-from elastic.space.axes import Axis, Space
+from elastic.space.axes import Axis
+from elastic.space.space import Space
 
 
 class Router(nn.Module):

@@ -1,22 +1,25 @@
 """The one cost table: parameters, bytes and FLOPs of a hybrid model, for integer and for expected widths.
 
 Every formula is a polynomial, linear in each axis, so the same code counts a Subnet exactly (ints) and the expected
-cost under independent choice probabilities (fp32 tensors, differentiable). Formulas: docs/method.md 2 and the shapes of
-Megatron-Core's parameters; a skipped layer costs nothing.
+cost under independent choice probabilities (tensors, differentiable). What a layer holds and uses stands in layers.py;
+a skipped layer costs nothing.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+import torch
 from torch import Tensor
 
+from elastic.space.axes import AXES, Axis
+from elastic.space.layers import DIMS, LAYERS, Number
 from elastic.space.pattern import LayerKind
 from elastic.space.ranges import Count, Positive
 from elastic.space.shape import ModelShape
+from elastic.space.space import Space
 from elastic.space.subnet import Subnet
-
-Number = int | float | Tensor
 
 
 class Metric(StrEnum):
@@ -42,39 +45,51 @@ class Deployment:
 
 @dataclass(frozen=True)
 class Widths:
-    """Widths the table is evaluated at: ints, or expected values. One entry per parent layer of the kind.
+    """Widths the table is evaluated at: ints, or expected values.
 
-    `keep[l]` is 1 if layer l runs, 0 if it is skipped, or the probability that it runs.
+    `axes[axis]` is one number, or one for each parent layer of the axis's kind. `keep[l]` is 1 if layer l runs, 0 if it
+    is skipped, or the probability that it runs.
     """
 
-    hidden: Number
-    ffn: Sequence[Number]
-    mamba_heads: Sequence[Number]
-    head_channels: Number
-    attention_heads: Sequence[Number]
+    axes: Mapping[Axis, Number | Sequence[Number]]
     keep: Sequence[Number]
 
     @classmethod
     def of(cls, subnet: Subnet, parent: ModelShape) -> "Widths":
         """Return the widths of a subnet."""
         kept = set(subnet.kept_layers)
-        return cls(
-            hidden=subnet.hidden,
-            ffn=subnet.ffn,
-            mamba_heads=subnet.mamba_heads,
-            head_channels=subnet.head_channels,
-            attention_heads=subnet.attention_heads,
-            keep=tuple(int(index in kept) for index in range(len(parent.pattern))),
-        )
+        axes = {axis: getattr(subnet, entry.size) for axis, entry in AXES.items()}
+        return cls(axes, tuple(int(index in kept) for index in range(len(parent.pattern))))
 
-    def inner(self, parent: ModelShape, layer_index: int) -> Number:
-        """Return the inner width of one layer by its kind."""
-        by_kind = {
-            LayerKind.MAMBA: self.mamba_heads,
-            LayerKind.MLP: self.ffn,
-            LayerKind.ATTENTION: self.attention_heads,
-        }
-        return by_kind[parent.pattern.kinds[layer_index]][parent.pattern.ordinal(layer_index)]
+    @classmethod
+    def expected(cls, space: Space, probabilities: Mapping[Axis, Tensor]) -> "Widths":
+        """Return expected widths [...] under independent probabilities [..., slots, K]; an absent axis stays full."""
+        parent = space.parent
+        axes: dict[Axis, Number | Sequence[Number]] = {}
+        for axis, entry in AXES.items():
+            axes[axis] = full = getattr(parent, entry.size)
+            if axis in probabilities:
+                weights = probabilities[axis].double()
+                choices = torch.tensor(space.axes[axis].choices, dtype=torch.float64, device=weights.device)
+                slots = weights @ choices  # [..., slots]
+                per_layer = [slots[..., space.slot(axis, ordinal)] for ordinal in range(len(full) if entry.own else 1)]
+                axes[axis] = per_layer if entry.own else per_layer[0]
+        keep: Sequence[Number] = (1,) * len(parent.pattern)
+        if Axis.DEPTH in probabilities:
+            kept = space.depth_table().double()
+            keep = (probabilities[Axis.DEPTH][..., 0, :].double() @ kept.to(probabilities[Axis.DEPTH].device)).unbind(
+                -1
+            )
+        return cls(axes, keep)
+
+    def of_layer(self, kind: LayerKind, ordinal: int) -> dict[Axis, Number]:
+        """Return the width along every axis of one layer, by its kind and number among its kind."""
+        found: dict[Axis, Number] = {}
+        for axis, entry in AXES.items():
+            if entry.kind is None or entry.kind is kind:
+                width = self.axes[axis]
+                found[axis] = width[ordinal] if isinstance(width, Sequence) else width
+        return found
 
 
 @dataclass(frozen=True)
@@ -97,73 +112,57 @@ class Cost:
         return getattr(self, metric.value)
 
 
-def layer_params(shape: ModelShape, kind: LayerKind, inner: Number, hidden: Number, channels: Number) -> Number:
+def layer_params(shape: ModelShape, kind: LayerKind, widths: Mapping[Axis, Number]) -> Number:
     """Count the parameters of one layer."""
-    state = shape.mamba_groups * shape.mamba_state
-    match kind:
-        case LayerKind.MAMBA:
-            d_inner = inner * channels
-            projections = hidden * (2 * d_inner + 2 * state + inner) + d_inner * hidden
-            conv = (shape.conv_kernel + 1) * (d_inner + 2 * state)
-            return projections + conv + 3 * inner + d_inner + hidden
-        case LayerKind.ATTENTION:
-            a, kv = shape.attention_channels, shape.kv_heads
-            return hidden * (inner + 2 * kv) * a + inner * a * hidden + hidden
-        case LayerKind.MLP:
-            return 2 * hidden * inner + hidden
+    return sum(_weights(shape, kind, widths))
 
 
 def layer_flops_per_token(
-    shape: ModelShape, kind: LayerKind, inner: Number, hidden: Number, channels: Number, length_tokens: int
+    shape: ModelShape, kind: LayerKind, widths: Mapping[Axis, Number], length_tokens: int
 ) -> Number:
     """Count forward FLOPs of one layer for one token of a causal sequence of `length_tokens`.
 
-    A multiply and an add are two. Attention scores average length / 2 keys; the state-space recurrence is counted
-    as its state update and read (2 + 2 + 2 per state element), the convolution as its taps. Norms and
-    activations are left out, as in Megatron-Core's own count.
+    Two for every weight of a matrix or convolution (a multiply and an add), and what the kind mixes over tokens.
     """
-    state = shape.mamba_groups * shape.mamba_state
-    match kind:
-        case LayerKind.MAMBA:
-            d_inner = inner * channels
-            projections = hidden * (2 * d_inner + 2 * state + inner) + d_inner * hidden
-            conv = shape.conv_kernel * (d_inner + 2 * state)
-            return 2 * projections + 2 * conv + 6 * d_inner * shape.mamba_state
-        case LayerKind.ATTENTION:
-            a, kv = shape.attention_channels, shape.kv_heads
-            projections = hidden * (inner + 2 * kv) * a + inner * a * hidden
-            return 2 * projections + 2 * inner * a * length_tokens
-        case LayerKind.MLP:
-            return 4 * hidden * inner
+    matrices, _ = _weights(shape, kind, widths)
+    return 2 * matrices + LAYERS[kind].mixing_flops(shape, widths, length_tokens)
+
+
+def _weights(shape: ModelShape, kind: LayerKind, widths: Mapping[Axis, Number]) -> tuple[Number, Number]:
+    """Count one layer's weights in matrices and convolutions, and those in vectors."""
+    parameters = Counter(LAYERS[kind].parameters.values())
+    sizes = {dim: DIMS[dim].size(shape, widths) for dims in parameters for dim in dims}
+    matrices: Number = 0
+    vectors: Number = 0
+    for (first, *others), times in parameters.items():
+        count = times * sizes[first]
+        for dim in others:
+            count = count * sizes[dim]
+        matrices, vectors = (matrices + count, vectors) if others else (matrices, vectors + count)
+    return matrices, vectors
 
 
 def cost(parent: ModelShape, widths: Widths, deployment: Deployment) -> Cost:
     """Evaluate the table. `widths` follow the parent's layers; ints stay ints wherever the formula allows."""
-    embeddings = parent.vocab * widths.hidden * (1 if parent.tied_embeddings else 2)
-    params: Number = embeddings + widths.hidden
-    flops: Number = 2 * parent.vocab * widths.hidden
-    kv: Number = 0
-    ssm: Number = 0
-    conv: Number = 0
-    state = parent.mamba_groups * parent.mamba_state
+    hidden = widths.of_layer(parent.pattern.kinds[0], 0)[Axis.HIDDEN]
+    embeddings = parent.vocab * hidden * (1 if parent.tied_embeddings else 2)
+    params: Number = embeddings + hidden
+    flops: Number = 2 * parent.vocab * hidden
+    held: dict[str, Number] = {"kv_bytes": 0, "ssm_bytes": 0, "conv_bytes": 0}
     for layer_index, kind in enumerate(parent.pattern.kinds):
-        keep, inner = widths.keep[layer_index], widths.inner(parent, layer_index)
-        params = params + keep * layer_params(parent, kind, inner, widths.hidden, widths.head_channels)
-        flops = flops + keep * layer_flops_per_token(
-            parent, kind, inner, widths.hidden, widths.head_channels, deployment.length_tokens
-        )
-        if kind is LayerKind.ATTENTION:
-            kv = kv + keep * 2 * parent.kv_heads * parent.attention_channels * deployment.length_tokens
-        elif kind is LayerKind.MAMBA:
-            d_inner = inner * widths.head_channels
-            ssm = ssm + keep * d_inner * parent.mamba_state
-            conv = conv + keep * (d_inner + 2 * state) * parent.conv_kernel
+        keep, own = widths.keep[layer_index], widths.of_layer(kind, parent.pattern.ordinal(layer_index))
+        matrices, vectors = _weights(parent, kind, own)
+        mixing = LAYERS[kind].mixing_flops(parent, own, deployment.length_tokens)
+        params = params + keep * (matrices + vectors)
+        flops = flops + keep * (2 * matrices + mixing)
+        for name, elements in LAYERS[kind].cache(parent, own, deployment.length_tokens).items():
+            held[name] = held[name] + keep * elements
     return Cost(
         params=params,
         weight_bytes=params * deployment.weight_bytes,
-        kv_bytes=kv * deployment.batch * deployment.kv_bytes,
-        ssm_bytes=ssm * deployment.batch * deployment.ssm_bytes,
-        conv_bytes=conv * deployment.batch * deployment.conv_bytes,
+        kv_bytes=held["kv_bytes"] * deployment.batch * deployment.kv_bytes,
+        ssm_bytes=held["ssm_bytes"] * deployment.batch * deployment.ssm_bytes,
+        conv_bytes=held["conv_bytes"] * deployment.batch * deployment.conv_bytes,
         flops_per_token=flops,
     )
 

@@ -1,23 +1,22 @@
-"""The nested layout: which part of every parameter a width keeps, for slicing, masks, sharding and permutation alike.
+"""The nested layout: which part of every parameter a width keeps, for slicing, masks and sharding alike.
 
-Every dimension of every parameter is `outer` repeats of a few blocks laid side by side, each block a small grid whose
-prefix along every grid direction is kept (docs/design.md 2). A tensor-parallel rank owns whole outer repeats of a
-single-block dimension, or its share of every block, so the kept weights never depend on the number of ranks.
+A tensor-parallel rank owns its share of every block's first direction, which is whole groups, whole KV groups and whole
+lanes, so the kept weights never depend on the number of ranks (docs/design.md 2; the dimensions are in layers.py).
 
-    ffn rows            lanes x [F/lanes]            keep f/lanes of each lane
+    ffn rows            [lanes, F/lanes]             keep f/lanes of each lane
     x, z rows           [G, H/G, P]                  keep h/G heads of each group, p channels of each head
     q rows              KV x [q/KV heads, a]         keep q'/KV query heads of each KV group
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 from torch import Tensor
 
-from elastic.space.pattern import LayerKind
+from elastic.space.axes import AXES, LANES, Axis
+from elastic.space.layers import DIMS, DimKind, Direction, parameter_dims, split_parameter_name
 from elastic.space.shape import ModelShape
 
 
@@ -35,8 +34,8 @@ class Block:
 
 
 @dataclass(frozen=True)
-class DimLayout:
-    """`outer` repeats of `blocks`, in row order."""
+class Grid:
+    """The rows of one dimension: `outer` repeats of `blocks`, in row order."""
 
     blocks: tuple[Block, ...]
     outer: int = 1
@@ -57,74 +56,12 @@ class DimLayout:
         return all(block.is_whole for block in self.blocks)
 
 
-class DimKind(StrEnum):
-    """Meaning of one dimension of a parameter."""
-
-    VOCAB = "vocab"
-    HIDDEN = "hidden"
-    FFN = "ffn"
-    IN_PROJ = "z x B C dt"
-    CONV = "x B C"
-    INNER = "mamba heads x channels"
-    MAMBA_HEAD = "mamba heads"
-    QKV = "per KV group: q.. k v"
-    CONTEXT = "attention heads x channels"
-    WHOLE = "never cut, never sharded"
-
-
-# Megatron-Core's own parameter names, after the layer prefix `decoder.layers.i.`.
-LAYER_PARAMETERS: dict[str, tuple[DimKind, ...]] = {
-    "norm.weight": (DimKind.HIDDEN,),
-    "mixer.in_proj.weight": (DimKind.IN_PROJ, DimKind.HIDDEN),
-    "mixer.conv1d_weight": (DimKind.CONV, DimKind.WHOLE, DimKind.WHOLE),
-    "mixer.conv1d_bias": (DimKind.CONV,),
-    "mixer.A_log": (DimKind.MAMBA_HEAD,),
-    "mixer.D": (DimKind.MAMBA_HEAD,),
-    "mixer.dt_bias": (DimKind.MAMBA_HEAD,),
-    "mixer.norm.weight": (DimKind.INNER,),
-    "mixer.out_proj.weight": (DimKind.HIDDEN, DimKind.INNER),
-    "input_layernorm.weight": (DimKind.HIDDEN,),
-    "self_attention.linear_qkv.weight": (DimKind.QKV, DimKind.HIDDEN),
-    "self_attention.linear_proj.weight": (DimKind.HIDDEN, DimKind.CONTEXT),
-    "pre_mlp_layernorm.weight": (DimKind.HIDDEN,),
-    "mlp.linear_fc1.weight": (DimKind.FFN, DimKind.HIDDEN),
-    "mlp.linear_fc2.weight": (DimKind.HIDDEN, DimKind.FFN),
-}
-MODEL_PARAMETERS: dict[str, tuple[DimKind, ...]] = {
-    "embedding.word_embeddings.weight": (DimKind.VOCAB, DimKind.HIDDEN),
-    "decoder.final_norm.weight": (DimKind.HIDDEN,),
-    "output_layer.weight": (DimKind.VOCAB, DimKind.HIDDEN),
-}
-LAYER_PREFIX = "decoder.layers."
-
-
-def split_parameter_name(name: str) -> tuple[int | None, str]:
-    """Split ``decoder.layers.7.mixer.D`` into (7, ``mixer.D``); a name outside the layers gives (None, name)."""
-    if not name.startswith(LAYER_PREFIX):
-        return None, name
-    index, _, rest = name[len(LAYER_PREFIX) :].partition(".")
-    return int(index), rest
-
-
-def parameter_dims(name: str) -> tuple[DimKind, ...]:
-    """Return what each dimension of a Megatron-Core parameter means; raises KeyError for an unknown name."""
-    layer_index, rest = split_parameter_name(name)
-    return MODEL_PARAMETERS[rest] if layer_index is None else LAYER_PARAMETERS[rest]
-
-
 @dataclass(frozen=True)
 class Cut:
-    """Full and kept sizes along every elastic dimension, for one layer and one tensor-parallel size.
-
-    `ffn`, `mamba_heads` and `attention_heads` are (full, kept) of that layer; unused ones may be (0, 0).
-    """
+    """Full and kept width along every axis of one layer, for one tensor-parallel size: (axis, full, kept)."""
 
     shape: ModelShape
-    hidden: int
-    head_channels: int
-    ffn: tuple[int, int] = (0, 0)
-    mamba_heads: tuple[int, int] = (0, 0)
-    attention_heads: tuple[int, int] = (0, 0)
+    widths: tuple[tuple[Axis, int, int], ...]
     lanes: int = 1
     tensor_parallel: int = 1
 
@@ -133,124 +70,101 @@ class Cut:
         cls,
         shape: ModelShape,
         layer_index: int | None,
-        kept: int,
+        kept: Mapping[Axis, int],
         *,
-        hidden: int,
-        head_channels: int,
         lanes: int = 1,
         tensor_parallel: int = 1,
     ) -> "Cut":
-        """Cut one layer of `shape` to `kept` neurons or heads; `layer_index` None: parameters outside the layers."""
-        widths = dict.fromkeys(LayerKind, (0, 0))
-        if layer_index is not None:
-            widths[shape.pattern.kinds[layer_index]] = (shape.width(layer_index), kept)
-        return cls(
-            shape=shape,
-            hidden=hidden,
-            head_channels=head_channels,
-            ffn=widths[LayerKind.MLP],
-            mamba_heads=widths[LayerKind.MAMBA],
-            attention_heads=widths[LayerKind.ATTENTION],
-            lanes=lanes,
-            tensor_parallel=tensor_parallel,
-        )
+        """Cut one layer of `shape` to the widths `kept`, an absent axis stays; None: what stands outside the layers."""
+        full = shape.layer_widths(layer_index)
+        widths = tuple((axis, width, kept.get(axis, width)) for axis, width in full.items())
+        return cls(shape, widths, lanes, tensor_parallel)
 
-    def layout(self, kind: DimKind) -> DimLayout:
-        """Return the layout of one dimension on one tensor-parallel rank."""
-        shape, tp = self.shape, self.tensor_parallel
-        groups, kv_heads = shape.mamba_groups // tp, shape.kv_heads // tp
-        full_heads, heads = (width // shape.mamba_groups for width in self.mamba_heads)
-        full_queries, queries = (width // shape.kv_heads for width in self.attention_heads)
-        channels, state, a = shape.head_channels, shape.mamba_state, shape.attention_channels
-        inner = Block((groups, full_heads, channels), (groups, heads, self.head_channels))
-        group_state = Block((groups * state,), (groups * state,))
-        dt = Block((groups, full_heads), (groups, heads))
-        query, key_or_value = Block((full_queries, a), (queries, a)), Block((a,), (a,))
-        # An FFN that is not cut needs no lanes: one run per rank.
-        lanes = tp if self.ffn[0] == self.ffn[1] else self.lanes
-        lane = Block((self.ffn[0] // lanes,), (self.ffn[1] // lanes,))
-        match kind:
-            case DimKind.HIDDEN:
-                return DimLayout((Block((shape.hidden,), (self.hidden,)),))
-            case DimKind.VOCAB:
-                return DimLayout((Block((shape.vocab // tp,), (shape.vocab // tp,)),))
-            case DimKind.FFN:
-                return DimLayout((lane,), outer=lanes // tp)
-            case DimKind.IN_PROJ:
-                return DimLayout((inner, inner, group_state, group_state, dt))
-            case DimKind.CONV:
-                return DimLayout((inner, group_state, group_state))
-            case DimKind.INNER:
-                return DimLayout((inner,))
-            case DimKind.MAMBA_HEAD:
-                return DimLayout((dt,))
-            case DimKind.QKV:
-                return DimLayout((query, key_or_value, key_or_value), outer=kv_heads)
-            case DimKind.CONTEXT:
-                return DimLayout((query,), outer=kv_heads)
-            case DimKind.WHOLE:
-                raise ValueError("a WHOLE dimension has no layout; it is passed through")
+    def grid(self, kind: DimKind) -> Grid:
+        """Return the rows of one dimension on one tensor-parallel rank."""
+        dim = DIMS[kind]
+        ranks = self.tensor_parallel if dim.sharded else 1
+        blocks = tuple(self._block(directions, ranks) for directions in dim.blocks.values())
+        if not dim.interleaved:
+            return Grid(blocks)
+        outer = blocks[0].full[0]
+        return Grid(tuple(Block(block.full[1:], block.kept[1:]) for block in blocks), outer)
+
+    def _block(self, directions: Sequence[Direction], ranks: int) -> Block:
+        full: list[int] = []
+        kept: list[int] = []
+        for direction in directions:
+            if not isinstance(direction, Axis):
+                width = limit = getattr(self.shape, direction)
+            else:
+                limit, width = next((f, k) for axis, f, k in (*self.widths, (direction, 0, 0)) if axis is direction)
+                if (name := AXES[direction].parts) is not None:
+                    parts = self._lanes(limit, width) if name == LANES else getattr(self.shape, name)
+                    full, kept = [*full, parts], [*kept, parts]
+                    limit, width = limit // parts, width // parts
+            full, kept = [*full, limit], [*kept, width]
+        if full:
+            full[0], kept[0] = full[0] // ranks, kept[0] // ranks
+        return Block(tuple(full), tuple(kept))
+
+    def _lanes(self, full: int, kept: int) -> int:
+        """Return the number of lanes; what is not cut needs none: one run per rank."""
+        return self.tensor_parallel if full == kept else self.lanes
 
 
-def parameter_layouts(name: str, shape: ModelShape) -> tuple[DimLayout | None, ...]:
-    """Return the layout of every dimension of a full parameter; None for a dimension that is never cut."""
+def parameter_grids(name: str, shape: ModelShape) -> tuple[Grid, ...]:
+    """Return the rows of every dimension of a full parameter; raises KeyError for a name the model does not have."""
     layer_index, _ = split_parameter_name(name)
-    width = 0 if layer_index is None else shape.width(layer_index)
-    cut = Cut.of_layer(shape, layer_index, width, hidden=shape.hidden, head_channels=shape.head_channels)
-    return tuple(None if kind is DimKind.WHOLE else cut.layout(kind) for kind in parameter_dims(name))
+    cut = Cut.of_layer(shape, layer_index, {})
+    return tuple(cut.grid(kind) for kind in parameter_dims(name))
 
 
 def parameter_size(name: str, shape: ModelShape) -> tuple[int, ...]:
     """Return the full size of one parameter; raises KeyError for a name the model does not have."""
-    whole = iter((1, shape.conv_kernel))  # the depthwise convolution's weight is [channels, 1, taps]
-    return tuple(next(whole) if layout is None else layout.full_size for layout in parameter_layouts(name, shape))
+    return tuple(grid.full_size for grid in parameter_grids(name, shape))
 
 
-def take(tensor: Tensor, dim: int, layout: DimLayout) -> Tensor:
-    """Keep the nested part of one dimension; differentiable, a view where the layout allows it.
+def take(tensor: Tensor, dim: int, grid: Grid) -> Tensor:
+    """Keep the nested part of one dimension; differentiable, a view where the grid allows it.
 
-    Raises ValueError if the dimension does not have `layout.full_size` rows.
+    Raises ValueError if the dimension does not have `grid.full_size` rows.
     """
-    if tensor.shape[dim] != layout.full_size:
-        raise ValueError(f"dimension {dim} has {tensor.shape[dim]} rows, the layout expects {layout.full_size}")
-    if layout.is_whole:
+    if tensor.shape[dim] != grid.full_size:
+        raise ValueError(f"dimension {dim} has {tensor.shape[dim]} rows, the nested layout expects {grid.full_size}")
+    if grid.is_whole:
         return tensor
-    if layout.outer == 1 and len(layout.blocks) == 1 and len(layout.blocks[0].full) == 1:
-        return tensor.narrow(dim, 0, layout.blocks[0].kept[0])
+    if grid.outer == 1 and len(grid.blocks) == 1 and len(grid.blocks[0].full) == 1:
+        return tensor.narrow(dim, 0, grid.blocks[0].kept[0])
     before, after = tensor.shape[:dim], tensor.shape[dim + 1 :]
-    rows = tensor.reshape(*before, layout.outer, -1, *after)
-    sizes = [math.prod(block.full) for block in layout.blocks]
-    grids = []
-    for block, part in zip(layout.blocks, rows.split(sizes, dim=dim + 1), strict=True):
-        grid = part.reshape(*before, layout.outer, *block.full, *after)
+    rows = tensor.reshape(*before, grid.outer, -1, *after)
+    sizes = [math.prod(block.full) for block in grid.blocks]
+    cuts = []
+    for block, part in zip(grid.blocks, rows.split(sizes, dim=dim + 1), strict=True):
+        cut = part.reshape(*before, grid.outer, *block.full, *after)
         for direction, kept in enumerate(block.kept):
-            grid = grid.narrow(dim + 1 + direction, 0, kept)
-        grids.append(grid)
-    if len(grids) == 1:
-        return grids[0].reshape(*before, -1, *after)
+            cut = cut.narrow(dim + 1 + direction, 0, kept)
+        cuts.append(cut)
+    if len(cuts) == 1:
+        return cuts[0].reshape(*before, -1, *after)
     if torch.is_grad_enabled():
-        parts = [grid.reshape(*before, layout.outer, -1, *after) for grid in grids]
+        parts = [cut.reshape(*before, grid.outer, -1, *after) for cut in cuts]
         return torch.cat(parts, dim=dim + 1).reshape(*before, -1, *after)
     # The same without the parts: where nothing is differentiated, memory holds one copy of what is kept.
-    kept_rows = [math.prod(block.kept) for block in layout.blocks]
-    joined = tensor.new_empty(*before, layout.outer, sum(kept_rows), *after)
-    for block, grid, room in zip(layout.blocks, grids, joined.split(kept_rows, dim=dim + 1), strict=True):
-        room.unflatten(dim + 1, block.kept).copy_(grid)
+    kept_rows = [math.prod(block.kept) for block in grid.blocks]
+    joined = tensor.new_empty(*before, grid.outer, sum(kept_rows), *after)
+    for block, cut, room in zip(grid.blocks, cuts, joined.split(kept_rows, dim=dim + 1), strict=True):
+        room.unflatten(dim + 1, block.kept).copy_(cut)
     return joined.reshape(*before, -1, *after)
 
 
-def kept_indices(layout: DimLayout) -> Tensor:
+def kept_indices(grid: Grid) -> Tensor:
     """Return the kept row numbers of one dimension, ascending within each block, int64."""
-    return take(torch.arange(layout.full_size), 0, layout)
+    return take(torch.arange(grid.full_size), 0, grid)
 
 
-def mask_table(choices: Sequence[int], repeats: int, length: int) -> Tensor:
-    """Build 0/1 masks [K, repeats * length]: choice k keeps the first choices[k] / repeats of every repeat, fp32.
-
-    `repeats` is the number of lanes, groups or KV groups on this rank times nothing else; `choices` are given
-    for those repeats together.
-    """
-    table = torch.zeros(len(choices), repeats, length)
+def mask_table(choices: Sequence[int], parts: int, width: int) -> Tensor:
+    """Build 0/1 masks [K, width], fp32: row k keeps the first choices[k] / parts of each of the `parts`."""
+    table = torch.zeros(len(choices), parts, width // parts)
     for row, choice in enumerate(choices):
-        table[row, :, : choice // repeats] = 1.0
-    return table.reshape(len(choices), repeats * length)
+        table[row, :, : choice // parts] = 1.0
+    return table.reshape(len(choices), width)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from elastic.space.axes import KIND_OF_AXIS, Axis, AxisChoices, Space
+from elastic.space.axes import AXES, Axis
 from elastic.space.budget import Budget
-from elastic.space.cost import Cost, Deployment, cost, subnet_cost
-from elastic.space.expected import expected_widths
+from elastic.space.cost import Cost, Deployment, Widths, cost, subnet_cost
+from elastic.space.space import AxisChoices, Space
 from elastic.space.subnet import Subnet
 
 TOLERANCE = 0.01  # of the target; ours, as near as a budget should be met
@@ -83,7 +83,7 @@ def _ratios(space: Space, axes: tuple[Axis, ...], candidates: Tensor, budget: Bu
     for column, axis in enumerate(axes):
         one_hot = torch.nn.functional.one_hot(candidates[:, column], len(space.axes[axis].choices))
         chosen[axis] = one_hot.unsqueeze(-2)  # [C, 1 slot, K]
-    used = cost(space.parent, expected_widths(homogeneous, chosen), deployment)[budget.metric]
+    used = cost(space.parent, Widths.expected(homogeneous, chosen), deployment)[budget.metric]
     # A metric that no elastic axis touches is a plain number.
     return torch.as_tensor(used, dtype=torch.float64).expand(len(candidates)) / budget.limit
 
@@ -120,7 +120,7 @@ def _mixed(
     for axis in axes:
         if not space.axes[axis].per_layer or slots[axis][0] + 1 == len(space.axes[axis].choices):
             continue
-        layers = space.parent.pattern.layers_of(KIND_OF_AXIS[axis])
+        layers = [index for index, kind in enumerate(space.parent.pattern.kinds) if kind is AXES[axis].kind]
         running = [ordinal for ordinal, layer_index in enumerate(layers) if layer_index in kept]
         for _, ordinal in sorted((number * _GOLDEN_RATIO % 1.0, ordinal) for number, ordinal in enumerate(running)):
             slots[axis][ordinal] += 1

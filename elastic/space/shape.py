@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from elastic.space.axes import AXES, INNER_AXIS, LANES, Axis
 from elastic.space.pattern import LayerKind, LayerPattern
 
 
@@ -47,36 +48,42 @@ class ModelShape:
 
     def __post_init__(self) -> None:
         problems = []
-        for kind, name in WIDTH_FIELD.items():
-            count, widths = len(self.pattern.layers_of(kind)), getattr(self, name)
-            if len(widths) != count:
-                problems.append(f"{name} has {len(widths)} widths for {count} {kind.name} layers")
+        for entry in AXES.values():
+            if entry.own and entry.kind is not None:
+                count, widths = len(self.pattern.layers_of(entry.kind)), getattr(self, entry.size)
+                if len(widths) != count:
+                    problems.append(f"{entry.size} has {len(widths)} widths for {count} {entry.kind.name} layers")
         for field in fields(self):
             value = getattr(self, field.name)
             widths = value if isinstance(value, tuple) else (value,)
             if any(type(width) is int and width < 1 for width in widths):
                 problems.append(f"{field.name} = {value}: sizes must be at least 1")
-        for width in set(self.mamba_heads):
-            if self.mamba_groups > 0 and width % self.mamba_groups:
-                problems.append(f"mamba_heads = {width} is not a multiple of mamba_groups = {self.mamba_groups}")
-        for width in set(self.attention_heads):
-            if self.kv_heads > 0 and width % self.kv_heads:
-                problems.append(f"attention_heads = {width} is not a multiple of kv_heads = {self.kv_heads}")
+        for entry in AXES.values():
+            if entry.parts is not None and entry.parts != LANES and (parts := getattr(self, entry.parts)) > 0:
+                for width in {width for width in getattr(self, entry.size) if width % parts}:
+                    problems.append(f"{entry.size} = {width} is not a multiple of {entry.parts} = {parts}")
         if problems:
             raise ShapeError("model shape: " + "; ".join(problems))
 
     def width(self, layer_index: int) -> int:
         """Return the inner width of one layer: Mamba heads, FFN neurons or query heads, by its kind."""
-        kind = self.pattern.kinds[layer_index]
-        return getattr(self, WIDTH_FIELD[kind])[self.pattern.ordinal(layer_index)]
+        return self.layer_widths(layer_index)[INNER_AXIS[self.pattern.kinds[layer_index]]]
+
+    def layer_widths(self, layer_index: int | None) -> dict[Axis, int]:
+        """Return the width along every axis that one layer has; None: outside the layers."""
+        return layer_widths(self, self.pattern, layer_index)
 
     def with_vocab(self, vocab: int) -> "ModelShape":
         """Return the same shape over another vocabulary size."""
         return replace(self, vocab=vocab)
 
 
-WIDTH_FIELD = {
-    LayerKind.MAMBA: "mamba_heads",
-    LayerKind.MLP: "ffn",
-    LayerKind.ATTENTION: "attention_heads",
-}
+def layer_widths(sizes: object, pattern: LayerPattern, layer_index: int | None) -> dict[Axis, int]:
+    """Read one layer's width along every axis that it has from `sizes`, whose fields are named as in AXES."""
+    kind = None if layer_index is None else pattern.kinds[layer_index]
+    ordinal = 0 if layer_index is None else pattern.ordinal(layer_index)
+    return {
+        axis: getattr(sizes, entry.size)[ordinal] if entry.own else getattr(sizes, entry.size)
+        for axis, entry in AXES.items()
+        if entry.kind is None or entry.kind is kind
+    }

@@ -1,9 +1,10 @@
 """A subnet: one width per axis and layer, and the layers that are kept."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from elastic.space.pattern import LayerKind
-from elastic.space.shape import WIDTH_FIELD, ModelShape
+from elastic.space.axes import AXES, INNER_AXIS, Axis
+from elastic.space.shape import ModelShape, layer_widths
 
 
 class SubnetError(ValueError):
@@ -28,53 +29,45 @@ class Subnet:
     @classmethod
     def full(cls, parent: ModelShape) -> "Subnet":
         """Return the subnet that is the whole parent."""
-        return cls(
-            hidden=parent.hidden,
-            ffn=parent.ffn,
-            mamba_heads=parent.mamba_heads,
-            head_channels=parent.head_channels,
-            attention_heads=parent.attention_heads,
-            kept_layers=tuple(range(len(parent.pattern))),
-        )
+        sizes: dict[str, Any] = {entry.size: getattr(parent, entry.size) for entry in AXES.values()}
+        return cls(**sizes, kept_layers=tuple(range(len(parent.pattern))))
 
     def shape(self, parent: ModelShape) -> ModelShape:
         """Return the shape of the submodel cut from `parent`; raises SubnetError if it does not fit inside."""
         self._check(parent)
-        kept: dict[str, tuple[int, ...]] = {}
-        for kind, name in WIDTH_FIELD.items():
-            layers = parent.pattern.layers_of(kind)
-            widths = zip(layers, getattr(self, name), strict=True)
-            kept[name] = tuple(width for layer_index, width in widths if layer_index in self.kept_layers)
-        return ModelShape(
-            pattern=parent.pattern.select(self.kept_layers),
-            vocab=parent.vocab,
-            hidden=self.hidden,
-            head_channels=self.head_channels,
-            mamba_groups=parent.mamba_groups,
-            mamba_state=parent.mamba_state,
-            conv_kernel=parent.conv_kernel,
-            kv_heads=parent.kv_heads,
-            attention_channels=parent.attention_channels,
-            tied_embeddings=parent.tied_embeddings,
-            norm_epsilon=parent.norm_epsilon,
-            **kept,
-        )
+        sizes: dict[str, Any] = {}
+        for entry in AXES.values():
+            chosen = getattr(self, entry.size)
+            if entry.own and entry.kind is not None:
+                layers = zip(parent.pattern.layers_of(entry.kind), chosen, strict=True)
+                chosen = tuple(width for layer_index, width in layers if layer_index in self.kept_layers)
+            sizes[entry.size] = chosen
+        return replace(parent, pattern=parent.pattern.select(self.kept_layers), **sizes)
 
     def width(self, parent: ModelShape, layer_index: int) -> int:
         """Return the inner width chosen for one parent layer: Mamba heads, FFN neurons or query heads."""
-        name = WIDTH_FIELD[parent.pattern.kinds[layer_index]]
-        return getattr(self, name)[parent.pattern.ordinal(layer_index)]
+        return self.layer_widths(parent, layer_index)[INNER_AXIS[parent.pattern.kinds[layer_index]]]
+
+    def layer_widths(self, parent: ModelShape, layer_index: int | None) -> dict[Axis, int]:
+        """Return the width chosen along every axis that one parent layer has; None: outside the layers."""
+        return layer_widths(self, parent.pattern, layer_index)
+
+    def axis_widths(self, axis: Axis) -> tuple[int, ...]:
+        """Return what is chosen on one axis: one width, one per layer of its kind, or the number of kept layers."""
+        if axis is Axis.DEPTH:
+            return (len(self.kept_layers),)
+        chosen = getattr(self, AXES[axis].size)
+        return tuple(chosen) if AXES[axis].own else (chosen,)
 
     def _check(self, parent: ModelShape) -> None:
         problems = []
-        for name in ("hidden", "head_channels"):
-            if not 0 < getattr(self, name) <= getattr(parent, name):
-                problems.append(f"{name} = {getattr(self, name)} is not within 1..{getattr(parent, name)}")
-        for kind, name in WIDTH_FIELD.items():
-            chosen, full = getattr(self, name), getattr(parent, name)
-            if len(chosen) != len(full):
-                problems.append(f"{name} has {len(chosen)} widths, the parent has {len(full)} {kind.name} layers")
-            elif any(not 0 < width <= limit for width, limit in zip(chosen, full, strict=True)):
+        for entry in AXES.values():
+            chosen, full, name = getattr(self, entry.size), getattr(parent, entry.size), entry.size
+            if not entry.own and not 0 < chosen <= full:
+                problems.append(f"{name} = {chosen} is not within 1..{full}")
+            elif entry.own and entry.kind is not None and len(chosen) != len(full):
+                problems.append(f"{name} has {len(chosen)} widths, the parent has {len(full)} {entry.kind.name} layers")
+            elif entry.own and any(not 0 < width <= limit for width, limit in zip(chosen, full, strict=True)):
                 problems.append(f"{name} = {chosen} is not within the parent's {full}")
         ascending = tuple(sorted(set(self.kept_layers)))
         if not ascending or self.kept_layers != ascending or ascending[-1] >= len(parent.pattern) or ascending[0] < 0:
@@ -83,8 +76,3 @@ class Subnet:
             )
         if problems:
             raise SubnetError("subnet: " + "; ".join(problems))
-
-
-def heterogeneous_layers(subnet: Subnet, parent: ModelShape, kind: LayerKind) -> tuple[int, ...]:
-    """Return the chosen widths of the kept layers of one kind, in layer order."""
-    return tuple(subnet.width(parent, index) for index in parent.pattern.layers_of(kind) if index in subnet.kept_layers)

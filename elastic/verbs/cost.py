@@ -11,14 +11,13 @@ from elastic.checkpoint.find import resolve_checkpoint
 from elastic.checkpoint.record import Record, check_same_shape
 from elastic.config.training import CostConfig
 from elastic.hf.config import ExportError, export_warnings
-from elastic.space.axes import Space
+from elastic.space.axes import AXES, INNER_AXIS
 from elastic.space.budget import Budget
-from elastic.space.cost import Cost, Deployment, Metric, cost, subnet_cost
-from elastic.space.expected import expected_widths
-from elastic.space.pattern import LayerKind
+from elastic.space.cost import Cost, Deployment, Metric, Widths, cost, subnet_cost
 from elastic.space.reach import TOLERANCE, Sample, sample_subnet, smallest_subnet
 from elastic.space.shape import ModelShape
-from elastic.space.subnet import Subnet, heterogeneous_layers
+from elastic.space.space import Space
+from elastic.space.subnet import Subnet
 from elastic.verbs.evaluate import subnet_summary
 from elastic.verbs.report_file import check_output, write_output
 
@@ -69,7 +68,7 @@ def start_cost(space: Space, deployment: Deployment) -> Cost:
     for axis in space.elastic_axes():
         choices = len(space.axes[axis].choices)
         chances[axis] = torch.full((space.num_slots(axis), choices), 1.0 / choices, dtype=torch.float64)
-    return cost(space.parent, expected_widths(space, chances), deployment)
+    return cost(space.parent, Widths.expected(space, chances), deployment)
 
 
 def cost_values(used: Cost) -> dict[str, int | float]:
@@ -85,6 +84,7 @@ def budget_row(budget: Budget, sample: Sample, space: Space) -> dict[str, Any]:
     for ranks in TENSOR_PARALLEL:
         if warnings := kernel_warnings(shape, ranks):
             unclean[ranks] = warnings
+    kept = sample.subnet.shape(space.parent)
     return {
         "name": budget.name,
         "metric": str(budget.metric),
@@ -93,7 +93,7 @@ def budget_row(budget: Budget, sample: Sample, space: Space) -> dict[str, Any]:
         "is_near": sample.is_near,
         **cost_values(sample.cost),
         "subnet": subnet_summary(sample.subnet),
-        "kept": {str(kind.name): list(heterogeneous_layers(sample.subnet, space.parent, kind)) for kind in LayerKind},
+        "kept": {kind.name: list(getattr(kept, AXES[axis].size)) for kind, axis in INNER_AXIS.items()},
         "kernel_warnings": unclean,
     }
 

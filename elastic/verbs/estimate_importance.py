@@ -23,7 +23,7 @@ from elastic.rank.depth import DepthScores, rank_layers
 from elastic.rank.importance import Scores, collect_scores, default_top_channels, make_ranking
 from elastic.rank.permutation import Ranking, permute_parameter, save_ranking
 from elastic.run.folder import open_run_folder
-from elastic.space.axes import Space
+from elastic.space.space import Space
 from elastic.world.groups import World, model_layout, world
 
 RANKING_FILE = "ranking.safetensors"

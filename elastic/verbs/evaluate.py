@@ -12,9 +12,10 @@ from elastic.config.sections import DistillConfig
 from elastic.config.serving import EvaluateConfig
 from elastic.data.stream import HeldOut, TokenStream, source_labels
 from elastic.run.folder import open_run_folder
-from elastic.space.axes import Axis, Space
+from elastic.space.axes import Axis
 from elastic.space.cost import subnet_cost
 from elastic.space.gates import Gates
+from elastic.space.space import Space
 from elastic.space.subnet import Subnet
 from elastic.train.evaluation import HeldOutLoss, evaluate_subnets
 from elastic.train.pipeline import PipelineRunner
@@ -59,21 +60,13 @@ def member_gates(subnet: Subnet, space: Space, execution: str, device: torch.dev
 
 def one_hot_weights(subnet: Subnet, space: Space) -> dict[Axis, torch.Tensor]:
     """Return exact one-hot weights [slots, K] of a subnet of this space; raises FamilyError for one outside it."""
-    per_axis = {
-        Axis.HIDDEN: (subnet.hidden,),
-        Axis.FFN: subnet.ffn,
-        Axis.MAMBA_HEAD: subnet.mamba_heads,
-        Axis.MAMBA_CHANNEL: (subnet.head_channels,),
-        Axis.ATTENTION_HEAD: subnet.attention_heads,
-        Axis.DEPTH: (len(subnet.kept_layers),),
-    }
     weights, chosen = {}, {}
     for axis in space.elastic_axes():
-        choices, widths = space.axes[axis].choices, per_axis[axis][: space.num_slots(axis)]
-        foreign = [width for width in per_axis[axis] if width not in choices]
+        choices, widths = space.axes[axis].choices, subnet.axis_widths(axis)
+        foreign = [width for width in widths if width not in choices]
         if foreign:
             raise FamilyError(f"execution = mask: {axis} width {foreign[0]} is not among the choices {list(choices)}")
-        chosen[axis] = tuple(choices.index(width) for width in widths)
+        chosen[axis] = tuple(choices.index(width) for width in widths[: space.num_slots(axis)])
         weights[axis] = torch.nn.functional.one_hot(torch.tensor(chosen[axis]), len(choices)).float()
     masked = space.subnet(chosen)
     if masked.kept_layers != subnet.kept_layers or masked.shape(space.parent) != subnet.shape(space.parent):

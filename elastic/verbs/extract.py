@@ -20,8 +20,9 @@ from elastic.hf.dtypes import DtypeRule, kind_of_tensor
 from elastic.hf.export import ExportOptions, ExportReport, export_folder
 from elastic.hf.names import hf_names
 from elastic.hf.tokenizer_files import find_tokenizer
-from elastic.rank.slicing import parameter_names, parent_parameter, submodel_source
+from elastic.rank.slicing import parent_parameter, submodel_source
 from elastic.run.folder import prepare_run_folder
+from elastic.space.layers import parameter_names
 from elastic.verbs.evaluate import subnet_summary
 from elastic.verbs.export_check import choose_check
 from elastic.verbs.family import Member, OpenFamily, open_configured

@@ -12,9 +12,9 @@ from elastic.config.serving import MembersConfig, SubnetConfig
 from elastic.model.model import ElasticModel, Layout, build_model
 from elastic.router.draw import decide
 from elastic.router.router import Router
-from elastic.space.axes import Space
 from elastic.space.budget import Budget
 from elastic.space.cost import Deployment
+from elastic.space.space import Space
 from elastic.space.subnet import Subnet
 from elastic.world.groups import World
 

@@ -116,7 +116,7 @@ def open_served(config: GenerateConfig, here: World, console: Console) -> Served
     path = tokenizer_path(config, own)
     assert path is not None, "generate_files lets nothing without a tokenizer through"
     tokenizer = load_tokenizer(Path(path), parse_special_tokens=True)
-    whole = Subnet.full(model.decoder.resolver.space.parent)
+    whole = Subnet.full(model.decoder.masks.space.parent)
     ends = settings.end_tokens() or frozenset((tokenizer.eos_id,))
     return Served(source, model.eval(), {WHOLE: whole, **named}, tokenizer, ends)
 

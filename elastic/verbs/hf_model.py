@@ -9,7 +9,7 @@ from elastic.hf.names import from_hf
 from elastic.model.initialize import named_global_parameters
 from elastic.model.model import ElasticModel, Layout, build_model
 from elastic.model.sharding import shard_tensor
-from elastic.space.axes import Space
+from elastic.space.space import Space
 
 
 @torch.no_grad()

@@ -14,8 +14,8 @@ from elastic.hf.carried import Carried, write_carried
 from elastic.hf.folder import CONFIG_FILE, GENERATION_FILE, HfFolder, open_hf_folder
 from elastic.hf.names import HF_HEAD, check_tied_head, hf_names, megatron_source
 from elastic.hf.tensor_index import INDEX_FILE
-from elastic.rank.slicing import parameter_names
 from elastic.run.folder import RunFolderError, prepare_run_folder
+from elastic.space.layers import parameter_names
 from elastic.verbs.progress import transfer_progress
 from elastic.world.files import check_free_space
 from elastic.world.rank_0 import decided_by_rank_0

@@ -13,9 +13,10 @@ from elastic.config.load import NOT_GIVEN, Problem, load_with_problems
 from elastic.config.sections import ModelConfig, ParallelConfig
 from elastic.config.training import CostConfig, ElasticRunConfig
 from elastic.hf.config import export_warnings
-from elastic.space.axes import Axis, AxisChoices, Space
+from elastic.space.axes import AXES, INNER_AXIS, Axis
 from elastic.space.pattern import LayerKind
-from elastic.space.shape import WIDTH_FIELD, ModelShape, ShapeError
+from elastic.space.shape import ModelShape, ShapeError
+from elastic.space.space import AxisChoices, Space
 
 DEFAULT_LANES = 8
 # A choice may lie this share of the full width beside what was asked for, if kernels like it better there. Ours.
@@ -68,7 +69,8 @@ def fill_from_parent(
 def model_values(shape: ModelShape) -> dict[str, Any]:
     """Return section `model` of a parent; raises ShapeError where layers of one kind differ in width."""
     values = {name: getattr(shape, name) for name in ModelConfig.__dataclass_fields__ if hasattr(shape, name)}
-    for kind, name in WIDTH_FIELD.items():
+    for kind, axis in INNER_AXIS.items():
+        name = AXES[axis].size
         if len(set(values[name])) > 1:
             raise ShapeError(f"{kind.name} layers differ in {name}, {sorted(set(values[name]))}: it is a submodel")
         # A kind without layers has no width; one that fits its groups satisfies every rule.
@@ -87,7 +89,7 @@ def model_problems(model: ModelConfig, record: Record, path: str) -> Iterator[Pr
         return
     for name, there in known.items():
         here = getattr(model, name)
-        if name in WIDTH_FIELD.values() and not getattr(record.shape, name):
+        if name in {AXES[axis].size for axis in INNER_AXIS.values()} and not getattr(record.shape, name):
             continue  # a width of no layer
         same = str(here).replace("|", "") == there if name == "pattern" else here in (there, None)
         if not same:
@@ -104,7 +106,7 @@ def choices_by_share(
     ranks), and of those within ROOM the ones that kernels serve best. Layers of a depth are just counted. `heads`:
     Mamba heads that channels will be combined with.
     """
-    full, multiple = space.full_width(axis), space.multiple(axis)
+    full, multiple = space.full_width(axis), space.parts(axis)
     if axis is Axis.MAMBA_HEAD and parallel.context > 1:
         multiple = math.lcm(multiple, parallel.tensor * parallel.context)
     legal = [width for width in range(multiple, full + 1, multiple)] or [full]

@@ -20,8 +20,8 @@ from elastic.router.phases import Curriculum
 from elastic.router.router import Router
 from elastic.run.folder import FINISHED_FILE, write_finished
 from elastic.run.resume import RunStart, load_run_state, open_training_run
-from elastic.space.axes import Space
 from elastic.space.budget import Budget
+from elastic.space.space import Space
 from elastic.train.callbacks import Validate
 from elastic.train.log import LogSteps, RunLog, ScalarWriter, WandbWriter
 from elastic.train.nonfinite import SkippedSteps

@@ -11,9 +11,10 @@ from elastic.data.stream import Batch
 from elastic.model.initialize import named_global_parameters
 from elastic.model.model import Layout, build_model
 from elastic.model.sharding import unshard_tensors
-from elastic.space.axes import Axis, AxisChoices, Space
+from elastic.space.axes import Axis
 from elastic.space.gates import Gates
 from elastic.space.shape import ModelShape
+from elastic.space.space import AxisChoices, Space
 from elastic.train.gate_gradients import sum_gate_gradients
 from elastic.train.optimizer import build_optimizer, gradient_norm, wrap_for_training
 from elastic.train.pipeline import PipelineRunner

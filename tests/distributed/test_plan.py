@@ -17,9 +17,10 @@ from elastic.plan.rehearsal import comparison, rehearse
 from elastic.plan.search import candidate
 from elastic.plan.work import KernelSet, MicroBatchWork
 from elastic.router.phases import ElasticPhase
-from elastic.space.axes import Axis, AxisChoices, Space
+from elastic.space.axes import Axis
 from elastic.space.gates import Execution
 from elastic.space.shape import ModelShape
+from elastic.space.space import AxisChoices, Space
 from elastic.world.groups import world
 from tests.distributed.harness import run_distributed
 from tests.unit.plan.test_plan import values

@@ -12,9 +12,11 @@ from elastic.model.cpu_backend import use_cpu_backend
 from elastic.model.initialize import named_global_parameters
 from elastic.model.model import ElasticModel, Layout
 from elastic.rank.slicing import submodel_tensors
-from elastic.space.axes import Axis, AxisChoices, Space
+from elastic.space.axes import Axis
 from elastic.space.gates import Gates
-from elastic.space.nesting import Cut, DimKind, parameter_size, take
+from elastic.space.layers import DimKind
+from elastic.space.nesting import Cut, parameter_size, take
+from elastic.space.space import AxisChoices, Space
 from elastic.space.subnet import Subnet
 from tests.distributed.harness import run_distributed
 from tests.parity.model_factory import (
@@ -58,13 +60,13 @@ def _element_numbers(name: str) -> Tensor:
 
 def _used_weights(model: ElasticModel, subnet: Subnet) -> dict[str, Tensor]:
     """Collect what the layers of this rank compute with under a subnet, through their own cutting code."""
-    stream = model.decoder.resolver.resolve(Gates.slice(subnet))
+    layers = model.decoder.masks.layers(Gates.slice(subnet))
     used = {
-        "embedding.word_embeddings.weight": model.embedding.word_embeddings.weight[:, : stream.width],
-        "decoder.final_norm.weight": model.decoder.final_norm.weight[: stream.width],
+        "embedding.word_embeddings.weight": model.embedding.word_embeddings.weight[:, : subnet.hidden],
+        "decoder.final_norm.weight": model.decoder.final_norm.weight[: subnet.hidden],
         "output_layer.weight": model.head_weight(Gates.slice(subnet)),
     }
-    for index, (layer, gate) in enumerate(zip(model.decoder.layers, stream.layers, strict=True)):
+    for index, (layer, gate) in enumerate(zip(model.decoder.layers, layers, strict=True)):
         if not gate.skipped:
             own = _layer_weights(layer, str(SPACE.parent.pattern)[index], gate.cut)
             used |= {f"decoder.layers.{index}.{name}": tensor for name, tensor in own.items()}
@@ -73,7 +75,7 @@ def _used_weights(model: ElasticModel, subnet: Subnet) -> dict[str, Tensor]:
 
 def _layer_weights(layer: torch.nn.Module, kind: str, cut: Cut) -> Mapping[str, Tensor]:
     norm = {"M": "norm", "*": "input_layernorm", "-": "pre_mlp_layernorm"}[kind]
-    used = {f"{norm}.weight": layer.get_submodule(norm).weight[: cut.hidden]}
+    used = {f"{norm}.weight": layer.get_submodule(norm).weight[: cut.grid(DimKind.HIDDEN).kept_size]}
     linears = {
         "M": ("mixer.in_proj", "mixer.out_proj"),
         "*": ("self_attention.linear_qkv", "self_attention.linear_proj"),
@@ -88,7 +90,7 @@ def _layer_weights(layer: torch.nn.Module, kind: str, cut: Cut) -> Mapping[str, 
             "mixer.A_log": cp.get_A_log(),
             "mixer.D": cp.get_D(),
             "mixer.dt_bias": cp.get_dt_bias(),
-            "mixer.norm.weight": take(layer.mixer.norm.weight, 0, cut.layout(DimKind.INNER)),
+            "mixer.norm.weight": take(layer.mixer.norm.weight, 0, cut.grid(DimKind.INNER)),
         }
     return used
 

@@ -23,7 +23,7 @@ from elastic.checkpoint.stream import JOURNAL, UnfinishedError, save_streamed, s
 from elastic.model.initialize import named_global_parameters
 from elastic.model.model import Layout, build_model
 from elastic.model.sharding import shard_tensor
-from elastic.rank.slicing import parameter_names
+from elastic.space.layers import parameter_names
 from elastic.space.shape import ModelShape
 from elastic.world.groups import join_world
 from tests.distributed.harness import run_distributed

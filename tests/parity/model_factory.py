@@ -23,10 +23,11 @@ from elastic.model.segments import pipeline_pattern
 from elastic.model.sharding import shard_tensor
 from elastic.model.specs import Kernels, plain_stack_spec
 from elastic.model.state_space import TorchStateSpace
-from elastic.space.axes import Axis, AxisChoices, Space
+from elastic.space.axes import Axis
 from elastic.space.gates import Gates
 from elastic.space.nesting import parameter_size
 from elastic.space.shape import ModelShape
+from elastic.space.space import AxisChoices, Space
 
 Choice = Mapping[Axis, tuple[int, ...]]
 A, C = Axis, AxisChoices

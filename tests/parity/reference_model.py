@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from elastic.space.axes import Axis, Space
+from elastic.space.axes import Axis
+from elastic.space.space import Space
 
 Weights = Mapping[Axis, Tensor]
 Keeps = Callable[[int, int], bool]

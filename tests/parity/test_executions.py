@@ -60,7 +60,7 @@ def _subnet(name: str, index: int) -> Subnet:
 
 
 def _run(model: ElasticModel, gates: Gates) -> Outcome:
-    tokens = tokens_for(model.decoder.resolver.space.parent)
+    tokens = tokens_for(model.decoder.masks.space.parent)
     return outcome_of(logits_of(model, tokens, gates), dict(model.named_parameters()))
 
 

@@ -20,7 +20,7 @@ from elastic.hf.export import ExportOptions, export_folder
 from elastic.model.initialize import named_global_parameters
 from elastic.model.model import ElasticModel, Layout
 from elastic.rank.slicing import submodel_source
-from elastic.space.axes import Space
+from elastic.space.space import Space
 from elastic.space.subnet import Subnet
 from elastic.verbs.hf_model import load_hf_model
 from tests.parity.model_factory import SPACES, build_lively, one_process, smallest_choice
@@ -126,7 +126,7 @@ def test_a_tied_head_and_one_group(tmp_path: Path) -> None:
 def test_an_exported_folder_answers_from_the_same_engine(name: str, served: Served) -> None:
     """Its narrower FFN layers are padded with zeros, so it is another shape and the same function."""
     model = load_hf_model(served.folders[name], Layout())
-    whole = Subnet.full(model.decoder.resolver.space.parent)
+    whole = Subnet.full(model.decoder.masks.space.parent)
     for prompt in PROMPTS:
         ours = generate(model, whole, prompt, GREEDY, Limits(NEW_TOKENS))
         assert ours.tokens == written(served, served.subnets[name], prompt).tokens

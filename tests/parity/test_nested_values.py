@@ -7,9 +7,10 @@ from torch import Tensor
 from elastic.hf.config import ExportError, export_shape
 from elastic.hf.names import to_hf
 from elastic.hf.nested_values import NestedValueError, check_values, nested_origins
-from elastic.rank.slicing import parameter_names, submodel_source
-from elastic.space.axes import Space
+from elastic.rank.slicing import submodel_source
+from elastic.space.layers import parameter_names
 from elastic.space.nesting import parameter_size
+from elastic.space.space import Space
 from elastic.space.subnet import Subnet
 from tests.parity.model_factory import SPACES, choices_to_test
 

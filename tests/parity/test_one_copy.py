@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from elastic.generate.decoder import Decoder
 from elastic.generate.sampling import Sampling
 from elastic.generate.text import Limits, generate
-from elastic.space.axes import Space
+from elastic.space.space import Space
 from elastic.space.subnet import Subnet
 from tests.parity.model_factory import A, C, build_lively, one_process, shape_of, smallest_choice
 

@@ -26,7 +26,7 @@ def model() -> Iterator[ElasticModel]:
 
 
 def test_pitfall_26_unknown_keywords_and_packed_sequences_are_refused(model: ElasticModel) -> None:
-    tokens = tokens_for(model.decoder.resolver.space.parent)
+    tokens = tokens_for(model.decoder.masks.space.parent)
     for keyword in ("packed_seq_params", "attention_mask", "labels", "anything"):
         with pytest.raises(TypeError, match=keyword):
             model(tokens, None, **{keyword: None})
@@ -38,7 +38,7 @@ def test_pitfall_26_unknown_keywords_and_packed_sequences_are_refused(model: Ela
 
 
 def test_pitfall_26_sequences_of_a_batch_do_not_see_each_other(model: ElasticModel) -> None:
-    tokens = tokens_for(model.decoder.resolver.space.parent)
+    tokens = tokens_for(model.decoder.masks.space.parent)
     together = logits_of(model, tokens, None)
     for row in range(tokens.shape[0]):
         assert relative_error(together[row : row + 1], logits_of(model, tokens[row : row + 1], None)) <= 1e-6
@@ -46,7 +46,7 @@ def test_pitfall_26_sequences_of_a_batch_do_not_see_each_other(model: ElasticMod
 
 def test_model_is_causal(model: ElasticModel) -> None:
     """Changing the last token moves no earlier logit, gated or not."""
-    space = model.decoder.resolver.space
+    space = model.decoder.masks.space
     tokens = tokens_for(space.parent)
     changed = tokens.clone()
     changed[:, -1] = (changed[:, -1] + 1) % space.parent.vocab

@@ -12,7 +12,7 @@ from elastic.config.sections import DistillConfig, OptimConfig
 from elastic.data.stream import Batch
 from elastic.model.cpu_backend import ADAPTATIONS, use_cpu_backend
 from elastic.model.model import Layout
-from elastic.space.axes import Space
+from elastic.space.space import Space
 from elastic.train.optimizer import build_optimizer, wrap_for_training
 from elastic.train.pipeline import PipelineRunner
 from elastic.world.groups import World

@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from elastic.model.gate import GateResolver, GatesError, LayerGate, StreamGates, WidthGate, residual
-from elastic.space.axes import Axis, AxisChoices, Space
+from elastic.model.masks import GatesError, LayerGates, Masks, Width, residual
+from elastic.space.axes import INNER_AXIS, Axis
 from elastic.space.gates import Execution, Gates
-from elastic.space.nesting import DimKind, kept_indices
+from elastic.space.layers import DimKind
+from elastic.space.nesting import kept_indices
 from elastic.space.pattern import LayerKind
 from elastic.space.shape import ModelShape, ShapeError
+from elastic.space.space import AxisChoices, Space
 from elastic.space.subnet import Subnet, SubnetError
 
 SHAPE = ModelShape.uniform(
@@ -33,11 +35,17 @@ SPACE = Space(
     depth_ranking=(4, 0, 3, 1, 2),
 )
 ALL_LAYERS = tuple(range(5))
+
+
+def inner(gates: LayerGates, layer_index: int) -> Width:
+    return gates[INNER_AXIS[SHAPE.pattern.kinds[layer_index]]]
+
+
 INNER_KIND = {LayerKind.MAMBA: DimKind.MAMBA_HEAD, LayerKind.MLP: DimKind.FFN, LayerKind.ATTENTION: DimKind.CONTEXT}
 
 
-def resolver(layers: tuple[int, ...] = ALL_LAYERS, tensor_parallel: int = 1, space: Space = SPACE) -> GateResolver:
-    return GateResolver(space, layers, tensor_parallel, torch.device("cpu"))
+def masks(layers: tuple[int, ...] = ALL_LAYERS, tensor_parallel: int = 1, space: Space = SPACE) -> Masks:
+    return Masks(space, layers, tensor_parallel, torch.device("cpu"))
 
 
 def soft(seed: int = 0) -> dict[Axis, Tensor]:
@@ -60,38 +68,40 @@ def test_a_hard_choice_gives_exact_masks_that_keep_what_a_slice_keeps() -> None:
     for _ in range(20):
         choice = SPACE.random_choice(generator)
         subnet = SPACE.subnet(choice)
-        mask, cut = resolver().resolve(Gates.mask(one_hot(choice))), resolver().resolve(Gates.slice(subnet))
-        assert mask.width == 16 and cut.width == subnet.hidden == int(mask.hidden.active)
-        assert cut.hidden.vector is None
-        for index, (masked, sliced) in enumerate(zip(mask.layers, cut.layers, strict=True)):
+        mask, cut = masks().layers(Gates.mask(one_hot(choice))), masks().layers(Gates.slice(subnet))
+        assert cut[0].cut.grid(DimKind.HIDDEN).kept_size == subnet.hidden == int(mask[0].hidden.active)
+        assert cut[0].hidden.vector is None
+        for index, (masked, sliced) in enumerate(zip(mask, cut, strict=True)):
             kind = SHAPE.pattern.kinds[index]
-            assert masked.inner.vector is not None and sliced.inner.vector is None
-            assert set(masked.inner.vector.tolist()) <= {0.0, 1.0}
-            kept = kept_indices(sliced.cut.layout(INNER_KIND[kind]))
+            assert inner(masked, index).vector is not None and inner(sliced, index).vector is None
+            assert set(inner(masked, index).vector.tolist()) <= {0.0, 1.0}
+            kept = kept_indices(sliced.cut.grid(INNER_KIND[kind]))
             if kind is LayerKind.ATTENTION:  # rows of a head to heads
                 kept = kept[:: SHAPE.attention_channels] // SHAPE.attention_channels
-            assert masked.inner.vector.nonzero().flatten().tolist() == kept.tolist()
-            assert masked.inner.active == sliced.inner.active == subnet.width(SHAPE, index)
-            assert masked.channels.active == sliced.channels.active == subnet.head_channels
+            assert inner(masked, index).vector.nonzero().flatten().tolist() == kept.tolist()
+            assert inner(masked, index).active == inner(sliced, index).active == subnet.width(SHAPE, index)
+            if kind is LayerKind.MAMBA:
+                channels = [gates[Axis.MAMBA_CHANNEL].active for gates in (masked, sliced)]
+                assert channels == [subnet.head_channels] * 2
             assert masked.depth is not None and float(masked.depth) == float(not sliced.skipped)
             assert sliced.skipped == (index not in subnet.kept_layers) and not masked.skipped
-            assert all(masked.cut.layout(d).is_whole for d in DimKind if d is not DimKind.WHOLE)
+            assert all(masked.cut.grid(d).is_whole for d in DimKind)
 
 
 def test_a_soft_gate_mixes_masks_and_widths_alike() -> None:
     """mask = sum_k w_k I_k and its sum over channels is the divisor (eq. 51), also if the weights do not add to 1."""
     weights = soft()
-    stream = resolver().resolve(Gates.mask(weights))
-    for gate in (stream.hidden, *(layer.inner for layer in stream.layers), *(la.channels for la in stream.layers)):
+    layers = masks().layers(Gates.mask(weights))
+    for gate in (gate for layer in layers for gate in layer.widths.values()):
         assert gate.vector is not None and isinstance(gate.active, Tensor)
         torch.testing.assert_close(gate.active, gate.vector.sum())
     hidden = weights[Axis.HIDDEN][0]
-    assert stream.hidden.vector is not None
-    assert torch.equal(stream.hidden.vector[7:12], (hidden[0] + hidden[1]).expand(5))
-    slots = [layer.inner.vector for layer, kind in zip(stream.layers, SHAPE.pattern.kinds, strict=True) if kind == "-"]
+    assert layers[0].hidden.vector is not None
+    assert torch.equal(layers[0].hidden.vector[7:12], (hidden[0] + hidden[1]).expand(5))
+    slots = [layers[index][Axis.FFN].vector for index in SHAPE.pattern.layers_of(LayerKind.MLP)]
     assert not torch.equal(*slots), "each FFN layer has its own slot"
     kept_at_3 = {0, 3, 4}
-    for index, layer in enumerate(stream.layers):
+    for index, layer in enumerate(layers):
         depth = weights[Axis.DEPTH][0]
         torch.testing.assert_close(layer.depth, depth[0] + (depth[1] if index in kept_at_3 else 0.0))
 
@@ -101,64 +111,66 @@ def test_pitfall_19_masks_of_the_ranks_are_the_shards_of_one_mask(tensor_paralle
     """Every rank holds whole lanes, groups and KV heads, so all ranks have the same rows; divisors stay global."""
     space = replace(SPACE, parent=replace(SHAPE, mamba_groups=4))
     weights = soft(1)
-    whole = resolver(space=space).resolve(Gates.mask(weights))
-    shard = resolver(tensor_parallel=tensor_parallel, space=space).resolve(Gates.mask(weights))
-    for one, other in zip(whole.layers, shard.layers, strict=True):
-        assert one.inner.vector is not None and other.inner.vector is not None
-        assert torch.equal(other.inner.vector.repeat(tensor_parallel), one.inner.vector)
-        assert torch.equal(one.inner.active, other.inner.active)  # type: ignore[arg-type]
-        assert torch.equal(one.channels.vector, other.channels.vector)  # type: ignore[arg-type]
-    assert torch.equal(whole.hidden.vector, shard.hidden.vector)  # type: ignore[arg-type]
+    whole = masks(space=space).layers(Gates.mask(weights))
+    shard = masks(tensor_parallel=tensor_parallel, space=space).layers(Gates.mask(weights))
+    for index, (one, other) in enumerate(zip(whole, shard, strict=True)):
+        own, part = inner(one, index), inner(other, index)
+        assert own.vector is not None and part.vector is not None
+        assert torch.equal(part.vector.repeat(tensor_parallel), own.vector)
+        assert torch.equal(own.active, part.active)  # type: ignore[arg-type]
+        for axis in {Axis.MAMBA_CHANNEL} & one.widths.keys():
+            assert torch.equal(one[axis].vector, other[axis].vector)  # type: ignore[arg-type]
+    assert torch.equal(whole[0].hidden.vector, shard[0].hidden.vector)  # type: ignore[arg-type]
 
 
 def test_pitfall_22_a_stage_resolves_its_layers_by_their_global_index() -> None:
     weights = soft(2)
-    everything = resolver().resolve(Gates.mask(weights)).layers
-    late = resolver(layers=(2, 3, 4)).resolve(Gates.mask(weights)).layers
-    for one, other in zip(everything[2:], late, strict=True):
-        assert torch.equal(one.inner.vector, other.inner.vector)  # type: ignore[arg-type]
+    everything = masks().layers(Gates.mask(weights))
+    late = masks(layers=(2, 3, 4)).layers(Gates.mask(weights))
+    for index, one, other in zip((2, 3, 4), everything[2:], late, strict=True):
+        assert torch.equal(inner(one, index).vector, inner(other, index).vector)  # type: ignore[arg-type]
         assert torch.equal(one.depth, other.depth)  # type: ignore[arg-type]
     subnet = SPACE.subnet({Axis.FFN: (0, 2), Axis.MAMBA_HEAD: (0, 1), Axis.DEPTH: (1,)})
-    cuts = resolver(layers=(2, 3, 4)).resolve(Gates.slice(subnet)).layers
+    cuts = masks(layers=(2, 3, 4)).layers(Gates.slice(subnet))
     assert [layer.skipped for layer in cuts] == [True, False, False]
-    assert cuts[0].cut.mamba_heads == (8, 4) and cuts[2].cut.ffn == (32, 8)
+    assert (Axis.MAMBA_HEAD, 8, 4) in cuts[0].cut.widths and (Axis.FFN, 32, 8) in cuts[2].cut.widths
 
 
 def test_pitfall_23_resolving_leaves_nothing_behind() -> None:
     """Two micro-batches resolved in turn do not see each other, and a Gates object cannot be changed."""
-    one = resolver()
-    first = one.resolve(Gates.mask(soft(1)))
+    one = masks()
+    first = one.layers(Gates.mask(soft(1)))
     before = {name: value for name, value in vars(one).items() if not name.startswith("_")}
-    one.resolve(Gates.slice(SPACE.subnet({Axis.HIDDEN: (2,)})))
-    again = one.resolve(Gates.mask(soft(1)))
-    assert torch.equal(first.hidden.vector, again.hidden.vector)  # type: ignore[arg-type]
+    one.layers(Gates.slice(SPACE.subnet({Axis.HIDDEN: (2,)})))
+    again = one.layers(Gates.mask(soft(1)))
+    assert torch.equal(first[0].hidden.vector, again[0].hidden.vector)  # type: ignore[arg-type]
     assert {name: value for name, value in vars(one).items() if not name.startswith("_")} == before
-    for frozen in (Gates.mask(soft(1)), first, first.layers[0], first.hidden):
+    for frozen in (Gates.mask(soft(1)), first[0], first[0].cut, first[0].hidden):
         with pytest.raises(dataclasses.FrozenInstanceError):
-            frozen.hidden = None  # type: ignore[union-attr,misc,assignment]
+            frozen.depth = None  # type: ignore[union-attr,misc,assignment]
 
 
 def test_tables_are_built_once_and_stay_out_of_checkpoints() -> None:
-    one = resolver()
+    one = masks()
     assert len(dict(one.named_buffers())) == 2 * len(Axis) and one.state_dict() == {}
     assert not list(one.parameters())
-    assert not dict(resolver(space=Space(SHAPE, {})).named_buffers()), "nothing to choose, nothing to keep"
+    assert not dict(masks(space=Space(SHAPE, {})).named_buffers()), "nothing to choose, nothing to keep"
 
 
 @pytest.mark.parametrize("axis", list(Axis))
 def test_pitfall_17_gate_gradients_are_finite_at_probability_zero(axis: Axis) -> None:
     weights = one_hot({other: (0,) * SPACE.num_slots(other) for other in Axis})
     leaf = weights[axis].requires_grad_()
-    stream = resolver().resolve(Gates.mask(weights))
-    gates = [stream.hidden, *(g for layer in stream.layers for g in (layer.inner, layer.channels))]
+    layers = masks().layers(Gates.mask(weights))
+    gates = [gate for layer in layers for gate in layer.widths.values()]
     total = sum((gate.vector.sum() for gate in gates if gate.vector is not None), start=torch.zeros(()))
-    total = total + sum(layer.depth for layer in stream.layers if layer.depth is not None)
+    total = total + sum(layer.depth for layer in layers if layer.depth is not None)
     gradient = torch.autograd.grad(total, leaf)[0]
     assert torch.isfinite(gradient).all() and (gradient[:, 0] > 0).all()
 
 
-def layer_gate(depth: Tensor | None, hidden: Tensor | None) -> LayerGate:
-    return LayerGate(resolver().full().layers[0].cut, WidthGate(3, hidden), WidthGate(1), WidthGate(1), depth)
+def layer_gate(depth: Tensor | None, hidden: Tensor | None) -> LayerGates:
+    return LayerGates(masks().full()[0].cut, {Axis.HIDDEN: Width(3, hidden)}, depth)
 
 
 @pytest.mark.parametrize("depth", [None, torch.tensor(0.25), torch.tensor(0.0)])
@@ -172,11 +184,12 @@ def test_residual_adds_the_gated_output(depth: Tensor | None, hidden: Tensor | N
 
 
 def test_full_is_ungated() -> None:
-    stream = resolver().full()
-    assert isinstance(stream, StreamGates) and stream.hidden == WidthGate(16)
-    assert all(layer.residual_scale is None and layer.inner.vector is None for layer in stream.layers)
+    layers = masks().full()
+    assert layers[0].hidden == Width(16)
+    for layer in layers:
+        assert layer.residual_scale is None and all(gate.vector is None for gate in layer.widths.values())
     x = torch.randn(4)
-    assert stream.hidden.apply(x) is x
+    assert layers[0].hidden.apply(x) is x
 
 
 FULL = Subnet.full(SHAPE)
@@ -197,10 +210,10 @@ REFUSED = [
 @pytest.mark.parametrize(("gates", "error", "message"), REFUSED)
 def test_pitfall_21_gates_that_do_not_fit_are_refused(gates: Gates, error: type[ValueError], message: str) -> None:
     with pytest.raises(error, match=message):
-        resolver().resolve(gates)
+        masks().layers(gates)
 
 
 def test_pitfall_21_weights_over_an_axis_without_choices_are_refused() -> None:
     space = Space(SHAPE, {Axis.HIDDEN: AxisChoices((16, 8))})
     with pytest.raises(GatesError, match="leave out an axis that is not elastic"):
-        resolver(space=space).resolve(Gates.mask({Axis.FFN: torch.ones(1, 1)}))
+        masks(space=space).layers(Gates.mask({Axis.FFN: torch.ones(1, 1)}))

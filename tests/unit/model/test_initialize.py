@@ -11,8 +11,8 @@ from elastic.model.cpu_backend import use_cpu_backend
 from elastic.model.initialize import initial_tensor, named_global_parameters
 from elastic.model.model import Layout, build_model
 from elastic.model.sharding import shard_tensor
-from elastic.space.axes import Space
 from elastic.space.shape import ModelShape
+from elastic.space.space import Space
 from tests.distributed.harness import run_distributed
 
 SEED, STD = 5, 0.1

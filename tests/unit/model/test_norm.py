@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elastic.model.gate import WidthGate
+from elastic.model.masks import Width
 from elastic.model.norm import ElasticRMSNorm, GatedGroupNorm, gated_rms
 
 EPSILON = 1e-2  # large, so that a wrongly scaled epsilon shows
@@ -40,8 +40,8 @@ def prefix(width: int, size: int) -> Tensor:
 def test_pitfall_01_rms_norm_of_a_masked_stream_is_that_of_the_narrow_one(width: int) -> None:
     norm, x = rms_norm(12), torch.randn(3, 2, 12, dtype=torch.float64)
     mask = prefix(width, 12)
-    masked = norm(x * mask, WidthGate(mask.sum(), mask))
-    narrow = norm(x[..., :width], WidthGate(width))
+    masked = norm(x * mask, Width(mask.sum(), mask))
+    narrow = norm(x[..., :width], Width(width))
     torch.testing.assert_close(masked[..., :width], narrow)
     assert torch.count_nonzero(masked[..., width:]) == 0
     torch.testing.assert_close(narrow, F.rms_norm(x[..., :width], (width,), norm.weight[:width], EPSILON))
@@ -52,16 +52,16 @@ def test_rms_norm_under_a_soft_gate_divides_by_the_sum_of_the_gate() -> None:
     gate = 0.25 * prefix(4, 12) + 0.75 * prefix(12, 12)
     gated = x * gate
     expected = gated / torch.sqrt((gated**2).sum(-1, keepdim=True) / gate.sum() + EPSILON) * norm.weight
-    torch.testing.assert_close(norm(gated, WidthGate(gate.sum(), gate)), expected)
+    torch.testing.assert_close(norm(gated, Width(gate.sum(), gate)), expected)
 
 
 def test_rms_norm_gradient_reaches_the_gate_through_the_divisor() -> None:
     norm, x = rms_norm(6), torch.randn(2, 6, dtype=torch.float64)
     gate = torch.rand(6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda g: norm(x * g, WidthGate(g.sum(), g)), gate)
-    frozen_divisor = torch.autograd.grad(norm(x * gate, WidthGate(gate.sum().detach(), gate)).sum(), gate)[0]
+    assert torch.autograd.gradcheck(lambda g: norm(x * g, Width(g.sum(), g)), gate)
+    frozen_divisor = torch.autograd.grad(norm(x * gate, Width(gate.sum().detach(), gate)).sum(), gate)[0]
     assert not torch.allclose(
-        frozen_divisor, torch.autograd.grad(norm(x * gate, WidthGate(gate.sum(), gate)).sum(), gate)[0]
+        frozen_divisor, torch.autograd.grad(norm(x * gate, Width(gate.sum(), gate)).sum(), gate)[0]
     )
 
 

@@ -22,7 +22,7 @@ def heaviest(model: ModelShape, sizes: tuple[int, ...]) -> int:
     """Return the forward FLOPs of the heaviest stage, the head on the last one."""
     starts = (0, *itertools.accumulate(sizes))
     work = [
-        layer_flops_per_token(model, kind, model.width(index), model.hidden, model.head_channels, 8192)
+        layer_flops_per_token(model, kind, model.layer_widths(index), 8192)
         for index, kind in enumerate(model.pattern.kinds)
     ]
     stages = [sum(work[start:end]) for start, end in itertools.pairwise(starts)]

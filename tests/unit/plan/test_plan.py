@@ -27,10 +27,11 @@ from elastic.plan.run_plan import run_plan
 from elastic.plan.search import candidate, largest_micro_batch, layout_name, layout_rule_problems, search
 from elastic.plan.traffic import micro_batch_traffic, moved_bytes
 from elastic.plan.work import KernelSet, LayerWork, MicroBatchWork
-from elastic.space.axes import Axis, AxisChoices, Space
+from elastic.space.axes import Axis
 from elastic.space.cost import layer_flops_per_token, shape_cost
 from elastic.space.gates import Execution, Gates
 from elastic.space.shape import ModelShape
+from elastic.space.space import AxisChoices, Space
 from elastic.space.subnet import Subnet
 from elastic.verbs.inputs import load_run
 from elastic.world.groups import world
@@ -77,7 +78,7 @@ def test_saved_bytes_of_every_layer_are_what_stays_alive(execution: Execution, d
     with world(run.layout):
         model = build_model(space(), run.layout).train()
         for layer_index, layer in enumerate(model.decoder.layers):
-            gate = model.decoder.resolver.resolve(gates).layers[layer_index]
+            gate = model.decoder.masks.layers(gates)[layer_index]
             x = torch.randn(LENGTH, BATCH, run.hidden, dtype=dtype, requires_grad=True)
             live = LiveBytes()
             live.forget([*model.parameters(), *model.buffers(), *gates.weights.values(), x])
@@ -94,7 +95,7 @@ def test_flops_are_what_torch_counts(execution: Execution) -> None:
     with world(run.layout), sdpa_kernel(SDPBackend.MATH):
         model = build_model(space(), run.layout).train()
         for layer_index, layer in enumerate(model.decoder.layers):
-            gate = model.decoder.resolver.resolve(gates).layers[layer_index]
+            gate = model.decoder.masks.layers(gates)[layer_index]
             x = torch.randn(LENGTH, BATCH, run.hidden, requires_grad=True)
             with ProductFlops() as counted:
                 y = layer(x, gate)
@@ -110,11 +111,13 @@ def test_projections_agree_with_the_cost_table() -> None:
     """`space.cost` counts the same products per token, and beside them a convolution and another view of the scan."""
     run, _ = small_run(Execution.MASK, torch.float32)
     work = LayerWork(run, 1)
-    per_token = layer_flops_per_token(run.parent, work.kind, work.width, run.hidden, 12, LENGTH)
+    per_token = layer_flops_per_token(run.parent, work.kind, run.parent.layer_widths(work.layer_index), LENGTH)
     assert layer_flops(work).total == per_token * run.tokens
     fused = replace(run, kernels=KernelSet.FUSED)
     attention = LayerWork(fused, 2)
-    per_token = layer_flops_per_token(run.parent, attention.kind, attention.width, run.hidden, 12, LENGTH)
+    per_token = layer_flops_per_token(
+        run.parent, attention.kind, run.parent.layer_widths(attention.layer_index), LENGTH
+    )
     assert layer_flops(attention).total == per_token * run.tokens
 
 

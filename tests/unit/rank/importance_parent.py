@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from elastic.model.model import ElasticModel, Layout, build_model
-from elastic.space.axes import Axis, AxisChoices, Space
+from elastic.space.axes import Axis
+from elastic.space.space import AxisChoices, Space
 from tests.shapes import UNEVEN as SHAPE
 
 SPACE = Space(SHAPE, {Axis.MAMBA_CHANNEL: AxisChoices((6, 4, 2))})

@@ -21,7 +21,7 @@ from elastic.rank.importance import (
     make_ranking,
 )
 from elastic.rank.permutation import load_ranking, save_ranking
-from elastic.space.axes import Space
+from elastic.space.space import Space
 from elastic.world.groups import world
 from tests.shapes import UNEVEN as SHAPE
 from tests.unit.rank.importance_parent import SPACE, random_parent, token_batches, top_of
@@ -45,7 +45,7 @@ def batches() -> list[Tensor]:
 
 def layer_inputs(model: ElasticModel, batches: list[Tensor]) -> list[Tensor]:
     """Return LN(X) of every layer, the tokens of all batches together [N, D]; the norm is written out."""
-    gates = model.decoder.resolver.full().layers
+    gates = model.decoder.masks.full()
     collected: list[list[Tensor]] = [[] for _ in gates]
     norms = {"M": "norm", "-": "pre_mlp_layernorm", "*": "input_layernorm"}
     with torch.no_grad():

@@ -14,8 +14,9 @@ from elastic.rank.permutation import (
     permute_tensors,
     save_ranking,
 )
-from elastic.rank.slicing import parameter_names, submodel_tensors
-from elastic.space.nesting import LAYER_PARAMETERS, parameter_size
+from elastic.rank.slicing import submodel_tensors
+from elastic.space.layers import LAYER_PARAMETERS, parameter_names
+from elastic.space.nesting import parameter_size
 from elastic.space.shape import ModelShape
 from elastic.space.subnet import Subnet
 

@@ -3,19 +3,14 @@
 import pytest
 import torch
 
-from elastic.rank.slicing import (
-    cut_parameter,
-    layer_cut,
-    layer_parameters,
-    parameter_names,
-    submodel_source,
-    submodel_tensors,
-)
-from elastic.space.axes import Axis, AxisChoices, Space
+from elastic.rank.slicing import cut_parameter, layer_cut, submodel_source, submodel_tensors
+from elastic.space.axes import Axis
 from elastic.space.cost import shape_cost, subnet_cost
-from elastic.space.nesting import LAYER_PARAMETERS, MODEL_PARAMETERS, parameter_size
+from elastic.space.layers import LAYER_PARAMETERS, LAYERS, MODEL_PARAMETERS, parameter_names
+from elastic.space.nesting import parameter_size
 from elastic.space.pattern import LayerKind
 from elastic.space.shape import ModelShape, ShapeError
+from elastic.space.space import AxisChoices, Space
 from elastic.space.subnet import Subnet, SubnetError
 
 LANES = 4
@@ -184,7 +179,7 @@ def test_kept_layers_are_numbered_anew() -> None:
     subnet = Subnet(**(vars(full) | {"kept_layers": (1, 3, 8)}))
     cut = dict(submodel_tensors(tensors, parent, subnet, LANES))
     for new, old in enumerate(subnet.kept_layers):
-        for rest in layer_parameters(parent.pattern.kinds[old]):
+        for rest in LAYERS[parent.pattern.kinds[old]].parameters:
             assert torch.equal(cut[f"decoder.layers.{new}.{rest}"], tensors[f"decoder.layers.{old}.{rest}"])
     assert not any(name.startswith("decoder.layers.3.") for name in cut)
 
@@ -217,7 +212,7 @@ def test_a_function_source_is_asked_only_for_what_is_needed() -> None:
 
 
 def test_every_named_parameter_belongs_to_one_kind() -> None:
-    by_kind = [name for kind in LayerKind for name in layer_parameters(kind)]
+    by_kind = [name for kind in LayerKind for name in LAYERS[kind].parameters]
     assert sorted(by_kind) == sorted(LAYER_PARAMETERS)
     parent = shape("M-*")
     names = {name.split(".", 3)[3] if name.startswith("decoder.layers") else name for name in parameter_names(parent)}

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from elastic.space.axes import Axis, AxisChoices, Space
+from elastic.space.axes import Axis
+from elastic.space.space import AxisChoices, Space
 from recipes._smoke_report import draw_family, layer_widths, summary_table
 from tests.shapes import UNEVEN
 

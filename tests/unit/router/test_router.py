@@ -11,12 +11,12 @@ from elastic.router.gumbel import choice_entropy, choice_probabilities
 from elastic.router.phases import Curriculum, ElasticPhase
 from elastic.router.router import Router
 from elastic.router.schedules import LearningRate
-from elastic.space.axes import Axis, AxisChoices, Space
+from elastic.space.axes import Axis
 from elastic.space.budget import Budget
-from elastic.space.cost import Deployment, Metric, shape_cost, subnet_cost
-from elastic.space.expected import expected_widths
+from elastic.space.cost import Deployment, Metric, Widths, shape_cost, subnet_cost
 from elastic.space.gates import Execution
 from elastic.space.shape import ModelShape
+from elastic.space.space import AxisChoices, Space
 
 DEPLOYMENT = Deployment(length_tokens=1024)
 
@@ -100,9 +100,9 @@ def test_expected_widths_keep_leading_dimensions():
         )
         for axis in where.elastic_axes()
     }
-    widths = expected_widths(where, probabilities)
-    assert widths.hidden.shape == (2, 3)
-    assert widths.hidden[0, 0] == pytest.approx(104.0)
+    widths = Widths.expected(where, probabilities)
+    assert widths.axes[Axis.HIDDEN].shape == (2, 3)
+    assert widths.axes[Axis.HIDDEN][0, 0] == pytest.approx(104.0)
     assert len(widths.keep) == 12 and widths.keep[9][0, 0] == pytest.approx(0.25)
 
 

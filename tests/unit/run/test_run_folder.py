@@ -84,8 +84,9 @@ def test_a_name_that_leads_elsewhere_is_no_budget(tmp_path: Path, name: str) -> 
 
 def test_a_record_with_such_a_name_is_refused(tmp_path: Path) -> None:
     from elastic.checkpoint.record import Family
-    from elastic.space.axes import Axis, AxisChoices
+    from elastic.space.axes import Axis
     from elastic.space.cost import Deployment
+    from elastic.space.space import AxisChoices
 
     family = Family({Axis.HIDDEN: AxisChoices((64,))}, (Budget("half", Metric.PARAMS, 1.0),), Deployment(), 16)
     checkpoint = Path(written_record(tmp_path / "checkpoint", family=family))

@@ -9,11 +9,13 @@ from transformers import DynamicCache, NemotronHConfig, NemotronHForCausalLM
 
 from elastic.config.load import ConfigError, load
 from elastic.hf.config import HfSettings, hf_config
+from elastic.space.axes import AXES, INNER_AXIS, Axis
 from elastic.space.budget import Budget
 from elastic.space.cost import Deployment, Metric, Widths, cost, layer_params, shape_cost, subnet_cost
-from elastic.space.nesting import LAYER_PARAMETERS, LAYER_PREFIX, Cut, DimKind, parameter_dims, parameter_size
+from elastic.space.layers import LAYER_PARAMETERS, LAYER_PREFIX, parameter_dims
+from elastic.space.nesting import Cut, parameter_size
 from elastic.space.pattern import LayerKind
-from elastic.space.shape import WIDTH_FIELD, ModelShape
+from elastic.space.shape import ModelShape
 from elastic.space.subnet import Subnet
 from tests.shapes import NANO_12B
 
@@ -29,7 +31,11 @@ MODULES = {
 def uniform(pattern: str, like: ModelShape, **changes: int) -> ModelShape:
     """Build another published model from one it shares its head sizes with."""
     sizes = dict(ffn=like.ffn[0], mamba_heads=like.mamba_heads[0], attention_heads=like.attention_heads[0])
-    kept = {name: value for name, value in vars(like).items() if name not in ("pattern", *WIDTH_FIELD.values())}
+    kept = {
+        name: value
+        for name, value in vars(like).items()
+        if name not in ("pattern", *(AXES[axis].size for axis in INNER_AXIS.values()))
+    }
     return ModelShape.uniform(pattern, **(sizes | kept | changes))
 
 
@@ -123,18 +129,16 @@ def test_pitfall_03_a_skipped_layer_costs_nothing() -> None:
     for index in (0, 1, 7):
         kept = tuple(layer for layer in full.kept_layers if layer != index)
         without = subnet_cost(NANO_12B, replace(full, kept_layers=kept))
-        kind, width = NANO_12B.pattern.kinds[index], NANO_12B.width(index)
-        own = layer_params(NANO_12B, kind, width, NANO_12B.hidden, NANO_12B.head_channels)
+        kind = NANO_12B.pattern.kinds[index]
+        own, field = layer_params(NANO_12B, kind, NANO_12B.layer_widths(index)), AXES[INNER_AXIS[kind]].size
         assert shape_cost(NANO_12B).params - without.params == own > 0
         narrow = {
-            WIDTH_FIELD[kind]: tuple(
-                8 if n == NANO_12B.pattern.ordinal(index) else w for n, w in enumerate(getattr(full, WIDTH_FIELD[kind]))
-            )
+            field: tuple(8 if n == NANO_12B.pattern.ordinal(index) else w for n, w in enumerate(getattr(full, field)))
         }
         assert subnet_cost(NANO_12B, replace(full, kept_layers=kept, **narrow)) == without
     # One layer must stay; what is left beside it is embedding, head and final norm.
     last = subnet_cost(NANO_12B, replace(full, kept_layers=(0,)))
-    layer = layer_params(NANO_12B, LayerKind.MAMBA, 128, 5120, 80)
+    layer = layer_params(NANO_12B, LayerKind.MAMBA, NANO_12B.layer_widths(0))
     assert last.params - layer == 2 * 131072 * 5120 + 5120
 
 
@@ -147,11 +151,12 @@ def test_pitfall_11_absent_layer_kinds_and_conv_state(absent: LayerKind) -> None
     assert (total.kv_bytes == 0) == (absent is LayerKind.ATTENTION)
     assert (total.ssm_bytes == 0) == (absent is LayerKind.MAMBA) == (total.conv_bytes == 0)
     widths = Widths.of(Subnet.full(shape), shape)
-    expected = replace(widths, hidden=torch.tensor(float(shape.hidden), requires_grad=True))
+    hidden = torch.tensor(float(shape.hidden), requires_grad=True)
+    expected = replace(widths, axes={**widths.axes, Axis.HIDDEN: hidden})
     for metric in Metric:
         value = cost(shape, expected, Deployment())[metric]
         assert isinstance(value, Tensor) and torch.isfinite(value)
-        assert torch.isfinite(torch.autograd.grad(value, expected.hidden, retain_graph=True)[0])
+        assert torch.isfinite(torch.autograd.grad(value, hidden, retain_graph=True)[0])
 
 
 def test_pitfall_09_deployment_counts_weights_and_the_caches_that_are_allocated() -> None:
@@ -226,12 +231,8 @@ def test_layout_table_and_cost_agree_on_every_parameter() -> None:
         shape = subnet.shape(parent)
         for local, layer_index in enumerate(subnet.kept_layers):
             kind = parent.pattern.kinds[layer_index]
-            cut = Cut(
-                parent, subnet.hidden, subnet.head_channels,
-                **{WIDTH_FIELD[kind]: (parent.width(layer_index), subnet.width(parent, layer_index))},
-            )  # fmt: skip
+            cut = Cut.of_layer(parent, layer_index, subnet.layer_widths(parent, layer_index))
             for name in (n for n in LAYER_PARAMETERS if n.startswith(MODULES[kind])):
                 own = parameter_size(f"{LAYER_PREFIX}{local}.{name}", shape)
                 kinds = parameter_dims(f"{LAYER_PREFIX}{layer_index}.{name}")
-                kept = [n if k is DimKind.WHOLE else cut.layout(k).kept_size for k, n in zip(kinds, own, strict=True)]
-                assert tuple(kept) == own
+                assert tuple(cut.grid(kind).kept_size for kind in kinds) == own

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from elastic.space.axes import Axis, AxisChoices, Space
+from elastic.space.axes import Axis
 from elastic.space.budget import Budget, BudgetError, check_reachable
 from elastic.space.cost import Deployment, Metric, Widths, cost, shape_cost, subnet_cost
 from elastic.space.pattern import LayerKind
 from elastic.space.shape import ModelShape
+from elastic.space.space import AxisChoices, Space
 
 SPACE = Space(
     ModelShape.uniform(
@@ -41,14 +42,14 @@ def expected_widths(space: Space, probabilities: dict[Axis, Tensor]) -> Widths:
         (probabilities[Axis.DEPTH][0] * torch.tensor([float(layer in kept) for kept in depths])).sum()
         for layer in range(len(space.parent.pattern))
     )
-    return Widths(
-        hidden=width(Axis.HIDDEN, 0),
-        ffn=per_layer(Axis.FFN, LayerKind.MLP),
-        mamba_heads=per_layer(Axis.MAMBA_HEAD, LayerKind.MAMBA),
-        head_channels=width(Axis.MAMBA_CHANNEL, 0),
-        attention_heads=per_layer(Axis.ATTENTION_HEAD, LayerKind.ATTENTION),
-        keep=keep,
-    )
+    axes = {
+        Axis.HIDDEN: width(Axis.HIDDEN, 0),
+        Axis.FFN: per_layer(Axis.FFN, LayerKind.MLP),
+        Axis.MAMBA_HEAD: per_layer(Axis.MAMBA_HEAD, LayerKind.MAMBA),
+        Axis.MAMBA_CHANNEL: width(Axis.MAMBA_CHANNEL, 0),
+        Axis.ATTENTION_HEAD: per_layer(Axis.ATTENTION_HEAD, LayerKind.ATTENTION),
+    }
+    return Widths(axes, keep)
 
 
 def probabilities_of(space: Space, choice: dict[Axis, tuple[int, ...]]) -> dict[Axis, Tensor]:

@@ -7,21 +7,9 @@ import pytest
 import torch
 
 from elastic.model.sharding import shard_tensor
-from elastic.space.nesting import (
-    LAYER_PARAMETERS,
-    MODEL_PARAMETERS,
-    Block,
-    Cut,
-    DimKind,
-    DimLayout,
-    kept_indices,
-    mask_table,
-    parameter_dims,
-    parameter_layouts,
-    parameter_size,
-    split_parameter_name,
-    take,
-)
+from elastic.space.axes import AXES, Axis
+from elastic.space.layers import LAYER_PARAMETERS, MODEL_PARAMETERS, DimKind, parameter_dims, split_parameter_name
+from elastic.space.nesting import Block, Cut, Grid, kept_indices, mask_table, parameter_grids, parameter_size, take
 from elastic.space.shape import ModelShape
 
 
@@ -32,16 +20,9 @@ def cut(tensor_parallel: int = 1, **kept: int) -> Cut:
         conv_kernel=4, attention_heads=8, kv_heads=4, attention_channels=2,
     )  # fmt: skip
     widths = {"hidden": 24, "ffn": 32, "mamba_heads": 8, "head_channels": 3, "attention_heads": 8} | kept
-    return Cut(
-        parent,
-        hidden=widths["hidden"],
-        head_channels=widths["head_channels"],
-        ffn=(32, widths["ffn"]),
-        mamba_heads=(8, widths["mamba_heads"]),
-        attention_heads=(8, widths["attention_heads"]),
-        lanes=4,
-        tensor_parallel=tensor_parallel,
-    )
+    full = {"hidden": 24, "ffn": 32, "mamba_heads": 8, "head_channels": 3, "attention_heads": 8}
+    cuts = tuple((axis, full[entry.size], widths[entry.size]) for axis, entry in AXES.items())
+    return Cut(parent, cuts, lanes=4, tensor_parallel=tensor_parallel)
 
 
 def expected_rows(kind: DimKind, **kept: int) -> list[int]:
@@ -75,12 +56,16 @@ def expected_rows(kind: DimKind, **kept: int) -> list[int]:
             return [row for row in range(24) if inner(row)] + list(range(24, 40))
         case DimKind.QKV:
             return [row for row in range(32) if query_of(row, 4)]
+        case DimKind.TAPS:
+            return list(range(4))
+        case DimKind.ONE:
+            return [0]
         case DimKind.CONTEXT:
             return [row for row in range(16) if query_of(row, 2)]
     raise AssertionError(kind)
 
 
-CUTTABLE = [kind for kind in DimKind if kind is not DimKind.WHOLE]
+CUTTABLE = [kind for kind in DimKind if kind not in (DimKind.TAPS, DimKind.ONE)]
 WIDTHS = [
     {},
     {"hidden": 7},
@@ -93,9 +78,9 @@ WIDTHS = [
 
 
 @pytest.mark.parametrize("kept", WIDTHS)
-@pytest.mark.parametrize("kind", CUTTABLE)
+@pytest.mark.parametrize("kind", list(DimKind))
 def test_kept_rows_are_those_of_the_design(kind: DimKind, kept: dict[str, int]) -> None:
-    layout = cut(**kept).layout(kind)
+    layout = cut(**kept).grid(kind)
     assert kept_indices(layout).tolist() == expected_rows(kind, **kept)
     assert layout.kept_size == len(expected_rows(kind, **kept))
     assert layout.full_size == len(expected_rows(kind))
@@ -122,7 +107,7 @@ def test_pitfall_19_kept_rows_do_not_depend_on_tensor_parallelism(
     seen = []
     for rank in range(size):
         shard = shard_tensor(rows, name, shape, rank, size)
-        taken = take(shard, dim, cut(size, **kept).layout(kind))
+        taken = take(shard, dim, cut(size, **kept).grid(kind))
         seen.append(taken.movedim(dim, 0).reshape(taken.shape[dim], -1)[:, 0].tolist())
     if kind is DimKind.HIDDEN:  # replicated: every rank keeps the same rows
         assert all(rows == expected_rows(kind, **kept) for rows in seen)
@@ -148,7 +133,7 @@ def _layer_names() -> list[tuple[str, str]]:
 def test_pitfall_06_layout_follows_any_groups_kernel_and_state(groups: int, conv_kernel: int) -> None:
     """No size of the published model is built in: B, C and the taps are whole, heads are cut per group."""
     parent = replace(cut().shape, mamba_groups=groups, conv_kernel=conv_kernel, mamba_heads=(16,), mamba_state=3)
-    layout = Cut(parent, hidden=24, head_channels=3, mamba_heads=(16, groups)).layout(DimKind.CONV)
+    layout = Cut.of_layer(parent, 0, {Axis.MAMBA_HEAD: groups}).grid(DimKind.CONV)
     kept = kept_indices(layout).tolist()
     first_heads = [head for head in range(16) if head % (16 // groups) == 0]
     assert kept == [3 * head + p for head in first_heads for p in range(3)] + list(range(48, 48 + 6 * groups))
@@ -161,13 +146,13 @@ def test_smaller_widths_are_nested_in_larger_ones() -> None:
     axes |= {"attention_heads": (8, 4)}
     for axis, widths in axes.items():
         for kind in CUTTABLE:
-            kept = [set(kept_indices(cut(**{axis: width}).layout(kind)).tolist()) for width in widths]
+            kept = [set(kept_indices(cut(**{axis: width}).grid(kind)).tolist()) for width in widths]
             assert all(later <= earlier for earlier, later in itertools.pairwise(kept))
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_take_works_on_any_dimension_and_is_differentiable(dim: int) -> None:
-    layout = DimLayout((Block((2, 3), (2, 1)), Block((4,), (3,))), outer=2)
+    layout = Grid((Block((2, 3), (2, 1)), Block((4,), (3,))), outer=2)
     tensor = torch.randn(*(layout.full_size if d == dim else 2 for d in range(3)), requires_grad=True)
     kept = take(tensor, dim, layout)
     index = kept_indices(layout)
@@ -179,25 +164,23 @@ def test_take_works_on_any_dimension_and_is_differentiable(dim: int) -> None:
 
 def test_take_copies_nothing_where_the_layout_allows() -> None:
     weight = torch.randn(24, 24)
-    whole, prefix = cut().layout(DimKind.HIDDEN), cut(hidden=7).layout(DimKind.HIDDEN)
+    whole, prefix = cut().grid(DimKind.HIDDEN), cut(hidden=7).grid(DimKind.HIDDEN)
     assert take(weight, 0, whole) is weight
     assert take(weight, 1, prefix).untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
 
 
 def test_take_refuses_another_size() -> None:
-    with pytest.raises(ValueError, match="dimension 1 has 23 rows, the layout expects 24"):
-        take(torch.zeros(2, 23), 1, cut().layout(DimKind.HIDDEN))
-    with pytest.raises(ValueError, match="WHOLE"):
-        cut().layout(DimKind.WHOLE)
+    with pytest.raises(ValueError, match="dimension 1 has 23 rows, the nested layout expects 24"):
+        take(torch.zeros(2, 23), 1, cut().grid(DimKind.HIDDEN))
 
 
 @pytest.mark.parametrize("repeats", [1, 2, 4])
 def test_masks_and_slices_keep_the_same(repeats: int) -> None:
     choices = (32, 16, 4)
-    table = mask_table(choices, repeats, 32 // repeats)
+    table = mask_table(choices, repeats, 32)
     assert table.shape == (3, 32) and table.dtype is torch.float32
     for row, choice in zip(table, choices, strict=True):
-        layout = DimLayout((Block((32 // repeats,), (choice // repeats,)),), outer=repeats)
+        layout = Grid((Block((32 // repeats,), (choice // repeats,)),), outer=repeats)
         assert row.nonzero().flatten().tolist() == kept_indices(layout).tolist() and row.sum() == choice
 
 
@@ -213,9 +196,9 @@ def test_names_lead_to_layers_and_meanings() -> None:
 def test_every_parameter_has_a_layout_for_each_dimension() -> None:
     names = [f"decoder.layers.{'M-*'.index(kind)}.{name}" for name, kind in _layer_names()] + list(MODEL_PARAMETERS)
     for name in names:
-        layouts = parameter_layouts(name, cut().shape)
+        layouts = parameter_grids(name, cut().shape)
         assert len(layouts) == len(parameter_dims(name))
-        assert all(layout is None or layout.is_whole for layout in layouts)
+        assert all(layout.is_whole for layout in layouts)
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
@@ -224,12 +207,11 @@ def test_what_is_taken_is_the_same_with_and_without_gradients(tensor_parallel: i
         "M*", vocab=8, hidden=8, ffn=16, mamba_heads=8, head_channels=6, mamba_groups=2, mamba_state=4, conv_kernel=4,
         attention_heads=8, kv_heads=2, attention_channels=4,
     )  # fmt: skip
-    for layer_index, width, kinds in ((0, 4, (DimKind.IN_PROJ, DimKind.CONV)), (1, 4, (DimKind.QKV,))):
-        cut = Cut.of_layer(
-            shape, layer_index, width, hidden=8, head_channels=3, lanes=1, tensor_parallel=tensor_parallel
-        )
+    mamba, attention = {Axis.MAMBA_HEAD: 4, Axis.MAMBA_CHANNEL: 3}, {Axis.ATTENTION_HEAD: 4}
+    for layer_index, kept, kinds in ((0, mamba, (DimKind.IN_PROJ, DimKind.CONV)), (1, attention, (DimKind.QKV,))):
+        cut = Cut.of_layer(shape, layer_index, kept, tensor_parallel=tensor_parallel)
         for kind in kinds:
-            layout = cut.layout(kind)
+            layout = cut.grid(kind)
             matrix = torch.arange(layout.full_size * 3.0).view(3, layout.full_size)
             for dim, tensor in ((1, matrix), (0, matrix.t().contiguous())):
                 with torch.no_grad():

@@ -6,11 +6,12 @@ from itertools import product
 import pytest
 import torch
 
-from elastic.space.axes import Axis, AxisChoices, Space
+from elastic.space.axes import Axis
 from elastic.space.budget import Budget
 from elastic.space.cost import Deployment, Metric, subnet_cost
 from elastic.space.reach import TOLERANCE, sample_subnet, smallest_subnet
 from elastic.space.shape import ModelShape
+from elastic.space.space import AxisChoices, Space
 from elastic.space.subnet import Subnet
 
 PARENT = ModelShape.uniform(

@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from elastic.space.axes import Axis, AxisChoices, Space, SpaceError
+from elastic.space.axes import Axis
 from elastic.space.pattern import LayerKind, LayerPattern, PatternError
 from elastic.space.shape import ModelShape, ShapeError
-from elastic.space.subnet import Subnet, SubnetError, heterogeneous_layers
+from elastic.space.space import AxisChoices, Space, SpaceError
+from elastic.space.subnet import Subnet, SubnetError
 
 # Pattern, layers, Mamba, FFN, attention: Nemotron Nano v2 12B and 9B, Nemotron 3 Nano 4B, Nemotron-H 8B and 47B.
 PUBLISHED = [
@@ -177,7 +178,7 @@ def test_submodel_shape_keeps_the_widths_of_the_kept_layers_only() -> None:
     assert (str(cut.pattern), cut.hidden, cut.head_channels) == ("M-*-", 7, 5)
     assert (cut.ffn, cut.mamba_heads, cut.attention_heads) == ((32, 8), (4,), (2,))
     assert (cut.vocab, cut.mamba_groups, cut.kv_heads, cut.conv_kernel) == (64, 2, 2, 4)
-    assert heterogeneous_layers(subnet, parent, LayerKind.MLP) == (32, 8)
+    assert subnet.shape(parent).ffn == (32, 8)
     assert [subnet.width(parent, index) for index in range(7)] == [4, 32, 8, 2, 16, 2, 8]
 
 

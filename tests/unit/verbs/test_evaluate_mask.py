@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from elastic.config.serving import SubnetConfig
-from elastic.space.axes import Axis, AxisChoices, Space
+from elastic.space.axes import Axis
 from elastic.space.shape import ModelShape
+from elastic.space.space import AxisChoices, Space
 from elastic.space.subnet import Subnet
 from elastic.verbs.evaluate import one_hot_weights
 from elastic.verbs.family import FamilyError

@@ -13,7 +13,8 @@ from elastic.config.rules_layout import Cluster
 from elastic.config.sections import ModelConfig, ParallelConfig
 from elastic.config.training import ElasticConfig
 from elastic.hf.config import export_warnings
-from elastic.space.axes import Axis, AxisChoices, Space
+from elastic.space.axes import Axis
+from elastic.space.space import AxisChoices, Space
 from elastic.space.subnet import Subnet
 from elastic.verbs.inputs import load_run
 from elastic.verbs.parent import choices_by_share
@@ -47,7 +48,7 @@ def test_shares_of_any_parent_become_a_legal_space(seed: int) -> None:
     for axis in Axis:
         if space.full_width(axis) and (heads or axis is not Axis.MAMBA_CHANNEL):
             axes[axis] = AxisChoices(tuple(choices_by_share(axis, SHARES[axis], space, ParallelConfig(), heads)))
-            full, multiple = space.full_width(axis), space.multiple(axis)
+            full, multiple = space.full_width(axis), space.parts(axis)
             assert all(width % multiple == 0 for width in axes[axis].choices)
             for share in SHARES[axis]:
                 nearest = min(abs(width - share * full) for width in axes[axis].choices)

@@ -1,0 +1,138 @@
+"""What one layer sees of a choice: how wide to compute, what to multiply by, what to divide norms by.
+
+Shapes: D hidden, K choices, L layers; lower case = this tensor-parallel rank's shard.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from elastic.space.axes import AXES, Axis
+from elastic.space.gates import Execution, Gates
+from elastic.space.nesting import Cut, mask_table
+from elastic.space.space import Space
+
+
+class GatesError(ValueError):
+    """Gates that this model cannot run."""
+
+
+@dataclass(frozen=True)
+class Width:
+    """One axis of one layer: `vector` multiplies (None: all ones), `active` is its sum, the divisor of a norm."""
+
+    active: Tensor | int
+    vector: Tensor | None = None
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Multiply the last dimension of `x`."""
+        return x if self.vector is None else x * self.vector.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class LayerGates:
+    """Everything one layer needs: its cut, its width along every axis that it has, and whether it runs at all."""
+
+    cut: Cut
+    widths: Mapping[Axis, Width]
+    depth: Tensor | None = None
+    skipped: bool = False
+
+    def __getitem__(self, axis: Axis) -> Width:
+        return self.widths[axis]
+
+    @property
+    def hidden(self) -> Width:
+        """Return the width of the residual stream."""
+        return self.widths[Axis.HIDDEN]
+
+    @property
+    def residual_scale(self) -> Tensor | None:
+        """Return depth gate times hidden gate, what multiplies a layer's output, or None for all ones."""
+        if self.depth is None or self.hidden.vector is None:
+            return self.hidden.vector if self.depth is None else self.depth
+        return self.depth * self.hidden.vector
+
+
+def residual(x: Tensor, y: Tensor, gates: LayerGates) -> Tensor:
+    """Add a layer's gated output to the stream: x + depth * hidden * y."""
+    scale = gates.residual_scale
+    return x + y if scale is None else torch.addcmul(x, y, scale.to(y.dtype))
+
+
+class Masks(nn.Module):
+    """Turns a micro-batch's Gates into those of each layer; owns the 0/1 mask tables, built once."""
+
+    def __init__(
+        self, space: Space, layer_indices: tuple[int, ...], tensor_parallel: int, device: torch.device | None
+    ) -> None:
+        super().__init__()
+        self.space, self.layer_indices, self.tensor_parallel = space, layer_indices, tensor_parallel
+        for axis in space.elastic_axes():
+            choices = space.axes[axis].choices
+            if axis is Axis.DEPTH:
+                table = space.depth_table()
+            else:
+                ranks = 1 if AXES[axis].parts is None else tensor_parallel
+                local = [choice // ranks for choice in choices]
+                table = mask_table(local, max(1, space.parts(axis) // ranks), local[0])
+            self.register_buffer(f"{axis}_table", table.to(device), persistent=False)
+            widths = torch.tensor([float(choice) for choice in choices], device=device)
+            self.register_buffer(f"{axis}_widths", widths, persistent=False)
+
+    def full(self) -> tuple[LayerGates, ...]:
+        """Return the gates of the whole parent, all ones."""
+        return self.layers(Gates(Execution.MASK))
+
+    def layers(self, gates: Gates) -> tuple[LayerGates, ...]:
+        """Return what each layer sees; raises GatesError for an axis without choices or a wrong weight shape."""
+        self._check(gates)
+        shape, subnet = self.space.parent, gates.subnet
+        mixed: dict[tuple[Axis, int], Width] = {}
+        layers = []
+        for layer_index in self.layer_indices:
+            full, ordinal = shape.layer_widths(layer_index), shape.pattern.ordinal(layer_index)
+            kept = full if subnet is None else subnet.layer_widths(shape, layer_index)
+            cut = Cut.of_layer(shape, layer_index, kept, lanes=self.space.lanes, tensor_parallel=self.tensor_parallel)
+            widths = {}
+            for axis, width in kept.items():
+                if axis not in gates.weights:
+                    widths[axis] = Width(width)
+                    continue
+                slot = self.space.slot(axis, ordinal)
+                if (axis, slot) not in mixed:
+                    mixed[axis, slot] = self._mix(axis, gates.weights[axis][slot])
+                widths[axis] = mixed[axis, slot]
+            depth = None
+            if Axis.DEPTH in gates.weights:
+                depth = (gates.weights[Axis.DEPTH][0] * self.get_buffer("depth_table")[:, layer_index]).sum()
+            skipped = subnet is not None and layer_index not in subnet.kept_layers
+            layers.append(LayerGates(cut, widths, depth, skipped))
+        return tuple(layers)
+
+    def _mix(self, axis: Axis, weights: Tensor) -> Width:
+        """Return sum_k w_k I_k (eq. 51) and its sum; exact 0/1 where w is one-hot."""
+        # Elementwise in fp32 rather than a matrix product: no reduced-precision units round the mask.
+        vector = (weights[:, None] * self.get_buffer(f"{axis}_table")).sum(dim=0)
+        return Width((weights * self.get_buffer(f"{axis}_widths")).sum(), vector)
+
+    def _check(self, gates: Gates) -> None:
+        if gates.execution is Execution.SLICE:
+            if gates.subnet is None or gates.weights:
+                raise GatesError("slice execution takes a subnet and no weights; use Gates.slice(subnet)")
+            gates.subnet.shape(self.space.parent)
+            lanes = self.space.parts(Axis.FFN)
+            if any(width % lanes for width in gates.subnet.ffn):
+                raise GatesError(f"ffn: widths {gates.subnet.ffn} must be multiples of {lanes}, the number of lanes")
+            return
+        if gates.subnet is not None:
+            raise GatesError("mask execution takes weights and no subnet; use Gates.mask(weights)")
+        for axis, weights in gates.weights.items():
+            expected = (self.space.num_slots(axis), len(self.space.axes[axis].choices))
+            if not self.space.is_elastic(axis) or tuple(weights.shape) != expected:
+                raise GatesError(
+                    f"gates: axis {axis} has weights of shape {tuple(weights.shape)}, this space expects {expected} "
+                    f"over the choices {list(self.space.axes[axis].choices)}; leave out an axis that is not elastic"
+                )

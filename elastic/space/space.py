@@ -1,0 +1,140 @@
+"""Allowed widths of the axes, and the space of subnets they span."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+from elastic.space.axes import AXES, LANES, Axis
+from elastic.space.ranges import Count, Required
+from elastic.space.shape import ModelShape
+from elastic.space.subnet import Subnet
+
+
+class SpaceError(ValueError):
+    """Choices that the nested layout or the parent does not allow."""
+
+
+@dataclass(frozen=True)
+class AxisChoices:
+    """Allowed widths of one axis, descending, index 0 = full. `per_layer`: one choice for each layer of its kind."""
+
+    choices: Annotated[tuple[Count, ...], Required("the full width first, then smaller ones")] = ()
+    per_layer: bool = False
+
+
+@dataclass(frozen=True)
+class Space:
+    """Every subnet a router may choose inside one parent.
+
+    An axis that is absent from `axes` stays full. `lanes` deals FFN neurons (docs/design.md 2: rank r sits in lane
+    r mod lanes). `depth_ranking` lists all layer indices, best first; depth n keeps the first n of it.
+    """
+
+    parent: ModelShape
+    axes: Mapping[Axis, AxisChoices]
+    lanes: int = 8
+    depth_ranking: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.depth_ranking:
+            object.__setattr__(self, "depth_ranking", tuple(range(len(self.parent.pattern))))
+        complete = {axis: self.axes.get(axis, AxisChoices((self.full_width(axis),))) for axis in Axis}
+        object.__setattr__(self, "axes", complete)
+        problems = [problem for axis in Axis for problem in self._axis_problems(axis)]
+        if any(width % self.lanes for width in self.parent.ffn):
+            problems.append(f"ffn widths {sorted(set(self.parent.ffn))} must be multiples of lanes = {self.lanes}")
+        if sorted(self.depth_ranking) != list(range(len(self.parent.pattern))):
+            problems.append(f"depth_ranking must order all {len(self.parent.pattern)} layers once")
+        if problems:
+            raise SpaceError("space: " + "; ".join(problems))
+
+    def full_width(self, axis: Axis) -> int:
+        """Return the parent's width on `axis` (its widest layer; the number of layers for depth)."""
+        return max(Subnet.full(self.parent).axis_widths(axis), default=0)
+
+    def parts(self, axis: Axis) -> int:
+        """Return over how many equal parts a width of `axis` is dealt, which every choice is a multiple of."""
+        name = None if axis is Axis.DEPTH else AXES[axis].parts
+        if name is None:
+            return 1
+        return self.lanes if name == LANES else int(getattr(self.parent, name))
+
+    def num_slots(self, axis: Axis) -> int:
+        """Return how many choices are made on `axis`: one, or one per layer of its kind."""
+        return len(Subnet.full(self.parent).axis_widths(axis)) if self.axes[axis].per_layer else 1
+
+    def is_elastic(self, axis: Axis) -> bool:
+        """Tell whether there is anything to choose on `axis`."""
+        return len(self.axes[axis].choices) > 1
+
+    def elastic_axes(self) -> tuple[Axis, ...]:
+        """List the axes with more than one choice, in the fixed order of Axis."""
+        return tuple(axis for axis in Axis if self.is_elastic(axis))
+
+    def slot(self, axis: Axis, ordinal: int) -> int:
+        """Return the slot on `axis` that decides for the layer at `ordinal` among its kind."""
+        return ordinal if self.axes[axis].per_layer else 0
+
+    def kept_layers(self, depth: int) -> tuple[int, ...]:
+        """Return the `depth` best-ranked layers in their original order."""
+        return tuple(sorted(self.depth_ranking[:depth]))
+
+    def depth_table(self) -> Tensor:
+        """Return 0/1 [K, L], fp32: row k is 1 where a layer runs at the k-th depth."""
+        kept = [set(self.kept_layers(depth)) for depth in self.axes[Axis.DEPTH].choices]
+        return torch.tensor([[float(layer in layers) for layer in range(len(self.parent.pattern))] for layers in kept])
+
+    def subnet(self, chosen: Mapping[Axis, tuple[int, ...]]) -> Subnet:
+        """Turn choice indices, one per slot of each axis, into a Subnet; a missing axis stays full."""
+
+        def widths(axis: Axis) -> tuple[int, ...]:
+            indices = chosen.get(axis, (0,) * self.num_slots(axis))
+            return tuple(self.axes[axis].choices[index] for index in indices)
+
+        sizes: dict[str, Any] = {}
+        for axis, entry in AXES.items():
+            own = getattr(self.parent, entry.size)
+            if not self.is_elastic(axis):
+                sizes[entry.size] = own  # the parent's own widths may differ between layers
+            elif entry.own:
+                sizes[entry.size] = tuple(widths(axis)[self.slot(axis, ordinal)] for ordinal in range(len(own)))
+            else:
+                sizes[entry.size] = widths(axis)[0]
+        return Subnet(**sizes, kept_layers=self.kept_layers(widths(Axis.DEPTH)[0]))
+
+    def random_choice(self, generator: torch.Generator) -> dict[Axis, tuple[int, ...]]:
+        """Draw choice indices uniformly on every axis and slot."""
+        return {
+            axis: tuple(
+                torch.randint(len(self.axes[axis].choices), (self.num_slots(axis),), generator=generator).tolist()
+            )
+            for axis in Axis
+        }
+
+    def _axis_problems(self, axis: Axis) -> list[str]:
+        choices, full = self.axes[axis].choices, self.full_width(axis)
+        problems = []
+        if not choices:
+            return [f"{axis}: no choices given; list at least the full width {full}"]
+        if choices[0] != full:
+            problems.append(f"{axis}: the first choice is {choices[0]}, it must be the full width {full}")
+        if any(later >= earlier for earlier, later in pairwise(choices)):
+            problems.append(f"{axis}: choices {list(choices)} must be strictly descending")
+        smallest = 1 if full else 0
+        for choice in choices:
+            multiple = self.parts(axis)
+            if not smallest <= choice <= full:
+                problems.append(f"{axis}: choice {choice} is outside {smallest}..{full}")
+            elif choice % multiple:
+                nearest = max(multiple, round(choice / multiple) * multiple)
+                problems.append(f"{axis}: choice {choice} must be a multiple of {multiple}, nearest legal is {nearest}")
+        own = axis is not Axis.DEPTH and AXES[axis].own
+        if self.axes[axis].per_layer and not own:
+            problems.append(f"{axis}: one choice serves all layers, per_layer is not allowed")
+        if own and len(set(Subnet.full(self.parent).axis_widths(axis))) > 1 and len(choices) > 1:
+            problems.append(f"{axis}: the parent's own widths differ between layers, so this axis cannot be elastic")
+        return problems
