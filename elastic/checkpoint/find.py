@@ -8,8 +8,7 @@ from pathlib import Path
 
 from elastic.checkpoint.contents import CONTENTS_FILE, CheckpointError, damages, shown_problems, step_folders
 from elastic.checkpoint.record import RECORD_FILE
-from elastic.world.groups import World
-from elastic.world.rank_0 import decided_by_rank_0
+from elastic.world.groups import World, decided_by_rank_0
 
 FOLDER = "checkpoints"
 BROKEN = ".broken"

@@ -14,7 +14,7 @@ of sampler, Gumbel noise and data order.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,10 @@ from elastic.checkpoint.write import CheckpointWrite, SavedCheckpoint
 from elastic.hf.carried import CARRIED_FOLDER
 from elastic.hf.safe_files import UnsafeFileError, read_json
 from elastic.model.model import ElasticModel
+from elastic.router.router import Router
 from elastic.world.groups import World
 
+ADAM = ("step", "exp_avg", "exp_avg_sq")
 STATE_FILE, ROUTER_FILE = "state.json", "router.safetensors"
 STATE_LIMIT_BYTES = 16 << 20
 
@@ -166,8 +168,18 @@ def _refuse_unsafe(folder: Path) -> None:
         raise CheckpointError(problem[0])
 
 
-def load_router(folder: Path, router: nn.Module, optimizer: Optimizer | None = None) -> None:
-    """Load router weights (and Adam state); raises CheckpointError when the checkpoint has none or others."""
+def load_router(
+    folder: Path,
+    router: nn.Module,
+    optimizer: Optimizer | None = None,
+    budgets: tuple[Sequence[str], Sequence[str]] | None = None,
+) -> None:
+    """Load router weights (and Adam state); raises CheckpointError when the checkpoint has none or others.
+
+    `budgets`, names then and now, load a router of other budgets: its one-hot inputs are columns [hidden width,
+    budgets], and move by the name of the budget. A new budget keeps its fresh values, with zero moments; Adam's step
+    count stays: it corrects a bias that zero moments of a new column have again for a while.
+    """
     path = folder / ROUTER_FILE
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no {ROUTER_FILE}: it was not written by train_elastic")
@@ -175,6 +187,8 @@ def load_router(folder: Path, router: nn.Module, optimizer: Optimizer | None = N
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged, or no safetensors file, and was not read: {error}") from error
+    if budgets is not None:
+        _move_columns(tensors, router, *budgets)
     weights = {name.removeprefix("router/"): t for name, t in tensors.items() if name.startswith("router/")}
     try:
         router.load_state_dict(weights)
@@ -183,11 +197,23 @@ def load_router(folder: Path, router: nn.Module, optimizer: Optimizer | None = N
     if optimizer is None:
         return
     for name, parameter in router.named_parameters():
-        fields = ("step", "exp_avg", "exp_avg_sq")
-        saved = {field: tensors[f"adam/{name}/{field}"] for field in fields if f"adam/{name}/{field}" in tensors}
+        saved = {field: tensors[f"adam/{name}/{field}"] for field in ADAM if f"adam/{name}/{field}" in tensors}
         if saved:
             on_device = {key: value if key == "step" else value.to(parameter.device) for key, value in saved.items()}
             optimizer.state[parameter] = on_device
+
+
+def _move_columns(tensors: dict[str, Tensor], router: nn.Module, then: Sequence[str], now: Sequence[str]) -> None:
+    assert isinstance(router, Router)
+    pairs = [(then.index(name), column) for column, name in enumerate(now) if name in then]
+    for name in (f"networks.{axis}.0.weight" for axis in router.sizes):
+        fresh = router.get_parameter(name).detach().cpu()
+        for key in (f"router/{name}", f"adam/{name}/exp_avg", f"adam/{name}/exp_avg_sq"):
+            if key in tensors:
+                moved = fresh.clone() if key.startswith("router/") else torch.zeros_like(fresh)
+                for source, column in pairs:
+                    moved[:, column] = tensors[key][:, source]
+                tensors[key] = moved
 
 
 def _router_tensors(router: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:

@@ -12,8 +12,7 @@ from typing import Any
 from elastic.checkpoint.find import list_checkpoints
 from elastic.config.sections import ExpManagerConfig
 from elastic.world.files import write_json
-from elastic.world.groups import World
-from elastic.world.rank_0 import decided_by_rank_0
+from elastic.world.groups import World, decided_by_rank_0
 
 CONFIG_FILE, FINISHED_FILE = "config.json", "finished.json"
 LOCK_WAIT_S = 60.0  # what is left of a killed attempt may take that long to be gone

@@ -1,9 +1,10 @@
 """Going on from a run's own checkpoint: is it a checkpoint of this run, and what has changed since?
 
 The check reads JSON and a sample of the inputs, on rank 0, before a model is built or the folder is touched. What
-may differ is in rules.py (fields) and curriculum.py (phases, by where the run stands).
+may differ is in changes.py.
 """
 
+import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,19 +13,26 @@ from typing import Any
 
 from elastic.checkpoint.find import list_checkpoints, newest_whole, set_aside_newer
 from elastic.checkpoint.record import Record
-from elastic.checkpoint.state import Trainable, TrainingState, load_checkpoint, read_training_state
+from elastic.checkpoint.state import Trainable, TrainingState, load_checkpoint, load_router, read_training_state
 from elastic.config.load import config_dict, load_with_problems
 from elastic.config.sections import TrainExpManagerConfig
 from elastic.config.training import ElasticConfig, TrainConfig
 from elastic.data.manifest import Manifest
-from elastic.run.curriculum import curriculum_differences, draw_differences
-from elastic.run.difference import ABSENT, Difference, flatten, refusal
+from elastic.run.changes import (
+    ABSENT,
+    Difference,
+    May,
+    curriculum_differences,
+    draw_differences,
+    flatten,
+    refusal,
+    rule_of,
+)
 from elastic.run.folder import RunFolderError, open_run_folder, run_lock
-from elastic.run.origin import CHANGES, REPLICAS, describe_origin
-from elastic.run.router_columns import load_router_columns
-from elastic.run.rules import May, rule_of
-from elastic.world.groups import World
-from elastic.world.rank_0 import decided_by_rank_0
+from elastic.world.groups import World, decided_by_rank_0
+
+SAMPLED_BYTES = 64 * 1024
+REPLICAS, CHANGES = "replicas", "changes"  # what a checkpoint says of its run, beside the inputs's checksums
 
 
 class ResumeError(RunFolderError):
@@ -170,7 +178,35 @@ def load_run_state(checkpoint: Path, into: Trainable, record: Record) -> int:
         state = load_checkpoint(checkpoint, into)
     else:
         state = load_checkpoint(checkpoint, Trainable(into.model, into.optimizer))
-        assert into.router is not None and into.router_optimizer is not None
-        load_router_columns(checkpoint, into.router, into.router_optimizer, old, new)
+        assert into.router is not None
+        load_router(checkpoint, into.router, into.router_optimizer, (old, new))
     assert state is not None, "a run's own checkpoints always hold their state"
     return state.step
+
+
+def describe_origin(data: Manifest, replicas: int, permuted_parent: Path | None = None) -> dict[str, Any]:
+    """Return what goes into a checkpoint beside the config: checksums of the inputs, and the number of replicas.
+
+    Reads data.json, and of the permuted parent its record and a sample of its files.
+    """
+    inputs = {"data.path (tokenizer)": data.tokenizer.sha256}
+    for name, split in data.splits.items():
+        inputs[f"data.path ({name} split)"] = _joined({file: record.sha256 for file, record in split.files.items()})
+    if permuted_parent is not None:
+        inputs["init_from.permuted_parent"] = weights_sha256(permuted_parent)
+    return {"inputs": inputs, REPLICAS: replicas}
+
+
+def weights_sha256(checkpoint: Path) -> str:
+    """Hash the names and sizes of a checkpoint's tensor files, and 64 KiB from the middle of each."""
+    parts = {}
+    for path in sorted(checkpoint.glob("*.distcp")):
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            stream.seek(max(0, (size - SAMPLED_BYTES) // 2))
+            parts[path.name] = f"{size}:{hashlib.sha256(stream.read(SAMPLED_BYTES)).hexdigest()}"
+    return _joined(parts)
+
+
+def _joined(parts: Mapping[str, str]) -> str:
+    return hashlib.sha256("\n".join(f"{name} {text}" for name, text in sorted(parts.items())).encode()).hexdigest()

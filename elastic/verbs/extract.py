@@ -29,8 +29,7 @@ from elastic.verbs.family import Member, OpenFamily, open_configured
 from elastic.verbs.progress import transfer_progress
 from elastic.verbs.text_settings import text_settings
 from elastic.world.files import write_json
-from elastic.world.groups import DTYPES
-from elastic.world.rank_0 import decided_by_rank_0
+from elastic.world.groups import DTYPES, decided_by_rank_0
 
 EXTRACTION_FILE = "extraction.json"
 

@@ -18,7 +18,7 @@ from elastic.run.folder import RunFolderError, prepare_run_folder
 from elastic.space.layers import parameter_names
 from elastic.verbs.progress import transfer_progress
 from elastic.world.files import check_free_space
-from elastic.world.rank_0 import decided_by_rank_0
+from elastic.world.groups import decided_by_rank_0
 
 
 def run_import(config: ImportConfig, console: Console) -> Path:

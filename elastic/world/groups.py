@@ -1,11 +1,12 @@
-"""Start and stop the process groups of one run."""
+"""Start and stop the process groups of one run; what rank 0 finds on a shared disk, or decides, holds for all ranks."""
 
 import datetime
 import faulthandler
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.distributed import ReduceOp
 from elastic.config.sections import ComputeConfig, ParallelConfig
 from elastic.model.cpu_backend import use_cpu_backend
 from elastic.model.model import Layout
+from elastic.world.files import explained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LEAVE_TIME_S = 60.0
@@ -120,3 +122,29 @@ def join_world(layout: Layout, device: torch.device, timeout_s: float = 900.0) -
         distributed_timeout_minutes=timeout_s / 60.0,  # goes into a timedelta: fractions are fine
     )
     return World(layout, ProcessGroupCollection.use_mpu_process_groups(), device)
+
+
+class SharedFileError(ValueError):
+    """A file or folder that rank 0 could not read or write."""
+
+
+def decided_by_rank_0[T](decide: Callable[[], T], world: World | None) -> T:
+    """Call `decide` on rank 0; every rank returns its answer or raises its ValueError. None: one process, no group.
+
+    Nodes may see a shared folder differently for a while after another has changed it, and an error on one rank alone
+    would leave the others waiting. All ranks raise SharedFileError, with file and remedy, where rank 0 meets OSError.
+    """
+    answer: list[Any] = [None, None]
+    if world is None or world.is_main:
+        try:
+            answer[0] = decide()
+        except ValueError as error:
+            answer[1] = error
+        except OSError as error:
+            answer[1] = SharedFileError(explained(error, Path()))
+    if world is not None:
+        torch.distributed.broadcast_object_list(answer, src=0)
+    decision, problem = answer
+    if problem is not None:
+        raise problem
+    return decision

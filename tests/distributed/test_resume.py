@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from elastic.checkpoint.find import list_checkpoints
-from elastic.checkpoint.state import read_training_state
+from elastic.checkpoint.state import load_router, read_training_state
 from elastic.config.load import load
 from elastic.config.training import ElasticConfig
 from elastic.data import phases as phase_data
@@ -20,7 +20,6 @@ from elastic.model.model import Layout
 from elastic.router.router import Router
 from elastic.run.folder import RunFolderError, run_lock
 from elastic.run.resume import ResumeError
-from elastic.run.router_columns import load_router_columns
 from elastic.train.callbacks import NoCallback
 from elastic.train.save_checkpoints import SaveCheckpoints
 from elastic.verbs.training import run_elastic
@@ -133,11 +132,11 @@ def test_a_new_budget_starts_fresh_and_the_others_keep_what_they_learnt(start):
     checkpoint = list_checkpoints(start / "run" / "changes")[-1]
     names = ["full", "third", "half"]
     saved = Router(tiny_run_space(), 3, 16, seed=0)
-    load_router_columns(checkpoint, saved, torch.optim.AdamW(saved.parameters()), names, names)
+    load_router(checkpoint, saved, torch.optim.AdamW(saved.parameters()), (names, names))
     router = Router(tiny_run_space(), 3, 16, seed=5)
     fresh, optimizer = router()["hidden"][1].clone(), torch.optim.AdamW(router.parameters())
     column = router.networks["hidden"][0].weight[:, 1].clone()
-    load_router_columns(checkpoint, router, optimizer, names, ["half", "new", "full"])
+    load_router(checkpoint, router, optimizer, (names, ["half", "new", "full"]))
     for axis, logits in router().items():
         assert torch.equal(logits[0], saved()[axis][2]) and torch.equal(logits[2], saved()[axis][0])
     weight = router.networks["hidden"][0].weight

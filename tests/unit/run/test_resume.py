@@ -9,10 +9,8 @@ from elastic.checkpoint.record import Family, Record
 from elastic.checkpoint.state import TrainingState
 from elastic.config.load import config_dict, load
 from elastic.config.training import ElasticConfig, PretrainConfig
-from elastic.run.difference import flatten
-from elastic.run.origin import weights_sha256
-from elastic.run.resume import ResumeError, check_accepted, differences
-from elastic.run.rules import RULES, rule_of
+from elastic.run.changes import RULES, flatten, rule_of
+from elastic.run.resume import ResumeError, check_accepted, differences, weights_sha256
 from tests.distributed.training import elastic_values
 
 INPUTS = {"data.path (train split)": "a" * 64, "init_from.permuted_parent": "b" * 64}
@@ -58,7 +56,7 @@ def test_every_field_of_both_training_configs_has_a_rule_and_every_rule_a_field(
     paths |= flatten(config_dict(load(PretrainConfig, dict(data=dict(path="x"))))).keys()
     used = {next(pattern for pattern, *_ in RULES if re.fullmatch(pattern.replace("*", ".*"), p)) for p in paths}
     assert used == {pattern for pattern, *_ in RULES}
-    with pytest.raises(KeyError, match=r"no rule of rules\.py"):
+    with pytest.raises(KeyError, match=r"no rule of changes\.py"):
         rule_of("new_section.field")
 
 

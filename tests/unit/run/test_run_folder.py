@@ -16,7 +16,7 @@ from elastic.space.budget import Budget
 from elastic.space.cost import Metric
 from elastic.train.log import LogError, RunLog
 from elastic.verbs.inputs import load_run
-from elastic.world.rank_0 import SharedFileError, decided_by_rank_0
+from elastic.world.groups import SharedFileError, decided_by_rank_0
 from tests.unit.config.configs import put, values_of, written_record
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from elastic.world.fingerprint import _CHUNK, fingerprint, text_fingerprint
+from elastic.train.sanity import _CHUNK, fingerprint, text_fingerprint
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool])
