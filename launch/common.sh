@@ -2,7 +2,8 @@
 # What the launchers share. A launcher sources this and calls `launch VERB --config-name=RUN "$@"`.
 #
 # Under Slurm: preflight on every node, an all-reduce over all ranks, then the verb, each as one srun. Elsewhere the
-# same three by torchrun on this node. Set before the command, if the default does not fit:
+# same three by torchrun on this node. `--config-name=RUN`, with `--config-dir=FOLDER` for one of your own, takes another
+# run than the launcher's. Set before the command, if the default does not fit:
 #
 #   PY=FILE               Python of the run (default: .venv of this clone, else python3; in a container: python)
 #   GPUS_PER_NODE=N       default: what Slurm gave the job, else 8; 0 runs on CPUs over gloo
@@ -50,13 +51,14 @@ find_place() { # which nodes, which ranks, where they meet, where the logs go
   fi
 }
 
-container_options() { # arguments: the overrides; every existing absolute path in them is mounted where it is
+container_options() { # arguments: the overrides; every existing path in them is mounted where it is
   CONTAINER=()
   if [ -z "${CONTAINER_IMAGE:-}" ]; then return; fi
   local mounts=$REPO:$REPO path
   if [ "$PWD" != "$REPO" ]; then mounts+=,$PWD:$PWD; fi
   for path in "$@"; do
     path=${path#*=}
+    if [[ $path == ../* ]]; then path=$(realpath -s "$path"); fi # for example --config-dir=../mine
     if [[ $path == /* && -e $path ]]; then mounts+=,$path:$path; fi
   done
   mounts+=${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}

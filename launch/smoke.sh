@@ -2,7 +2,7 @@
 # The smoke chain on one node, data to exports, torchrun inside: recipes/smoke.py.
 #   sbatch launch/smoke.sh [train_elastic:trainer.max_steps=20 ...]        under Slurm
 #   launch/smoke.sh                                                        on this machine
-# An override names its verb first. On GPUs add VERB:trainer=gpu_training. Stopped half-way, the same line goes on.
+# An override names its verb first. On GPUs add VERB:trainer=gpu. Stopped half-way, the same line goes on.
 # What else can be set stands on top of launch/common.sh.
 #SBATCH --job-name=elastic_smoke
 #SBATCH --nodes=1

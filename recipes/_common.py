@@ -22,7 +22,7 @@ from elastic.config.rules import Cluster
 from elastic.config.sections import ComputeConfig
 from elastic.config.training import RunConfig
 from elastic.verbs.inputs import load_run
-from recipes._arguments import check_arguments
+from recipes._arguments import check_arguments, own_folder
 
 RECIPES = Path(__file__).resolve().parent
 CONF = next(
@@ -66,7 +66,9 @@ def hydra_arguments(arguments: Sequence[str], conf: Path = CONF) -> list[str]:
     name the nearest known key together with every other problem. Options move to the front, where Hydra's parser
     wants them, and the working directory stays where it is.
     """
-    groups = {folder.name for folder in conf.iterdir() if folder.is_dir()}
+    own = own_folder(arguments)
+    folders = [conf] if own is None or not own.is_dir() else [conf, own]
+    groups = {group.name for folder in folders for group in folder.iterdir() if group.is_dir()}
     options, overrides = [], []
     for argument in arguments:
         key = re.match(r"([A-Za-z_][\w.]*)=", argument)

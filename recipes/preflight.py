@@ -42,15 +42,27 @@ def requirements(with_gpus: bool) -> list[str]:
 def compose_run(arguments: Sequence[str]) -> Any:
     """Compose the config that a recipe would get from these arguments, without the folder Hydra makes for a job."""
     from hydra import compose, initialize_config_dir
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_config_search_path
+    from hydra.core.global_hydra import GlobalHydra
 
+    from recipes._arguments import check_arguments
     from recipes._common import CONF, hydra_arguments
 
     parser = argparse.ArgumentParser(prog="preflight", allow_abbrev=False)
     parser.add_argument("--config-name", "-cn", required=True)
+    parser.add_argument("--config-dir", "-cd", type=Path)
     parser.add_argument("overrides", nargs="*")
-    given = parser.parse_args([word for word in hydra_arguments(arguments) if not word.startswith("hydra.")])
+    check_arguments(arguments, CONF)
+    given = parser.parse_args(hydra_arguments(arguments))
+    overrides = [word for word in given.overrides if not word.startswith("hydra.") or "hydra.searchpath" in word]
     with initialize_config_dir(config_dir=str(CONF), version_base=None):
-        return compose(given.config_name.removesuffix(".yaml"), given.overrides)
+        if given.config_dir is not None:  # as Hydra's command line does; its compose API has no word for it
+            search_path = create_config_search_path(str(CONF))
+            search_path.prepend("command-line", f"file://{given.config_dir.resolve()}")
+            GlobalHydra.instance().clear()
+            Hydra.create_main_hydra2("preflight", search_path)
+        return compose(given.config_name.removesuffix(".yaml"), overrides)
 
 
 def check_run(options: argparse.Namespace, node: Node) -> list[Problem]:

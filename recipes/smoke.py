@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.rule import Rule
 
 ROOT = Path(__file__).resolve().parent.parent
+VOCAB_TOKENS = 2048
 # Libraries announce missing GPU kernels and deprecations in every process of the chain.
 QUIET = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
@@ -71,16 +72,14 @@ class Smoke:
 def chain(smoke: Smoke) -> dict[str, Any]:
     """Run every verb and return the summary."""
     data = smoke.run(
-        "prepare_data", "data", ["--config-name=smoke_data", f"output_dir={smoke.folder / 'data'}"], threads=2
+        "prepare_data", "data", [f"output_dir={smoke.folder / 'data'}", f"vocab_size={VOCAB_TOKENS}"], threads=2
     )
     from_data = f"data.path={data}"
-    parent = smoke.run(
-        "pretrain_parent", "parent", ["--config-name=smoke_parent", from_data, *smoke.into("parent")], distributed=True
-    )
+    parent = smoke.run("pretrain_parent", "parent", [from_data, *smoke.into("parent")], distributed=True)
     permuted = smoke.run(
         "estimate_importance",
         "permuted",
-        ["--config-name=smoke_importance", from_data, f"init_from.parent={parent}", *smoke.into("permuted")],
+        [from_data, f"init_from.parent={parent}", *smoke.into("permuted")],
         threads=smoke.processes,
     )
     family = smoke.run(
@@ -89,12 +88,11 @@ def chain(smoke: Smoke) -> dict[str, Any]:
         ["--config-name=smoke_elastic", from_data, f"init_from.permuted_parent={permuted}", *smoke.into("family")],
         distributed=True,
     )
-    exports = smoke.run(
-        "extract", "exports", ["--config-name=smoke_extract", f"init_from.checkpoint={family}", *smoke.into("exports")]
-    )
+    from_family = f"init_from.checkpoint={family}"
+    exports = smoke.run("extract", "exports", [from_family, "export.megatron=true", *smoke.into("exports")])
 
     def evaluate(version: str, checkpoint: Path, *more: str) -> list[dict[str, Any]]:
-        arguments = ["--config-name=smoke_evaluate", from_data, f"init_from.checkpoint={checkpoint}", *more]
+        arguments = [from_data, f"init_from.checkpoint={checkpoint}", *more]
         folder = smoke.run("evaluate", version, [*arguments, *smoke.into(version)])
         return json.loads((folder / "evaluation.json").read_text())["members"]
 

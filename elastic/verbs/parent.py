@@ -48,7 +48,9 @@ def fill_from_parent(
             pass  # model_problems says so
     elif given in OPEN and issubclass(kind, CostConfig) and path in OPEN:
         rule = "missing, and no checkpoint says how large the parent is"
-        problems.append(Problem("model", None, rule, "set model=NAME or init_from.permuted_parent=RUN"))
+        problems.append(
+            Problem("model", None, rule, "set init_from.permuted_parent=RUN, or its sizes, model.hidden=...")
+        )
     if filled.get("model") in OPEN:
         unknown |= {"model", "elastic"}
     section = _section(values, "elastic", "space")

@@ -1,16 +1,11 @@
-"""The overrides that turn the 12B run into one of seconds, and what such a run has logged."""
+"""The arguments that turn a launcher's run into one of seconds, and what such a run has logged."""
 
 import json
 from pathlib import Path
 
-GROUPS = (
-    "model=tiny_test", "space=tiny_test", "budgets=smoke", "curriculum=smoke", "router=smoke", "distill=default",
-    "data=own", "optim=adam", "parallel=none", "trainer=cpu_training",
-)  # fmt: skip
-
 
 def tiny_overrides(start: Path, folder: Path, version: str, steps: tuple[int, int], *more: str) -> list[str]:
-    """Return overrides of elastic_12b for the data and the parent under `start`, written to folder/run/version.
+    """Return the run train_elastic with overrides for data and parent under `start`, written to folder/run/version.
 
     A later override of a group or a key in `more` takes the place of an earlier one.
     """
@@ -22,7 +17,8 @@ def tiny_overrides(start: Path, folder: Path, version: str, steps: tuple[int, in
         "router_lr.warmup_steps": (0, 0),
     }
     given = [
-        *GROUPS,
+        "--config-name=train_elastic",  # the last one counts
+        "budgets=smoke",
         *(f"curriculum.{phase}.{key}={values[phase]}" for key, values in curriculum.items() for phase in (0, 1)),
         f"data.path={start}/data",
         f"init_from.permuted_parent={start}/run/permuted",

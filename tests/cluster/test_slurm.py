@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from elastic.config.training import ElasticConfig
+from elastic.verbs.parent import fill_from_parent
 from recipes.preflight import compose_run
 from tests.cluster.local_slurm import LocalSlurm, local_slurm, processes_of, why_not
 from tests.cluster.overrides import logged_steps, tiny_overrides
@@ -97,8 +99,9 @@ def test_four_nodes_train_to_the_end(slurm: LocalSlurm, start: Path, tmp_path: P
 
 def test_usr1_is_a_checkpoint_a_requeue_and_the_same_losses(slurm: LocalSlurm, start: Path, tmp_path: Path) -> None:
     steps = (60, 20)
-    values = compose_run(["--config-name=elastic_12b", *tiny_overrides(start, tmp_path, "uninterrupted", steps)])
-    run_distributed(train, 2, OmegaConf.to_container(values, resolve=True))
+    values = compose_run(tiny_overrides(start, tmp_path, "uninterrupted", steps))
+    plain = OmegaConf.to_container(values, resolve=True)
+    run_distributed(train, 2, fill_from_parent(ElasticConfig, plain)[0])
     arguments, run = tiny_overrides(start, tmp_path, "told", steps), tmp_path / "run" / "told"
     job = submit(slurm, tmp_path, 2, arguments)
     wait_for_step(slurm, job, run, 3)
@@ -141,8 +144,14 @@ def test_the_verbs_and_phases_as_a_chain_of_jobs(slurm: LocalSlurm, start: Path,
     small = ["trainer=cpu", "parallel.tensor=1", "parallel.sequence=false"]
     place = [f"data.path={start}/data", *small, f"exp_manager.exp_dir={tmp_path}", "exp_manager.name=run"]
     importance = [
-        *(f"init_from.parent={start}/run/parent", "importance=smoke", "importance.sequence_length=32"),
-        *("importance.num_sequences=8", "importance.depth_sequences=4", *place, "exp_manager.version=permuted"),
+        *(f"init_from.parent={start}/run/parent", "importance.micro_batch=4", "importance.sequence_length=32"),
+        *(
+            "importance.max_removed_layers=3",
+            "importance.num_sequences=8",
+            "importance.depth_sequences=4",
+            *place,
+            "exp_manager.version=permuted",
+        ),
     ]
     evaluate = [
         *(f"init_from.checkpoint={tmp_path}/run/chained", "data=own", "data.micro_batch=1"),

@@ -1,4 +1,4 @@
-"""Every YAML file in conf/ says how to use it, loads through Hydra, and is legal; overrides reach the dataclasses."""
+"""Every run in conf/ says how to use it, loads through Hydra, and is legal; overrides reach the dataclasses."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -25,20 +25,16 @@ from recipes._common import CONF, hydra_arguments
 
 WHOLE_RUNS: dict[str, type] = {
     "prepare_data": PrepareConfig,
-    "smoke_data": PrepareConfig,
     "pretrain_parent": PretrainConfig,
-    "smoke_parent": PretrainConfig,
     "estimate_importance": ImportanceConfig,
-    "smoke_importance": ImportanceConfig,
     "train_elastic": ElasticConfig,
     "smoke_elastic": ElasticConfig,
     "elastic_12b": ElasticConfig,
+    "elastic_9b": ElasticConfig,
     "importance_12b": ImportanceConfig,
     "evaluate": EvaluateConfig,
     "evaluate_12b": EvaluateConfig,
-    "smoke_evaluate": EvaluateConfig,
     "extract": ExtractConfig,
-    "smoke_extract": ExtractConfig,
     "import_hf": ImportConfig,
     "generate": GenerateConfig,
     "plan": PlanConfig,
@@ -46,11 +42,11 @@ WHOLE_RUNS: dict[str, type] = {
 ONE_PROCESS = Cluster()
 STARTED_ON = {
     "elastic_12b": Cluster(num_processes=512, has_gpu=True),
+    "elastic_9b": Cluster(num_processes=512, has_gpu=True),
     "importance_12b": Cluster(num_processes=8, has_gpu=True),
     "evaluate_12b": Cluster(num_processes=8, has_gpu=True),
     "import_hf": ONE_PROCESS,
     "extract": ONE_PROCESS,
-    "smoke_extract": ONE_PROCESS,
     "generate": ONE_PROCESS,
     "plan": ONE_PROCESS,
 }
@@ -58,6 +54,11 @@ TWO_CORES = Cluster(num_processes=2)
 # What a user must say where a file cannot leave ???: one of two fields, or a list.
 SAID_BY_USER = {"generate": ("init_from.checkpoint=run", "prompts=[once]")}
 SMOKE_VOCAB = 2048
+TINY = dict(
+    pattern="M-|M*-", vocab_multiple=32, hidden=64, ffn=128, mamba_heads=8, head_channels=8, mamba_groups=4,
+    attention_heads=8, kv_heads=4, attention_channels=16,
+)  # fmt: skip
+GROUPS = {"budgets", "cluster", "data", "exp_manager", "parallel", "space", "trainer"}
 
 
 def composed(name: str, *arguments: str) -> dict[str, Any]:
@@ -102,17 +103,21 @@ def test_the_list_of_whole_runs_is_complete() -> None:
 
 
 @pytest.mark.parametrize("file", sorted(CONF.rglob("*.yaml")), ids=lambda file: str(file.relative_to(CONF)))
-def test_file_starts_with_what_how_where_and_how_long(file: Path) -> None:
+def test_a_run_starts_with_what_how_where_how_long_and_what_comes_out(file: Path) -> None:
+    """A file of a group says only what it is: what a run takes and leaves is the run's to say."""
     text = file.read_text(encoding="utf-8")
     header = re.match(r"(?:#.*\n)+", text)
     assert header is not None, "no comment at the top"
     keys = [line.partition(":")[0] for line in header[0].splitlines()]
-    assert [key for key in keys if key in ("# Command", "# Hardware", "# Time")] == [
-        "# Command",
-        "# Hardware",
-        "# Time",
-    ]
+    expected = ["# Command", "# Hardware", "# Time", "# Result"] if file.parent == CONF else []
+    assert [key for key in keys if key in ("# Command", "# Hardware", "# Time", "# Result")] == expected
     assert isinstance(yaml.safe_load(text), dict)
+
+
+def test_configs_stay_few() -> None:
+    """What belongs to one run stands in it; a group is for what users switch."""
+    assert len(list(CONF.rglob("*.yaml"))) <= 40
+    assert {folder.name for folder in CONF.iterdir() if folder.is_dir()} <= GROUPS
 
 
 @pytest.mark.parametrize("name", WHOLE_RUNS)
@@ -145,11 +150,8 @@ def group_options() -> Iterator[tuple[str, str]]:
 def test_every_option_of_a_group_loads_in_a_whole_run(group: str, option: str) -> None:
     """Types and single values of every group file hold; what it fits together with is the whole run's matter."""
     names = {
-        "importance": "estimate_importance",
-        "trainer": "train_elastic" if option.endswith("_training") else "evaluate",
         "exp_manager": "train_elastic" if option == "training" else "evaluate",
         "cluster": "plan",
-        "curriculum": "pretrain_parent" if option.startswith("pretrain") else "train_elastic",
     }
     name = names.get(group, "train_elastic")
     values = composed(name, f"{group}={option}")
@@ -160,14 +162,14 @@ def test_every_option_of_a_group_loads_in_a_whole_run(group: str, option: str) -
     load(WHOLE_RUNS[name], fill_from_parent(WHOLE_RUNS[name], values)[0])
 
 
-def test_tiny_model_and_its_space_fit_the_small_layout_with_all_kinds_of_ranks() -> None:
-    arguments = ("model=tiny_test", "space=tiny_test", "parallel=tp2_pp2", "model.pattern=M-|M*-")
-    config = load(ElasticConfig, composed("train_elastic", *arguments))
+def test_choices_by_share_fit_a_tiny_model_in_the_small_layout_with_all_kinds_of_ranks() -> None:
+    values = composed("train_elastic", "parallel=tp2_pp2", "budgets=halves") | {"model": TINY}
+    config = load(ElasticConfig, fill_from_parent(ElasticConfig, values)[0])
     check(with_vocab(config, 500), Cluster(num_processes=4))
 
 
 def test_plain_overrides_reach_the_dataclasses() -> None:
-    arguments = ("model=tiny_test", "seed=7", "curriculum.1.steps=3", "trainer.max_steps=5", "model.vocab=128")
+    arguments = ("seed=7", "curriculum.1.steps=3", "trainer.max_steps=5", "model.vocab=128", "model.hidden=64")
     config = load(ElasticConfig, fill_from_parent(ElasticConfig, composed("train_elastic", *arguments))[0])
     assert (config.seed, config.model.hidden, config.model.vocab) == (7, 64, 128)
     assert (config.curriculum[0].steps, config.curriculum[1].steps) == (120, 3)
@@ -190,7 +192,7 @@ def test_arguments_keep_their_meaning_for_hydra() -> None:
         "a.b=1",
         "--config-name",
         "smoke_elastic",
-        "model=smoke",
+        "budgets=smoke",
         "+x=1",
         "~y",
         "hydra.verbose=true",
@@ -203,7 +205,7 @@ def test_arguments_keep_their_meaning_for_hydra() -> None:
         "-c",
         "job",
         "++a.b=1",
-        "model=smoke",
+        "budgets=smoke",
         "+x=1",
         "~y",
         "hydra.verbose=true",

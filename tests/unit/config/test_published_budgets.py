@@ -15,11 +15,10 @@ from elastic.space.reach import sample_subnet, smallest_subnet
 from elastic.space.subnet import Subnet
 from elastic.verbs.cost import start_cost
 from recipes._common import CONF
-from tests.unit.config.test_published_run import priced
+from tests.unit.config.test_published_run import NANO_4B, priced
 
 FAMILY_BUDGETS = sorted(file.stem for file in (CONF / "budgets").glob("nemotron_elastic*.yaml"))
-NINE = ("model=nemotron_nano_v2_9b", "space=nemotron_nano_v2_9b", "budgets=nemotron_nano_v2_9b")
-NANO_4B_PATTERN = "M-M-M-MM-M-M*-M-M*-M-M-M*-M-M-MM*-MMM-M-M-"
+NANO_4B_PATTERN = NANO_4B[0].removeprefix("model.pattern=")
 
 
 def rankings(num_layers: int, count: int) -> list[tuple[int, ...]]:
@@ -86,7 +85,7 @@ def test_sample_subnets_cut_all_axes_alike() -> None:
 
 def test_the_9b_as_a_parent_holds_the_published_4b() -> None:
     """Its space contains the one published outcome of a router, layer for layer and parameter for parameter."""
-    config = priced(*NINE)
+    config = priced(name="elastic_9b")
     pattern = str(config.parent_shape().pattern)
     kept: list[int] = []
     for kind in NANO_4B_PATTERN:

@@ -231,6 +231,30 @@ def test_the_image_is_mounted_with_all_that_the_run_reads(job: Job) -> None:
         )
 
 
+def test_an_own_run_is_composed_passed_on_and_mounted(job: Job) -> None:
+    """`--config-dir` names a folder beside conf/: an own run, and an own file of a group, on a cluster."""
+    (job.folder / "own" / "parallel").mkdir(parents=True)
+    (job.folder / "own" / "mine.yaml").write_text("defaults: [elastic_12b, _self_]\nseed: 77\n")
+    (job.folder / "own" / "parallel" / "wide.yaml").write_text("tensor: 4\npipeline: 1\ncontext: 4\nsequence: true\n")
+    (job.folder / "own" / "data").mkdir()
+    (job.folder / "own" / "data" / "long_sequences.yaml").write_text(
+        "path: ???\nmicro_batch: 3\nvalidation_sequences: 4\n"
+    )
+    arguments = ["--config-name=mine", f"--config-dir={job.folder}/own", "parallel=wide"]
+    ended = job.start("elastic_12b", *arguments, python=sys.executable, DRY_RUN="1", SLURM_JOB_ID="unset")
+    assert "\nseed: 77\n" in ended.stdout and "  context: 4\n  sequence: true\n" in ended.stdout
+    assert "micro_batch: 3" in ended.stdout  # of two files with one name the own one counts, as in Hydra
+    assert ended.stdout.count("data.path = null: missing") == 1 and ended.returncode == 2
+    (job.folder / "far").mkdir()
+    image = {"CONTAINER_IMAGE": "registry#elastic:1", "PY": "python"}
+    for given, shown in ((f"{job.folder}/own", f"{job.folder}/own"), ("../job/far", f"{job.folder}/far")):
+        assert job.start("elastic_12b", "--config-name=mine", f"--config-dir={given}", **image).returncode == 0
+        *_, preflight, _, train = job.calls("srun")
+        assert f",{shown}:{shown} --container-workdir" in preflight
+        assert all(call.endswith(f"--config-name=mine --config-dir={given}") for call in (preflight, train))
+    assert "--config-name=elastic_12b --config-name=mine" in train
+
+
 def test_dry_run_prints_the_command_and_the_config_and_starts_nothing(job: Job) -> None:
     ended = job.start("elastic_12b", "seed=3", python=sys.executable, DRY_RUN="1", SLURM_JOB_ID="unset")
     assert "srun --nodes=64 --ntasks=64 --ntasks-per-node=1" in ended.stdout

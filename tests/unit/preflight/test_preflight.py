@@ -24,6 +24,7 @@ from elastic.preflight.run import (
     plan_run,
     state_bytes_per_rank,
 )
+from elastic.verbs.parent import fill_from_parent
 from recipes.preflight import check_run, compose_run, requirements
 from tests.cluster.overrides import tiny_overrides
 
@@ -139,8 +140,8 @@ def test_all_mistakes_of_the_config_come_together(start: Path, tmp_path: Path) -
 
 
 def test_override_of_a_group_that_is_not_there() -> None:
-    problem = only(problems_of("model=no_such_model"))
-    assert problem.field == "override" and "no_such_model" in problem.rule
+    problem = only(problems_of("budgets=no_such_family"))
+    assert (problem.field, problem.value) == ("budgets", "no_such_family") and "nemotron_elastic" in problem.remedy
 
 
 def test_layout_that_does_not_divide_the_ranks(start: Path, tmp_path: Path) -> None:
@@ -193,18 +194,19 @@ def test_phase_that_the_curriculum_does_not_have(start: Path, tmp_path: Path) ->
 
 
 def tiny_config(start: Path, folder: Path, *more: str) -> ElasticConfig:
-    cfg = compose_run(["--config-name=elastic_12b", *tiny_overrides(start, folder, "run", (3, 2), *more)])
+    cfg = compose_run(tiny_overrides(start, folder, "run", (3, 2), *more))
     values = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(values, dict)
-    return load(ElasticConfig, values | {"model": {**values["model"], "vocab": 320}})
+    return load(ElasticConfig, fill_from_parent(ElasticConfig, values)[0])
 
 
 def test_gpu_too_small_for_weights_and_optimizer(start: Path, tmp_path: Path) -> None:
     """By hand for the 12B: 12.31e9 x (2 x 2 weights + 4 gradients + 12 Adam over 2 shards) / 8 tensor ranks."""
-    config = tiny_config(
-        start, tmp_path, "model=nemotron_nano_v2_12b", "parallel=tp8_cp2", "optim=adam_sharded", "trainer=gpu_training"
-    )
-    config = replace(config, model=replace(config.model, vocab=131072))
+    data = f"data.path={start}/data"
+    cfg = compose_run(["--config-name=elastic_12b", data, f"init_from.permuted_parent={start}/run/permuted"])
+    values = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(values, dict)
+    config = load(ElasticConfig, values | {"parallel": {"tensor": 8, "context": 2, "sequence": True}})
     cluster = Cluster(num_processes=16, has_gpu=True)
     assert state_bytes_per_rank(config, cluster) == pytest.approx(12_310_001_152 * (4 + 4 + 6) / 8)
     assert checkpoint_bytes(config) == 12_310_001_152 * 14

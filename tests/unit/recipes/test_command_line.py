@@ -14,7 +14,7 @@ from recipes import _common
 from recipes._arguments import argument_problems
 
 RUNS = ", ".join(path.stem for path in sorted(_common.CONF.glob("*.yaml")))
-MODELS = "nemotron_3_nano_4b, nemotron_nano_v2_12b, nemotron_nano_v2_9b, smoke, tiny_test"
+LAYOUTS = "none, tp2_pp2, tp2_pp2_cp4, tp8_cp2"
 BUDGETS = ", ".join(path.stem for path in sorted((_common.CONF / "budgets").glob("*.yaml")))
 NO_OVERRIDE = "is not KEY=VALUE as Hydra reads it"
 
@@ -54,12 +54,12 @@ def message_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
             f'--config-name = "elastic_13b": is no file of conf/; nearest is elastic_12b, there are {RUNS}',
         ),
         (
-            "model=unknown",
-            f'model = "unknown": is no file of conf/model/; nearest is nemotron_3_nano_4b, there are {MODELS}',
+            "parallel=unknown",
+            f'parallel = "unknown": is no file of conf/parallel/; nearest is none, there are {LAYOUTS}',
         ),
         (
-            "model=[smoke,smoky]",
-            f'model = "smoky": is no file of conf/model/; nearest is smoke, there are {MODELS}',
+            "parallel=[none,nine]",
+            f'parallel = "nine": is no file of conf/parallel/; nearest is none, there are {LAYOUTS}',
         ),
         (
             "budgets=[{name: small, ratio: 0.5}]",
@@ -67,9 +67,9 @@ def message_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
             f"there are {BUDGETS}; a field of it is set as budgets.FIELD=VALUE",
         ),
         (
-            "router=null",
-            "router = null: is a group of files and takes the name of one; there are default, smoke; a field of it is "
-            "set as router.FIELD=VALUE",
+            "trainer=null",
+            "trainer = null: is a group of files and takes the name of one; there are cpu, gpu; a field of it is "
+            "set as trainer.FIELD=VALUE",
         ),
         ("data.path", f"data.path = null: {NO_OVERRIDE}; write data.path=VALUE"),
         (
@@ -96,11 +96,11 @@ def test_mistake_is_named_with_what_there_is_to_choose_from(
 
 
 def test_mistakes_of_several_arguments_come_together(message_of: Callable[..., str]) -> None:
-    lines = message_of("-cn", "train_elastik", "model=smok", "seed", "parallel=2", "data.path=a").splitlines()
+    lines = message_of("-cn", "train_elastik", "budgets=smok", "seed", "parallel=2", "data.path=a").splitlines()
     assert lines[0] == "4 problems in the configuration:"
     assert [line.strip().partition(": ")[0] for line in lines[1:]] == [
         '--config-name = "train_elastik"',
-        'model = "smok"',
+        'budgets = "smok"',
         "seed = null",
         "parallel = 2",
     ]
@@ -150,14 +150,31 @@ def test_own_config_that_is_no_yaml_is_named_with_its_line(message_of: Callable[
     "arguments",
     [
         ["--config-name", "smoke_elastic", "seed=3"],
-        ["--config-name=elastic_12b.yaml", "model=smoke", "~exp_manager.version"],
-        ["-cn", "cost", "-cd", "own", "model=mine"],
-        ["hydra.searchpath=[file://own]", "model=mine"],
+        ["--config-name=elastic_12b.yaml", "budgets=smoke", "~exp_manager.version"],
+        ["-cn", "mine", "-cp", "own", "parallel=mine"],
+        ["hydra.searchpath=[file://own]", "parallel=mine"],
         ["--multirun", "seed=1,2"],
         ["--cfg", "job", "--info", "defaults", "data.path='a=b'", "exp_manager.name=a b", "elastic.space.ffn=null"],
-        ["budgets=nemotron_nano_v2_9b", "budget_names=[a,b]", "+extra=1", "++seed=2", "~distill"],
+        ["budgets=nemotron_nano_v2_9b", "budget_names=[a,b]", "+extra=1", "++seed=2", "~budgets"],
         ["curriculum.0.lr.peak=1e-3", 'init_from.permuted_parent="with, comma"', "data.path=s3-like/path-1_2.x"],
     ],
 )
 def test_legal_arguments_pass(arguments: list[str]) -> None:
     assert list(argument_problems(arguments, _common.CONF)) == []
+
+
+def test_own_configs_stand_beside_those_of_the_project(message_of: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "parallel").mkdir()
+    (tmp_path / "place").mkdir()
+    for name in ("mine", "parallel/wide", "place/here"):
+        (tmp_path / f"{name}.yaml").write_text("tensor: 1\n")
+    own = ["--config-dir", str(tmp_path)]
+    legal = ["-cn=mine", "parallel=wide", "parallel=none", "budgets=smoke"]
+    assert list(argument_problems([*own, *legal], _common.CONF)) == []
+    assert _common.hydra_arguments([*own, "place=here"])[-2] == "place=here"  # their groups are groups, too
+    wrong = list(argument_problems([*own, "-cn=mind", "parallel=wider", "budgets=smok"], _common.CONF))
+    assert [problem.remedy.partition(",")[0] for problem in wrong] == [
+        "nearest is mine", "nearest is wide", "nearest is smoke",
+    ]  # fmt: skip
+    lines = message_of("--config-dir=nowhere").splitlines()
+    assert lines[1:] == ['  --config-dir = "nowhere": is no folder; name the folder that holds your own YAML files']

@@ -80,7 +80,7 @@ def test_process_is_set_up_as_the_trainer_section_says() -> None:
 
 def test_recipe_through_nemo_is_quiet_and_leaves_no_files(tmp_path: Path) -> None:
     """The whole way in: NeMo's hydra_runner, all overrides, one message, an empty working directory."""
-    arguments = ["--config-name=smoke_evaluate", "trainer.num_thread=1", "sequence_length=0"]
+    arguments = ["--config-name=evaluate", "trainer.num_thread=1", "sequence_length=0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "1"}
     environment.pop("RANK", None)
     ended = subprocess.run(
@@ -97,8 +97,8 @@ def test_recipe_through_nemo_is_quiet_and_leaves_no_files(tmp_path: Path) -> Non
     assert heading == "4 problems in the configuration:"
     assert [line.strip().partition(" = ")[0] for line in lines] == [
         "trainer.num_thread",
-        "sequence_length",
-        "data.path",
         "init_from.checkpoint",
+        "data.path",
+        "sequence_length",
     ]
     assert list(tmp_path.iterdir()) == []

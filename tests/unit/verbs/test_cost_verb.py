@@ -22,6 +22,7 @@ from elastic.space.subnet import Subnet
 from elastic.verbs.cost import quantity, run_cost
 from elastic.verbs.inputs import load_run
 from tests.unit.config.test_conf_files import compose_once
+from tests.unit.config.test_published_run import NANO_4B
 
 ROOT = Path(__file__).parents[3]
 
@@ -47,13 +48,8 @@ def printed(config: CostConfig) -> tuple[str, dict[str, Any]]:
         ("elastic_12b", ()),
         ("elastic_12b", ("budgets=nemotron_elastic_deploy_bf16",)),
         ("elastic_12b", ("budgets=nemotron_elastic_deploy_int4",)),
-        (
-            "elastic_12b",
-            ("model=nemotron_nano_v2_9b", "space=nemotron_nano_v2_9b", "budgets=nemotron_nano_v2_9b"),
-        ),
-        ("train_elastic", ("model=smoke", "model.vocab=2048")),
+        ("elastic_9b", ()),
         ("smoke_elastic", ("model.vocab=2048", "init_from.permuted_parent=null")),
-        ("train_elastic", ("model=tiny_test", "space=tiny_test", "model.vocab=512")),
     ],
 )
 def test_runs_and_siblings_are_priced_without_data_weights_or_gpus(name: str, arguments: tuple[str, ...]) -> None:
@@ -67,7 +63,7 @@ def test_the_4b_is_priced_with_every_axis_full() -> None:
     axes = ("hidden", "ffn", "mamba_head", "mamba_channel", "attention_head", "depth")
     full = tuple(f"elastic.space.{axis}=null" for axis in axes)
     budget = "elastic.budgets=[{name: all, metric: params, target: null, ratio: 1.0}]"
-    text, report = printed(config_of("elastic_12b", "model=nemotron_3_nano_4b", *full, budget))
+    text, report = printed(config_of("elastic_9b", *NANO_4B, *full, budget))
     assert report["parent"] == report["smallest"] == report["router_start"]
     assert report["parent"]["params"] == 3_973_556_832 and "3.974B" in text
     assert "depth:" not in text
@@ -122,15 +118,15 @@ def test_mamba_widths_that_differ_between_layers_cannot_be_exported() -> None:
 
 def test_null_vocabulary_needs_data_or_a_number() -> None:
     with pytest.raises(ConfigError, match=r"model\.vocab = null: .*no data\.path is given; or set model\.vocab"):
-        config_of("train_elastic", "model=smoke")
+        config_of("train_elastic", "budgets=halves", "model.hidden=128")
     with pytest.raises(ConfigError, match=r'data\.path = "not/there": does not exist'):
-        config_of("train_elastic", "model=smoke", "data.path=not/there")
-    known = config_of("train_elastic", "model=smoke", "data.path=not/there", "model.vocab=2048")
+        config_of("train_elastic", "budgets=halves", "model.hidden=128", "data.path=not/there")
+    known = config_of("train_elastic", "budgets=halves", "model.hidden=128", "data.path=not/there", "model.vocab=2048")
     assert known.parent_shape().vocab == 2048
 
 
 def test_nothing_is_priced_without_a_model() -> None:
-    with pytest.raises(ConfigError, match=r"1 problem.*\s+model = null: missing.*model=NAME or init_from"):
+    with pytest.raises(ConfigError, match=r"1 problem.*\s+model = null: missing.*set init_from"):
         config_of("train_elastic")
 
 
@@ -166,9 +162,8 @@ def test_a_permuted_parent_says_which_layers_leave(tmp_path: Path) -> None:
         assert kept == list(range(62 - len(kept), 62))
     with pytest.raises(ConfigError, match=r"elastic\.space\.lanes = 16"):
         config_of("elastic_12b", f"init_from.permuted_parent={parent}", "elastic.space.lanes=16")
-    nine = ("model=nemotron_nano_v2_9b", "space=nemotron_nano_v2_9b", "budgets=nemotron_nano_v2_9b")
     with pytest.raises(ConfigError, match=r"model\.hidden = 4480: the checkpoint holds hidden = 5120"):
-        printed(config_of("elastic_12b", f"init_from.permuted_parent={parent}", *nine))
+        printed(config_of("elastic_9b", f"init_from.permuted_parent={parent}"))
 
 
 @pytest.mark.parametrize(
