@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from elastic.hf.config import export_shape, export_warnings
+from elastic.hf.config import export_shape, export_warnings, stock_notes, stock_versions
 from elastic.space.budget import Budget
 from elastic.space.cost import Deployment, shape_cost
 from elastic.space.shape import ModelShape
@@ -39,7 +39,8 @@ def model_card(info: CardInfo, shape: ModelShape, dtype: str, verification: str)
         _warnings(shape),
         "## Provenance\n\n" + (_table(("what", "value"), list(info.provenance.items())) or "Not given."),
         f"## Verification\n\n{verification}",
-        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"## Use\n\n{stock_versions()}{_notes(shape)}\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")\n'
         'tokenizer = AutoTokenizer.from_pretrained(".")\n```',
     ]
@@ -95,8 +96,8 @@ def _cost_rows(info: CardInfo, shape: ModelShape) -> list[tuple[str, str]]:
     cost, deployment = shape_cost(shape, info.deployment), info.deployment
     where = f"batch {deployment.batch}, {deployment.length_tokens} tokens"
     rows = [
-        ("parameters", f"{cost.params:,}"),
-        ("parameters deployed, padding and stored head included", f"{deployed_params(shape):,}"),
+        ("parameters (what budgets in `params` count)", f"{cost.params:,}"),
+        ("parameters stored, with zero padding and a tied head's copy (`stored_params`)", f"{cost.stored_params:,}"),
         (f"weights and caches ({where})", f"{cost.deploy_bytes / 2**30:.3f} GiB"),
         ("forward FLOPs per token", f"{cost.flops_per_token:.3e}"),
     ]
@@ -105,12 +106,6 @@ def _cost_rows(info: CardInfo, shape: ModelShape) -> list[tuple[str, str]]:
         share = cost[budget.metric] / budget.limit
         rows.insert(0, (f"budget {budget.name}", f"{budget.limit:,.0f} {budget.metric}, used {share:.1%}"))
     return rows
-
-
-def deployed_params(shape: ModelShape) -> int:
-    """Count what an exported folder holds: padded layers, and the head even if it is tied."""
-    padded = export_shape(shape)
-    return int(shape_cost(padded).params) + (padded.vocab * padded.hidden if padded.tied_embeddings else 0)
 
 
 def _padding(shape: ModelShape) -> str:
@@ -127,6 +122,10 @@ def _padding(shape: ModelShape) -> str:
         "the padded layers."
     )
     return f"## Padding\n\n{text}\n\n" + _table(("width", "layers as chosen -> as stored"), rows)
+
+
+def _notes(shape: ModelShape) -> str:
+    return "".join(f" {note[0].upper()}{note[1:]}." for note in stock_notes(shape))
 
 
 def _warnings(shape: ModelShape) -> str:

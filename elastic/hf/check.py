@@ -7,13 +7,13 @@ from typing import Protocol
 
 from torch import Tensor
 
-from elastic.hf.card import deployed_params
 from elastic.hf.config import ExportError, export_shape
 from elastic.hf.folder import HfFolder
 from elastic.hf.logits import LogitDifference, probe_tokens
 from elastic.hf.nested_values import NestedValueError, check_values, nested_origins
 from elastic.hf.reload import reload_logits
 from elastic.rank.slicing import TensorSource, reader
+from elastic.space.cost import shape_cost
 from elastic.space.shape import ModelShape
 from elastic.space.subnet import Subnet
 
@@ -65,7 +65,7 @@ class LogitCheck:
 
     def __call__(self, written: HfFolder, shape: ModelShape) -> CheckOutcome:
         """Compare on the fixed probe tokens."""
-        tokens, expected = probe_tokens(shape.vocab), deployed_params(shape)
+        tokens, expected = probe_tokens(shape.vocab), shape_cost(shape).stored_params
         reloaded = reload_logits(written.path, tokens)
         if reloaded.params != expected:
             raise ExportError(f"the reloaded model has {reloaded.params} parameters, expected {expected}")

@@ -11,6 +11,11 @@ from elastic.hf.safe_files import shown
 from elastic.space.pattern import LayerKind
 from elastic.space.shape import ModelShape
 
+# The first stock transformers that is right, by running one set of exports under each (300 tokens, logits against this
+# project's): 5.12.0, 5.13.1 and 5.14.0 are wrong beyond the first 128 tokens where Mamba's kernels are not installed
+# (differences of 0.03 to 0.9), 5.14.0 fails in models with attention, before 5.10 dense layers do not load; 5.15.0,
+# 5.15.1, 5.16.1, 5.17.0, 5.18.0, 5.19.0, 5.23.0 and 5.24.0 agree to 4e-6. pyproject.toml asks for the same.
+TRANSFORMERS, TRANSFORMERS_TRIED = "5.15", "5.24"
 MODEL_TYPE = "nemotron_h"
 ARCHITECTURE = "NemotronHForCausalLM"
 # Stock keys whose only value this project's layers compute; absent keys have this value by default.
@@ -208,6 +213,24 @@ def hf_config(shape: ModelShape, settings: HfSettings, dtype: torch.dtype) -> di
 def runs_with_cache(shape: ModelShape) -> bool:
     """Tell whether stock code can hold a cache of the model: it asks an attention layer for the cache's length."""
     return bool(shape.attention_heads)
+
+
+def stock_versions() -> str:
+    """Say which stock transformers computes an export's function."""
+    return (
+        f"Needs transformers {TRANSFORMERS} or newer (tried up to {TRANSFORMERS_TRIED}): without Mamba's kernels older "
+        f"ones are wrong beyond 128 tokens."
+    )
+
+
+def stock_notes(shape: ModelShape) -> list[str]:
+    """List what a user of the exported folder should know beforehand."""
+    if runs_with_cache(shape):
+        return []
+    return [
+        "it keeps no attention layer, so stock transformers runs it without a cache (use_cache: false) and reads the "
+        "whole text again for every generated token"
+    ]
 
 
 def generation_config(settings: HfSettings, shape: ModelShape) -> dict[str, Any]:

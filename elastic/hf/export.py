@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic.hf.card import CardInfo, deployed_params, model_card
+from elastic.hf.card import CardInfo, model_card
 from elastic.hf.check import CheckOutcome, FolderCheck
 from elastic.hf.config import ExportError, HfSettings, generation_config, hf_config
 from elastic.hf.dtypes import DtypeRule
@@ -47,11 +47,11 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written and how it was checked; `params` is the subnet's count, `deployed_params` that with padding."""
+    """What was written and how it was checked; `params` and `stored_params`: space/cost.py."""
 
     folder: Path
     params: int
-    deployed_params: int
+    stored_params: int
     outcome: CheckOutcome
 
 
@@ -87,7 +87,8 @@ def export_folder(
             (aside / "README.md").write_text(text)
     except (TensorFileError, TokenizerFileError, HfFolderError, HfTensorError, ReloadError, ExportError) as error:
         raise ExportError(f"export to {folder}: {error}") from error
-    return ExportReport(folder, int(shape_cost(shape).params), deployed_params(shape), outcome)
+    cost = shape_cost(shape)
+    return ExportReport(folder, int(cost.params), int(cost.stored_params), outcome)
 
 
 def _reported(

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from elastic.hf.child import ChildError, run_without_gpu
+from elastic.hf.config import TRANSFORMERS, stock_versions
 
 _KERNEL_PACKAGES = ("mamba_ssm", "causal_conv1d")
 
@@ -48,8 +49,10 @@ def reload_logits(folder: Path, tokens: Tensor) -> Reloaded:
 def stock_logits(folder: Path, tokens: Tensor) -> Reloaded:
     """Do what `reload_logits` says in this process."""
     # Slow to import, and nothing else here needs it.
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, __version__
 
+    if tuple(map(int, __version__.split(".")[:2])) < tuple(map(int, TRANSFORMERS.split("."))):
+        raise ReloadError(f"transformers {__version__} is installed. {stock_versions()}")
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True

@@ -1,8 +1,8 @@
 """The one cost table: parameters, bytes and FLOPs of a hybrid model, for integer and for expected widths.
 
-Every formula is a polynomial, linear in each axis, so the same code counts a Subnet exactly (ints) and the expected
-cost under independent choice probabilities (tensors, differentiable). What a layer holds and uses stands in layers.py;
-a skipped layer costs nothing.
+Every formula but that of the stored size is a polynomial, linear in each axis, so the same code counts a Subnet exactly
+(ints) and the expected cost under independent choice probabilities (tensors, differentiable). What a layer holds and
+uses stands in layers.py; a skipped layer costs nothing.
 """
 
 from collections import Counter
@@ -13,7 +13,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from elastic.space.axes import AXES, Axis
+from elastic.space.axes import AXES, INNER_AXIS, Axis
 from elastic.space.layers import DIMS, LAYERS, Number
 from elastic.space.pattern import LayerKind
 from elastic.space.ranges import Count, Positive
@@ -21,11 +21,15 @@ from elastic.space.shape import ModelShape
 from elastic.space.space import Space
 from elastic.space.subnet import Subnet
 
+# Kinds whose narrower layers a Hugging Face folder fills up with zeros; Mamba layers cannot be (hf/config.py).
+PADDED = (LayerKind.MLP, LayerKind.ATTENTION)
+
 
 class Metric(StrEnum):
     """What a budget may limit."""
 
     PARAMS = "params"
+    STORED_PARAMS = "stored_params"
     WEIGHT_BYTES = "weight_bytes"
     DEPLOY_BYTES = "deploy_bytes"
     FLOPS_PER_TOKEN = "flops_per_token"
@@ -94,9 +98,15 @@ class Widths:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a subnet uses. Bytes follow the Deployment it was computed for."""
+    """What a subnet uses. Bytes follow the Deployment it was computed for.
+
+    `params` counts the subnet's own; `stored_params` what a Hugging Face folder holds of it: layers of one kind are
+    zero-padded to the widest that is kept, and the head is stored even if tied. Exact for a subnet; of expected widths
+    the widest is the largest expectation, which is exact once each choice is certain.
+    """
 
     params: Number
+    stored_params: Number
     weight_bytes: Number
     kv_bytes: Number
     ssm_bytes: Number
@@ -147,6 +157,8 @@ def cost(parent: ModelShape, widths: Widths, deployment: Deployment) -> Cost:
     hidden = widths.of_layer(parent.pattern.kinds[0], 0)[Axis.HIDDEN]
     embeddings = parent.vocab * hidden * (1 if parent.tied_embeddings else 2)
     params: Number = embeddings + hidden
+    stored: Number = params + (parent.vocab * hidden if parent.tied_embeddings else 0)
+    widest = {kind: _widest(parent, widths, kind) for kind in PADDED if parent.pattern.layers_of(kind)}
     flops: Number = 2 * parent.vocab * hidden
     held: dict[str, Number] = {"kv_bytes": 0, "ssm_bytes": 0, "conv_bytes": 0}
     for layer_index, kind in enumerate(parent.pattern.kinds):
@@ -154,17 +166,31 @@ def cost(parent: ModelShape, widths: Widths, deployment: Deployment) -> Cost:
         matrices, vectors = _weights(parent, kind, own)
         mixing = LAYERS[kind].mixing_flops(parent, own, deployment.length_tokens)
         params = params + keep * (matrices + vectors)
+        as_stored = own | ({INNER_AXIS[kind]: widest[kind]} if kind in widest else {})
+        stored = stored + keep * layer_params(parent, kind, as_stored)
         flops = flops + keep * (2 * matrices + mixing)
         for name, elements in LAYERS[kind].cache(parent, own, deployment.length_tokens).items():
             held[name] = held[name] + keep * elements
     return Cost(
         params=params,
+        stored_params=stored,
         weight_bytes=params * deployment.weight_bytes,
         kv_bytes=held["kv_bytes"] * deployment.batch * deployment.kv_bytes,
         ssm_bytes=held["ssm_bytes"] * deployment.batch * deployment.ssm_bytes,
         conv_bytes=held["conv_bytes"] * deployment.batch * deployment.conv_bytes,
         flops_per_token=flops,
     )
+
+
+def _widest(parent: ModelShape, widths: Widths, kind: LayerKind) -> Number:
+    """Return the largest inner width of the layers of a kind that are kept, 0 if none is."""
+    layers, axis = parent.pattern.layers_of(kind), INNER_AXIS[kind]
+    kept = [widths.keep[layer] * widths.of_layer(kind, ordinal)[axis] for ordinal, layer in enumerate(layers)]
+    like = next((width for width in kept if isinstance(width, Tensor)), None)
+    if like is None:
+        return max(kept)
+    tensors = torch.broadcast_tensors(*(torch.as_tensor(width, dtype=like.dtype, device=like.device) for width in kept))
+    return torch.stack(tensors).amax(0)
 
 
 def subnet_cost(parent: ModelShape, subnet: Subnet, deployment: Deployment | None = None) -> Cost:

@@ -10,7 +10,7 @@ from rich.table import Table
 from elastic.checkpoint.find import resolve_checkpoint
 from elastic.checkpoint.record import Record, check_same_shape
 from elastic.config.training import CostConfig
-from elastic.hf.config import ExportError, export_warnings
+from elastic.hf.config import ExportError, export_warnings, stock_notes
 from elastic.space.axes import AXES, INNER_AXIS
 from elastic.space.budget import Budget
 from elastic.space.cost import Cost, Deployment, Metric, Widths, cost, subnet_cost
@@ -73,7 +73,7 @@ def start_cost(space: Space, deployment: Deployment) -> Cost:
 
 def cost_values(used: Cost) -> dict[str, int | float]:
     """Return a cost as plain numbers; expected costs become floats."""
-    values = {name: getattr(used, name) for name in COSTS}
+    values = {name: getattr(used, name) for name in (*COSTS, Metric.STORED_PARAMS.value)}
     return {name: float(value) if isinstance(value, torch.Tensor) else value for name, value in values.items()}
 
 
@@ -95,6 +95,7 @@ def budget_row(budget: Budget, sample: Sample, space: Space) -> dict[str, Any]:
         "subnet": subnet_summary(sample.subnet),
         "kept": {kind.name: list(getattr(kept, AXES[axis].size)) for kind, axis in INNER_AXIS.items()},
         "kernel_warnings": unclean,
+        "notes": stock_notes(shape),
     }
 
 
@@ -160,6 +161,12 @@ def notes(report: dict[str, Any], config: CostConfig) -> list[str]:
                 f"warning: budget {row['name']}: no subnet found within {TOLERANCE:.0%} of the target, the nearest "
                 f"uses {row['cost_ratio']:.1%}; give the axes more choices"
             )
+        if row["stored_params"] != row["params"]:
+            stored = quantity(Metric.PARAMS, row["stored_params"])
+            lines.append(
+                f"{row['name']}: a Hugging Face folder stores {stored} parameters (padding, a tied head's copy)"
+            )
+        lines += [f"{row['name']}: {note}" for note in row["notes"]]
         # Of several sizes the smallest says enough: what is uneven there is uneven at its multiples.
         lines += [f"{row['name']}: {text}" for text in next(iter(row["kernel_warnings"].values()), [])]
     if config.elastic.space.depth is not None and config.init_from.permuted_parent is None:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from elastic.checkpoint.read import StoredTensors
 from elastic.checkpoint.record import Record
-from elastic.hf.card import deployed_params
 from elastic.hf.check import FolderCheck, LogitCheck, ValueCheck
 from elastic.hf.child import ChildError, run_without_gpu
 from elastic.hf.config import ExportError
@@ -55,7 +54,7 @@ def choose_check(
 def logit_check_bytes(family: OpenFamily, member: Member) -> int:
     """Return the memory of the nested parent and the reloaded submodel, both in fp32, with headroom."""
     parent = family.space.parent
-    params = shape_cost(parent).params + deployed_params(member.subnet.shape(parent))
+    params = shape_cost(parent).params + shape_cost(member.subnet.shape(parent)).stored_params
     return int(params * _FP32_BYTES * _HEADROOM)
 
 

@@ -16,6 +16,7 @@ from elastic.checkpoint.stream import save_streamed
 from elastic.config.serving import ExtractConfig
 from elastic.hf.card import CardInfo
 from elastic.hf.carried import Carried, write_carried
+from elastic.hf.config import stock_notes
 from elastic.hf.dtypes import DtypeRule, kind_of_tensor
 from elastic.hf.export import ExportOptions, ExportReport, export_folder
 from elastic.hf.names import hf_names
@@ -23,6 +24,7 @@ from elastic.hf.tokenizer_files import find_tokenizer
 from elastic.rank.slicing import parent_parameter, submodel_source
 from elastic.run.folder import prepare_run_folder
 from elastic.space.layers import parameter_names
+from elastic.space.shape import ModelShape
 from elastic.verbs.evaluate import subnet_summary
 from elastic.verbs.export_check import choose_check
 from elastic.verbs.family import Member, OpenFamily, open_configured
@@ -51,11 +53,11 @@ def run_extract(config: ExtractConfig, console: Console) -> Path:
             row |= {
                 "hugging_face": str(report.folder),
                 "params": report.params,
-                "deployed_params": report.deployed_params,
+                "stored_params": report.stored_params,
                 "verification": str(report.outcome.verification),
                 "max_abs_logit_diff": report.outcome.max_abs_logit_diff,
             }
-            console.print(_line(member, report))
+            console.print(_line(member, member.subnet.shape(family.space.parent), report))
         if config.export.megatron:
             row["megatron"] = str(_export_megatron(family, member, folder / f"{member.name}_megatron", carried))
         rows.append(row)
@@ -133,12 +135,15 @@ def _export_megatron(family: OpenFamily, member: Member, run_folder: Path, carri
     return run_folder
 
 
-def _line(member: Member, report: ExportReport) -> str:
+def _line(member: Member, shape: ModelShape, report: ExportReport) -> str:
     difference = (
         f"{report.outcome.num_values:,} values"
         if report.outcome.max_abs_logit_diff is None
         else f"largest logit difference {report.outcome.max_abs_logit_diff:.1e}"
     )
+    stored = f" ({report.stored_params:,} stored)" if report.stored_params != report.params else ""
+    notes = "".join(f"\nnote: {note}" for note in stock_notes(shape))
     return (
-        f"{member.name}: {report.params:,} parameters -> {report.folder} ({report.outcome.verification}; {difference})"
+        f"{member.name}: {report.params:,} parameters{stored} -> {report.folder} ({report.outcome.verification}; "
+        f"{difference}){notes}"
     )

@@ -14,6 +14,7 @@ from elastic.config.training import ElasticConfig, PretrainConfig, TrainConfig
 from elastic.data.manifest import Manifest
 from elastic.data.phases import PhaseData
 from elastic.data.stream import HeldOut, TokenStream
+from elastic.hf.config import stock_notes
 from elastic.model.model import ElasticModel, build_model
 from elastic.router.draw import Chooser
 from elastic.router.phases import Curriculum
@@ -21,6 +22,7 @@ from elastic.router.router import Router
 from elastic.run.folder import FINISHED_FILE, write_finished
 from elastic.run.resume import RunStart, load_run_state, open_training_run
 from elastic.space.budget import Budget
+from elastic.space.reach import smallest_subnet
 from elastic.space.space import Space
 from elastic.train.callbacks import Validate
 from elastic.train.log import LogSteps, RunLog, ScalarWriter, WandbWriter
@@ -81,7 +83,10 @@ def family_lines(space: Space, budgets: Sequence[Budget]) -> str:
     """Say what the router may choose and what is asked of it."""
     choices = {axis: " ".join(map(str, space.axes[axis].choices)) for axis in space.elastic_axes()}
     asked = ", ".join(f"{budget.name} {budget.target:,.0f} {budget.metric}" for budget in budgets)
-    return "\n".join(["choices", *(f"  {axis}: {widths}" for axis, widths in choices.items()), f"budgets: {asked}"])
+    lines = ["choices", *(f"  {axis}: {widths}" for axis, widths in choices.items()), f"budgets: {asked}"]
+    # Depth keeps layers in the order of their ranking: what the smallest depth keeps, every one keeps.
+    notes = stock_notes(smallest_subnet(space).shape(space.parent))
+    return "\n".join([*lines, *(f"note: of a member at the smallest depth, {note}" for note in notes)])
 
 
 def _elastic_trainer(

@@ -119,8 +119,8 @@ def test_a_heterogeneous_subnet_is_padded_and_the_card_says_so(tmp_path: Path) -
     report = export_folder(cut, shape, tmp_path / "model", card, FP32, ValueCheck(tensors, parent, subnet, lanes=4))
     assert report.params == cost.params == sum(tensor.numel() for tensor in cut.values())
     stored = load_file(report.folder / "model.safetensors")
-    assert report.deployed_params == sum(tensor.numel() for tensor in stored.values()) > report.params
-    assert stock_logits(report.folder, torch.arange(8).view(1, 8)).params == report.deployed_params
+    assert report.stored_params == sum(tensor.numel() for tensor in stored.values()) > report.params
+    assert stock_logits(report.folder, torch.arange(8).view(1, 8)).params == report.stored_params
     text = (report.folder / "README.md").read_text()
     for part in (
         "license: apache-2.0",
@@ -131,7 +131,7 @@ def test_a_heterogeneous_subnet_is_padded_and_the_card_says_so(tmp_path: Path) -
         "| parent layers left out | 3 |",
         "used 50.0%",
         f"{report.params:,}",
-        f"{report.deployed_params:,}",
+        f"{report.stored_params:,}",
         "made for a test",
         "logits were not compared",
         "hidden = 24 is not a multiple of 64",

@@ -3,13 +3,16 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import NemotronHConfig
 
+from elastic.hf.card import CardInfo, model_card
 from elastic.hf.config import (
+    TRANSFORMERS,
     ExportError,
     HfConfigError,
     HfSettings,
@@ -19,6 +22,7 @@ from elastic.hf.config import (
     hf_config,
 )
 from elastic.hf.config_read import import_warnings, settings_from_hf_config, shape_from_hf_config
+from elastic.hf.reload import ReloadError, stock_logits
 from elastic.space.shape import ModelShape
 from tests.shapes import NANO_12B
 
@@ -162,6 +166,19 @@ def test_a_model_without_attention_says_that_stock_code_cannot_cache_it() -> Non
         assert generation_config(settings, NANO_12B).get("use_cache", True) is True
     # An export says it by itself, so that a later one with attention layers would not.
     assert settings_from_hf_config(config(shape)).carried == {}
+
+
+def test_the_versions_that_are_right_are_asked_for_and_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = (Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'"transformers>={TRANSFORMERS}"' in project
+    card = model_card(CardInfo("test"), SHAPES["no attention"], "bfloat16", "checked")
+    assert f"Needs transformers {TRANSFORMERS} or newer" in card and "(use_cache: false)" in card
+    assert "use_cache" not in model_card(CardInfo("test"), NANO_12B, "bfloat16", "checked")
+    monkeypatch.setattr("transformers.__version__", "5.14.0")
+    with pytest.raises(ReloadError, match=r"transformers 5\.14\.0 is installed\. Needs transformers 5\.15 or newer"):
+        stock_logits(tmp_path, torch.zeros(1, 4, dtype=torch.int64))
 
 
 def test_settings_survive_json() -> None:

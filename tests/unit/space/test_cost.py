@@ -1,5 +1,6 @@
 """The cost table equals what is really built and allocated."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,13 +10,16 @@ from transformers import DynamicCache, NemotronHConfig, NemotronHForCausalLM
 
 from elastic.config.load import ConfigError, load
 from elastic.hf.config import HfSettings, hf_config
+from elastic.hf.names import hf_sizes
 from elastic.space.axes import AXES, INNER_AXIS, Axis
 from elastic.space.budget import Budget
 from elastic.space.cost import Deployment, Metric, Widths, cost, layer_params, shape_cost, subnet_cost
 from elastic.space.layers import LAYER_PARAMETERS, LAYER_PREFIX, parameter_dims
 from elastic.space.nesting import Cut, parameter_size
 from elastic.space.pattern import LayerKind
+from elastic.space.reach import sample_subnet
 from elastic.space.shape import ModelShape
+from elastic.space.space import AxisChoices, Space
 from elastic.space.subnet import Subnet
 from tests.shapes import NANO_12B
 
@@ -236,3 +240,34 @@ def test_layout_table_and_cost_agree_on_every_parameter() -> None:
                 own = parameter_size(f"{LAYER_PREFIX}{local}.{name}", shape)
                 kinds = parameter_dims(f"{LAYER_PREFIX}{layer_index}.{name}")
                 assert tuple(cut.grid(kind).kept_size for kind in kinds) == own
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_stored_size_is_what_a_hugging_face_folder_holds(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    parent = uniform("M-*M-*-", NANO_12B, hidden=64, ffn=48, mamba_heads=16, vocab=50, tied_embeddings=seed % 2 == 0)
+    subnet = random_subnet(parent, generator)
+    subnet = replace(subnet, mamba_heads=(8,) * len(parent.mamba_heads))  # a stock folder has one width for all
+    used = subnet_cost(parent, subnet)
+    stored = sum(math.prod(size) for size in hf_sizes(subnet.shape(parent)).values())
+    assert used.stored_params == used[Metric.STORED_PARAMS] == stored >= used.params
+    # Certain choices cost the same as tensors, with a gradient.
+    widths = Widths.of(subnet, parent)
+    ffn = tuple(torch.tensor(float(width), dtype=torch.float64, requires_grad=True) for width in subnet.ffn)
+    keep = tuple(torch.tensor(float(kept), dtype=torch.float64) for kept in widths.keep)
+    expected = cost(parent, Widths({**widths.axes, Axis.FFN: ffn}, keep), Deployment()).stored_params
+    assert isinstance(expected, torch.Tensor) and expected.item() == stored
+    expected.backward()
+
+
+def test_a_budget_can_ask_for_the_stored_size() -> None:
+    parent = uniform("M-*-", NANO_12B, hidden=64, ffn=64, mamba_heads=16, tied_embeddings=True, vocab=500)
+    axes = {
+        Axis.FFN: AxisChoices((64, 48, 32, 16, 8), per_layer=True),
+        Axis.HIDDEN: AxisChoices(tuple(range(64, 31, -2))),
+    }
+    budget = Budget("small", Metric.STORED_PARAMS, ratio=0.7).absolute(parent, Deployment())
+    sample = sample_subnet(Space(parent, axes), budget, Deployment())
+    stored = sum(math.prod(size) for size in hf_sizes(sample.subnet.shape(parent)).values())
+    assert sample.cost.stored_params == stored and stored == pytest.approx(budget.limit, rel=0.03)
+    assert stored > sample.cost.params + 400 * 32
