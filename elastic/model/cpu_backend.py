@@ -22,25 +22,19 @@ def _is_cuda(device: Any) -> bool:
 
 
 class _CudaLiteralsOnCpu(TorchFunctionMode):
-    """Turns ``device="cuda"`` and ``.cuda()`` into the CPU (gradient clipping, token counts, a tied head's copy)."""
+    """Turns ``device="cuda"`` and ``.cuda()`` into the CPU (gradient clipping, token counts, a tied head's copy).
+
+    Every operation of every layer passes here: a second mode like it would cost a fifth of a small run's time.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         if func is torch.Tensor.cuda:
             return args[0]
-        if _is_cuda(kwargs.get("device")):
+        if not kwargs:
+            return func(*args)
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs = kwargs | {"device": CPU}
         return func(*args, **kwargs)
-
-
-class _CudaTypeNames(TorchFunctionMode):
-    """Answers ``Tensor.type()`` with the CUDA name, the only ones the optimizer's parameter check accepts."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is torch.Tensor.type and isinstance(result, str):
-            return result.replace("torch.", "torch.cuda.", 1)
-        return result
 
 
 def _adapt_current_device() -> None:
@@ -63,7 +57,14 @@ def _adapt_cuda_literals() -> None:
 
 
 def _adapt_type_names() -> None:
-    _CudaTypeNames().__enter__()
+    """Answer ``Tensor.type()`` with the CUDA name, the only ones the optimizer's parameter check accepts."""
+    original = torch.Tensor.type
+
+    def named(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original(tensor, *args, **kwargs)  # inside a function mode torch looks `type` up again: this function
+        return f"torch.cuda.{result.split('.')[-1]}" if isinstance(result, str) else result
+
+    torch.Tensor.type = named  # type: ignore[method-assign,assignment]
 
 
 ADAPTATIONS: dict[str, Callable[[], None]] = {

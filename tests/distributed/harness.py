@@ -26,16 +26,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Imported once, by the fork server; whatever a test module needs beyond these is imported again by every rank. A name
-# that does not exist is skipped.
+# Imported once, by the fork server, with all that training imports; whatever a test module needs beyond these is
+# imported again by every rank. A name that does not exist is skipped.
 PRELOAD = (
     "__main__",
     "pytest",
     "torch.distributed",
     "torch.utils.serialization",
-    "megatron.core",
-    "megatron.core.parallel_state",
-    "elastic.model.model",
+    "tests.distributed.training",
 )
 # Forked children must not inherit thread pools, and two cores are soon oversubscribed.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
