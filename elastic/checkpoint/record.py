@@ -13,7 +13,7 @@ from elastic.space.cost import Deployment
 from elastic.space.pattern import LayerPattern
 from elastic.space.ranges import Count
 from elastic.space.shape import ModelShape
-from elastic.space.space import AxisChoices, Space
+from elastic.space.space import AxisChoices, KeepAtLeast, Space
 
 RECORD_FILE = "record.json"
 
@@ -30,6 +30,7 @@ class Family:
     budgets: tuple[Budget, ...]
     deployment: Deployment
     router_width: Count
+    keep_at_least: KeepAtLeast = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Record:
 
     def space(self) -> Space:
         """Return the space of subnets; the parent alone where no family was trained."""
-        axes = {} if self.family is None else self.family.axes
-        return Space(self.shape, axes, lanes=self.lanes, depth_ranking=self.depth_ranking)
+        axes, keep = ({}, {}) if self.family is None else (self.family.axes, self.family.keep_at_least)
+        return Space(self.shape, axes, self.lanes, self.depth_ranking, keep)
 
     def write(self, folder: Path) -> None:
         """Write the record into a checkpoint folder."""

@@ -157,9 +157,14 @@ def check_space(config: ElasticRunConfig, cluster: Cluster) -> Iterator[Problem]
     if LayerKind.MLP in parent.pattern.kinds and config.model.ffn % section.lanes:
         yield from multiple_problem("model.ffn", config.model.ffn, section.lanes, "elastic.space.lanes")
         return
+    for name, number in section.keep_at_least.items():
+        count = len(parent.pattern.layers_of(LayerKind[name.upper()]))
+        if number > max(count, 1):
+            rule, remedy = f"the parent has {count} layers of this kind", f"nearest legal value is {count}"
+            yield Problem(f"elastic.space.keep_at_least.{name}", number, rule, remedy)
     for axis, choices in section.axes().items():
         try:
-            Space(parent=parent, axes={axis: choices}, lanes=section.lanes)
+            Space(parent, {axis: choices}, section.lanes, keep_at_least=section.keep_at_least)
         except SpaceError as error:
             rule = str(error).removeprefix("space: ").replace(f"{axis.value}: ", "")
             legal = f"legal are the full width {_full_width(parent, axis)} first, then smaller multiples, for example"

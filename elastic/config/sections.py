@@ -14,7 +14,7 @@ from elastic.space.budget import Budget
 from elastic.space.cost import Deployment
 from elastic.space.ranges import Count, Decay, Name, Positive, PositiveOrZero, Range, Required
 from elastic.space.shape import ModelShape
-from elastic.space.space import AxisChoices, Space
+from elastic.space.space import AxisChoices, KeepAtLeast, Space
 
 # How a checkpoint is looked at before it is trusted: all checksums, or all sizes and the checksums of small files.
 Verification = Literal["full", "sizes"]
@@ -60,9 +60,14 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SpaceConfig:
-    """Choices per axis; null leaves the axis full. `lanes` deals the FFN neurons."""
+    """Choices per axis; null leaves the axis full. `lanes` deals the FFN neurons.
+
+    `keep_at_least`: layers of a kind that every depth keeps, the best-ranked ones, where the parent has them. Without
+    attention a submodel's cache has no length for stock transformers.
+    """
 
     lanes: Count = 8
+    keep_at_least: KeepAtLeast = field(default_factory=lambda: {"attention": 1})
     hidden: AxisChoices | None = None
     ffn: AxisChoices | None = None
     mamba_head: AxisChoices | None = None
@@ -76,7 +81,7 @@ class SpaceConfig:
 
     def space(self, parent: ModelShape, depth_ranking: tuple[int, ...] = ()) -> Space:
         """Build the space inside `parent`; raises SpaceError. An empty ranking keeps the first layers."""
-        return Space(parent=parent, axes=self.axes(), lanes=self.lanes, depth_ranking=depth_ranking)
+        return Space(parent, self.axes(), self.lanes, depth_ranking, self.keep_at_least)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,6 +87,7 @@ RULES: tuple[tuple[str, May, str], ...] = (
     ("elastic.router.hidden_width", May.NOT_CHANGE, "the stored router has this width"),
     ("elastic.router.*", May.BE_ACCEPTED, "the router is trained otherwise from here on"),
     ("elastic.deployment.*", May.BE_ACCEPTED, "budgets in bytes, and all logged costs, mean something else with it"),
+    ("elastic.space.keep_at_least*", May.CHANGE, "compared as the layers that every depth keeps"),
     ("elastic.space.*", May.NOT_CHANGE, "the stored router chooses among these widths"),
     ("model.vocab_multiple", May.CHANGE, "model.vocab is compared"),
     ("model.init_std", May.CHANGE, "weights start only once"),

@@ -29,6 +29,7 @@ from elastic.run.changes import (
     rule_of,
 )
 from elastic.run.folder import RunFolderError, open_run_folder, run_lock
+from elastic.space.axes import Axis
 from elastic.world.groups import World, decided_by_rank_0
 
 SAMPLED_BYTES = 64 * 1024
@@ -131,7 +132,17 @@ def differences(
         why = "the depth ranking of the permuted parent decides which layers a subnet keeps"
         yield Difference("init_from.permuted_parent (depth ranking)", saved.depth_ranking, record.depth_ranking, why,
                          False, "give the permuted parent the run started from")  # fmt: skip
+    elif (kept := _kept_layers(saved)) != (now_kept := _kept_layers(record)) and kept.keys() == now_kept.keys():
+        why = f"depths would keep other layers than the trained {list(kept.values())}"
+        then_rule, now_rule = (dict(r.family.keep_at_least) if r.family else {} for r in (saved, record))
+        yield Difference("elastic.space.keep_at_least", then_rule, now_rule, why, False,
+                         "give what the run started with (null: no rule)")  # fmt: skip
     yield from _input_differences(state.origin.get("inputs", {}), origin["inputs"])
+
+
+def _kept_layers(record: Record) -> dict[int, tuple[int, ...]]:
+    space = record.space()
+    return {depth: space.kept_layers(depth) for depth in space.axes[Axis.DEPTH].choices}
 
 
 def _field_differences(then: TrainConfig, now: TrainConfig) -> Iterator[Difference]:

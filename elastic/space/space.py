@@ -1,17 +1,22 @@
 """Allowed widths of the axes, and the space of subnets they span."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from elastic.space.axes import AXES, LANES, Axis
-from elastic.space.ranges import Count, Required
+from elastic.space.pattern import LayerKind
+from elastic.space.ranges import Count, CountOrZero, Required
 from elastic.space.shape import ModelShape
 from elastic.space.subnet import Subnet
+
+# How many layers of a kind every depth keeps: the best-ranked ones, or all where the parent has fewer.
+KeepAtLeast = Mapping[Literal["mamba", "mlp", "attention"], CountOrZero]
 
 
 class SpaceError(ValueError):
@@ -31,13 +36,15 @@ class Space:
     """Every subnet a router may choose inside one parent.
 
     An axis that is absent from `axes` stays full. `lanes` deals FFN neurons (docs/design.md 2: rank r sits in lane
-    r mod lanes). `depth_ranking` lists all layer indices, best first; depth n keeps the first n of it.
+    r mod lanes). `depth_ranking` lists all layer indices, best first; depth n keeps the first n of it, after
+    the best of every kind that `keep_at_least` asks for.
     """
 
     parent: ModelShape
     axes: Mapping[Axis, AxisChoices]
     lanes: int = 8
     depth_ranking: tuple[int, ...] = ()
+    keep_at_least: KeepAtLeast = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.depth_ranking:
@@ -47,8 +54,11 @@ class Space:
         problems = [problem for axis in Axis for problem in self._axis_problems(axis)]
         if any(width % self.lanes for width in self.parent.ffn):
             problems.append(f"ffn widths {sorted(set(self.parent.ffn))} must be multiples of lanes = {self.lanes}")
+        shallowest = min(complete[Axis.DEPTH].choices, default=0)
         if sorted(self.depth_ranking) != list(range(len(self.parent.pattern))):
             problems.append(f"depth_ranking must order all {len(self.parent.pattern)} layers once")
+        elif (room := len(self._must_stay)) > shallowest > 0:
+            problems.append(f"{Axis.DEPTH}: choice {shallowest} is below the {room} layers of keep_at_least")
         if problems:
             raise SpaceError("space: " + "; ".join(problems))
 
@@ -80,8 +90,16 @@ class Space:
         return ordinal if self.axes[axis].per_layer else 0
 
     def kept_layers(self, depth: int) -> tuple[int, ...]:
-        """Return the `depth` best-ranked layers in their original order."""
-        return tuple(sorted(self.depth_ranking[:depth]))
+        """Return the `depth` best layers in their original order; those that must stay count as the best."""
+        others = [layer for layer in self.depth_ranking if layer not in self._must_stay]
+        return tuple(sorted([*self._must_stay, *others][:depth]))
+
+    @cached_property
+    def _must_stay(self) -> tuple[int, ...]:
+        """The best-ranked layers of each kind, as many as `keep_at_least` says."""
+        kinds = self.parent.pattern.kinds
+        ranked = {kind: [layer for layer in self.depth_ranking if kinds[layer] is kind] for kind in LayerKind}
+        return tuple(layer for name, n in self.keep_at_least.items() for layer in ranked[LayerKind[name.upper()]][:n])
 
     def depth_table(self) -> Tensor:
         """Return 0/1 [K, L], fp32: row k is 1 where a layer runs at the k-th depth."""

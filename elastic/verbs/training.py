@@ -66,9 +66,9 @@ def run_elastic(config: ElasticConfig, console: Console, callbacks: Sequence[Cal
         start = resolve_checkpoint(config.init_from.permuted_parent, full=full, world=here, say=console.print)
         parent = Record.read(start)
         check_same_shape(config.parent_shape(), parent.shape, start)
-        space = Space(config.parent_shape(), config.elastic.space.axes(), parent.lanes, parent.depth_ranking)
+        space = config.space(parent.depth_ranking)
         router_width = config.elastic.router.hidden_width
-        family = Family(space.axes, config.budgets(), config.elastic.deployment, router_width)
+        family = Family(space.axes, config.budgets(), config.elastic.deployment, router_width, space.keep_at_least)
         provenance = {"permuted parent": str(start), "data": config.data.path}
         record = Record("elastic", space.parent, space.lanes, space.depth_ranking, config.data.path, family, provenance)
         with open_training_run(config, _manifest(stream), record, here, console.print, start) as opened:

@@ -34,7 +34,7 @@ INPUTS: dict[type, dict[str, Any]] = {
     PretrainConfig: {"data.path": "text"},
     ImportanceConfig: {"data.path": "text", "init_from.parent": "parent"},
     ElasticConfig: {"data.path": "text", "init_from.permuted_parent": "parent"},
-    CostConfig: {"data.path": "text"},
+    CostConfig: {"data.path": "text", "model.pattern": "M-M*-"},
     EvaluateConfig: {"data.path": "text", "init_from.checkpoint": "family"},
     ExtractConfig: {"init_from.checkpoint": "family"},
     GenerateConfig: {"init_from.checkpoint": "family", "prompts": ["once"]},

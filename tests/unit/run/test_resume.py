@@ -1,6 +1,7 @@
 """A checkpoint is gone on with by its own run: what may differ, what needs the user's word, what cannot change."""
 
 import copy
+import json
 import re
 
 import pytest
@@ -29,8 +30,8 @@ def values(tmp_path, **overrides):
 
 
 def record_of(config, ranking=(0, 1, 2, 3, 4)):
-    space = config.space(ranking)
-    family = Family(space.axes, config.budgets(), config.elastic.deployment, config.elastic.router.hidden_width)
+    space, width = config.space(ranking), config.elastic.router.hidden_width
+    family = Family(space.axes, config.budgets(), config.elastic.deployment, width, space.keep_at_least)
     return Record("elastic", space.parent, space.lanes, space.depth_ranking, "data", family)
 
 
@@ -183,6 +184,27 @@ def test_a_config_of_another_version_names_what_is_unknown(tmp_path):
     state = TrainingState(3, 1234, stored, {"inputs": INPUTS, "replicas": 1})
     found = list(differences(state, record_of(config), config, record_of(config), {"inputs": INPUTS, "replicas": 1}))
     assert [(difference.field, difference.acceptable) for difference in found] == [("trainer.warp", False)]
+
+
+@pytest.mark.parametrize(("ranking", "goes_on"), [((0, 1, 3, 2, 4), True), ((0, 1, 2, 4, 3), False)])
+def test_a_run_from_before_the_rule_of_kept_layers_goes_on_where_the_rule_changes_nothing(tmp_path, ranking, goes_on):
+    """The pattern is M-M*-, the smallest depth 3; a record of that time says no rule, and its config neither."""
+    config = load(ElasticConfig, values(tmp_path))
+    now = record_of(config, ranking)
+    (tmp_path / "checkpoint").mkdir()
+    now.write(tmp_path / "checkpoint")
+    content = json.loads((tmp_path / "checkpoint" / "record.json").read_text())
+    assert content["family"].pop("keep_at_least") == {"attention": 1}
+    (tmp_path / "checkpoint" / "record.json").write_text(json.dumps(content))
+    saved = Record.read(tmp_path / "checkpoint")
+    assert saved.family.keep_at_least == {} and saved.space().kept_layers(3) == tuple(sorted(ranking[:3]))
+    stored = config_dict(config)
+    del stored["elastic"]["space"]["keep_at_least"]
+    state = TrainingState(3, 1234, stored, {"inputs": INPUTS, "replicas": 1})
+    found = list(differences(state, saved, config, now, {"inputs": INPUTS, "replicas": 1}))
+    assert verdicts({d.field: d for d in found}) == ({} if goes_on else {"elastic.space.keep_at_least": False})
+    unruled = load(ElasticConfig, values(tmp_path, elastic__space__keep_at_least=None))
+    assert not list(differences(state, saved, unruled, record_of(unruled, ranking), state.origin))
 
 
 def test_weights_are_told_apart_by_content(tmp_path):

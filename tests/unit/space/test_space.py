@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from elastic.space.axes import Axis
+from elastic.space.cost import Widths
 from elastic.space.pattern import LayerKind, LayerPattern, PatternError
+from elastic.space.reach import smallest_subnet
 from elastic.space.shape import ModelShape, ShapeError
 from elastic.space.space import AxisChoices, Space, SpaceError
 from elastic.space.subnet import Subnet, SubnetError
@@ -187,6 +189,31 @@ def test_depth_keeps_the_best_ranked_layers_in_their_original_order() -> None:
     kept = [space.kept_layers(depth) for depth in range(1, 8)]
     assert kept[0] == (6,) and kept[2] == (0, 3, 6) and kept[6] == tuple(range(7))
     assert all(set(fewer) < set(more) for fewer, more in itertools.pairwise(kept))
+
+
+def test_layers_that_must_stay_stay_at_every_depth_in_masks_slices_and_cost_alike() -> None:
+    """`M-M*-M-` keeps one attention layer (3) ranked last; where the ranking keeps it anyway, nothing changes."""
+    plain = Space(shape(), AXES, depth_ranking=(6, 0, 1, 2, 4, 5, 3))
+    ruled = replace(plain, keep_at_least={"attention": 1})
+    assert [ruled.kept_layers(depth) for depth in (1, 2, 4, 7)] == [(3,), (3, 6), (0, 1, 3, 6), tuple(range(7))]
+    assert all(set(ruled.kept_layers(n)) < set(ruled.kept_layers(n + 1)) for n in range(1, 7))
+    depths = ruled.axes[Axis.DEPTH].choices
+    for row, depth in enumerate(depths):
+        sliced = ruled.subnet({Axis.DEPTH: (row,)})
+        one_hot = torch.nn.functional.one_hot(torch.tensor([row]), len(depths)).float()
+        kept = [layer for layer, keep in enumerate(Widths.expected(ruled, {Axis.DEPTH: one_hot}).keep) if keep == 1]
+        assert tuple(kept) == sliced.kept_layers == ruled.kept_layers(depth) and 3 in kept
+        assert "*" in str(sliced.shape(ruled.parent).pattern)
+    assert "*" in str(smallest_subnet(ruled).shape(ruled.parent).pattern)
+    assert "*" not in str(smallest_subnet(plain).shape(plain.parent).pattern)
+    kept_anyway = replace(plain, depth_ranking=(6, 0, 3, 1, 2, 4, 5))
+    for depth in range(3, 8):
+        assert replace(kept_anyway, keep_at_least={"attention": 1}).kept_layers(depth) == kept_anyway.kept_layers(depth)
+    assert replace(plain, keep_at_least={"mlp": 2, "attention": 9}).kept_layers(3) == (1, 3, 6)
+    no_attention = Space(shape("M-M-"), {}, keep_at_least={"attention": 1})
+    assert no_attention.kept_layers(2) == (0, 1)
+    with pytest.raises(SpaceError, match=r"depth: choice 2 is below the 3 layers of keep_at_least"):
+        Space(shape(), {Axis.DEPTH: AxisChoices((7, 2))}, keep_at_least={"mlp": 3})
 
 
 FULL = Subnet.full(shape())

@@ -102,6 +102,26 @@ BAD: tuple[BadConfig, ...] = (
     ),
     (
         ElasticConfig,
+        {"elastic.space.keep_at_least": {"attention": 2}},
+        1,
+        "elastic.space.keep_at_least.attention = 2: the parent has 1 layers of this kind; nearest legal value is 1",
+    ),
+    (
+        ElasticConfig,
+        {"elastic.space.keep_at_least": {"atention": 1}},
+        1,
+        'elastic.space.keep_at_least.atention = "atention": must be one of mamba, mlp, attention; nearest legal value '
+        "is attention",
+    ),
+    (
+        ElasticConfig,
+        {"elastic.space.keep_at_least": {"mamba": 2, "mlp": 2}},
+        1,
+        "elastic.space.depth.choices = [5, 4, 3]: choice 3 is below the 4 layers of keep_at_least; legal are the full "
+        "width 5 first, then smaller multiples, for example [5, 3, 2]",
+    ),
+    (
+        ElasticConfig,
         {"elastic.space.depth.choices": [3, 4, 5]},
         1,
         "elastic.space.depth.choices = [3, 4, 5]: the first choice is 3, it must be the full width 5; choices "
