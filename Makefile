@@ -50,7 +50,7 @@ ifneq ($(shell command -v shellcheck),)
 	shellcheck -x .ci/run $(wildcard launch/*.sh tests/*/*.sh)
 endif
 
-benchmark: setup ## measure the ratios that the README states
+benchmark: setup ## measure the ratios that docs/speed.md states
 	"$(PY)" recipes/benchmark.py
 
 docker: ## build the container image (IMAGE=elastic; BASE_IMAGE=... for another base)

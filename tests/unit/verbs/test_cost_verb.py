@@ -83,9 +83,9 @@ def test_report_says_what_the_cost_table_says() -> None:
         assert report["smallest"]["params"] < row["params"]
 
 
-def test_readme_shows_what_the_command_prints() -> None:
+def test_the_docs_show_what_the_command_prints() -> None:
     text, _ = printed(config_of("elastic_12b"))
-    shown = [line.strip() for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()]
+    shown = [line.strip() for line in (ROOT / "docs" / "planning.md").read_text(encoding="utf-8").splitlines()]
     assert [line for line in text.splitlines() if line.strip() not in shown] == []
 
 
