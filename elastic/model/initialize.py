@@ -8,10 +8,9 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch import Tensor, nn
 
 from elastic.model.sharding import shard_tensor
+from elastic.space.layers import LAYER_PREFIX, DimKind, parameter_dims, split_parameter_name
 from elastic.space.nesting import parameter_size
 from elastic.space.shape import ModelShape
-
-_OUTPUT_PROJECTIONS = ("mixer.out_proj.weight", "self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 
 
 def initial_tensor(name: str, shape: ModelShape, seed: int, std: float) -> Tensor:
@@ -35,7 +34,8 @@ def initial_tensor(name: str, shape: ModelShape, seed: int, std: float) -> Tenso
         return torch.empty(size).uniform_(-bound, bound, generator=generator)
     if suffix == "D" or len(size) == 1:
         return torch.ones(size)
-    scale = std / math.sqrt(len(shape.pattern)) if name.endswith(_OUTPUT_PROJECTIONS) else std
+    writes_to_stream = parameter_dims(name)[0] is DimKind.HIDDEN
+    scale = std / math.sqrt(len(shape.pattern)) if writes_to_stream else std
     return torch.empty(size).normal_(0.0, scale, generator=generator)
 
 
@@ -56,10 +56,10 @@ def named_global_parameters(model: HybridModel) -> list[tuple[str, nn.Parameter]
     """
     named = []
     for name, parameter in model.named_parameters():
-        if name.startswith("decoder.layers."):
-            local_layer_index, _, rest = name.removeprefix("decoder.layers.").partition(".")
-            layer = model.get_submodule(f"decoder.layers.{local_layer_index}")
-            name = f"decoder.layers.{layer.layer_number - 1}.{rest}"
+        local_layer_index, rest = split_parameter_name(name)
+        if local_layer_index is not None:
+            layer = model.get_submodule(f"{LAYER_PREFIX}{local_layer_index}")
+            name = f"{LAYER_PREFIX}{layer.layer_number - 1}.{rest}"
         elif name == "output_layer.weight" and model.share_embeddings_and_output_weights:
             name = "embedding.word_embeddings.weight"
         named.append((name, parameter))

@@ -140,7 +140,7 @@ class PortableMambaMixer(MambaMixer):
 
     def _state_space(self, zxBCdt: Tensor, cp: MambaContextParallel, cache: MambaCache | None = None) -> Tensor:
         """Convolve, scan and gate: [S, B, z x B C dt] -> silu(z) * scan, [S, B, i]; from where a cache ends."""
-        state = cp.ngroups_local_tpcp * self.d_state
+        state = cp.ngroups_local_tpcp * cp.d_state
         inner, heads = cp.d_inner_local_tpcp, cp.nheads_local_tpcp
         z, conv_in, dt = zxBCdt.transpose(0, 1).split([inner, inner + 2 * state, heads], dim=-1)
         conv_weight, conv_bias = cp.get_conv1d_weight().squeeze(1), cp.get_conv1d_bias()
@@ -170,7 +170,7 @@ class ElasticMambaMixer(PortableMambaMixer):
         """Map [S, B, D] to [S, B, D] under the layer's head and channel gates; x goes on where a cache ends."""
         cut = gates.cut
         inner = cut.grid(DimKind.INNER)
-        cp = self.cp if inner.is_whole else self._context_parallel(cut)
+        cp = self.cp if cut.grid(DimKind.IN_PROJ).is_whole else self._context_parallel(cut)
         zxbcdt = self.in_proj.forward_cut(x, cut)
         if observer is not None:
             x_rows = zxbcdt.narrow(-1, inner.kept_size, inner.kept_size)

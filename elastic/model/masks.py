@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from elastic.space.axes import AXES, Axis
+from elastic.space.axes import AXES, LANES, Axis
 from elastic.space.gates import Execution, Gates
 from elastic.space.nesting import Cut, mask_table
 from elastic.space.space import Space
@@ -123,9 +123,11 @@ class Masks(nn.Module):
             if gates.subnet is None or gates.weights:
                 raise GatesError("slice execution takes a subnet and no weights; use Gates.slice(subnet)")
             gates.subnet.shape(self.space.parent)
-            lanes = self.space.parts(Axis.FFN)
-            if any(width % lanes for width in gates.subnet.ffn):
-                raise GatesError(f"ffn: widths {gates.subnet.ffn} must be multiples of {lanes}, the number of lanes")
+            for axis, entry in AXES.items():
+                widths = gates.subnet.axis_widths(axis)
+                if entry.parts == LANES and any(width % self.space.lanes for width in widths):
+                    rule = f"must be multiples of {self.space.lanes}, the number of lanes"
+                    raise GatesError(f"{axis}: widths {widths} {rule}")
             return
         if gates.subnet is not None:
             raise GatesError("mask execution takes weights and no subnet; use Gates.mask(weights)")

@@ -19,11 +19,18 @@ from elastic.model.cache import ModelCache
 from elastic.model.masks import LayerGates, Masks
 from elastic.model.norm import ElasticRMSNorm
 from elastic.model.observe import Observer
+from elastic.space.axes import Axis
 from elastic.space.gates import Gates
-from elastic.space.layers import DimKind
 from elastic.space.pattern import LayerKind
 from elastic.space.shape import ModelShape
 from elastic.space.space import Space
+
+# Megatron-Core's names: the config's field of the inner width, which a submodel's layers may differ in, and the spec.
+_KINDS = {
+    LayerKind.MAMBA: ("mamba_num_heads", "mamba_layer", {"pp_layer_offset"}),
+    LayerKind.MLP: ("ffn_hidden_size", "mlp_layer", {"add_layer_offset"}),
+    LayerKind.ATTENTION: ("num_attention_heads", "attention_layer", {"add_layer_offset", "pp_layer_offset"}),
+}
 
 
 class ElasticStack(HybridStack):
@@ -50,20 +57,11 @@ class ElasticStack(HybridStack):
         self.layers = nn.ModuleList()
         layer_indices = tuple(range(pp_layer_offset, pp_layer_offset + len(layer_type_list)))
         for layer_index in layer_indices:
-            kind = space.parent.pattern.kinds[layer_index]
-            common = dict(layer_number=layer_index + 1, pg_collection=pg_collection)
-            specs: dict[LayerKind, tuple[Any, dict[str, Any]]] = {
-                LayerKind.MAMBA: (submodules.mamba_layer, dict(pp_layer_offset=pp_layer_offset)),
-                LayerKind.MLP: (submodules.mlp_layer, dict(add_layer_offset=False)),
-                LayerKind.ATTENTION: (
-                    submodules.attention_layer,
-                    dict(add_layer_offset=False, pp_layer_offset=pp_layer_offset),
-                ),
-            }
-            spec, extra = specs[kind]
-            self.layers.append(
-                build_module(spec, config=layer_config(config, space.parent, layer_index), **common, **extra)
-            )
+            own, spec, takes = _built(space.parent, layer_index, config)
+            offsets = {"add_layer_offset": False, "pp_layer_offset": pp_layer_offset}
+            extra = {name: value for name, value in offsets.items() if name in takes}
+            common = dict(config=own, layer_number=layer_index + 1, pg_collection=pg_collection)
+            self.layers.append(build_module(getattr(submodules, spec), **common, **extra))
         device = None if config.use_cpu_initialization else _current_cuda_device()
         self.masks = Masks(space, layer_indices, self.tp_group.size(), device)
         if post_process:
@@ -84,7 +82,7 @@ class ElasticStack(HybridStack):
         run, the S tokens are the next ones of its sequences, and it is moved on.
         """
         layers = self.masks.full() if gates is None else self.masks.layers(gates)
-        hidden, width = layers[0].hidden, layers[0].cut.grid(DimKind.HIDDEN).kept_size
+        hidden, width = layers[0].hidden, layers[0].cut.kept(Axis.HIDDEN)
         x = hidden_states if self.pre_process else self.input_tensor
         assert x is not None
         x = x[..., :width]
@@ -122,18 +120,12 @@ class ElasticStack(HybridStack):
         return {name: entry for name, entry in sharded.items() if not name.startswith(f"{prefix}masks.")}
 
 
-def layer_config(config: TransformerConfig, shape: ModelShape, layer_index: int) -> TransformerConfig:
-    """Return `config` with the widths of one layer: a submodel's layers may differ."""
-    width = shape.width(layer_index)
+def _built(shape: ModelShape, layer_index: int, config: TransformerConfig) -> tuple[TransformerConfig, str, set[str]]:
+    """Return a layer's config, with its own width, the name of its spec, and the offsets its constructor takes."""
+    width_field, spec, takes = _KINDS[shape.pattern.kinds[layer_index]]
     own = copy.copy(config)
-    match shape.pattern.kinds[layer_index]:
-        case LayerKind.MAMBA:
-            own.mamba_num_heads = width
-        case LayerKind.MLP:
-            own.ffn_hidden_size = width
-        case LayerKind.ATTENTION:
-            own.num_attention_heads = width
-    return own
+    setattr(own, width_field, shape.width(layer_index))
+    return own, spec, takes
 
 
 def _current_cuda_device() -> Any:

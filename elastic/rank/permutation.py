@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from elastic.rank.slicing import TensorSource, reader
-from elastic.space.axes import Axis
-from elastic.space.layers import DIMS, DimKind, parameter_dims, parameter_names, split_parameter_name
+from elastic.space.axes import AXES, LANES, Axis
+from elastic.space.layers import DIMS, DimKind, Direction, parameter_dims, parameter_names, split_parameter_name
 from elastic.space.nesting import Cut
 from elastic.space.shape import ModelShape
 from elastic.world.files import written_aside
@@ -93,14 +93,17 @@ def deal_into_lanes(ranking: Order, lanes: int) -> Tensor:
     return torch.tensor(ranking).view(-1, lanes).T.reshape(-1)
 
 
-def axis_order(axis: Axis, ordinal: int, ranking: Ranking, lanes: int) -> Tensor:
-    """Return the old neuron, head or channel for every new one along one axis of a layer, [width] int64."""
-    if axis is Axis.HIDDEN:
-        return torch.tensor(ranking.hidden)
-    if axis is Axis.FFN:
-        return deal_into_lanes(ranking.ffn[ordinal], lanes)
-    order = torch.tensor(getattr(ranking, f"{axis}s")[ordinal])
-    if order.dim() == 2:  # numbers inside the parts of the axis
+def _order(direction: Direction, size: int, ordinal: int, ranking: Ranking, lanes: int) -> Tensor:
+    """Return the old neuron, head or channel for every new one along one direction of a layer's grid, [size] int64."""
+    entry = AXES[direction] if isinstance(direction, Axis) else None
+    if entry is None or entry.ranking is None:
+        return torch.arange(size)
+    ranked = getattr(ranking, entry.ranking)
+    own = ranked if entry.kind is None else ranked[ordinal]
+    if entry.parts == LANES:
+        return deal_into_lanes(own, lanes)
+    order = torch.tensor(own)
+    if entry.parts is not None:  # numbers inside each part
         order = order + order.shape[1] * torch.arange(len(order)).unsqueeze(1)
     return order.reshape(-1)
 
@@ -108,16 +111,15 @@ def axis_order(axis: Axis, ordinal: int, ranking: Ranking, lanes: int) -> Tensor
 def row_order(kind: DimKind, layer_index: int | None, parent: ModelShape, ranking: Ranking, lanes: int) -> Tensor:
     """Return the old row for every new row of one dimension, int64."""
     ordinal = 0 if layer_index is None else parent.pattern.ordinal(layer_index)
+    widths = parent.layer_widths(layer_index)
     grid = Cut.of_layer(parent, layer_index, {}).grid(kind)
-    sizes = [math.prod(block.full) for block in grid.blocks]
-    blocks = torch.arange(grid.full_size).view(grid.outer, -1).split(sizes, dim=1)
+    runs = [math.prod(block.full) for block in grid.blocks]
+    blocks = torch.arange(grid.full_size).view(grid.outer, -1).split(runs, dim=1)
     found = []
     for rows, directions in zip(blocks, DIMS[kind].blocks.values(), strict=True):
-        orders = [
-            axis_order(d, ordinal, ranking, lanes) if isinstance(d, Axis) else torch.arange(getattr(parent, d))
-            for d in directions
-        ]
-        cells = rows.reshape([order.numel() for order in orders])
+        sizes = [widths[d] if isinstance(d, Axis) else getattr(parent, d) for d in directions]
+        orders = [_order(d, size, ordinal, ranking, lanes) for d, size in zip(directions, sizes, strict=True)]
+        cells = rows.reshape(sizes)
         for direction, order in enumerate(orders):
             cells = cells.index_select(direction, order)
         found.append(cells.reshape(grid.outer, -1))

@@ -80,6 +80,10 @@ class Cut:
         widths = tuple((axis, width, kept.get(axis, width)) for axis, width in full.items())
         return cls(shape, widths, lanes, tensor_parallel)
 
+    def kept(self, axis: Axis) -> int:
+        """Return the width that stays along one axis of this layer."""
+        return next(kept for known, _, kept in self.widths if known is axis)
+
     def grid(self, kind: DimKind) -> Grid:
         """Return the rows of one dimension on one tensor-parallel rank."""
         dim = DIMS[kind]

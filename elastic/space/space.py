@@ -52,8 +52,10 @@ class Space:
         complete = {axis: self.axes.get(axis, AxisChoices((self.full_width(axis),))) for axis in Axis}
         object.__setattr__(self, "axes", complete)
         problems = [problem for axis in Axis for problem in self._axis_problems(axis)]
-        if any(width % self.lanes for width in self.parent.ffn):
-            problems.append(f"ffn widths {sorted(set(self.parent.ffn))} must be multiples of lanes = {self.lanes}")
+        for axis, entry in AXES.items():
+            widths = sorted(set(Subnet.full(self.parent).axis_widths(axis)))
+            if entry.parts == LANES and any(width % self.lanes for width in widths):
+                problems.append(f"{axis} widths {widths} must be multiples of lanes = {self.lanes}")
         shallowest = min(complete[Axis.DEPTH].choices, default=0)
         if sorted(self.depth_ranking) != list(range(len(self.parent.pattern))):
             problems.append(f"depth_ranking must order all {len(self.parent.pattern)} layers once")

@@ -10,10 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from elastic.space.axes import Axis
+from elastic.space.axes import STREAM_AXES, Axis
 from elastic.world.groups import World
-
-STREAM_AXES = (Axis.HIDDEN, Axis.DEPTH)
 
 
 def sum_gate_gradients(flat: Tensor, entries: Iterable[tuple[Axis, int]], world: World) -> Tensor:
