@@ -8,6 +8,7 @@ from pathlib import Path
 
 from elastic.checkpoint.contents import CONTENTS_FILE, CheckpointError, damages, shown_problems, step_folders
 from elastic.checkpoint.record import RECORD_FILE
+from elastic.world.files import first_few
 from elastic.world.groups import World, decided_by_rank_0
 
 FOLDER = "checkpoints"
@@ -55,7 +56,8 @@ def resolve_checkpoint(
     world: World | None = None,
     say: Callable[[str], object] = lambda text: None,
 ) -> Path:
-    """Return the whole checkpoint that `path` names: itself, or the newest whole one of a run folder.
+    """Return the whole checkpoint that `path` names: itself, or the newest whole one of a run folder (of the one
+    version in a folder of versions).
 
     Arguments as `newest_whole` takes them. Raises CheckpointError; for a checkpoint that is named but not whole it
     names the damaged files, and the nearest whole checkpoint of the same run.
@@ -67,7 +69,8 @@ def resolve_checkpoint(
         return is_named or folder in step_folders(folder.parent)
 
     if not decided_by_rank_0(is_checkpoint, world):
-        return newest_whole(folder, full=full, world=world, say=say)
+        run = decided_by_rank_0(lambda: _run_folder(folder), world)
+        return newest_whole(run, full=full, world=world, say=say)
     found = damages(folder, full=full, world=world)
     if not found:
         return folder
@@ -77,6 +80,16 @@ def resolve_checkpoint(
     nearest = next((other for other in candidates if not damages(other, full=full, world=world)), None)
     remedy = "its run has no other whole one" if nearest is None else f"the nearest whole one is {nearest}"
     raise CheckpointError(f"{folder} is not whole: {shown_problems(found)}; {remedy}")
+
+
+def _run_folder(path: Path) -> Path:
+    """Return the run folder that `path` names: itself, or its one version where it holds versions of a run."""
+    if list_checkpoints(path) or not path.is_dir():
+        return path
+    versions = sorted(below.name for below in path.iterdir() if list_checkpoints(below))
+    if len(versions) > 1:
+        raise CheckpointError(f"{path} holds several runs: {', '.join(first_few(versions, 8))}; choose one of them")
+    return path / versions[0] if versions else path
 
 
 def set_aside_newer(checkpoint: Path, say: Callable[[str], object]) -> None:

@@ -1,10 +1,12 @@
 """Rules of the model's sizes, the parallel layout and the batches; each yields one Problem per mistake."""
 
+import difflib
+import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from elastic.config.load import Problem
+from elastic.config.load import Problem, field_paths
 from elastic.config.sections import ParallelConfig
 from elastic.config.serving import EvaluateConfig
 from elastic.config.training import (
@@ -18,6 +20,7 @@ from elastic.config.training import (
 )
 from elastic.space.pattern import LayerKind, LayerPattern, PatternError
 from elastic.space.shape import ModelShape
+from elastic.world.files import first_few
 
 
 @dataclass(frozen=True)
@@ -211,10 +214,31 @@ def check_exp_manager(config: TrainConfig, cluster: Cluster) -> Iterator[Problem
     if config.exp_manager.overwrite and config.exp_manager.resume_if_exists:
         rule = "contradicts exp_manager.resume_if_exists = true"
         yield Problem("exp_manager.overwrite", True, rule, "nearest legal value is false")
+    if config.exp_manager.create_wandb_logger and importlib.util.find_spec("wandb") is None:
+        remedy = 'pip install "wandb", or this project with its extra [wandb]; nearest legal value is false'
+        yield Problem("exp_manager.create_wandb_logger", True, "the package wandb is not installed", remedy)
+    yield from _accepted_problems(config)
     milestone, every = config.exp_manager.keep_milestones_every_n_steps, config.trainer.checkpoint_every_n_steps
     if milestone is not None:
         path = "exp_manager.keep_milestones_every_n_steps"
         yield from multiple_problem(path, milestone, every, "trainer.checkpoint_every_n_steps")
+
+
+def _accepted_problems(config: TrainConfig) -> Iterator[Problem]:
+    """A change is accepted by the name of its field; only a whole phase and the budgets are compared as one."""
+    known = sorted(set(field_paths(type(config))))
+    path = "exp_manager.accept_changes"
+    for name in config.exp_manager.accept_changes:
+        parts = name.split(".")
+        plain = ".".join(part for part in parts if not part.isdigit())
+        if plain == "elastic.budgets" or (len(parts) == 2 and plain == "curriculum"):
+            continue
+        inner = [f"{name}.{field.removeprefix(plain + '.')}" for field in known if field.startswith(plain + ".")]
+        if inner:
+            yield Problem(path, name, "is a section", f"name its fields: {', '.join(first_few(inner, 12))}")
+        elif plain not in known and not plain.startswith("curriculum.budget_weights."):
+            near = difflib.get_close_matches(plain, known, n=1, cutoff=0.0)
+            yield Problem(path, name, "is no field of this config", f"nearest legal name is {near[0]}")
 
 
 def check_timeouts(config: TrainConfig, cluster: Cluster) -> Iterator[Problem]:

@@ -12,7 +12,7 @@ from elastic.router.draw import RouterSettings
 from elastic.space.axes import Axis
 from elastic.space.budget import Budget
 from elastic.space.cost import Deployment
-from elastic.space.ranges import Count, Decay, Name, Positive, PositiveOrZero, Range, Required
+from elastic.space.ranges import Count, Decay, MemberName, Name, Positive, PositiveOrZero, Range, Required
 from elastic.space.shape import ModelShape
 from elastic.space.space import AxisChoices, KeepAtLeast, Space
 
@@ -199,8 +199,8 @@ class ExpManagerConfig:
     """Where a run writes: exp_dir/name/version. An existing folder is resumed or replaced only when told to."""
 
     exp_dir: Name = "runs"
-    name: Name = "elastic"
-    version: Name = "version_0"
+    name: MemberName = "elastic"
+    version: MemberName = "version_0"
     overwrite: bool = False
 
     @property

@@ -14,7 +14,18 @@ from elastic.config.sections import ExpManagerConfig
 from elastic.world.files import write_json
 from elastic.world.groups import World, decided_by_rank_0
 
-CONFIG_FILE, FINISHED_FILE = "config.json", "finished.json"
+CONFIG_FILE, FINISHED_FILE, WANDB_FILE = "config.json", "finished.json", "wandb.json"
+OF_A_START = (
+    CONFIG_FILE,
+    WANDB_FILE,
+    "metrics.jsonl",
+    "events.jsonl",
+    "tensorboard",
+    "wandb",
+    "checkpoints",
+    "nonfinite",
+    "watchdog",
+)
 LOCK_WAIT_S = 60.0  # what is left of a killed attempt may take that long to be gone
 
 
@@ -28,8 +39,8 @@ def open_run_folder(
     """Create exp_dir/name/version with the resolved config; return it and its newest checkpoint, if it goes on.
 
     Rank 0 decides, all ranks learn the same answer. Which checkpoint a run goes on from, and whether it may, is for
-    resume.py to say. Raises RunFolderError for an existing folder unless `resume` (and it holds a checkpoint or nothing
-    worth keeping) or exp_manager.overwrite.
+    resume.py to say. Raises RunFolderError for a folder that holds something unless `resume` (and that is a checkpoint
+    or nothing worth keeping) or exp_manager.overwrite.
     """
 
     def decide() -> Path | None:
@@ -49,7 +60,7 @@ def prepare_run_folder(
             shutil.rmtree(folder)
         elif resume and checkpoints:
             newest = checkpoints[-1]
-        elif not (resume and is_unfinished(folder)):
+        elif not (resume and is_unfinished(folder)) and not is_untouched(folder):
             raise RunFolderError(
                 f"{folder} exists already. Choose another exp_manager.name or exp_manager.version, or set "
                 f"exp_manager.overwrite=true to replace it"
@@ -60,19 +71,20 @@ def prepare_run_folder(
     return folder, newest
 
 
+def is_untouched(folder: Path) -> bool:
+    """Tell whether a folder holds no more than the config that a refused or killed start left."""
+    return all(path.name == CONFIG_FILE or _is_partial(path) for path in folder.iterdir())
+
+
 def is_unfinished(folder: Path) -> bool:
     """Tell whether a run was stopped before its first checkpoint: logs, config and an unfinished checkpoint only."""
-    expected = (
-        CONFIG_FILE,
-        "metrics.jsonl",
-        "events.jsonl",
-        "tensorboard",
-        "wandb",
-        "checkpoints",
-        "nonfinite",
-        "watchdog",
+    return not list_checkpoints(folder) and all(
+        path.name in OF_A_START or _is_partial(path) for path in folder.iterdir()
     )
-    return not list_checkpoints(folder) and all(path.name in expected for path in folder.iterdir())
+
+
+def _is_partial(path: Path) -> bool:
+    return path.name.startswith(".") and ".partial-" in path.name  # world/files.py: written_aside
 
 
 @contextmanager

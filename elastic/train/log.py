@@ -3,7 +3,8 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,14 +13,16 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from elastic.hf.safe_files import read_json
 from elastic.router.phases import Moment
+from elastic.run.folder import WANDB_FILE
 from elastic.space.cost import subnet_cost
 from elastic.train.chosen import chosen_subnets
 from elastic.train.metrics import LossMeter, MeanLoss
 from elastic.train.nonfinite import NONFINITE_FOLDER, readable
 from elastic.train.spikes import LossSpikes
 from elastic.train.trainer import StepResult, Trainer
-from elastic.world.files import explained
+from elastic.world.files import explained, write_json, written_aside
 
 METRICS_FILE, EVENTS_FILE = "metrics.jsonl", "events.jsonl"
 
@@ -33,16 +36,21 @@ class ScalarWriter(Protocol):
 
 
 class WandbWriter:
-    """Weights & Biases behind the same two calls; needs the wandb package and a login."""
+    """Weights & Biases behind the same two calls; needs the wandb package (a rule of the config) and a login.
+
+    The run's id is kept in its folder, so that a resumed run goes on as the same one. W&B itself keeps the first value
+    of a step that is logged again after a kill.
+    """
 
     def __init__(self, folder: Path, project: str, name: str, config: Mapping[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ValueError(
-                "exp_manager.create_wandb_logger = true: the wandb package is not installed; pip install wandb"
-            ) from error
-        self._run = wandb.init(project=project, name=name, dir=str(folder), config=dict(config))
+        import wandb
+
+        path = folder / WANDB_FILE
+        if not path.exists():
+            write_json(path, {"id": uuid.uuid4().hex})
+        self._run = wandb.init(
+            project=project, name=name, dir=str(folder), config=dict(config), resume="allow", **read_json(path, 1 << 10)
+        )
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         """Log one value."""
@@ -67,20 +75,36 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 class RunLog:
-    """Appends rows of numbers to the run's files. On ranks other than 0 (`folder` None) it writes nothing."""
+    """Appends rows of numbers to the run's files. On ranks other than 0 (`folder` None) it writes nothing.
 
-    def __init__(self, folder: Path | None, *, tensorboard: bool, extra: tuple[ScalarWriter, ...] = ()) -> None:
+    What a killed attempt logged after `step`, from which the run goes on, is dropped: those steps run again. `say`
+    hears how much that is.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        tensorboard: bool,
+        extra: tuple[ScalarWriter, ...] = (),
+        step: int = 0,
+        say: Callable[[str], object] = lambda text: None,
+    ) -> None:
         self._writers: list[ScalarWriter] = list(extra)
         self._rows = None
         self._events = None if folder is None else folder / EVENTS_FILE
         if folder is None:
             return
+        for name in (METRICS_FILE, EVENTS_FILE):
+            with _explained(folder / name):
+                if dropped := _drop_after(folder / name, step):
+                    say(f"{name}: {dropped} lines of steps after {step} are dropped, for these steps run again")
         with _explained(folder / METRICS_FILE):
             self._rows = (folder / METRICS_FILE).open("a", buffering=1)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writers.append(SummaryWriter(str(folder / "tensorboard")))
+            self._writers.append(SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1))
 
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
         """Write one row: all values to metrics.jsonl (NaN and Inf as text), finite numbers to the scalar writers."""
@@ -106,6 +130,26 @@ class RunLog:
             self._rows.close()
         for writer in self._writers:
             writer.close()
+
+
+def _drop_after(path: Path, step: int) -> int:
+    """Drop the lines of later steps, and one that a kill cut off; returns their number. Other text stays."""
+    if not path.is_file():
+        return 0
+    lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
+    if len(kept) < len(lines):
+        with written_aside(path) as aside:
+            aside.write_text("".join(kept), encoding="utf-8", errors="surrogateescape")
+    return len(lines) - len(kept)
+
+
+def _step_of(line: str) -> int:
+    try:
+        row = json.loads(line)
+        return row["step"] if isinstance(row["step"], int) else 0
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return 0  # not a row of ours
 
 
 class LogSteps:

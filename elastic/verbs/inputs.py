@@ -176,12 +176,12 @@ def output_problems(config: VerbConfig) -> Iterator[Problem]:
 
 
 def _goes_on(config: VerbConfig, folder: Path) -> bool:
-    """Tell whether the verb continues what it finds: a training run if told to, an import that was cut short."""
-    if isinstance(config, TrainConfig):
-        return config.exp_manager.resume_if_exists
-    from elastic.run.folder import is_unfinished  # Megatron-Core takes seconds to import
+    """Tell whether the verb continues what it finds: a run if told to, an import cut short, a refused start."""
+    if isinstance(config, TrainConfig) and config.exp_manager.resume_if_exists:
+        return True
+    from elastic.run.folder import is_unfinished, is_untouched  # Megatron-Core takes seconds to import
 
-    return isinstance(config, ImportConfig) and is_unfinished(folder)
+    return is_untouched(folder) or (isinstance(config, ImportConfig) and is_unfinished(folder))
 
 
 def free_version(folder: Path) -> str:

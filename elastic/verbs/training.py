@@ -182,7 +182,13 @@ def _fit(
     extra: tuple[ScalarWriter, ...] = ()
     if trainer.world.is_main and settings.create_wandb_logger:
         extra = (WandbWriter(folder, settings.name, settings.version, trainer.config),)
-    log = RunLog(folder if trainer.world.is_main else None, tensorboard=settings.create_tensorboard_logger, extra=extra)
+    log = RunLog(
+        folder if trainer.world.is_main else None,
+        tensorboard=settings.create_tensorboard_logger,
+        extra=extra,
+        step=trainer.step,
+        say=console.print,
+    )
     held_out = TokenStream(stream.prefix.with_name("validation"))
     trainer.callbacks = [
         Validate(

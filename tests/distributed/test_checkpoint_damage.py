@@ -127,9 +127,11 @@ def test_a_resumed_run_goes_on_from_the_previous_one_as_if_nothing_were(pair: Pa
     path.write_bytes(flipped(path.stat().st_size // 2)(path.read_bytes()))
     run_distributed(train, 2, elastic_values(pair, "flipped", parallel=TWO))
     before, after = rows(pair, "damaged"), rows(pair, "flipped")
+    for name in ("validation/full/loss", "validation/half/loss"):
+        before[6].pop(name)  # it ended there: the step that is made again is in the midst of a run
     assert 9 in after and {step: after[step] for step in before} == before
     logged = (pair / "run" / "flipped" / "metrics.jsonl").read_text()
-    assert logged.count('{"step": 4, "phase"') == 2, "it went on from step 3"
+    assert logged.count('{"step": 4, "phase"') == 1, "the steps that were made again are logged once"
     assert (newest.parent / "step_00000006.broken" / CONTENTS_FILE).is_file(), "for a look at what happened"
     assert [path.name for path in list_checkpoints(pair / "run" / "flipped")] == ["step_00000006", "step_00000009"]
 

@@ -145,6 +145,16 @@ def test_the_newest_whole_one_is_found_and_the_others_are_named(tmp_path: Path) 
         newest_whole(tmp_path, full=True)
 
 
+def test_a_run_is_named_without_its_version_where_there_is_one(tmp_path: Path) -> None:
+    first = checkpoint(tmp_path / "parent" / "version_0", 5)
+    (tmp_path / "parent" / "version_1").mkdir()  # nothing was saved there
+    assert resolve_checkpoint(tmp_path / "parent", full=True) == first
+    second = checkpoint(tmp_path / "parent" / "version_1", 9)
+    with pytest.raises(CheckpointError, match="holds several runs: version_0, version_1; choose one of them"):
+        resolve_checkpoint(tmp_path / "parent")
+    assert resolve_checkpoint(second.parent.parent) == second
+
+
 def test_a_named_checkpoint_that_is_broken_names_the_nearest_whole_one(tmp_path: Path) -> None:
     first, second, third = (checkpoint(tmp_path, step) for step in (1, 2, 3))
     (second / RECORD_FILE).unlink()

@@ -1,20 +1,25 @@
 """The run folder and its logs: what may be gone on with, what is never removed, and disks that refuse."""
 
+import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from elastic.checkpoint.record import Record, RecordError
 from elastic.config.load import ConfigError, load
-from elastic.config.rules_layout import Cluster
+from elastic.config.rules_layout import Cluster, check_exp_manager
 from elastic.config.sections import ExpManagerConfig
 from elastic.config.serving import ExtractConfig, ImportConfig
 from elastic.config.training import ElasticConfig
-from elastic.run.folder import is_unfinished, prepare_run_folder
+from elastic.run.folder import RunFolderError, is_unfinished, prepare_run_folder
 from elastic.space.budget import Budget
 from elastic.space.cost import Metric
-from elastic.train.log import LogError, RunLog
+from elastic.train.log import LogError, RunLog, WandbWriter
 from elastic.verbs.inputs import load_run
 from elastic.world.groups import SharedFileError, decided_by_rank_0
 from tests.unit.config.configs import put, values_of, written_record
@@ -114,3 +119,93 @@ def test_validation_sequences_must_be_there_at_every_length(tmp_path: Path) -> N
         "data.validation_sequences = 104: phase long: the held-out split has 100 sequences of 64 tokens; nearest legal "
         "value is 100"
     )
+
+
+@pytest.mark.parametrize("version", ["../../x", "a\nb", "a/b", "/srv/x", ".."])
+@pytest.mark.parametrize("field", ["name", "version"])
+def test_a_run_does_not_leave_its_exp_dir(field: str, version: str) -> None:
+    values = values_of(ExtractConfig, {f"exp_manager.{field}": version})
+    with pytest.raises(ConfigError, match="it names a folder, too") as caught:
+        load(ExtractConfig, values)
+    assert caught.value.problems[0].field == f"exp_manager.{field}"
+
+
+def test_what_a_refused_start_left_does_not_block_the_corrected_command(tmp_path: Path) -> None:
+    settings = replace(ExpManagerConfig(), exp_dir=str(tmp_path))
+    folder, _ = prepare_run_folder(settings, {"budget_names": ["nope"]})
+    (folder / ".config.json.partial-0123").touch()  # of a kill
+    assert prepare_run_folder(settings, {"budget_names": ["half"]}) == (folder, None)
+    assert json.loads((folder / "config.json").read_text()) == {"budget_names": ["half"]}
+    (folder / "evaluation.json").touch()
+    with pytest.raises(RunFolderError, match="exists already"):
+        prepare_run_folder(settings, {})
+
+
+def logged(folder: Path, name: str = "metrics.jsonl") -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / name).read_text().splitlines() if line.startswith("{")]
+
+
+def test_a_resumed_run_logs_each_step_once(tmp_path: Path) -> None:
+    """Killed after step 5, resumed from the checkpoint of step 3: in the files, and in what TensorBoard shows."""
+    log = RunLog(tmp_path, tensorboard=True)
+    for step in range(1, 6):
+        log.write(step, {"loss": float(step)})
+        log.event("loss_spike", step, {})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as rows:
+        rows.write('a note of the user\n{"step": 6, "lo')  # and a line that the kill cut off
+    heard: list[str] = []
+    log = RunLog(tmp_path, tensorboard=True, step=3, say=heard.append)
+    assert logged(tmp_path) == logged(tmp_path, "events.jsonl") == [1, 2, 3]
+    assert "a note of the user\n" in (tmp_path / "metrics.jsonl").read_text()
+    assert heard[0] == "metrics.jsonl: 3 lines of steps after 3 are dropped, for these steps run again"
+    for step in range(4, 8):
+        log.write(step, {"loss": step * 10.0})
+    log.close()
+    assert logged(tmp_path) == list(range(1, 8)) and not list(tmp_path.glob(".*"))
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in shown] == [
+        (1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0), (5, 50.0), (6, 60.0), (7, 70.0)
+    ]  # fmt: skip
+
+
+def test_a_resumed_run_is_the_same_run_at_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+    module: Any = ModuleType("wandb")
+    module.init = lambda **given: calls.append(given)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    for _ in range(2):
+        WandbWriter(tmp_path, "elastic", "version_0", {"seed": 1})
+    WandbWriter(tmp_path.parent, "elastic", "version_1", {})
+    first, resumed, other = calls
+    assert first == resumed and first["resume"] == "allow" and len(first["id"]) == 32
+    assert other["id"] != first["id"] and is_unfinished(tmp_path)
+
+
+def test_wandb_is_missed_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = load(ElasticConfig, values_of(ElasticConfig, {"exp_manager.create_wandb_logger": True}))
+    (problem,) = check_exp_manager(config, Cluster())
+    assert problem.field == "exp_manager.create_wandb_logger" and "[wandb]" in problem.remedy
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "remedy"),
+    [
+        ("curriculum.0.lr", "is a section", "name its fields: curriculum.0.lr.min, curriculum.0.lr.peak"),
+        ("optim", "is a section", "name its fields: optim.adam_beta1, "),
+        ("curriculum.0.lr.paek", "is no field", "nearest legal name is curriculum.lr.peak"),
+        ("nonsense", "is no field of this config", "nearest legal name is "),
+    ],
+)
+def test_only_fields_can_be_accepted_by_name(name: str, rule: str, remedy: str) -> None:
+    config = load(ElasticConfig, values_of(ElasticConfig, {"exp_manager.accept_changes": [name]}))
+    (problem,) = check_exp_manager(config, Cluster())
+    assert problem.value == name and rule in problem.rule and remedy in problem.remedy
+
+
+def test_what_a_refusal_offers_to_accept_is_accepted() -> None:
+    offered = ["curriculum.0.lr.peak", "curriculum.2", "elastic.budgets", "elastic.router.draws_per_step",
+               "curriculum.0.budget_weights.half", "distill.temperature", "curriculum.1.steps"]  # fmt: skip
+    config = load(ElasticConfig, values_of(ElasticConfig, {"exp_manager.accept_changes": offered}))
+    assert list(check_exp_manager(config, Cluster())) == []
