@@ -40,6 +40,7 @@ FOR_ALL = "elastic.world.files"  # it imports no room itself
 RECIPES_ONLY = {"hydra", "nemo", "omegaconf", "lightning", "pytorch_lightning", "recipes", "tests"}
 MAY_IMPORT_MEGATRON = {"model", "world", "data", "checkpoint", "train", "verbs", "plan"}
 MAX_SHARE_OF_LINES = 0.15
+MAX_LINES_OF_FILE = 300
 
 
 def may_import(room: str) -> set[str]:
@@ -81,11 +82,30 @@ def test_the_rooms_are_the_folders() -> None:
     assert {file.parent.name for file in (ROOT / "elastic").glob("*/__init__.py")} == set(ROOMS)
 
 
+def lines_of(folder: Path) -> dict[str, int]:
+    """Count the lines of every Python file under a folder."""
+    files = sorted(folder.rglob("*.py"))
+    return {str(file.relative_to(ROOT)): len(file.read_text(encoding="utf-8").splitlines()) for file in files}
+
+
+def lines_per_room() -> dict[str, int]:
+    """Count the lines of every room, biggest first."""
+    counts = {room: sum(lines_of(ROOT / "elastic" / room).values()) for room in ROOMS}
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
 def test_no_room_outgrows_the_house() -> None:
-    lines = {
-        room: sum(
-            len(file.read_text(encoding="utf-8").splitlines()) for file in (ROOT / "elastic" / room).rglob("*.py")
-        )
-        for room in ROOMS
-    }
+    lines = lines_per_room()
     assert {room: count for room, count in lines.items() if count > MAX_SHARE_OF_LINES * sum(lines.values())} == {}
+
+
+def test_no_file_outgrows_a_reader() -> None:
+    lines = lines_of(ROOT / "elastic") | lines_of(ROOT / "recipes")
+    assert {file: count for file, count in lines.items() if count > MAX_LINES_OF_FILE} == {}
+
+
+if __name__ == "__main__":  # python tests/unit/test_import_direction.py
+    TOTAL = sum(lines_of(ROOT / "elastic").values())
+    for ROOM, LINES in lines_per_room().items():
+        print(f"{ROOM:12} {LINES:6,} {LINES / TOTAL:6.1%}")
+    print(f"{'elastic':12} {TOTAL:6,}")
