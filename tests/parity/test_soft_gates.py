@@ -11,6 +11,7 @@ from elastic.space.gates import Gates
 from tests.parity.model_factory import (
     EVERY_AXIS,
     SPACES,
+    Outcome,
     build_lively,
     choices_to_test,
     cotangent,
@@ -92,17 +93,33 @@ def test_pitfall_23_recompute_sees_its_own_micro_batch() -> None:
         assert one is not None and torch.equal(one, other)
 
 
+def bf16_case(kind: str, dtype: torch.dtype, rounded: bool = False) -> Outcome:
+    """Run a mask or a slice in `dtype`; `rounded` gives the weights only the digits that bf16 has."""
+    model, weights = build_lively(EVERY_AXIS, Layout(dtype=dtype)), soft_weights(EVERY_AXIS, seed=8)
+    if rounded:
+        kept = {name: parameter.bfloat16() for name, parameter in model.named_parameters() if not is_wide(name)}
+        model.load_state_dict(kept, strict=False)
+    gates = Gates.mask(weights) if kind == "mask" else Gates.slice(EVERY_AXIS.subnet(smallest_choice(EVERY_AXIS)))
+    logits = logits_of(model, tokens_for(EVERY_AXIS.parent), gates)
+    assert logits.dtype is dtype
+    return outcome_of(logits, {str(axis): weight for axis, weight in weights.items()})
+
+
+def is_wide(name: str) -> bool:
+    """Tell whether bf16 leaves this parameter in fp32."""
+    return name.endswith(("A_log", ".D"))
+
+
 @pytest.mark.parametrize("kind", ["mask", "slice"])
-def test_bf16_stays_near_fp32(kind: str) -> None:
-    """Activations are bf16 throughout, gates and their gradients fp32, norms and states wide enough."""
-    runs = []
-    for dtype in (torch.float32, torch.bfloat16):
-        model, weights = build_lively(EVERY_AXIS, Layout(dtype=dtype)), soft_weights(EVERY_AXIS, seed=8)
-        gates = Gates.mask(weights) if kind == "mask" else Gates.slice(EVERY_AXIS.subnet(smallest_choice(EVERY_AXIS)))
-        logits = logits_of(model, tokens_for(EVERY_AXIS.parent), gates)
-        assert logits.dtype is dtype
-        runs.append(outcome_of(logits, {str(axis): weight for axis, weight in weights.items()}))
-    assert relative_error(runs[1].logits, runs[0].logits) <= 0.03
-    assert all(gradient.dtype is torch.float32 for gradient in runs[1].gradients.values())
-    together = [torch.cat([gradient.flatten() for gradient in run.gradients.values()]) for run in runs]
-    assert relative_error(together[1], together[0]) <= 0.15
+def test_bf16_stays_near_fp64(kind: str) -> None:
+    """Activations are bf16 throughout, gates and their gradients fp32, norms and states wide enough.
+
+    The measure is what the rounding of the weights alone does, in fp64: rounding every activation, and on the way back
+    every gradient, adds some of the same (found: 1.4 times for logits, 2.4 times for gradients).
+    """
+    exact, rounded = bf16_case(kind, torch.float64), bf16_case(kind, torch.float64, rounded=True)
+    found = bf16_case(kind, torch.bfloat16)
+    assert relative_error(found.logits, exact.logits) <= 5 * relative_error(rounded.logits, exact.logits)
+    assert all(gradient.dtype is torch.float32 for gradient in found.gradients.values())
+    together = [torch.cat([g.flatten() for g in run.gradients.values()]) for run in (found, rounded, exact)]
+    assert relative_error(together[0], together[2]) <= 8 * relative_error(together[1], together[2])
