@@ -37,5 +37,6 @@ def test_losses_of_20_elastic_steps(start, request):
             if golden == "-" or value == "-":
                 assert value == golden, f"{column} at step {ours.split()[0]}"
             else:
-                # Other processors round differently; a changed draw or formula moves far more.
-                assert float(value) == pytest.approx(float(golden), rel=2e-3, abs=1e-6), f"{column}: {ours}"
+                # 20 steps in fp32 differ by at most 1e-5 between instruction sets (SSE4.1, AVX2, AVX-512; aten,
+                # oneDNN and MKL); a changed draw, formula or constant moves far more than 20 times that.
+                assert float(value) == pytest.approx(float(golden), rel=2e-4, abs=1e-6), f"{column}: {ours}"
