@@ -32,7 +32,7 @@ from elastic.checkpoint.contents import CheckpointError, damages, shown_problems
 from elastic.checkpoint.optimizer_state import begin_state, sharded_optimizer_state
 from elastic.checkpoint.read import refuse_code
 from elastic.checkpoint.record import Record
-from elastic.checkpoint.write import CheckpointWrite, SavedCheckpoint
+from elastic.checkpoint.write import CheckpointWrite
 from elastic.hf.carried import CARRIED_FOLDER
 from elastic.hf.safe_files import UnsafeFileError, read_json
 from elastic.model.model import ElasticModel
@@ -64,18 +64,6 @@ class Trainable:
     router_optimizer: Optimizer | None = None
 
 
-def save_checkpoint(
-    folder: Path,
-    trained: Trainable,
-    record: Record,
-    state: TrainingState | None,
-    world: World,
-    carried_from: Path | None = None,
-) -> SavedCheckpoint:
-    """Write one checkpoint and wait for it; arguments and errors of `begin_save`."""
-    return begin_save(folder, trained, record, state, world, carried_from, in_background=False).finish()
-
-
 def begin_save(
     folder: Path,
     trained: Trainable,
@@ -84,7 +72,7 @@ def begin_save(
     world: World,
     carried_from: Path | None = None,
     *,
-    in_background: bool,
+    in_background: bool = False,
 ) -> CheckpointWrite:
     """Write one checkpoint aside; `finish` of the result, called by all ranks, renames it when everybody is done.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from elastic.checkpoint.find import checkpoint_folder, resolve_checkpoint
 from elastic.checkpoint.record import Record
-from elastic.checkpoint.state import Trainable, load_checkpoint, save_checkpoint
+from elastic.checkpoint.state import Trainable, begin_save, load_checkpoint
 from elastic.config.training import ImportanceConfig
 from elastic.data.stream import PackedSequences, TokenStream, read_batch
 from elastic.hf.logits import LogitDifference, probe_tokens
@@ -71,7 +71,7 @@ def run_importance(config: ImportanceConfig, console: Console) -> Path:
             config.data.path,
             provenance=provenance,
         )
-        save_checkpoint(checkpoint_folder(folder, 0), Trainable(model), permuted, None, here, carried_from=start)
+        begin_save(checkpoint_folder(folder, 0), Trainable(model), permuted, None, here, start).finish()
         if here.is_main:
             console.print(f"layers, best first: {' '.join(map(str, ranking.depth))}")
             console.print(f"permuted parent, logits unmoved -> {checkpoint_folder(folder, 0)}")

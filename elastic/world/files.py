@@ -82,6 +82,8 @@ def written_aside(target: Path, *, replace: bool = True) -> Iterator[Path]:
         flush_to_disk(target.parent)
     except BaseException:
         remove(aside)
+        if old.exists() and not target.exists():
+            old.rename(target)
         raise
     remove(old)
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from elastic.checkpoint.find import checkpoint_folder
 from elastic.checkpoint.record import Family, Record
-from elastic.checkpoint.state import Trainable, save_checkpoint
+from elastic.checkpoint.state import Trainable, begin_save
 from elastic.config.load import load
 from elastic.config.rules_layout import Cluster
 from elastic.config.serving import ExtractConfig, GenerateConfig
@@ -70,7 +70,7 @@ def save_lively_family(start: Path) -> None:
     record = Record("elastic", space.parent, space.lanes, space.depth_ranking, str(start / "data"), family)
     with world(Layout()) as here:
         trained = Trainable(build_lively(space, kernels=Kernels.choose()), router=Router(space, 2, 16, seed=1))
-        save_checkpoint(checkpoint_folder(start / "run" / "writer", 1), trained, record, None, here)
+        begin_save(checkpoint_folder(start / "run" / "writer", 1), trained, record, None, here).finish()
 
 
 def folder_with_more_ends(start: Path, token: int) -> Path:

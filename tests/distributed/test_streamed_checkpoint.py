@@ -18,7 +18,7 @@ from elastic.checkpoint.contents import CheckpointError, damages, writing_folder
 from elastic.checkpoint.find import resolve_checkpoint
 from elastic.checkpoint.read import METADATA_FILE, StoredTensors, read_metadata, stored_parts
 from elastic.checkpoint.record import Record
-from elastic.checkpoint.state import Trainable, load_checkpoint, save_checkpoint
+from elastic.checkpoint.state import Trainable, begin_save, load_checkpoint
 from elastic.checkpoint.stream import JOURNAL, UnfinishedError, save_streamed, stored_bytes
 from elastic.model.initialize import named_global_parameters
 from elastic.model.model import Layout, build_model
@@ -107,7 +107,7 @@ def save_split(folder: Path) -> None:
         for name, parameter in named_global_parameters(model):
             full = lively_tensor(name, SPLITTABLE)
             parameter.copy_(shard_tensor(full, name, SPLITTABLE, here.groups.tp.rank(), here.groups.tp.size()))
-    save_checkpoint(folder, Trainable(model), Record("parent", SPLITTABLE), None, here)
+    begin_save(folder, Trainable(model), Record("parent", SPLITTABLE), None, here).finish()
 
 
 def test_full_tensors_are_read_from_a_checkpoint_of_four_ranks(tmp_path: Path) -> None:
