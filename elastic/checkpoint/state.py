@@ -33,7 +33,7 @@ from elastic.checkpoint.optimizer_state import begin_state, sharded_optimizer_st
 from elastic.checkpoint.read import refuse_code
 from elastic.checkpoint.record import Record
 from elastic.checkpoint.write import CheckpointWrite
-from elastic.hf.carried import CARRIED_FOLDER
+from elastic.hf.export_settings import EXPORT_SETTINGS_FOLDER
 from elastic.hf.safe_files import UnsafeFileError, read_json
 from elastic.model.model import ElasticModel
 from elastic.router.router import Router
@@ -85,8 +85,8 @@ def begin_save(
         record.write(writing)
         if trained.router is not None:
             save_file(_router_tensors(trained.router, trained.router_optimizer), writing / ROUTER_FILE)
-        if carried_from is not None and (carried_from / CARRIED_FOLDER).is_dir():
-            shutil.copytree(carried_from / CARRIED_FOLDER, writing / CARRIED_FOLDER)
+        if carried_from is not None and (carried_from / EXPORT_SETTINGS_FOLDER).is_dir():
+            shutil.copytree(carried_from / EXPORT_SETTINGS_FOLDER, writing / EXPORT_SETTINGS_FOLDER)
         if state is not None:
             content = {"step": state.step, "seed": state.seed, "config": state.config, "origin": state.origin}
             (writing / STATE_FILE).write_text(json.dumps(content, indent=1, default=str) + "\n")

@@ -143,3 +143,5 @@ class ImportConfig(VerbConfig):
     """recipes/import_hf.py: stock nemotron_h folder to Megatron-Core checkpoint, in one process."""
 
     source: Annotated[str, Required("a Hugging Face folder with config.json and safetensors files")] = ""
+    # The vocabulary is filled up to a multiple of this, as tensor parallelism needs it; exports leave the rows out.
+    vocab_multiple: Count = 1

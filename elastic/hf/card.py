@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from elastic.hf.config import export_shape, export_warnings, stock_notes, stock_versions
 from elastic.space.budget import Budget
-from elastic.space.cost import Deployment, shape_cost
+from elastic.space.cost import Deployment, shape_cost, subnet_cost
 from elastic.space.shape import ModelShape
 from elastic.space.subnet import Subnet
 
@@ -14,8 +14,8 @@ from elastic.space.subnet import Subnet
 class CardInfo:
     """What the card says beside the sizes. `provenance` is free text: parent checkpoint, tokens trained, data.
 
-    `parent` and `subnet` describe the cut; leave both out for a model that was not cut. `license` and `base_model`
-    go into the front matter if given.
+    `parent` and `subnet` describe the cut; leave both out for a model that was not cut. `license` holds license fields
+    of the front matter.
     """
 
     title: str
@@ -24,8 +24,7 @@ class CardInfo:
     budget: Budget | None = None
     deployment: Deployment = field(default_factory=Deployment)
     provenance: Mapping[str, str] = field(default_factory=dict)
-    license: str | None = None
-    base_model: str | None = None
+    license: Mapping[str, str] = field(default_factory=dict)
 
 
 def model_card(info: CardInfo, shape: ModelShape, dtype: str, verification: str) -> str:
@@ -48,9 +47,8 @@ def model_card(info: CardInfo, shape: ModelShape, dtype: str, verification: str)
 
 
 def _front_matter(info: CardInfo) -> str:
-    given = {"license": info.license, "base_model": info.base_model}
     lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- nemotron_h", "- elastic"]
-    return "\n".join(["---", *(f"{key}: {value}" for key, value in given.items() if value), *lines, "---"])
+    return "\n".join(["---", *(f"{key}: {value}" for key, value in info.license.items()), *lines, "---"])
 
 
 def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
@@ -103,6 +101,9 @@ def _cost_rows(info: CardInfo, shape: ModelShape) -> list[tuple[str, str]]:
     ]
     if info.budget is not None:
         budget = info.budget
+        # The budget was met by the subnet as trained; its vocabulary may hold rows that the export leaves out.
+        if info.parent is not None and info.subnet is not None:
+            cost = subnet_cost(info.parent, info.subnet, deployment)
         share = cost[budget.metric] / budget.limit
         rows.insert(0, (f"budget {budget.name}", f"{budget.limit:,.0f} {budget.metric}, used {share:.1%}"))
     return rows

@@ -69,7 +69,7 @@ class LogitCheck:
         reloaded = reload_logits(written.path, tokens)
         if reloaded.params != expected:
             raise ExportError(f"the reloaded model has {reloaded.params} parameters, expected {expected}")
-        difference = LogitDifference.between(reloaded.logits, self.reference_logits(tokens))
+        difference = LogitDifference.between(reloaded.logits, self.reference_logits(tokens)[..., : shape.vocab])
         if not difference.within(self.tolerance):
             raise ExportError(
                 f"logits of the reloaded folder differ by {difference.max_abs:.3e} (relative "

@@ -74,7 +74,9 @@ class HfSettings:
 
     `carried` holds what a source's config says of the keys of CARRIED, CARRIED_IF_GIVEN and of widths no layer has,
     where that is not the default. Other keys are not kept: nobody can tell whether they stay true of a submodel.
-    `generation` is the source's generation_config.json as it is; None: written from the special tokens.
+    `generation` is the source's generation_config.json as it is; None: written from the special tokens. `license` holds
+    the license fields of the source's card. `num_tokens` counts the vocabulary's rows that mean a token (None: all);
+    an export leaves out those that only fill it up, so that nobody can sample them.
     """
 
     bos_token_id: int | None = 1
@@ -84,6 +86,12 @@ class HfSettings:
     chunk_size: int = 128
     carried: Mapping[str, Any] = field(default_factory=dict)
     generation: Mapping[str, Any] | None = None
+    license: Mapping[str, str] = field(default_factory=dict)
+    num_tokens: int | None = None
+
+    def exported(self, shape: ModelShape) -> ModelShape:
+        """Return the shape without rows that only fill the vocabulary up."""
+        return shape.with_vocab(min(shape.vocab, self.num_tokens or shape.vocab))
 
     def token_ids(self) -> dict[str, int | list[int] | None]:
         """Return the special tokens in JSON form. None is said, for stock code has other defaults than none."""
@@ -108,12 +116,15 @@ class HfSettings:
             "chunk_size": self.chunk_size,
             "carried": dict(self.carried),
             "generation": None if self.generation is None else dict(self.generation),
+            "license": dict(self.license),
+            "num_tokens": self.num_tokens,
         }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "HfSettings":
-        """Undo `to_json`; raises HfConfigError for another set of keys."""
-        if content.keys() != cls().to_json().keys():
+        """Undo `to_json`; raises HfConfigError for another set of keys. Older checkpoints lack the two last ones."""
+        known = cls().to_json().keys()
+        if content.keys() - known or known - content.keys() - {"license", "num_tokens"}:
             raise HfConfigError(f"Hugging Face settings have other keys than expected: {shown(sorted(content))}")
         eos = content["eos_token_id"]
         return cls(**{**content, "eos_token_id": tuple(eos) if isinstance(eos, list) else eos})

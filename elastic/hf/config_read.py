@@ -53,6 +53,9 @@ _SIZES = (
     "num_key_value_heads",
     "head_dim",
 )
+# Keys of other models that say the same; whoever reads them must not find another value.
+_EPSILONS = ("rms_norm_eps", "norm_eps", "norm_epsilon", "rms_norm_epsilon", "layer_norm_eps")
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation")
 # Far beyond any model, and small enough that no product of sizes surprises anybody.
 _LARGEST_SIZE = 2**24
 # Keys whose mere presence (unless null) means another model.
@@ -68,12 +71,13 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Keys that are read, or that stock code writes into every config and that mean nothing without experts or
 # multi-token layers.
 _KNOWN = {
-    *_SIZES, *_FORBIDDEN, *_TOKENS, *FIXED, *CARRIED, *CARRIED_IF_GIVEN, "_name_or_path", "architectures",
+    *_SIZES, *_FORBIDDEN, *_TOKENS, *FIXED, *CARRIED, *CARRIED_IF_GIVEN, *_EPSILONS, *_ACTIVATIONS,
+    "_name_or_path", "architectures",
     "auto_map", "chunk_size", "hybrid_override_pattern", "layer_norm_epsilon", "layers_block_type",
     "max_position_embeddings", "model_type", "moe_intermediate_size", "moe_latent_size",
     "moe_shared_expert_intermediate_size", "moe_shared_expert_overlap", "mtp_hybrid_override_pattern",
     "mtp_layers_block_type", "n_group", "n_routed_experts", "n_shared_experts", "norm_topk_prob",
-    "num_experts_per_tok", "num_hidden_layers", "num_nextn_predict_layers", "output_router_logits", "rms_norm_eps",
+    "num_experts_per_tok", "num_hidden_layers", "num_nextn_predict_layers", "output_router_logits",
     "routed_scaling_factor", "tie_word_embeddings", "time_step_limit", "time_step_min", "topk_group", "torch_dtype",
     "transformers_version",
 }  # fmt: skip
@@ -95,8 +99,11 @@ def judge_config(raw: Mapping[str, Any]) -> tuple[ModelShape | None, list[str]]:
     epsilon = config.get("layer_norm_epsilon", 1e-5)
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
         problems.append(f"layer_norm_epsilon = {epsilon!r} must be a float between 0 and 1")
-    elif config.get("rms_norm_eps", epsilon) != epsilon:
-        problems.append(f"rms_norm_eps = {shown(config['rms_norm_eps'])} must equal layer_norm_epsilon = {epsilon}")
+    problems += [
+        f"{key} = {shown(config[key])} must equal layer_norm_epsilon = {shown(epsilon)}"
+        for key in _EPSILONS
+        if config.get(key) not in (None, epsilon)
+    ]
     pattern = read_pattern(config, problems)
     problems += _settings_problems(config, sizes["vocab_size"])
     if problems:
@@ -126,8 +133,10 @@ def _shape(pattern: str, sizes: Mapping[str, int], config: Mapping[str, Any], ep
     )
 
 
-def settings_from_hf_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> HfSettings:
-    """Read special tokens, limits and what else travels, of a config without problems; `generation` as it is."""
+def settings_from_hf_config(
+    raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None, license: Mapping[str, str] | None = None
+) -> HfSettings:
+    """Read special tokens, limits and what else travels, of a config without problems; the others as they are."""
     config, _ = _canonical(raw)
     eos = config.get("eos_token_id", 2)
     kinds = set(read_pattern(config, []))
@@ -147,6 +156,7 @@ def settings_from_hf_config(raw: Mapping[str, Any], generation: Mapping[str, Any
         chunk_size=config.get("chunk_size", 128),
         carried=kept | {key: width for key, width in unused.items() if width != implied[key]},
         generation=generation,
+        license=license or {},
     )
 
 
@@ -213,6 +223,11 @@ def _model_problems(config: Mapping[str, Any]) -> list[str]:
     for key, value in FIXED.items():
         if config.get(key, value) != value:
             problems.append(f"{key} = {quoted(config[key])} is not supported, only {value!r}")
+    problems += [
+        f"{key} = {quoted(config[key])} must equal mlp_hidden_act = 'relu2', the only one there is"
+        for key in _ACTIVATIONS
+        if config.get(key) not in (None, FIXED["mlp_hidden_act"])
+    ]
     problems += [f"{key} is set: {why}" for key, why in _FORBIDDEN.items() if config.get(key) is not None]
     if config.get("num_nextn_predict_layers") not in (None, 0):
         problems.append(
@@ -240,8 +255,8 @@ def _settings_problems(config: Mapping[str, Any], vocab: int) -> list[str]:
     floor, limit = config.get("time_step_min", 0.0), config.get("time_step_limit")
     if type(floor) not in (int, float) or floor < 0:
         problems.append(f"time_step_min = {shown(floor)} must be a number of at least 0")
-    if limit is not None and not (isinstance(limit, list) and len(limit) == 2):
-        problems.append(f"time_step_limit = {shown(limit)} must be two numbers")
+    if limit is not None and not _is_range(limit):
+        problems.append(f"time_step_limit = {shown(limit)} must be two numbers, the smaller one first")
     tokens = {key: config[key] for key in _TOKENS if key in config}
     wrong = [key for key, value in tokens.items() if not _is_token(value, several=key == "eos_token_id")]
     problems += [f"{key} = {shown(tokens[key])} must be an integer or null" for key in wrong]
@@ -264,6 +279,11 @@ def _size(config: Mapping[str, Any], key: str, problems: list[str]) -> int:
         what = "missing" if key not in config else quoted(value)
         problems.append(f"{key} is {what}, it must be one integer of at least {smallest}")
     return _LARGEST_SIZE
+
+
+def _is_range(limit: Any) -> bool:
+    bounds = [_infinity(bound) for bound in limit] if isinstance(limit, list) else []
+    return len(bounds) == 2 and all(type(bound) in (int, float) for bound in bounds) and 0 <= bounds[0] <= bounds[1]
 
 
 def _infinity(bound: Any) -> Any:

@@ -13,14 +13,16 @@ from elastic.hf.card import CardInfo, model_card
 from elastic.hf.check import CheckOutcome, FolderCheck
 from elastic.hf.config import ExportError, HfSettings, generation_config, hf_config
 from elastic.hf.dtypes import DtypeRule
-from elastic.hf.folder import CONFIG_FILE, GENERATION_FILE, HfFolderError, open_hf_folder
+from elastic.hf.folder import CARD_FILE, CONFIG_FILE, GENERATION_FILE, HfFolderError, open_hf_folder
 from elastic.hf.names import HfTensorError, hf_sizes, to_hf
 from elastic.hf.reload import ReloadError
 from elastic.hf.tensor_files import TensorSpec, write_tensors
 from elastic.hf.tensor_headers import TensorFileError
 from elastic.hf.tokenizer_files import TokenizerFileError, copy_tokenizer
-from elastic.rank.slicing import TensorSource
+from elastic.rank.slicing import TensorSource, reader
 from elastic.space.cost import shape_cost
+from elastic.space.layers import parameter_names
+from elastic.space.nesting import parameter_size
 from elastic.space.shape import ModelShape
 from elastic.world.files import DiskSpaceError, check_free_space, remove, written_aside
 
@@ -67,9 +69,11 @@ def export_folder(
     """Write `shape`'s tensors, given under Megatron-Core names, as a stock `nemotron_h` folder.
 
     Streams: one tensor in memory. Written aside and renamed once `check` has passed; a failed export leaves nothing
-    behind. `progress` is told the bytes of each tensor that is written, and of all. Raises ExportError.
+    behind. Rows that only fill the vocabulary up are left out. `progress` is told the bytes of each tensor that is
+    written, and of all. Raises ExportError.
     """
     folder, rule = Path(folder), options.rule
+    source, shape = _without_fillers(source, shape, options.settings.exported(shape)), options.settings.exported(shape)
     specs = {name: TensorSpec(size, rule.of(name)) for name, size in hf_sizes(shape).items()}
     total = sum(spec.num_bytes for spec in specs.values())
     _check_target(folder, total, options.overwrite)
@@ -84,11 +88,18 @@ def export_folder(
             copy_tokenizer(options.tokenizer_folder, aside, shape.vocab)
             outcome = check(open_hf_folder(aside), shape)  # and the folder is held to the rules of any other
             text = model_card(card, shape, str(rule.main).removeprefix("torch."), str(outcome))
-            (aside / "README.md").write_text(text)
+            (aside / CARD_FILE).write_text(text)
     except (TensorFileError, TokenizerFileError, HfFolderError, HfTensorError, ReloadError, ExportError) as error:
         raise ExportError(f"export to {folder}: {error}") from error
     cost = shape_cost(shape)
     return ExportReport(folder, int(cost.params), int(cost.stored_params), outcome)
+
+
+def _without_fillers(source: TensorSource, shape: ModelShape, exported: ModelShape) -> TensorSource:
+    """Return the source of the exported shape, which has fewer rows of the vocabulary or equally many."""
+    read = reader(source)
+    sizes = {name: parameter_size(name, exported) for name in parameter_names(shape)}
+    return lambda name: read(name)[: exported.vocab] if sizes[name] != parameter_size(name, shape) else read(name)
 
 
 def _reported(

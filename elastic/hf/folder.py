@@ -3,6 +3,7 @@
 The folder comes from somebody else. Nothing of it is run: JSON and safetensors are read, code and pickles are not.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from elastic.hf.config_read import (
 )
 from elastic.hf.dtypes import DtypeRule, judge_dtypes
 from elastic.hf.names import HF_HEAD, hf_sizes, stored_names
-from elastic.hf.safe_files import UnsafeFileError, listed, read_json, shown
+from elastic.hf.safe_files import UnsafeFileError, listed, open_regular, read_json, shown
 from elastic.hf.tensor_files import TensorFolder
 from elastic.hf.tensor_headers import StoredTensor
 from elastic.hf.tensor_index import TensorScan, scan_tensors
@@ -28,6 +29,7 @@ from elastic.hf.tokenizer_files import find_tokenizer, tokenizer_problems
 from elastic.space.shape import ModelShape
 from elastic.world.files import first_few
 
+CARD_FILE = "README.md"
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 _MAX_CONFIG_BYTES = 1_000_000
@@ -114,7 +116,7 @@ def _open(folder: Path) -> HfFolder:
     return HfFolder(
         path=folder,
         shape=shape,
-        settings=settings_from_hf_config(config, generation),
+        settings=settings_from_hf_config(config, generation, read_license(folder)),
         config=config,
         generation=generation,
         tensors=TensorFolder(stored),
@@ -124,6 +126,18 @@ def _open(folder: Path) -> HfFolder:
         tokenizer_files=tokenizer,
         warnings=(*import_warnings(config), *_warnings(folder, config, rule, shape, stored), *scan.warnings),
     )
+
+
+def read_license(folder: Path) -> dict[str, str]:
+    """Return the license fields in the front matter of a folder's card, none if there is no readable card."""
+    try:
+        with open_regular(folder / CARD_FILE) as file:
+            text = file.read(_MAX_CONFIG_BYTES).decode("utf-8", "replace")
+    except UnsafeFileError:
+        return {}
+    front = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
+    field = r"^(license(?:_name|_link)?): *[\"']?([\w.+/:@%?=&#~-]{1,500})[\"']? *\r?$"
+    return dict(re.findall(field, front[1] if front else "", re.MULTILINE))
 
 
 def _read(path: Path, problems: list[str], infinity_in: tuple[str, ...] = ()) -> dict[str, Any] | None:

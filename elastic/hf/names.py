@@ -127,6 +127,9 @@ def megatron_source(read: Callable[[str], Tensor], shape: ModelShape) -> Callabl
         tensor = read(hf_name)
         if tuple(tensor.shape) != sizes[hf_name]:
             raise HfTensorError(f"{hf_name} is {tuple(tensor.shape)}, the config says {sizes[hf_name]}")
+        if not tensor.isfinite().all():
+            wrong = tensor.numel() - int(tensor.isfinite().sum())
+            raise HfTensorError(f"{hf_name} is damaged: {wrong} of its {tensor.numel()} values are NaN or infinite")
         return tensor
 
     def ours(name: str) -> Tensor:

@@ -69,7 +69,7 @@ def _check_tensor(name: str, tensor: Tensor, parent: Tensor, origin: Origin) -> 
 
 def nested_origins(parent: ModelShape, subnet: Subnet, lanes: int, stored: ModelShape) -> Iterator[tuple[str, Origin]]:
     """Yield (Hugging Face name, origin) of every tensor of the subnet's file; `stored` is its shape with padding."""
-    hidden, vocab = torch.arange(subnet.hidden), torch.arange(parent.vocab)
+    hidden, vocab = torch.arange(subnet.hidden), torch.arange(stored.vocab)
     yield "backbone.embeddings.weight", Origin("embedding.word_embeddings.weight", vocab, hidden)
     for number, layer in enumerate(subnet.kept_layers):
         kind, width = parent.pattern.kinds[layer], subnet.width(parent, layer)

@@ -10,6 +10,8 @@ from typing import Any, BinaryIO
 
 from elastic.world.files import first_few
 
+# What stands in place of a large file in a repository that was cloned without its large files.
+_POINTER = b"version https://git-lfs"
 _MAX_DEPTH = 32
 _SHOWN_CHARACTERS = 100
 
@@ -21,7 +23,8 @@ class UnsafeFileError(ValueError):
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading, following links (the Hugging Face cache is made of them).
 
-    Raises UnsafeFileError for what is missing, a broken link, a folder, a pipe or a device; none of these is opened.
+    Raises UnsafeFileError for what is missing, a broken link, a folder, a pipe or a device, which are not opened, and
+    for a Git LFS pointer.
     """
     try:
         _refuse_irregular(path, os.stat(path))
@@ -36,6 +39,10 @@ def open_regular(path: Path) -> BinaryIO:
     file = os.fdopen(descriptor, "rb")
     try:
         _refuse_irregular(path, os.fstat(descriptor))
+        if file.read(len(_POINTER)) == _POINTER:
+            where = f"run `git lfs pull` in {path.parent}, or download it"
+            raise UnsafeFileError(f"{shown(path.name)} is a Git LFS pointer, not the file itself; {where}")
+        file.seek(0)
     except UnsafeFileError:
         file.close()
         raise

@@ -89,3 +89,22 @@ def _largest_token(tokenizer: dict[str, Any]) -> int:
     if not all(type(token) is int for token in (*added, *own)):
         raise TypeError("token numbers must be integers")
     return max([*added, *own], default=0)
+
+
+def special_tokens(folder: Path) -> dict[str, int | None]:
+    """Return the numbers of the bos, eos and pad tokens that a tokenizer's settings name, None where they name none.
+
+    Raises UnsafeFileError for files that cannot be read.
+    """
+    names = {path.name for path in find_tokenizer(folder)}
+    settings, tokenizer = (
+        read_json(folder / name, _MAX_BYTES) if name in names else {} for name in (_SETTINGS, _TOKENIZER)
+    )
+    entries = (tokenizer.get("model") or {}).get("vocab") or {}
+    listed_entries = entries if isinstance(entries, dict) else {text: n for n, (text, *_) in enumerate(entries)}
+    numbers = listed_entries | {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
+    found = {}
+    for name in ("bos", "eos", "pad"):
+        named = settings.get(f"{name}_token")
+        found[name] = numbers.get(named.get("content") if isinstance(named, dict) else named)
+    return found

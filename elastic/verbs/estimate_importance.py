@@ -24,6 +24,7 @@ from elastic.rank.importance import Scores, collect_scores, default_top_channels
 from elastic.rank.permutation import Ranking, permute_parameter, save_ranking
 from elastic.run.folder import open_run_folder
 from elastic.space.space import Space
+from elastic.verbs.text_settings import LONGEST
 from elastic.world.groups import World, model_layout, world
 
 RANKING_FILE = "ranking.safetensors"
@@ -69,7 +70,7 @@ def run_importance(config: ImportanceConfig, console: Console) -> Path:
             config.lanes,
             ranking.depth,
             config.data.path,
-            provenance=provenance,
+            provenance=provenance | {key: value for key, value in record.provenance.items() if key == LONGEST},
         )
         begin_save(checkpoint_folder(folder, 0), Trainable(model), permuted, None, here, start).finish()
         if here.is_main:

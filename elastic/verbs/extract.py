@@ -15,10 +15,10 @@ from elastic.checkpoint.record import Record
 from elastic.checkpoint.stream import save_streamed
 from elastic.config.serving import ExtractConfig
 from elastic.hf.card import CardInfo
-from elastic.hf.carried import Carried, write_carried
 from elastic.hf.config import stock_notes
 from elastic.hf.dtypes import DtypeRule, kind_of_tensor
 from elastic.hf.export import ExportOptions, ExportReport, export_folder
+from elastic.hf.export_settings import ExportSettings, write_export_settings
 from elastic.hf.names import hf_names
 from elastic.hf.tokenizer_files import find_tokenizer
 from elastic.rank.slicing import parent_parameter, submodel_source
@@ -65,12 +65,12 @@ def run_extract(config: ExtractConfig, console: Console) -> Path:
     return folder
 
 
-def _carried(family: OpenFamily, config: ExtractConfig) -> Carried:
+def _carried(family: OpenFamily, config: ExtractConfig) -> ExportSettings:
     """Return settings, tokenizer and number formats of the exports: the config's, or those of the checkpoint."""
     settings, tokenizer = text_settings(family.checkpoint, family.record, config.data.path)
     precision = config.export.precision
     dtypes = _stored_formats(family) if precision is None else DtypeRule.trained(DTYPES[precision])
-    return Carried(settings, dtypes, () if tokenizer is None else find_tokenizer(tokenizer))
+    return ExportSettings(settings, dtypes, () if tokenizer is None else find_tokenizer(tokenizer))
 
 
 def _stored_formats(family: OpenFamily) -> DtypeRule:
@@ -85,7 +85,7 @@ def _stored_formats(family: OpenFamily) -> DtypeRule:
 
 
 def _export_hugging_face(
-    family: OpenFamily, member: Member, folder: Path, carried: Carried, config: ExtractConfig, console: Console
+    family: OpenFamily, member: Member, folder: Path, carried: ExportSettings, config: ExtractConfig, console: Console
 ) -> ExportReport:
     parent, lanes = family.space.parent, family.space.lanes
     card = CardInfo(
@@ -94,6 +94,7 @@ def _export_hugging_face(
         subnet=member.subnet,
         budget=member.budget,
         deployment=family.deployment,
+        license=carried.settings.license,
         provenance={
             "nested checkpoint": family.checkpoint.name,
             **{k: str(v) for k, v in family.record.provenance.items()},
@@ -119,7 +120,7 @@ def _export_hugging_face(
         )
 
 
-def _export_megatron(family: OpenFamily, member: Member, run_folder: Path, carried: Carried) -> Path:
+def _export_megatron(family: OpenFamily, member: Member, run_folder: Path, carried: ExportSettings) -> Path:
     """Write the submodel as a checkpoint of its own, which every verb opens like a parent."""
     parent, stored = family.space.parent, family.tensors()
     shape = member.subnet.shape(parent)
@@ -130,7 +131,7 @@ def _export_megatron(family: OpenFamily, member: Member, run_folder: Path, carri
         {name: stored.dtype(parent_parameter(name, member.subnet)) for name in parameter_names(shape)},
         submodel_source(stored, parent, member.subnet, family.space.lanes),
         identity=f"{member.name} of {family.checkpoint}",
-        add_files=lambda into: write_carried(carried, into),
+        add_files=lambda into: write_export_settings(carried, into),
     )
     return run_folder
 

@@ -17,8 +17,8 @@ from elastic.data.manifest import DataError
 from elastic.data.tokenizer import LoadedTokenizer, load_tokenizer
 from elastic.generate.sampling import Sampling
 from elastic.generate.text import End, Generation, Limits, Marker, Part, ThinkPlan, generate, ignore
-from elastic.hf.carried import read_carried
 from elastic.hf.config import HfSettings
+from elastic.hf.export_settings import read_export_settings
 from elastic.hf.folder import open_hf_folder
 from elastic.model.model import ElasticModel
 from elastic.run.folder import open_run_folder
@@ -110,7 +110,7 @@ def open_served(config: GenerateConfig, here: World, console: Console) -> Served
         settings, tokenizer_folder = HfSettings(eos_token_id=None), None
         if config.tokenizer is None:
             settings, tokenizer_folder = text_settings(family.checkpoint, family.record)
-        elif (carried := read_carried(family.checkpoint)) is not None:
+        elif (carried := read_export_settings(family.checkpoint)) is not None:
             settings = carried.settings
         own = None if tokenizer_folder is None else str(tokenizer_folder)
     path = tokenizer_path(config, own)

@@ -49,7 +49,7 @@ def _source(config: GenerateConfig) -> _Source | Problem:
     # Megatron-Core takes seconds to import, and a wrong config should not wait for it.
     from elastic.checkpoint.contents import CheckpointError
     from elastic.checkpoint.find import resolve_checkpoint
-    from elastic.hf.carried import CarriedError
+    from elastic.hf.export_settings import ExportSettingsError
     from elastic.hf.folder import HfFolderError, open_hf_folder
     from elastic.verbs.text_settings import text_settings
 
@@ -75,7 +75,7 @@ def _source(config: GenerateConfig) -> _Source | Problem:
     path = str(config.init_from.checkpoint)
     try:
         tokenizer = None if config.tokenizer is not None else text_settings(folder, record)[1]
-    except (DataError, CarriedError) as error:
+    except (DataError, ExportSettingsError) as error:
         return Problem("tokenizer", None, str(error), "set tokenizer=FOLDER, one with a tokenizer.json")
     own = None if tokenizer is None else str(tokenizer)
     return _Source("init_from.checkpoint", path, record.shape, record.lanes, budgets, own)

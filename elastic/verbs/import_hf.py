@@ -1,23 +1,29 @@
 """The verb import_hf: a stock nemotron_h folder becomes a Megatron-Core checkpoint of an (unordered) parent."""
 
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
+from torch import Tensor
 
 from elastic.checkpoint.contents import writing_folder
 from elastic.checkpoint.find import checkpoint_folder
 from elastic.checkpoint.record import Record
 from elastic.checkpoint.stream import save_streamed, stored_bytes
 from elastic.config.serving import ImportConfig
-from elastic.hf.carried import Carried, write_carried
+from elastic.data.tokenizer import padded_vocab_size
+from elastic.hf.export_settings import ExportSettings, write_export_settings
 from elastic.hf.folder import CONFIG_FILE, GENERATION_FILE, HfFolder, open_hf_folder
-from elastic.hf.names import HF_HEAD, check_tied_head, hf_names, megatron_source
+from elastic.hf.names import HF_HEAD, HfTensorError, check_tied_head, hf_names, megatron_source
 from elastic.hf.tensor_index import INDEX_FILE
 from elastic.run.folder import RunFolderError, prepare_run_folder
 from elastic.space.layers import parameter_names
+from elastic.space.nesting import parameter_size
+from elastic.space.shape import ModelShape
 from elastic.verbs.progress import transfer_progress
-from elastic.world.files import check_free_space
+from elastic.world.files import check_free_space, remove
 from elastic.world.groups import decided_by_rank_0
 
 
@@ -30,7 +36,12 @@ def run_import(config: ImportConfig, console: Console) -> Path:
     source = open_hf_folder(Path(config.source))
     for warning in source.warnings:
         console.print(f"note: {warning}")
-    shape, checkpoint = source.shape, checkpoint_folder(Path(config.exp_manager.run_dir), 0)
+    rows = padded_vocab_size(source.shape.vocab, config.vocab_multiple)
+    shape, checkpoint = source.shape.with_vocab(rows), checkpoint_folder(Path(config.exp_manager.run_dir), 0)
+    exports = ExportSettings.of(source)
+    if rows > source.shape.vocab:
+        console.print(f"note: vocabulary {source.shape.vocab} -> {rows}: rows of zeros, left out again by exports")
+        exports = replace(exports, settings=replace(exports.settings, num_tokens=source.shape.vocab))
     dtypes = {name: source.dtypes[hf_names(name)[0]] for name in parameter_names(shape)}
     total = stored_bytes(shape, dtypes)
     check_free_space(checkpoint, total - _bytes_below(writing_folder(checkpoint)), "the checkpoint")
@@ -44,19 +55,34 @@ def run_import(config: ImportConfig, console: Console) -> Path:
             f"{folder} holds a whole checkpoint already. Choose another exp_manager.version, or set "
             f"exp_manager.overwrite=true to replace it"
         )
-    with transfer_progress(console) as bar:
-        task = bar.add_task("importing", total=total)
-        save_streamed(
-            checkpoint,
-            Record("parent", shape, provenance={"imported from": str(source.path)}),
-            dtypes,
-            megatron_source(source.tensors.__getitem__, shape),
-            identity=_identity(source),
-            add_files=lambda into: write_carried(Carried.of(source), into),
-            progress=lambda num_bytes: bar.advance(task, num_bytes),
-        )
+    try:
+        with transfer_progress(console) as bar:
+            task = bar.add_task("importing", total=total)
+            save_streamed(
+                checkpoint,
+                Record("parent", shape, provenance={"imported from": str(source.path)}),
+                dtypes,
+                _filled_up(megatron_source(source.tensors.__getitem__, source.shape), shape),
+                identity=f"{_identity(source)}, vocabulary of {rows} rows",
+                add_files=lambda into: write_export_settings(exports, into),
+                progress=lambda num_bytes: bar.advance(task, num_bytes),
+            )
+    except HfTensorError:
+        remove(writing_folder(checkpoint))  # nobody goes on with a damaged folder
+        raise
     console.print(f"{source.path} -> {checkpoint}")
     return folder
+
+
+def _filled_up(read: Callable[[str], Tensor], shape: ModelShape) -> Callable[[str], Tensor]:
+    """Return the source of a shape that may have more rows of the vocabulary: they are zeros."""
+
+    def filled(name: str) -> Tensor:
+        tensor = read(name)
+        missing = parameter_size(name, shape)[0] - tensor.shape[0]
+        return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
+
+    return filled
 
 
 def _identity(source: HfFolder) -> str:

@@ -12,7 +12,7 @@ from elastic.config.serving import EvaluateConfig
 from elastic.config.training import ElasticConfig, PretrainConfig, TrainConfig
 from elastic.data.manifest import DataError, Manifest, read_manifest
 from elastic.data.tokenizer import TOKENIZER_JSON
-from elastic.hf.carried import CARRIED_FOLDER
+from elastic.hf.export_settings import EXPORT_SETTINGS_FOLDER
 
 
 def vocab_problems(config: object) -> Iterator[Problem]:
@@ -84,7 +84,7 @@ def _manifest(data: str) -> Manifest | None:
 
 def _trained_tokenizer(checkpoint: Path, record: Record) -> Path | None:
     """Return the tokenizer.json a checkpoint was trained with, None if it is not there any more."""
-    folders = [checkpoint / CARRIED_FOLDER, *([] if record.data is None else [Path(record.data)])]
+    folders = [checkpoint / EXPORT_SETTINGS_FOLDER, *([] if record.data is None else [Path(record.data)])]
     return next((folder / TOKENIZER_JSON for folder in folders if (folder / TOKENIZER_JSON).is_file()), None)
 
 

@@ -34,6 +34,7 @@ from elastic.train.save_checkpoints import SaveCheckpoints
 from elastic.train.signals import StopOnSignal
 from elastic.train.spikes import LossSpikes
 from elastic.train.trainer import Callback, Trainer
+from elastic.verbs.text_settings import LONGEST
 from elastic.world.groups import World, model_layout, world
 from elastic.world.watchdog import Watchdog
 
@@ -44,7 +45,7 @@ def run_pretrain(config: PretrainConfig, console: Console) -> Path:
     """Train a parent from scratch with cross-entropy; returns the run folder."""
     stream = TokenStream(Path(config.data.path) / "train")
     space = Space(config.parent_shape(), {}, lanes=1)
-    record = Record("parent", space.parent, data=config.data.path)
+    record = Record("parent", space.parent, data=config.data.path, provenance=_longest(config))
     with (
         world(model_layout(config.parallel, config.trainer), config.trainer.collective_timeout_s) as here,
         open_training_run(config, _manifest(stream), record, here, console.print) as opened,
@@ -69,7 +70,7 @@ def run_elastic(config: ElasticConfig, console: Console, callbacks: Sequence[Cal
         space = config.space(parent.depth_ranking)
         router_width = config.elastic.router.hidden_width
         family = Family(space.axes, config.budgets(), config.elastic.deployment, router_width, space.keep_at_least)
-        provenance = {"permuted parent": str(start), "data": config.data.path}
+        provenance = {"permuted parent": str(start), "data": config.data.path, **_longest(config)}
         record = Record("elastic", space.parent, space.lanes, space.depth_ranking, config.data.path, family, provenance)
         with open_training_run(config, _manifest(stream), record, here, console.print, start) as opened:
             trainer = _elastic_trainer(config, opened, stream, here, space, record, start)
@@ -77,6 +78,10 @@ def run_elastic(config: ElasticConfig, console: Console, callbacks: Sequence[Cal
             if here.is_main:
                 console.print(family_lines(space, family.budgets), markup=False, highlight=False)
             return _fit(trainer, config, opened, stream, tuple(budget.name for budget in family.budgets), console)
+
+
+def _longest(config: TrainConfig) -> dict[str, str]:
+    return {LONGEST: str(max(phase.sequence_length for phase in config.curriculum))}
 
 
 def family_lines(space: Space, budgets: Sequence[Budget]) -> str:

@@ -25,7 +25,7 @@ from elastic.checkpoint.write import COMMON
 from elastic.data.manifest import DataError
 from elastic.data.stream import TokenStream
 from elastic.data.tokenizer import load_tokenizer
-from elastic.hf.carried import CARRIED_FOLDER, CarriedError, read_carried
+from elastic.hf.export_settings import EXPORT_SETTINGS_FOLDER, ExportSettingsError, read_export_settings
 from elastic.model.model import Layout, build_model
 from elastic.rank.permutation import RankingError, load_ranking
 from tests.parity.model_factory import one_process
@@ -162,7 +162,7 @@ def test_a_tensor(checkpoint: Path, executed: Path) -> None:
         ("metadata.json", load_model, CheckpointError, "does not fit the model, or is damaged"),
         (STATE_FILE, load_model, CheckpointError, "is damaged"),
         (ROUTER_FILE, lambda folder: load_router(folder, torch.nn.Linear(1, 1)), CheckpointError, "no safetensors"),
-        (f"{CARRIED_FOLDER}/settings.json", read_carried, CarriedError, "settings.json"),
+        (f"{EXPORT_SETTINGS_FOLDER}/settings.json", read_export_settings, ExportSettingsError, "settings.json"),
     ],
     ids=["record", "metadata.json", "state", "router", "settings"],
 )

@@ -114,7 +114,7 @@ def test_a_heterogeneous_subnet_is_padded_and_the_card_says_so(tmp_path: Path) -
         subnet=subnet,
         budget=Budget("small", Metric.PARAMS, 2.0 * cost.params),
         provenance={"parent checkpoint": "made for a test"},
-        license="apache-2.0",
+        license={"license": "apache-2.0"},
     )
     report = export_folder(cut, shape, tmp_path / "model", card, FP32, ValueCheck(tensors, parent, subnet, lanes=4))
     assert report.params == cost.params == sum(tensor.numel() for tensor in cut.values())

@@ -1,13 +1,14 @@
 """The verbs import_hf and extract against stock folders: no bit changed there and back, equal logits at TP 1 and 2."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
@@ -280,3 +281,44 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path: Path, monke
     with pytest.raises(ValueError, match="not enough disk for the checkpoint"):
         imported(tmp_path, tmp_path / "stock")
     assert not (tmp_path / "imported").exists()
+
+
+@pytest.mark.parametrize("name", ["groups 2, tied head", "groups 1, odd head channels"])
+def test_a_vocabulary_filled_up_on_import_is_cut_again_on_export(name: str, tmp_path: Path) -> None:
+    shape = SHAPES[name].with_vocab(37)
+    stock_folder(tmp_path / "stock", shape, "fp32")
+    (tmp_path / "stock" / "tokenizer.json").unlink()
+    (tmp_path / "stock" / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: mine\ntags: [a]\n---\nlicense: x\n"
+    )
+    config = load(
+        ImportConfig,
+        {"source": str(tmp_path / "stock"), "exp_manager": place(tmp_path, "even"), "vocab_multiple": 8},
+    )
+    run = run_import(config, QUIET)
+    assert Record.read(resolve_checkpoint(run)).shape == shape.with_vocab(40)
+    for check in ("logits", "values"):
+        folder = extracted(tmp_path, run, check, export={"check": check}) / "parent"
+        original, returned = weights(tmp_path / "stock"), weights(folder)
+        assert returned.keys() == original.keys()
+        assert all(torch.equal(returned[key], tensor) for key, tensor in original.items())
+        row = json.loads((folder.parent / EXTRACTION_FILE).read_text())["members"][0]
+        assert row["params"] == shape_cost(shape).params
+        assert row["stored_params"] == sum(tensor.numel() for tensor in returned.values())
+        card = (folder / "README.md").read_text()
+        assert card.startswith("---\nlicense: other\nlicense_name: mine\nlibrary_name") and "license: x" not in card
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_damaged_tensor_is_named_and_the_mended_folder_imported(value: float, tmp_path: Path) -> None:
+    stock_folder(tmp_path / "stock", SHAPES["groups 2, tied head"], "bf16")
+    shard = sorted((tmp_path / "stock").glob("model-*.safetensors"))[-1]
+    good, tensors = shard.read_bytes(), load_file(shard)
+    name = next(name for name in tensors if name.endswith("up_proj.weight") or name.endswith("norm.weight"))
+    tensors[name].view(-1)[1] = value
+    save_file(tensors, shard, metadata={"format": "pt"})
+    named = name.replace("model.", "backbone.", 1)
+    with pytest.raises(ValueError, match=rf"{named} is damaged: 1 of its \d+ values are NaN or infinite"):
+        imported(tmp_path, tmp_path / "stock")
+    shard.write_bytes(good)
+    assert resolve_checkpoint(imported(tmp_path, tmp_path / "stock")).is_dir()

@@ -16,11 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Nemotr
 from transformers.utils import logging as stock_logging
 
 from elastic.hf.card import CardInfo
-from elastic.hf.carried import Carried, read_carried, write_carried
 from elastic.hf.check import ValueCheck
 from elastic.hf.config import HfSettings, hf_config
 from elastic.hf.dtypes import DtypeRule
 from elastic.hf.export import ExportOptions, export_folder
+from elastic.hf.export_settings import ExportSettings, read_export_settings, write_export_settings
 from elastic.hf.folder import HfFolderError, open_hf_folder
 from elastic.hf.names import from_hf
 from elastic.space.shape import ModelShape
@@ -61,8 +61,8 @@ def stock_folder(folder: Path, shape: ModelShape, dtype: torch.dtype = torch.flo
 def there_and_back(source: Path, scratch: Path, shard_bytes: int = 5_000_000_000) -> Path:
     """Import a folder, carry what belongs to it through a checkpoint's folder, export the uncut parent."""
     opened = open_hf_folder(source)
-    write_carried(Carried.of(opened), scratch)
-    carried = read_carried(scratch)
+    write_export_settings(ExportSettings.of(opened), scratch)
+    carried = read_export_settings(scratch)
     assert carried is not None
     options = ExportOptions(carried.dtypes, carried.settings, carried.tokenizer_folder, shard_bytes)
     # Checkpoints hold fp32.

@@ -40,6 +40,7 @@ from tests.unit.hf.hf_folders import (
     write,
 )
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123\n"
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (shutil.rmtree, "model is not a folder"),
     "a file for a folder": (lambda folder: (shutil.rmtree(folder), put(folder, b"")), "model is not a folder"),
@@ -47,6 +48,12 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: [path.unlink() for path in folder.iterdir()],
         r"config\.json is missing from(.|\n)*neither model\.safetensors nor",
     ),
+    # Repositories cloned without their large files.
+    "a shard is a pointer": (
+        lambda folder: put(folder / SHARD, POINTER),
+        f"{SHARD} is a Git LFS pointer.*lfs pull",
+    ),
+    "tokenizer is a pointer": (lambda folder: put(folder / "tokenizer.json", POINTER), r"tokenizer\.json is a Git LFS"),
     # config.json
     "no config": (lambda folder: (folder / "config.json").unlink(), r"config\.json is missing from"),
     "config is a list": (config_text("[]"), r"config\.json must hold a JSON object, it holds a list"),

@@ -9,9 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from elastic.hf.carried import SETTINGS_FILE, Carried, CarriedError, read_carried, write_carried
 from elastic.hf.config import HfSettings, hf_config
 from elastic.hf.dtypes import DtypeError, DtypeRule
+from elastic.hf.export_settings import (
+    SETTINGS_FILE,
+    ExportSettings,
+    ExportSettingsError,
+    read_export_settings,
+    write_export_settings,
+)
 from elastic.hf.folder import HfFolderError, open_hf_folder
 from elastic.hf.names import hf_sizes
 from elastic.hf.tensor_files import TensorSpec, plan_shards
@@ -95,7 +101,7 @@ def test_a_published_config_opens_and_its_code_stays_where_it_is(tmp_path: Path)
     warnings = " ".join(opened.warnings)
     for part in ("auto_map is ignored", "code is never run or copied: configuration_nemotron_h.py", "time_step_min"):
         assert part in warnings
-    carried = write_carried(Carried.of(opened), tmp_path / "checkpoint")
+    carried = write_export_settings(ExportSettings.of(opened), tmp_path / "checkpoint")
     assert sorted(path.name for path in carried.iterdir()) == [SETTINGS_FILE, "tokenizer.json", "tokenizer_config.json"]
     assert json.loads((carried / "tokenizer_config.json").read_text()) == {}
 
@@ -112,7 +118,7 @@ def test_links_as_in_the_hub_cache_work(tmp_path: Path) -> None:
     opened = open_hf_folder(snapshot)
     assert opened.warnings == ()
     assert all(torch.isfinite(tensor).all() for tensor in opened.tensors.values())
-    copied = write_carried(Carried.of(opened), tmp_path / "checkpoint")
+    copied = write_export_settings(ExportSettings.of(opened), tmp_path / "checkpoint")
     assert not any(path.is_symlink() for path in copied.iterdir())
 
 
@@ -184,10 +190,10 @@ def test_other_number_formats_have_no_rule() -> None:
 def test_what_an_interrupted_write_left_is_not_carried(tmp_path: Path) -> None:
     folder = good_folder(tmp_path / "model")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    write_carried(Carried.of(open_hf_folder(folder)), tmp_path / "checkpoint")
+    write_export_settings(ExportSettings.of(open_hf_folder(folder)), tmp_path / "checkpoint")
     (folder / "chat_template.jinja").unlink()
-    write_carried(Carried.of(open_hf_folder(folder)), tmp_path / "checkpoint")
-    carried = read_carried(tmp_path / "checkpoint")
+    write_export_settings(ExportSettings.of(open_hf_folder(folder)), tmp_path / "checkpoint")
+    carried = read_export_settings(tmp_path / "checkpoint")
     assert carried is not None and "chat_template.jinja" not in {path.name for path in carried.tokenizer_files}
 
 
@@ -209,25 +215,25 @@ def test_a_text_ends_where_the_generation_config_says(eos: Any, generation: Any,
 
 def test_what_is_carried_comes_back(tmp_path: Path) -> None:
     opened = open_hf_folder(good_folder(tmp_path / "model", max_position_embeddings=99, **PUBLISHED))
-    write_carried(Carried.of(opened), tmp_path / "parent")
-    parent = read_carried(tmp_path / "parent")
+    write_export_settings(ExportSettings.of(opened), tmp_path / "parent")
+    parent = read_export_settings(tmp_path / "parent")
     assert parent is not None and (parent.settings, parent.dtypes) == (opened.settings, opened.dtype_rule)
-    write_carried(parent, tmp_path / "permuted")  # from one checkpoint to the next
-    carried = read_carried(tmp_path / "permuted")
+    write_export_settings(parent, tmp_path / "permuted")  # from one checkpoint to the next
+    carried = read_export_settings(tmp_path / "permuted")
     assert carried is not None and carried.settings == opened.settings
     assert carried.tokenizer_folder == tmp_path / "permuted" / "hugging_face"
     for path in opened.tokenizer_files:
         assert (carried.tokenizer_folder / path.name).read_bytes() == path.read_bytes()
-    assert read_carried(tmp_path) is None
+    assert read_export_settings(tmp_path) is None
     (carried.tokenizer_folder / "tokenizer.json").unlink()
-    with pytest.raises(CarriedError, match=r"missing or left over: tokenizer\.json"):
-        read_carried(tmp_path / "permuted")
+    with pytest.raises(ExportSettingsError, match=r"missing or left over: tokenizer\.json"):
+        read_export_settings(tmp_path / "permuted")
     (carried.tokenizer_folder / SETTINGS_FILE).write_text('{"version": 2}')
-    with pytest.raises(CarriedError, match="is of version 2, this release reads 1"):
-        read_carried(tmp_path / "permuted")
+    with pytest.raises(ExportSettingsError, match="is of version 2, this release reads 1"):
+        read_export_settings(tmp_path / "permuted")
     (carried.tokenizer_folder / SETTINGS_FILE).unlink()
-    with pytest.raises(CarriedError, match=r"settings\.json is missing"):
-        read_carried(tmp_path / "permuted")
+    with pytest.raises(ExportSettingsError, match=r"settings\.json is missing"):
+        read_export_settings(tmp_path / "permuted")
 
 
 def test_space_is_asked_for_where_it_will_be_needed(tmp_path: Path) -> None:

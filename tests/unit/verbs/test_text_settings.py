@@ -1,18 +1,19 @@
 """Settings and tokenizer of a checkpoint: an import's own, then the prepared data's."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from elastic.checkpoint.record import Record
-from elastic.hf.carried import Carried, write_carried
 from elastic.hf.config import HfSettings
+from elastic.hf.export_settings import ExportSettings, write_export_settings
 from elastic.hf.folder import HfFolder, open_hf_folder
-from elastic.verbs.text_settings import text_settings
-from tests.unit.config.configs import written_manifest
+from elastic.verbs.text_settings import LONGEST, text_settings
+from tests.unit.config.configs import DATA_TOKENS, written_manifest
 from tests.unit.hf.hf_folders import SHAPE, good_folder
 
-MADE_HERE = HfSettings(bos_token_id=None, eos_token_id=0, pad_token_id=0)
+MADE_HERE = HfSettings(bos_token_id=None, eos_token_id=0, pad_token_id=0, num_tokens=DATA_TOKENS)
 
 
 @pytest.fixture
@@ -26,8 +27,9 @@ def data(tmp_path: Path) -> str:
 
 
 def imported(source: HfFolder, tmp_path: Path, tokenizer: bool = True) -> Path:
-    carried = Carried.of(source)
-    write_carried(carried if tokenizer else Carried(carried.settings, carried.dtypes), tmp_path / "checkpoint")
+    carried = ExportSettings.of(source)
+    carried = carried if tokenizer else ExportSettings(carried.settings, carried.dtypes)
+    write_export_settings(carried, tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
 
 
@@ -51,3 +53,23 @@ def test_an_import_without_a_tokenizer_takes_that_of_the_data_it_was_trained_on(
 def test_a_parent_made_here_has_the_settings_of_its_data(data: str, tmp_path: Path) -> None:
     assert text_settings(tmp_path, Record("parent", SHAPE, data=data)) == (MADE_HERE, Path(data))
     assert text_settings(tmp_path, Record("parent", SHAPE)) == (HfSettings(), None)
+
+
+def test_special_tokens_are_those_that_the_tokenizer_names(data: str, tmp_path: Path) -> None:
+    added = [{"id": number, "content": text} for number, text in ((4, "<s>"), (6, "<pad>"))]
+    tokenizer = {"model": {"vocab": {"a": 0}}, "added_tokens": added}
+    (Path(data) / "tokenizer.json").write_text(json.dumps(tokenizer))
+    named = {"bos_token": "<s>", "pad_token": {"content": "<pad>"}, "unk_token": "a"}
+    (Path(data) / "tokenizer_config.json").write_text(json.dumps(named))
+    settings, _ = text_settings(tmp_path, Record("parent", SHAPE, data=data))
+    assert (settings.bos_token_id, settings.eos_token_id, settings.pad_token_id) == (4, 0, 6)
+
+
+@pytest.mark.parametrize(("trained", "imported_says", "expected"), [(512, 131072, 131072), (262144, 131072, 262144)])
+def test_exports_say_the_longest_sequence(
+    source: HfFolder, data: str, trained: int, imported_says: int, expected: int, tmp_path: Path
+) -> None:
+    record = Record("elastic", SHAPE, data=data, provenance={LONGEST: str(trained)})
+    assert text_settings(tmp_path / "none", record)[0].max_position_embeddings == trained
+    assert source.settings.max_position_embeddings == imported_says
+    assert text_settings(imported(source, tmp_path), record)[0].max_position_embeddings == expected

@@ -15,18 +15,18 @@ from elastic.hf.safe_files import UnsafeFileError, listed, read_json
 from elastic.hf.tokenizer_files import copy_tokenizer_files, find_tokenizer
 from elastic.world.files import written_aside
 
-CARRIED_FOLDER = "hugging_face"
+EXPORT_SETTINGS_FOLDER = "hugging_face"
 SETTINGS_FILE = "settings.json"
 _VERSION = 1
 _MAX_BYTES = 4_000_000
 
 
-class CarriedError(ValueError):
+class ExportSettingsError(ValueError):
     """A folder of carried files that is damaged, incomplete, or of another version."""
 
 
 @dataclass(frozen=True)
-class Carried:
+class ExportSettings:
     """Settings for the exported config, the source's number formats, and the tokenizer files where they lie now."""
 
     settings: HfSettings
@@ -34,7 +34,7 @@ class Carried:
     tokenizer_files: tuple[Path, ...] = ()
 
     @classmethod
-    def of(cls, source: HfFolder) -> "Carried":
+    def of(cls, source: HfFolder) -> "ExportSettings":
         """Return what an opened source gives to its exports."""
         return cls(source.settings, source.dtype_rule, source.tokenizer_files)
 
@@ -44,12 +44,12 @@ class Carried:
         return self.tokenizer_files[0].parent if self.tokenizer_files else None
 
 
-def write_carried(carried: Carried, checkpoint: Path) -> Path:
-    """Write into the subfolder CARRIED_FOLDER of `checkpoint` and return it; settings last, so that they mean whole.
+def write_export_settings(carried: ExportSettings, checkpoint: Path) -> Path:
+    """Write into a subfolder of `checkpoint` and return it; settings last, so that they mean whole.
 
     Raises UnsafeFileError if a tokenizer file has gone since it was checked.
     """
-    folder = checkpoint / CARRIED_FOLDER
+    folder = checkpoint / EXPORT_SETTINGS_FOLDER
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted write left may be of files that have gone since
     folder.mkdir(parents=True)
     copy_tokenizer_files(carried.tokenizer_files, folder)
@@ -64,26 +64,26 @@ def write_carried(carried: Carried, checkpoint: Path) -> Path:
     return folder
 
 
-def read_carried(checkpoint: Path) -> Carried | None:
-    """Read back what `write_carried` wrote; None if the checkpoint carries nothing (its weights were made here).
+def read_export_settings(checkpoint: Path) -> ExportSettings | None:
+    """Read back what was written; None if the checkpoint carries nothing (its weights were made here).
 
-    Raises CarriedError if it is damaged or a tokenizer file is missing.
+    Raises ExportSettingsError if it is damaged or a tokenizer file is missing.
     """
-    folder = checkpoint / CARRIED_FOLDER
+    folder = checkpoint / EXPORT_SETTINGS_FOLDER
     if not folder.exists():
         return None
     try:
         content = read_json(folder / SETTINGS_FILE, _MAX_BYTES)
         if content["version"] != _VERSION:
-            raise CarriedError(f"{folder} is of version {content['version']}, this release reads {_VERSION}")
-        carried = Carried(
+            raise ExportSettingsError(f"{folder} is of version {content['version']}, this release reads {_VERSION}")
+        carried = ExportSettings(
             HfSettings.from_json(content["settings"]), DtypeRule.from_json(content["dtypes"]), find_tokenizer(folder)
         )
         named = set(content["tokenizer_files"])
     except (UnsafeFileError, HfConfigError, DtypeError) as error:
-        raise CarriedError(f"{folder}: {error}") from error
+        raise ExportSettingsError(f"{folder}: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise CarriedError(f"{folder / SETTINGS_FILE} is damaged: {error!r}") from error
+        raise ExportSettingsError(f"{folder / SETTINGS_FILE} is damaged: {error!r}") from error
     if odd := named ^ {path.name for path in carried.tokenizer_files}:
-        raise CarriedError(f"{folder}: tokenizer files missing or left over: {listed(odd)}")
+        raise ExportSettingsError(f"{folder}: tokenizer files missing or left over: {listed(odd)}")
     return carried
