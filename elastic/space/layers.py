@@ -8,7 +8,6 @@ Legend: D hidden, F ffn, G Mamba groups, H Mamba heads, P head channels, N state
 a attention channels.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -57,17 +56,21 @@ class Dim:
         """Return the number of rows at `widths`: ints, or expected values (each direction counts linearly)."""
         total: Number = 0
         for block, times in Counter(self.blocks.values()).items():
-            fixed = times * math.prod(getattr(shape, name) for name in block if not isinstance(name, Axis))
-            rows: Number = fixed
-            for axis in block:
-                if isinstance(axis, Axis):
-                    rows = rows * widths[axis]
+            rows: Number = times
+            for direction in sorted(block, key=lambda one: isinstance(one, Axis)):  # tensors last
+                rows = rows * _length(direction, shape, widths)
             total = total + rows
         return total
 
 
+def _length(direction: Direction, shape: ModelShape, widths: Mapping[Axis, Number]) -> Number:
+    """Return the size of one direction, all its parts together."""
+    return widths[direction] if isinstance(direction, Axis) else int(getattr(shape, direction))
+
+
+_N: Direction = "mamba_state"
 _INNER: tuple[Direction, ...] = (Axis.MAMBA_HEAD, Axis.MAMBA_CHANNEL)
-_STATE: tuple[Direction, ...] = ("mamba_groups", "mamba_state")
+_STATE: tuple[Direction, ...] = ("mamba_groups", _N)
 _QUERY: tuple[Direction, ...] = (Axis.ATTENTION_HEAD, "attention_channels")
 _KEY: tuple[Direction, ...] = ("kv_heads", "attention_channels")
 
@@ -119,9 +122,9 @@ LAYERS = {
             "mixer.norm.weight": (DimKind.INNER,),
             "mixer.out_proj.weight": (DimKind.HIDDEN, DimKind.INNER),
         },
-        mixing_flops=lambda shape, widths, _: 6 * shape.mamba_state * _size(DimKind.INNER, shape, widths),
+        mixing_flops=lambda shape, widths, _: 6 * _length(_N, shape, widths) * _size(DimKind.INNER, shape, widths),
         cache=lambda shape, widths, _: {
-            "ssm_bytes": shape.mamba_state * _size(DimKind.INNER, shape, widths),
+            "ssm_bytes": _length(_N, shape, widths) * _size(DimKind.INNER, shape, widths),
             "conv_bytes": shape.conv_kernel * _size(DimKind.CONV, shape, widths),
         },
     ),
