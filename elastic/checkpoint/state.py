@@ -1,7 +1,7 @@
 """Checkpoints: Megatron-Core's format for model and optimizer, safetensors for the router, JSON for the rest.
 
     checkpoints/step_00000100/      written as step_00000100.writing, then renamed
-        manifest.json               every file with size and checksum (manifest.py): trusted after a look
+        manifest.json               every file with size and checksum (contents.py): trusted after a look
         *.distcp, metadata.json     model and optimizer, readable at any parallel layout
         router.safetensors          router weights and their Adam state, replicated on every rank
         record.json                 what the model is (record.py)

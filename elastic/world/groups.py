@@ -59,12 +59,6 @@ class World:
                 torch.distributed.all_reduce(tensor, op=ReduceOp.SUM, group=group)
         return tensor
 
-    def broadcast(self, value: str) -> str:
-        """Send a text from rank 0 to all."""
-        box = [value]
-        torch.distributed.broadcast_object_list(box, src=0)
-        return box[0]
-
 
 def model_layout(parallel: ParallelConfig, compute: ComputeConfig) -> Layout:
     """Translate the config sections to a Layout."""
