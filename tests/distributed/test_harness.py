@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 from tests.distributed.harness import DistributedRunError, DistributedTimeoutError, run_distributed
 
+TOO_LONG_S = 600  # a test that waits for this has failed, however busy the machine is
+
 
 def _sum_of_ranks(offset: torch.Tensor, scale: float = 1.0) -> tuple[int, torch.Tensor, int]:
     total = offset + scale * dist.get_rank()
@@ -22,7 +24,7 @@ def _fail_on_rank_1() -> None:
     print("words before the end", flush=True)
     if dist.get_rank() == 1:
         raise ValueError("rank one does not like this")
-    dist.barrier()
+    time.sleep(TOO_LONG_S)
 
 
 def _die_on_rank_0() -> None:
@@ -34,10 +36,10 @@ def _die_on_rank_0() -> None:
 def _hang_on_rank_1(pid_file: str) -> None:
     if dist.get_rank() == 1:
         # A grandchild too: a killed rank must not leave one behind.
-        grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        grandchild = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({TOO_LONG_S})"])
         with open(pid_file, "w") as file:
             file.write(f"{os.getpid()} {grandchild.pid}")
-        time.sleep(600)
+        time.sleep(TOO_LONG_S)
 
 
 def _alive(pid: int) -> bool:
@@ -62,8 +64,8 @@ def test_results_come_back_by_rank(world_size: int) -> None:
 def test_exception_surfaces_with_the_childs_traceback() -> None:
     started_s = time.monotonic()
     with pytest.raises(DistributedRunError, match="rank 1 of 2 failed") as caught:
-        run_distributed(_fail_on_rank_1, 2, timeout_s=60)
-    assert time.monotonic() - started_s < 20, "a failure must not wait for the time-out"
+        run_distributed(_fail_on_rank_1, 2, timeout_s=TOO_LONG_S)
+    assert time.monotonic() - started_s < TOO_LONG_S, "a failure must not wait for the others, nor for the time-out"
     assert "rank one does not like this" in str(caught.value)
     assert "_fail_on_rank_1" in str(caught.value) and "words before the end" in str(caught.value)
     assert isinstance(caught.value.__cause__, ValueError)
@@ -82,14 +84,12 @@ def test_silent_death_is_reported() -> None:
 
 def test_hung_rank_is_killed_with_its_children_at_the_timeout(tmp_path: object) -> None:
     pid_file = f"{tmp_path}/pids"
-    started_s = time.monotonic()
     with pytest.raises(DistributedTimeoutError, match=r"ranks \[1\] of 2") as caught:
-        run_distributed(_hang_on_rank_1, 2, pid_file, timeout_s=4)
-    assert time.monotonic() - started_s < 15
+        run_distributed(_hang_on_rank_1, 2, pid_file, timeout_s=8)  # time to start, beside whatever else is running
     assert "_hang_on_rank_1" in str(caught.value), "the message shows where the rank stood"
     with open(pid_file) as file:
         pids = [int(pid) for pid in file.read().split()]
-    deadline_s = time.monotonic() + 5
+    deadline_s = time.monotonic() + 60
     while any(map(_alive, pids)) and time.monotonic() < deadline_s:
         time.sleep(0.05)
     assert not any(map(_alive, pids))
