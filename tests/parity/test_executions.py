@@ -1,8 +1,12 @@
-"""masked == sliced == submodel == stock transformers: same logits and gradients on what is kept (docs/design.md 4)."""
+"""masked == sliced == submodel == stock transformers: same logits and gradients on what is kept (docs/design.md 4).
+
+Our executions are compared in fp64. Stock transformers computes parts of a layer in fp32 whatever it is given, so it is
+compared in fp32, by what our own submodel loses in fp32.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -37,7 +41,8 @@ from tests.parity.model_factory import (
     tokens_for,
 )
 
-LOGITS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
+BOUND = 1e-11
+FP64, FP32 = torch.float64, torch.float32
 CASES = [(name, index) for name in SPACES for index in range(len(choices_to_test(SPACES[name])))]
 HF_CASES = [(name, index) for name, index in CASES if name != "Mamba heads per layer"]
 
@@ -51,8 +56,8 @@ def process_groups() -> Iterator[None]:
 
 
 @cache
-def _parent(name: str) -> ElasticModel:
-    return build_lively(SPACES[name])
+def _parent(name: str, dtype: torch.dtype = FP64) -> ElasticModel:
+    return build_lively(SPACES[name], Layout(dtype=dtype))
 
 
 def _subnet(name: str, index: int) -> Subnet:
@@ -66,19 +71,19 @@ def _run(model: ElasticModel, gates: Gates) -> Outcome:
 
 def _run_mask(name: str, index: int) -> Outcome:
     space = SPACES[name]
-    return _run(_parent(name), Gates.mask(one_hot_weights(space, choices_to_test(space)[index])))
+    return _run(_parent(name), Gates.mask(one_hot_weights(space, choices_to_test(space)[index], FP64)))
 
 
 def _run_slice(name: str, index: int) -> Outcome:
     return _run(_parent(name), Gates.slice(_subnet(name, index)))
 
 
-def _run_submodel(name: str, index: int) -> Outcome:
+def _run_submodel(name: str, index: int, dtype: torch.dtype = FP64) -> Outcome:
     """Run a standalone model on copied weights; its gradients are carried back to the parent's parameters."""
-    space, subnet, parent = SPACES[name], _subnet(name, index), dict(_parent(name).named_parameters())
+    space, subnet, parent = SPACES[name], _subnet(name, index), dict(_parent(name, dtype).named_parameters())
     shape = subnet.shape(space.parent)
     cut = dict(submodel_tensors(parent, space.parent, subnet, space.lanes))
-    standalone = build_model(submodel_space(shape), Layout(), kernels=small_chunks())
+    standalone = build_model(submodel_space(shape), Layout(dtype=dtype), kernels=small_chunks())
     assert {n: p.shape for n, p in standalone.named_parameters()} == {n: t.shape for n, t in cut.items()}
     fill(standalone, cut, shape)
     # docs/pitfalls.md 4, on what is really built.
@@ -92,7 +97,7 @@ def _run_submodel(name: str, index: int) -> Outcome:
 
 def _run_hugging_face(name: str, index: int) -> Outcome:
     """Run stock transformers on exported tensors that still know the parent's parameters they were cut from."""
-    space, subnet, parent = SPACES[name], _subnet(name, index), dict(_parent(name).named_parameters())
+    space, subnet, parent = SPACES[name], _subnet(name, index), dict(_parent(name, FP32).named_parameters())
     shape = subnet.shape(space.parent)
     exported = dict(to_hf(dict(submodel_tensors(parent, space.parent, subnet, space.lanes)), shape))
     config = NemotronHConfig(**hf_config(shape, HfSettings(), torch.float32))
@@ -108,6 +113,7 @@ _RUNS: dict[str, Callable[[str, int], Outcome]] = {
     "mask": _run_mask,
     "slice": _run_slice,
     "submodel": _run_submodel,
+    "submodel in fp32": partial(_run_submodel, dtype=FP32),
     "hugging face": _run_hugging_face,
 }
 
@@ -119,11 +125,18 @@ def _outcome(execution: str, name: str, index: int) -> Outcome:
 
 def _assert_equal(name: str, index: int, first: str, second: str) -> None:
     one, other = _outcome(first, name, index), _outcome(second, name, index)
-    assert one.logits.shape == other.logits.shape
-    assert relative_error(one.logits, other.logits) <= LOGITS_TOLERANCE
+    assert one.logits.shape == other.logits.shape and one.logits.dtype is FP64
+    assert relative_error(one.logits, other.logits) <= BOUND
     for parameter, expected in other.gradients.items():
         error = relative_error(one.gradients[parameter], expected)
-        assert error <= GRADIENT_TOLERANCE, f"gradient of {parameter}: {error:.1e}"
+        assert error <= BOUND, f"gradient of {parameter}: {error:.1e}"
+
+
+def _errors(execution: str, name: str, index: int) -> tuple[float, dict[str, float]]:
+    """Return how far an fp32 execution's logits and gradients are from the submodel in fp64."""
+    found, exact = _outcome(execution, name, index), _outcome("submodel", name, index)
+    gradients = {n: relative_error(found.gradients[n], gradient) for n, gradient in exact.gradients.items()}
+    return relative_error(found.logits, exact.logits), gradients
 
 
 @pytest.mark.parametrize(("name", "index"), CASES)
@@ -140,7 +153,11 @@ def test_pitfall_18_slice_equals_submodel(name: str, index: int) -> None:
 
 @pytest.mark.parametrize(("name", "index"), HF_CASES)
 def test_submodel_equals_stock_transformers(name: str, index: int) -> None:
-    _assert_equal(name, index, "submodel", "hugging face")
+    """It may err as our fp32 does, times 8 for another order of the same sums."""
+    (logits, gradients), (own, own_gradients) = (_errors(e, name, index) for e in ("hugging face", "submodel in fp32"))
+    assert logits <= 8 * own
+    for parameter, error in gradients.items():
+        assert error <= 8 * max(own_gradients.values()), parameter
 
 
 def test_cases_reduce_everything_at_once() -> None:
@@ -201,8 +218,8 @@ def test_no_gates_is_the_whole_parent() -> None:
     model, tokens = _parent(name), tokens_for(SPACES[name].parent)
     whole = logits_of(model, tokens, None)
     torch.testing.assert_close(whole, logits_of(model, tokens, Gates.slice(Subnet.full(SPACES[name].parent))))
-    full_weights = one_hot_weights(SPACES[name], {axis: (0,) * SPACES[name].num_slots(axis) for axis in Axis})
-    assert relative_error(logits_of(model, tokens, Gates.mask(full_weights)), whole) <= LOGITS_TOLERANCE
+    full_weights = one_hot_weights(SPACES[name], {axis: (0,) * SPACES[name].num_slots(axis) for axis in Axis}, FP64)
+    assert relative_error(logits_of(model, tokens, Gates.mask(full_weights)), whole) <= BOUND
 
 
 def _counted_flops(model: ElasticModel, tokens: Tensor, gates: Gates | None) -> int:
