@@ -9,9 +9,8 @@ from torch import Tensor
 
 from elastic.hf.config import ExportError, export_shape
 from elastic.hf.folder import HfFolder
-from elastic.hf.logits import LogitDifference, probe_tokens
 from elastic.hf.nested_values import NestedValueError, check_values, nested_origins
-from elastic.hf.reload import reload_logits
+from elastic.hf.reload import LogitDifference, probe_tokens, reload_logits
 from elastic.rank.slicing import TensorSource, reader
 from elastic.space.cost import shape_cost
 from elastic.space.shape import ModelShape

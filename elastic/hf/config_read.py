@@ -85,13 +85,13 @@ _KNOWN = {
 
 def shape_from_hf_config(config: Mapping[str, Any]) -> ModelShape:
     """Read the sizes out of a stock config; raises HfConfigError listing every problem with field and value."""
-    shape, problems = judge_config(config)
+    shape, problems = checked_shape(config)
     if shape is None:
         raise HfConfigError("config.json: " + "; ".join(problems))
     return shape
 
 
-def judge_config(raw: Mapping[str, Any]) -> tuple[ModelShape | None, list[str]]:
+def checked_shape(raw: Mapping[str, Any]) -> tuple[ModelShape | None, list[str]]:
     """Return the shape that a stock config describes, or None, and every problem there is."""
     config, problems = _canonical(raw)
     problems += _model_problems(config)

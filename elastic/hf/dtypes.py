@@ -9,7 +9,7 @@ import torch
 
 from elastic.hf.names import PREFIX
 from elastic.hf.safe_files import listed, shown
-from elastic.hf.tensor_headers import StoredTensor
+from elastic.hf.tensor_index import StoredTensor
 from elastic.space.layers import FP32_PARAMETERS
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
@@ -65,7 +65,7 @@ class DtypeRule:
             raise DtypeError(f"number formats cannot be read: {shown(content)}") from error
 
 
-def judge_dtypes(stored: Mapping[str, StoredTensor]) -> tuple[DtypeRule | None, list[str]]:
+def checked_dtypes(stored: Mapping[str, StoredTensor]) -> tuple[DtypeRule | None, list[str]]:
     """Return the rule that the tensors of a folder follow, or None, and every problem.
 
     All matrices must have one format, fp32 or bf16; vectors (norms, biases, A_log, D, dt_bias) may be fp32 beside

@@ -17,7 +17,7 @@ from elastic.hf.folder import CARD_FILE, CONFIG_FILE, GENERATION_FILE, HfFolderE
 from elastic.hf.names import HfTensorError, hf_sizes, to_hf
 from elastic.hf.reload import ReloadError
 from elastic.hf.tensor_files import TensorSpec, write_tensors
-from elastic.hf.tensor_headers import TensorFileError
+from elastic.hf.tensor_index import TensorFileError
 from elastic.hf.tokenizer_files import TokenizerFileError, copy_tokenizer
 from elastic.rank.slicing import TensorSource, reader
 from elastic.space.cost import shape_cost

@@ -13,18 +13,17 @@ import torch
 
 from elastic.hf.config import HfSettings
 from elastic.hf.config_read import (
+    checked_shape,
     declared_dtype,
     generation_problems,
     import_warnings,
-    judge_config,
     settings_from_hf_config,
 )
-from elastic.hf.dtypes import DtypeRule, judge_dtypes
+from elastic.hf.dtypes import DtypeRule, checked_dtypes
 from elastic.hf.names import HF_HEAD, hf_sizes, stored_names
 from elastic.hf.safe_files import UnsafeFileError, listed, open_regular, read_json, shown
 from elastic.hf.tensor_files import TensorFolder
-from elastic.hf.tensor_headers import StoredTensor
-from elastic.hf.tensor_index import TensorScan, scan_tensors
+from elastic.hf.tensor_index import StoredTensor, TensorScan, scan_tensors
 from elastic.hf.tokenizer_files import find_tokenizer, tokenizer_problems
 from elastic.space.shape import ModelShape
 from elastic.world.files import first_few
@@ -95,7 +94,7 @@ def _open(folder: Path) -> HfFolder:
     config = _read(folder / CONFIG_FILE, problems, infinity_in=("time_step_limit",))
     shape = None
     if config is not None:
-        shape, found = judge_config(config)
+        shape, found = checked_shape(config)
         problems += [f"{CONFIG_FILE}: {problem}" for problem in found]
     generation = None
     if (folder / GENERATION_FILE).exists(follow_symlinks=False):
@@ -107,7 +106,7 @@ def _open(folder: Path) -> HfFolder:
     scan = scan_tensors(folder)
     problems += scan.problems
     stored = _by_file_name(scan, problems)
-    rule, found = judge_dtypes(stored)
+    rule, found = checked_dtypes(stored)
     problems += found
     if shape is not None and (stored or scan.unread):
         problems += _size_problems(stored, set(stored_names(scan.unread)), shape)

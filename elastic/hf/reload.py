@@ -1,12 +1,15 @@
-"""Run an exported folder in stock transformers on the CPU in fp32, as a user would load it.
+"""Run an exported folder in stock transformers on the CPU in fp32, as a user would load it, and compare logits.
 
 Stock transformers calls the `mamba_ssm` and `causal_conv1d` kernels whenever they can be imported, even for tensors
 on the CPU. Where they are installed, the folder is therefore run in a child process that cannot see them.
 """
 
 import importlib.util
+import os
+import subprocess
 import sys
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from elastic.hf.child import ChildError, run_without_gpu
 from elastic.hf.config import TRANSFORMERS, stock_versions
 
 _KERNEL_PACKAGES = ("mamba_ssm", "causal_conv1d")
@@ -33,6 +35,60 @@ class Reloaded:
 
     logits: Tensor
     params: int
+
+
+@dataclass(frozen=True)
+class LogitDifference:
+    """Largest absolute difference, and the same divided by the largest reference logit."""
+
+    max_abs: float
+    relative: float
+
+    @classmethod
+    def between(cls, logits: Tensor, reference: Tensor) -> "LogitDifference":
+        """Compare logits [B, S, V] with a reference of the same size; raises ValueError if the sizes differ."""
+        if logits.shape != reference.shape:
+            raise ValueError(f"logits are {tuple(logits.shape)}, the reference gives {tuple(reference.shape)}")
+        reference = reference.detach().to("cpu", torch.float32)
+        difference = (logits.detach().to("cpu", torch.float32) - reference).abs().max().item()
+        return cls(difference, difference / max(reference.abs().max().item(), 1e-30))
+
+    def within(self, tolerance: float) -> bool:
+        """Tell whether the relative difference is at most `tolerance`; NaN never is."""
+        return self.relative <= tolerance
+
+
+def probe_tokens(vocab: int, batch: int = 2, length: int = 320, seed: int = 1234) -> Tensor:
+    """Draw the fixed random token batch [B, S] on which functions are compared.
+
+    The default length is longer than two scan chunks of 128, so a state carried over a whole chunk is compared too:
+    stock transformers 5.6 to 5.13 is right in the first chunk and wrong behind it.
+    """
+    return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+class ChildError(ValueError):
+    """A child process that failed; the message ends with the end of its stderr."""
+
+
+def run_without_gpu(module: str, arguments: Sequence[str], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Run `python -m MODULE ARGUMENTS... GIVEN ANSWER`: GIVEN holds `given`, and ANSWER is read back, both safetensors.
+
+    Raises ChildError if it ends with another code than 0.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        tensors, answer = Path(scratch) / "given.safetensors", Path(scratch) / "answer.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in given.items()}, tensors)
+        root = str(Path(__file__).resolve().parents[2])
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        # It is alone: torchrun's variables would make it wait for other ranks.
+        inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+        environment = {**inherited, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "-m", module, *arguments, str(tensors), str(answer)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ChildError(f"{module} in a child process failed: {done.stderr.strip()[-2000:]}")
+        return load_file(answer)
 
 
 def reload_logits(folder: Path, tokens: Tensor) -> Reloaded:

@@ -14,8 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from elastic.hf.safe_files import shown
-from elastic.hf.tensor_headers import StoredTensor, TensorFileError
-from elastic.hf.tensor_index import INDEX_FILE, SINGLE_FILE, scan_tensors
+from elastic.hf.tensor_index import INDEX_FILE, SINGLE_FILE, StoredTensor, TensorFileError, scan_tensors
 
 _TYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 

@@ -14,7 +14,7 @@ from elastic.checkpoint.record import Record
 from elastic.checkpoint.state import Trainable, begin_save, load_checkpoint
 from elastic.config.training import ImportanceConfig
 from elastic.data.stream import PackedSequences, TokenStream, read_batch
-from elastic.hf.logits import LogitDifference, probe_tokens
+from elastic.hf.reload import LogitDifference, probe_tokens
 from elastic.model.forward import context_parallel_slice, forward_hidden
 from elastic.model.initialize import named_global_parameters
 from elastic.model.model import ElasticModel, build_model

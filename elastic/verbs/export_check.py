@@ -16,10 +16,10 @@ from torch import Tensor
 from elastic.checkpoint.read import StoredTensors
 from elastic.checkpoint.record import Record
 from elastic.hf.check import FolderCheck, LogitCheck, ValueCheck
-from elastic.hf.child import ChildError, run_without_gpu
 from elastic.hf.config import ExportError
 from elastic.hf.dtypes import DtypeRule
 from elastic.hf.names import hf_names
+from elastic.hf.reload import ChildError, run_without_gpu
 from elastic.model.initialize import named_global_parameters
 from elastic.model.model import Layout, build_model
 from elastic.space.cost import shape_cost
