@@ -161,14 +161,12 @@ def default_top_channels(space: Space) -> int:
     return smallest if space.is_elastic(Axis.MAMBA_CHANNEL) else max(1, space.parent.head_channels // 2)
 
 
-def make_ranking(
-    scores: Scores, space: Space, depth: DepthScores | None = None, num_top_channels: int | None = None
-) -> Ranking:
+def make_ranking(scores: Scores, space: Space, depth: DepthScores | None = None) -> Ranking:
     """Order every part of the parent, best first, heads inside their group (docs/design.md 2); ties keep their order.
 
-    Without `depth` the layers stay in their order. `num_top_channels` is |D_top| of eq. 4.
+    Without `depth` the layers stay in their order.
     """
-    shape, top = space.parent, num_top_channels or default_top_channels(space)
+    shape, top = space.parent, default_top_channels(space)
     mamba_layers = range(len(shape.mamba_heads))
 
     def inside(score: Tensor, num_groups: int) -> tuple[Order, ...]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,7 +24,7 @@ Order = tuple[int, ...]
 
 
 class RankingError(ValueError):
-    """A ranking that is not a permutation of the parent's parts, or cannot be read or written."""
+    """A ranking that is not a permutation of the parent's parts, or is there already."""
 
 
 @dataclass(frozen=True)
@@ -152,79 +151,15 @@ def permute_tensors(
     return ((name, permute_parameter(read(name), name, parent, ranking, lanes)) for name in parameter_names(parent))
 
 
-@dataclass(frozen=True)
-class RankingFile:
-    """What a ranking file holds: the ranking, the scores behind it, and where they come from."""
+def save_ranking(path: Path, ranking: Ranking, scores: Mapping[str, Tensor], provenance: Mapping[str, str]) -> None:
+    """Write one safetensors file of `ranking.NAME` (int64) and `score.NAME`; provenance goes into its string metadata.
 
-    ranking: Ranking
-    scores: dict[str, Tensor]
-    provenance: dict[str, str]
-
-
-def save_ranking(
-    path: Path, ranking: Ranking, scores: Mapping[str, Tensor], provenance: Mapping[str, str], overwrite: bool = False
-) -> None:
-    """Write one safetensors file with ranking and scores; provenance goes into its string metadata.
-
-    Written aside, then renamed. Raises RankingError if the file exists and `overwrite` is not set.
+    Written aside, then renamed. Raises RankingError if the file exists.
     """
-    if path.exists() and not overwrite:
-        raise RankingError(f"ranking file {path} exists; choose another path or allow overwriting")
+    if path.exists():
+        raise RankingError(f"ranking file {path} exists; choose another path")
     orders = _named_orders(ranking)
     tensors = {f"ranking.{name}": torch.tensor(order, dtype=torch.int64) for name, order in orders.items()}
     tensors |= {f"score.{name}": score.detach().cpu().clone() for name, score in scores.items()}
     with written_aside(path) as aside:
         save_file(tensors, aside, metadata=dict(provenance))
-
-
-def load_ranking(path: Path) -> RankingFile:
-    """Read what `save_ranking` wrote; raises RankingError if the file is damaged or holds no ranking.
-
-    Only safetensors are read: nothing in them can be run.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (an open file is no mapping)
-            provenance = dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise RankingError(
-            f"{path} is missing, damaged, or no safetensors file, and was not read ({error}); take another copy or run "
-            "recipes/estimate_importance.py again"
-        ) from error
-    for name, tensor in tensors.items():
-        if name.startswith("ranking.") and (tensor.dtype != torch.int64 or tensor.dim() != 1):
-            raise RankingError(f"{path}: {name} is {tuple(tensor.shape)} of {tensor.dtype}, not a list of indices")
-    orders = {
-        name.removeprefix("ranking."): tuple(tensor.tolist())
-        for name, tensor in tensors.items()
-        if name.startswith("ranking.")
-    }
-    if "hidden" not in orders or "depth" not in orders:
-        raise RankingError(f"{path} holds no ranking: ranking.hidden or ranking.depth is missing")
-
-    ranking = Ranking(
-        hidden=orders["hidden"],
-        ffn=_numbered(orders, "ffn"),
-        mamba_heads=_grouped(orders, "mamba_heads"),
-        mamba_channels=_numbered(orders, "mamba_channels"),
-        attention_heads=_grouped(orders, "attention_heads"),
-        depth=orders["depth"],
-    )
-    scores = {name.removeprefix("score."): tensor for name, tensor in tensors.items() if name.startswith("score.")}
-    return RankingFile(ranking, scores, provenance)
-
-
-def _numbered(orders: Mapping[str, Order], prefix: str) -> tuple[Order, ...]:
-    """Collect `prefix.0`, `prefix.1`, ... until a number is missing."""
-    found: list[Order] = []
-    while (name := f"{prefix}.{len(found)}") in orders:
-        found.append(orders[name])
-    return tuple(found)
-
-
-def _grouped(orders: Mapping[str, Order], prefix: str) -> tuple[tuple[Order, ...], ...]:
-    """Collect `prefix.0.0`, `prefix.0.1`, ..., `prefix.1.0`, ... layer by layer."""
-    layers: list[tuple[Order, ...]] = []
-    while groups := _numbered(orders, f"{prefix}.{len(layers)}"):
-        layers.append(groups)
-    return tuple(layers)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from elastic.router.streams import stream
+from elastic.router.sampler import stream
 from elastic.space.axes import Axis
 
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from elastic.router.streams import stream
+from elastic.router.sampler import stream
 from elastic.space.axes import Axis
 from elastic.space.space import Space
 

@@ -1,7 +1,7 @@
 """What happens around the steps of a run: validation. Saving is in save_checkpoints.py, signals in signals.py."""
 
 from elastic.data.stream import HeldOut, source_labels
-from elastic.train.chosen import chosen_gates
+from elastic.space.gates import Gates
 from elastic.train.evaluation import evaluate_subnets
 from elastic.train.log import RunLog
 from elastic.train.trainer import StepResult, Trainer
@@ -30,9 +30,10 @@ class Validate(NoCallback):
         """Evaluate when the step is due, at the sequence length of the phase that just ran."""
         if trainer.step % self.every_steps and trainer.step != trainer.total_steps:
             return
+        subnets, bare = trainer.chosen_subnets(), trainer.chooser is None
         losses = evaluate_subnets(
             trainer.runner,
-            chosen_gates(trainer),
+            {name: None if bare else Gates.slice(subnet) for name, subnet in subnets.items()},
             self.datasets[result.moment.phase_index],
             num_sequences=self.num_sequences,
             micro_batch_size=self.micro_batch_size,

@@ -17,7 +17,6 @@ from elastic.hf.safe_files import read_json
 from elastic.router.phases import Moment
 from elastic.run.folder import WANDB_FILE
 from elastic.space.cost import subnet_cost
-from elastic.train.chosen import chosen_subnets
 from elastic.train.metrics import LossMeter, MeanLoss
 from elastic.train.nonfinite import NONFINITE_FOLDER, readable
 from elastic.train.spikes import LossSpikes
@@ -272,7 +271,7 @@ class LogSteps:
             "logit_scale": result.moment.logit_scale,
             "router_learning_rate": result.router_learning_rate or 0.0,
         }
-        subnets = chosen_subnets(trainer)
+        subnets = trainer.chosen_subnets()
         for budget in chooser.budgets:
             used = subnet_cost(chooser.space.parent, subnets[budget.name], chooser.deployment)[budget.metric]
             values[f"router/{budget.name}/cost_ratio"] = float(used) / budget.limit

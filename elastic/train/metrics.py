@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from elastic.train.pipeline import MicroBatchLoss
 from elastic.world.groups import World
@@ -44,12 +43,12 @@ class LossMeter:
                 if value is not None:
                     self.sums[index, column] += value
 
-    def read(self, reset: bool = True) -> list[MeanLoss]:
-        """Reduce over all ranks (every rank must call) and return the means. Waits for the device."""
-        total = self._once_per_token(self.sums)
+    def read(self) -> list[MeanLoss]:
+        """Reduce over all ranks (every rank must call), return the means and begin anew. Waits for the device."""
+        # One tensor-parallel rank speaks for each token; earlier pipeline stages hold none.
+        total = self.sums * float(self.world.groups.tp.rank() == 0)
         torch.distributed.all_reduce(total)
-        if reset:
-            self.sums.zero_()
+        self.sums.zero_()
         means = []
         for kl, cross_entropy, kl_tokens, num_tokens in total.tolist():
             means.append(
@@ -60,7 +59,3 @@ class LossMeter:
                 )
             )
         return means
-
-    def _once_per_token(self, sums: Tensor) -> Tensor:
-        """Keep the sums of one tensor-parallel rank per token; earlier pipeline stages hold none."""
-        return sums * float(self.world.groups.tp.rank() == 0)

@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from elastic.checkpoint.record import Record
 from elastic.checkpoint.state import Trainable, TrainingState
 from elastic.data.phases import PhaseData
-from elastic.router.draw import Chooser, Draw
+from elastic.router.draw import Chooser, Draw, decide
 from elastic.router.phases import Curriculum, Moment
+from elastic.space.subnet import Subnet
 from elastic.train.gate_gradients import sum_gate_gradients, sum_router_gradients
 from elastic.train.nonfinite import SkippedSteps, StepParts, finite_on_all_ranks
 from elastic.train.optimizer import apply_gradients, gradient_norm, largest_gradients, set_learning_rate
@@ -167,6 +168,13 @@ class Trainer:
 
     def _entering(self, callback: Callback, method: str) -> None:
         self.progress.enter(self.step, f"{type(callback).__name__}.{method}")
+
+    def chosen_subnets(self) -> dict[str, Subnet]:
+        """Return the subnet the router now chooses for every budget: argmax, no noise; the parent without budgets."""
+        if self.chooser is None:
+            return {"parent": Subnet.full(self.record.shape)}
+        router, space = self.chooser.router, self.chooser.space
+        return {budget.name: decide(router, space, index) for index, budget in enumerate(self.chooser.budgets)}
 
     def trainable(self) -> Trainable:
         """Return what a checkpoint holds."""

@@ -27,7 +27,6 @@ from elastic.data.stream import TokenStream
 from elastic.data.tokenizer import load_tokenizer
 from elastic.hf.export_settings import EXPORT_SETTINGS_FOLDER, ExportSettingsError, read_export_settings
 from elastic.model.model import Layout, build_model
-from elastic.rank.permutation import RankingError, load_ranking
 from tests.parity.model_factory import one_process
 
 
@@ -180,18 +179,6 @@ def test_files_beside_the_tensors(
         seal(checkpoint)
         with pytest.raises(error, match=said):
             read(checkpoint)
-
-
-def test_a_score_file(tmp_path: Path, executed: Path) -> None:
-    path = tmp_path / "ranking.safetensors"
-    payloads = (pickle.dumps(Malicious(executed)), torch_saved(Malicious(executed)), b"", b"\xff" * 64)
-    for payload in payloads:
-        path.write_bytes(payload)
-        with pytest.raises(RankingError, match="damaged, or no safetensors file, and was not read"):
-            load_ranking(path)
-    path.unlink()
-    with pytest.raises(RankingError, match="is missing"):
-        load_ranking(path)
 
 
 @pytest.mark.parametrize("name", ["data.json", "train.bin", "train.idx", "tokenizer.json"])

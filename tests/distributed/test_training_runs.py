@@ -15,7 +15,6 @@ from elastic.model.model import Layout, build_model
 from elastic.router.router import Router
 from elastic.space.gates import Gates
 from elastic.train.callbacks import NoCallback
-from elastic.train.chosen import chosen_subnets
 from elastic.train.metrics import LossMeter
 from elastic.train.pipeline import PipelineRunner
 from elastic.verbs.training import run_elastic
@@ -124,7 +123,7 @@ class KeepRouter(NoCallback):
 
     def on_end(self, trainer):
         self.weights = {name: tensor.clone() for name, tensor in trainer.chooser.router.state_dict().items()}
-        self.subnets = [(subnet.hidden, subnet.ffn, subnet.kept_layers) for subnet in chosen_subnets(trainer).values()]
+        self.subnets = [(subnet.hidden, subnet.ffn, subnet.kept_layers) for subnet in trainer.chosen_subnets().values()]
 
 
 def train_and_keep_router(values):

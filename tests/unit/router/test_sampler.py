@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from elastic.router.sampler import SamplerError, budget_of, check_draws, draw_budgets
-from elastic.router.streams import stream
+from elastic.router.sampler import SamplerError, budget_of, check_draws, draw_budgets, stream
 
 # 99.9% quantiles of the chi-square distribution, by degrees of freedom.
 CHI_SQUARE = {2: 13.82, 8: 26.12}
