@@ -14,12 +14,12 @@ export TOKENIZERS_PARALLELISM := false
 ifeq ($(wildcard /dev/nvidia0),)
 export TORCHDYNAMO_DISABLE := 1
 endif
-smoke test: export HF_HUB_OFFLINE := 1
-test: export OMP_NUM_THREADS := 1
+smoke check test: export HF_HUB_OFFLINE := 1
+check test: export OMP_NUM_THREADS := 1
 benchmark: export PYTHONWARNINGS := ignore
 benchmark: export KINETO_LOG_LEVEL := 99
 
-.PHONY: help setup smoke test lint benchmark docker clean
+.PHONY: help setup smoke check test lint benchmark docker clean
 .DEFAULT_GOAL := help
 
 help: ## list these commands
@@ -39,8 +39,15 @@ endif
 smoke: setup ## train one nested family on real text and export it: runs/smoke/summary.json
 	"$(PY)" recipes/smoke.py
 
+# A file is one worker's, since its tests share runs. In the order of their folders those that take longest (a Slurm,
+# torchrun, many processes) come first, so that no worker is left alone with them at the end.
+PYTEST = "$(PY)" -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "$(MARKERS)"
+
+check: setup ## run the quick tests: units, and parity with stock models
+	$(PYTEST) tests/parity tests/unit
+
 test: setup ## run the tests that need no GPU
-	"$(PY)" -m pytest -n $(JOBS) --dist loadfile -m "$(MARKERS)" $(TESTS)
+	$(PYTEST) $(TESTS)
 
 lint: setup ## check style (ruff), types (mypy) and, where it is installed, shell scripts (shellcheck)
 	"$(PY)" -m ruff check .

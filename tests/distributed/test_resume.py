@@ -1,71 +1,151 @@
-"""Going on: another micro-batch split, phase boundaries, accepted changes, and every sample exactly once."""
+"""Going on: one table of optimizers, precisions and changes of layout, then interruptions of every kind."""
 
 import json
 import os
 import signal
-from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 from rich.console import Console
 
 from elastic.checkpoint.find import list_checkpoints
-from elastic.checkpoint.state import load_router, read_training_state
+from elastic.checkpoint.read import read_metadata
 from elastic.config.load import load
 from elastic.config.training import ElasticConfig
-from elastic.data import phases as phase_data
-from elastic.data.stream import PackedSequences, TokenStream, read_batch
-from elastic.model.model import Layout
-from elastic.router.router import Router
-from elastic.run.folder import RunFolderError, run_lock
-from elastic.run.resume import ResumeError
+from elastic.train import trainer as loop
 from elastic.train.callbacks import NoCallback
+from elastic.train.nonfinite import Finite
 from elastic.train.save_checkpoints import SaveCheckpoints
 from elastic.verbs.training import run_elastic
-from elastic.world.groups import join_world
 from tests.distributed.harness import DistributedRunError, run_distributed
 from tests.distributed.training import (
-    BUDGETS,
-    CURRICULUM,
-    DRAWS_PER_STEP,
-    SPACE,
     elastic_values,
     rows,
-    tiny_run_space,
+    split_values,
     train,
     train_and_be_killed,
+    train_and_be_told_to_stop,
+    train_fused,
 )
 
-SPLIT_ELASTIC = dict(
-    space=SPACE,
-    budgets=BUDGETS,
-    router=dict(draws_per_step=DRAWS_PER_STEP, noise_draws_per_step=DRAWS_PER_STEP, hidden_width=16),
-)
+FOUR = dict(tensor=2, pipeline=2, sequence=True, recompute="full")
 
 
-def family(start, version, **overrides):
-    """Return values whose gates do not depend on the micro-batch; the first phase gives its length in tokens."""
-    curriculum = [dict(CURRICULUM[0], steps=None, tokens=5 * 8 * 32), CURRICULUM[1]]
-    return elastic_values(start, version, **{"elastic": SPLIT_ELASTIC, "curriculum": curriculum, **overrides})
+@dataclass(frozen=True)
+class Leg:
+    """A part of a run: where it runs, and after which step it ends."""
+
+    ranks: int = 1
+    parallel: dict[str, Any] = field(default_factory=dict)
+    stop: int | None = None
+    micro_batch: int = 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run in legs, and the uninterrupted one it must equal: `within` 0 to the last digit."""
+
+    legs: tuple[Leg, ...]
+    sharded: bool = False  # the distributed optimizer, over a stand-in for fused Adam
+    precision: str = "fp32"
+    within: float = 0.0
+    reference: str = "fp32"
+    names: tuple[str, ...] = ()  # of the values compared; none: all
+
+
+TENSOR_2, PIPELINE_2 = dict(tensor=2), dict(pipeline=2)
+VALIDATION = ("validation/full/loss", "validation/half/loss")
+CASES = {
+    # Uninterrupted
+    "fp32": Case((Leg(),)),
+    "fp32_dp2": Case((Leg(2),), within=1e-5),
+    "bf16": Case((Leg(),), precision="bf16", reference="bf16"),
+    "sharded_bf16": Case((Leg(2),), sharded=True, precision="bf16", reference="sharded_bf16"),
+    # The same layout: to the last digit
+    "fp32_at_the_phases_boundary": Case((Leg(stop=5), Leg())),
+    # A_log and D stay in fp32: an optimizer that counts the bf16 weights alone mixes all of them up
+    "bf16_again": Case((Leg(stop=4), Leg()), precision="bf16", reference="bf16"),
+    "sharded_bf16_again": Case((Leg(2, stop=4), Leg(2)), sharded=True, precision="bf16", reference="sharded_bf16"),
+    # Another layout or micro-batch
+    "fp32_four_to_dp2_to_one": Case((Leg(4, FOUR, 4), Leg(2, stop=7), Leg(micro_batch=2)), within=1e-5),
+    "bf16_tp2_to_one": Case(
+        (Leg(2, TENSOR_2, 4), Leg()), precision="bf16", reference="bf16", within=1e-3, names=VALIDATION
+    ),
+    "sharded_fp32_tp2_to_pp2_to_dp2": Case(
+        (Leg(4, TENSOR_2, 3), Leg(2, PIPELINE_2, 6), Leg(2)),
+        sharded=True, within=1e-5, names=("train/full/kl", "train/half/kl", "grad_norm"),
+    ),
+}  # fmt: skip
+
+
+@cache
+def ran(start: Path, name: str) -> dict[int, dict[str, float]]:
+    """Run a case, once; returns its rows. Each leg says how it ended."""
+    case = CASES[name]
+    for leg in case.legs:
+        data = dict(path=str(start / "data"), micro_batch=leg.micro_batch, validation_sequences=4)
+        trainer = dict(precision=case.precision, max_steps=leg.stop)
+        optim = dict(use_distributed_optimizer=case.sharded)
+        values_of = split_values if case.precision == "fp32" else elastic_values
+        values = values_of(start, name, parallel=leg.parallel, optim=optim, trainer=trainer, data=data)
+        run_distributed(train_fused if case.sharded else train, leg.ranks, values)
+        ended = json.loads((start / "run" / name / "finished.json").read_text())
+        reason = "trainer.max_steps of 9 steps" if leg.stop else "the curriculum's end"
+        assert ended == {"step": leg.stop or 9, "reason": reason}
+    return rows(start, name)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(start):
-    run_distributed(train, 1, family(start, "split_uninterrupted"))
-    return rows(start, "split_uninterrupted")
+    return ran(start, "fp32")
 
 
-def test_stopped_at_the_boundary_of_two_phases_and_resumed_to_the_last_digit(start, uninterrupted):
-    run_distributed(train, 1, family(start, "boundary", trainer=dict(max_steps=5)))
-    folder = start / "run" / "boundary"
-    assert json.loads((folder / "finished.json").read_text()) == {"step": 5, "reason": "trainer.max_steps of 9 steps"}
-    run_distributed(train, 1, family(start, "boundary"))
-    assert json.loads((folder / "finished.json").read_text()) == {"step": 9, "reason": "the curriculum's end"}
-    found = rows(start, "boundary")
-    assert {step: {k: v for k, v in found[step].items() if k in row} for step, row in uninterrupted.items()} == (
-        uninterrupted
-    )
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.reference != name])
+def test_it_goes_on_as_if_nothing_had_been(start, name):
+    case, found, expected = CASES[name], ran(start, name), ran(start, CASES[name].reference)
+    assert list(found) == list(expected) == list(range(1, 10))
+    for step, row in expected.items():
+        assert found[step].keys() >= row.keys()  # an early end validates once more
+        for value in case.names or row:
+            if value in row or step == 9:
+                near = pytest.approx(row[value], rel=case.within, abs=case.within and 1e-7)
+                assert found[step][value] == near, f"{value} at step {step}"
+
+
+def test_a_bf16_checkpoint_holds_fp32_weights_of_what_is_not_fp32(start):
+    ran(start, "bf16_again")
+    keys = read_metadata(list_checkpoints(start / "run" / "bf16_again")[-1]).state_dict_metadata
+    copies = [key for key in keys if key.startswith("optimizer.state.fp32_param.")]
+    assert len(copies) > 10 and not [name for name in copies if name.endswith(("A_log", ".D"))]
+
+
+def test_the_distributed_optimizer_saves_whole_tensors_whatever_the_rank(start):
+    ran(start, "sharded_bf16_again")
+    metadata = read_metadata(list_checkpoints(start / "run" / "sharded_bf16_again")[-1]).state_dict_metadata
+    weights = {key for key in metadata if key.startswith(("decoder.", "embedding.", "output_layer."))}
+    for kind in ("param", "exp_avg", "exp_avg_sq"):
+        held = {
+            key.removeprefix(f"optimizer.state.{kind}."): metadata[key].size for key in metadata if f"e.{kind}." in key
+        }
+        assert held.keys() == weights and all(metadata[key].size == size for key, size in held.items())
+
+
+def skip_all(values):
+    """Train as if every gradient had a NaN in it."""
+    with mock.patch.object(loop, "finite_on_all_ranks", lambda *arguments: Finite(False, True, True)):
+        train(values)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_checkpoint_from_before_the_first_step_is_gone_on_with(start, precision):
+    version, trainer = f"no_step_{precision}", dict(precision=precision, max_steps=2)
+    run_distributed(skip_all, 1, elastic_values(start, version, trainer=trainer))
+    run_distributed(train, 1, elastic_values(start, version, trainer=dict(precision=precision, max_steps=4)))
+    assert list(rows(start, version)) == [1, 2, 3, 4]
 
 
 def train_and_be_killed_behind_the_save(values, step):
@@ -81,145 +161,55 @@ def train_and_be_killed_behind_the_save(values, step):
 
 
 def test_killed_the_moment_a_checkpoint_is_whole_the_row_of_its_step_is_there(start, uninterrupted):
-    values = family(start, "behind", trainer=dict(checkpoint_every_n_steps=3))
+    values = split_values(start, "behind", trainer=dict(checkpoint_every_n_steps=3))
     with pytest.raises(DistributedRunError):
         run_distributed(train_and_be_killed_behind_the_save, 1, values, 3)
     run_distributed(train, 1, values)
     assert rows(start, "behind") == uninterrupted
 
 
-def test_resumed_with_another_micro_batch_and_two_replicas_the_losses_are_the_same(start, uninterrupted):
-    run_distributed(train, 1, family(start, "split", trainer=dict(max_steps=2)))
-    data = dict(path=str(start / "data"), micro_batch=2, validation_sequences=4)
-    run_distributed(train, 1, family(start, "split", data=data, trainer=dict(max_steps=7)))
-    run_distributed(train, 2, family(start, "split"))
-    for step, row in uninterrupted.items():
-        for name, value in row.items():
-            assert rows(start, "split")[step][name] == pytest.approx(value, rel=1e-5, abs=1e-7), f"{name} at {step}"
+def test_two_killed_replicas_resume_to_the_last_digit(start):
+    values = split_values(start, "killed_pair")
+    with pytest.raises(DistributedRunError):
+        run_distributed(train_and_be_killed, 2, values, "step_00000003", 4)
+    before = rows(start, "killed_pair")
+    assert 4 in before and 9 not in before
+    assert list_checkpoints(start / "run" / "killed_pair")[0].name == "step_00000003"
+    run_distributed(train, 2, values)
+    assert rows(start, "killed_pair") == ran(start, "fp32_dp2")
 
 
-def test_changes_are_refused_before_anything_is_touched_and_recorded_when_accepted(start):
-    run_distributed(train, 1, family(start, "changes", trainer=dict(max_steps=4)))
-    folder = start / "run" / "changes"
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    budgets = [BUDGETS[0], dict(name="third", ratio=0.8), BUDGETS[1]]
-    curriculum = [dict(CURRICULUM[0], steps=6), *CURRICULUM[1:]]
-    changed = dict(elastic=dict(SPLIT_ELASTIC, budgets=budgets), curriculum=curriculum, trainer=dict(max_steps=5))
-    with pytest.raises(DistributedRunError) as refused:
-        run_distributed(train, 2, family(start, "changes", seed=99, **changed))
-    assert isinstance(refused.value.__cause__, ResumeError)
-    for part in ("3 differences", "seed = 99", "accept_changes=[elastic.budgets,curriculum.0.steps]", "third"):
-        assert part in str(refused.value.__cause__)
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    accepted = dict(accept_changes=["elastic.budgets", "curriculum.0.steps"])
-    values = family(start, "changes", **changed)
-    values["exp_manager"] |= accepted
+def test_a_signal_ends_the_run_with_a_checkpoint_and_the_same_command_goes_on(start, uninterrupted):
+    values = split_values(start, "told", trainer=dict(checkpoint_every_n_steps=100))
+    run_distributed(train_and_be_told_to_stop, 1, values, 2)
+    stopped_after = max(rows(start, "told"))
+    assert 2 <= stopped_after < 9
+    assert [path.name for path in list_checkpoints(start / "run" / "told")] == [f"step_{stopped_after:08d}"]
     run_distributed(train, 1, values)
-    newest = list_checkpoints(folder)[-1]
-    state = read_training_state(newest)
-    assert state is not None and state.step == 5
-    assert [(change["step"], change["field"]) for change in state.origin["changes"]] == [
-        (4, "elastic.budgets"),
-        (4, "curriculum.0.steps"),
-    ]
-    assert "router/third/cost_ratio" in rows(start, "changes")[5]
-    # The same command goes on after the next interruption, with nothing left to accept.
-    values["trainer"] = dict(values["trainer"], max_steps=6)
-    run_distributed(train, 1, values)
+    assert rows(start, "told") == uninterrupted
 
 
-def test_a_new_budget_starts_fresh_and_the_others_keep_what_they_learnt(start):
-    checkpoint = list_checkpoints(start / "run" / "changes")[-1]
-    names = ["full", "third", "half"]
-    saved = Router(tiny_run_space(), 3, 16, seed=0)
-    load_router(checkpoint, saved, torch.optim.AdamW(saved.parameters()), (names, names))
-    router = Router(tiny_run_space(), 3, 16, seed=5)
-    fresh, optimizer = router()["hidden"][1].clone(), torch.optim.AdamW(router.parameters())
-    column = router.networks["hidden"][0].weight[:, 1].clone()
-    load_router(checkpoint, router, optimizer, (names, ["half", "new", "full"]))
-    for axis, logits in router().items():
-        assert torch.equal(logits[0], saved()[axis][2]) and torch.equal(logits[2], saved()[axis][0])
-    weight = router.networks["hidden"][0].weight
-    assert torch.equal(weight[:, 1], column) and not torch.equal(router()["hidden"][1], fresh)
-    moments = optimizer.state[weight]["exp_avg"]
-    assert not moments[:, 1].any() and moments[:, 0].any() and moments[:, 2].any()
-
-
-class Told(NoCallback):
-    """Sends this process SIGUSR1 after a step."""
+class StopAfter(NoCallback):
+    """Tells a run to stop after a step."""
 
     def __init__(self, step):
         self.step = step
 
     def after_step(self, trainer, result):
-        if trainer.step == self.step and trainer.world.is_main:
-            os.kill(os.getpid(), 10)
+        if trainer.step == self.step:
+            trainer.stop_reason = "a test"
 
 
-def counted(log, rank_function, *arguments):
-    """Call a training function while every micro-batch it reads is written down: phase, place, sample ids, chunks."""
-
-    def write_down(dataset, consumed_samples, *more, **named):
-        batch = read_batch(dataset, consumed_samples, *more, **named)
-        ids = batch.sample_ids.tolist()
-        row = dict(length=dataset.sequence_length, consumed=consumed_samples, ids=ids)
-        row["chunks"] = [dataset.order.chunk(sample) for sample in ids]
-        with log.open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
-        return batch
-
-    with mock.patch.object(phase_data, "micro_batch", write_down):
-        rank_function(*arguments)
+def train_until(values, step):
+    run_elastic(load(ElasticConfig, values), Console(quiet=True), [StopAfter(step)])
 
 
-def train_and_be_told(values, step):
-    run_elastic(load(ElasticConfig, values), Console(quiet=True), [Told(step)])
-
-
-def test_each_sample_of_an_epoch_once_over_three_interruptions_and_dp_1_2_1(start, tmp_path):
-    """A phase counts its samples from 0 and orders them anew each epoch; the next phase starts its own count."""
-    data = dict(path=str(start / "data"), micro_batch=8, validation_sequences=16)
-    phases = [dict(CURRICULUM[0], global_batch=64, steps=7), dict(CURRICULUM[1], global_batch=32, steps=2)]
-    router = dict(SPLIT_ELASTIC["router"], draws_per_step=2, noise_draws_per_step=2)
-    common = dict(data=data, curriculum=phases, elastic=dict(SPLIT_ELASTIC, router=router))
-    values = family(start, "counted", **common, trainer=dict(checkpoint_every_n_steps=2))
-    logs = [tmp_path / f"{attempt}.jsonl" for attempt in range(4)]
-    run_distributed(counted, 1, logs[0], train_and_be_told, values, 1)
-    with pytest.raises(DistributedRunError):
-        run_distributed(counted, 2, logs[1], train_and_be_killed, values, "step_00000002", 3)
-    run_distributed(counted, 1, logs[2], train_and_be_told, values, 5)
-    run_distributed(counted, 2, logs[3], train, values)
-    assert [step for step in sorted(rows(start, "counted"))] == list(range(1, 10))
-    # What an attempt read past the checkpoint the next one starts from is lost; where both read, they must agree.
-    counts: dict[tuple[int, int], list[int]] = {}
-    chunk_of: dict[tuple[int, int], int] = {}
-    for log in logs:
-        attempt = defaultdict(list)
-        for row in map(json.loads, log.read_text().splitlines()):
-            attempt[row["length"], row["consumed"]] += row["ids"]
-            for sample, chunk in zip(row["ids"], row["chunks"], strict=True):
-                assert chunk_of.setdefault((row["length"], sample), chunk) == chunk
-        counts = {place: ids for place, ids in counts.items() if place < min(attempt)} | attempt
-    for phase in phases:
-        length, total = phase["sequence_length"], phase["global_batch"] * phase["steps"]
-        ids = sorted(sample for (at, _), samples in counts.items() if at == length for sample in samples)
-        assert ids == list(range(total)), f"phase {phase['name']}"
-        num_chunks = len(PackedSequences(TokenStream(start / "data" / "train"), length, 0))
-        epoch = [chunk_of[length, sample] for sample in range(min(total, num_chunks))]
-        assert len(set(epoch)) == len(epoch), "a chunk twice in one epoch"
-        assert total < num_chunks or sorted(epoch) == list(range(num_chunks))
-    assert phases[0]["global_batch"] * 7 > len(PackedSequences(TokenStream(start / "data" / "train"), 32, 0))
-
-
-def hold_twice(folder):
-    here = join_world(Layout(), torch.device("cpu"))
-    with run_lock(folder, here):
-        refused = pytest.raises(RunFolderError, match=rf"another run writes there \(process {os.getpid()} on ")
-        with refused, run_lock(folder, here, wait_s=0.1):
-            pass
-    with run_lock(folder, here):
-        return True
-
-
-def test_two_runs_do_not_write_into_one_folder(tmp_path):
-    assert run_distributed(hold_twice, 1, tmp_path / "run" / "version_0") == [True]
+def test_a_stop_between_two_log_points_loses_no_step_of_the_log(start, uninterrupted):
+    values = split_values(start, "between", trainer=dict(log_every_n_steps=3))
+    run_distributed(train_until, 1, values, 4)
+    found = rows(start, "between")
+    assert list(found) == [3, 4]
+    losses = [name for name in uninterrupted[4] if name.startswith("train/")]
+    assert losses and {name: found[4][name] for name in losses} == {name: uninterrupted[4][name] for name in losses}
+    run_distributed(train, 1, values)
+    assert list(rows(start, "between")) == [3, 4, 6, 9]

@@ -21,6 +21,7 @@ from elastic.train.callbacks import NoCallback
 from elastic.train.evaluation import evaluate_subnets
 from elastic.train.signals import SAME_SIGNAL_S, STOP_FILE_VARIABLE
 from elastic.verbs.training import run_elastic
+from recipes._tiny_family import train_tiny_family
 from tests.distributed.harness import DistributedRunError, run_distributed
 from tests.distributed.torchrun import Torchrun
 from tests.distributed.training import CURRICULUM, elastic_values, rows
@@ -155,14 +156,14 @@ def test_a_second_signal_ends_a_rank_at_once_even_inside_a_collective(start):
 
 @pytest.fixture
 def torchrun(start, tmp_path, monkeypatch):
-    """Start two workers as a user would; give them once two steps are done."""
+    """Start two workers, from the tests' server or as a user would; give them once two steps are done."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     with contextlib.ExitStack() as runs:
 
-        def launch(version):
+        def launch(version, main=train_tiny_family):
             phases = [{**phase, "steps": 500} for phase in CURRICULUM]
             values = elastic_values(start, version, trainer=dict(checkpoint_every_n_steps=100), curriculum=phases[:1])
-            run = runs.enter_context(Torchrun(values, tmp_path / f"{version}.log"))
+            run = runs.enter_context(Torchrun(values, tmp_path / f"{version}.log", main))
             run.wait_for_step(2)
             assert len(run.workers) == 2
             return run
@@ -197,7 +198,7 @@ def test_sigterm_to_agent_and_workers_alike_is_one_signal_and_saves(torchrun):
 
 
 def test_workers_whose_agent_is_killed_stop_in_order(torchrun):
-    run = torchrun("orphans")
+    run = torchrun("orphans", main=None)
     workers = run.workers
     run.agent.kill()
     psutil.wait_procs(workers, timeout=60)

@@ -1,6 +1,9 @@
-"""Resume: exact at the same layout, equal at another; and what all ranks must agree on."""
+"""A run's house-keeping: changes and budgets of a run that goes on, every sample once, and what ranks must agree on."""
 
-import shutil
+import json
+import os
+from collections import defaultdict
+from unittest import mock
 
 import pytest
 import torch
@@ -8,11 +11,16 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from elastic.checkpoint.find import list_checkpoints
+from elastic.checkpoint.state import load_router, read_training_state
 from elastic.config.load import load
 from elastic.config.sections import DistillConfig
 from elastic.config.training import ElasticConfig
+from elastic.data import phases as phase_data
+from elastic.data.stream import PackedSequences, TokenStream, read_batch
 from elastic.model.model import Layout, build_model
 from elastic.router.router import Router
+from elastic.run.folder import RunFolderError, run_lock
+from elastic.run.resume import ResumeError
 from elastic.space.gates import Gates
 from elastic.train.callbacks import NoCallback
 from elastic.train.metrics import LossMeter
@@ -22,100 +30,171 @@ from elastic.world.groups import join_world
 from tests.distributed.elastic_step import MICRO_BATCH, SEQUENCE, LayoutCase, batch, tiny_space
 from tests.distributed.harness import DistributedRunError, run_distributed
 from tests.distributed.training import (
+    BUDGETS,
+    CURRICULUM,
+    SPLIT_ELASTIC,
     elastic_values,
     rows,
+    split_values,
     tiny_run_space,
     train,
     train_and_be_killed,
-    train_and_be_told_to_stop,
 )
 
 FOUR = dict(tensor=2, pipeline=2, sequence=True, recompute="full")
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(start):
-    run_distributed(train, 1, elastic_values(start, "uninterrupted"))
-    return rows(start, "uninterrupted")
-
-
-def assert_close(found, expected, steps):
-    for step in steps:
-        assert found[step].keys() >= expected[step].keys()  # an early end validates once more
-        for name, value in expected[step].items():
-            assert found[step][name] == pytest.approx(value, rel=1e-5, abs=1e-7), f"{name} at step {step}"
-
-
-def test_two_replicas_train_like_one_process(start, uninterrupted):
-    run_distributed(train, 2, elastic_values(start, "two_replicas"))
-    assert_close(rows(start, "two_replicas"), uninterrupted, uninterrupted)
-
-
-def test_save_at_tp2_pp2_resume_at_one_process_and_at_dp2(start, uninterrupted):
-    values = elastic_values(start, "four", parallel=FOUR, trainer=dict(max_steps=4))
-    run_distributed(train, 4, values)
-    assert_close(rows(start, "four"), uninterrupted, range(1, 5))
-    shutil.copytree(start / "run" / "four", start / "run" / "four_on_dp2")
-    run_distributed(train, 1, elastic_values(start, "four"))
-    run_distributed(train, 2, elastic_values(start, "four_on_dp2"))
-    assert_close(rows(start, "four"), uninterrupted, range(5, 10))
-    assert_close(rows(start, "four_on_dp2"), uninterrupted, range(5, 10))
-
-
-def test_killed_after_a_checkpoint_resumes_to_the_last_digit(start, uninterrupted):
-    values = elastic_values(start, "killed")
-    with pytest.raises(DistributedRunError):
-        run_distributed(train_and_be_killed, 1, values, "step_00000003", 4)
-    before = rows(start, "killed")
-    assert 4 in before and 9 not in before
-    assert list_checkpoints(start / "run" / "killed")[0].name == "step_00000003"
+def test_changes_are_refused_before_anything_is_touched_and_recorded_when_accepted(start):
+    run_distributed(train, 1, split_values(start, "changes", trainer=dict(max_steps=4)))
+    folder = start / "run" / "changes"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    budgets = [BUDGETS[0], dict(name="third", ratio=0.8), BUDGETS[1]]
+    curriculum = [dict(CURRICULUM[0], steps=6), *CURRICULUM[1:]]
+    changed = dict(elastic=dict(SPLIT_ELASTIC, budgets=budgets), curriculum=curriculum, trainer=dict(max_steps=5))
+    with pytest.raises(DistributedRunError) as refused:
+        run_distributed(train, 2, split_values(start, "changes", seed=99, **changed))
+    assert isinstance(refused.value.__cause__, ResumeError)
+    for part in ("3 differences", "seed = 99", "accept_changes=[elastic.budgets,curriculum.0.steps]", "third"):
+        assert part in str(refused.value.__cause__)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    accepted = dict(accept_changes=["elastic.budgets", "curriculum.0.steps"])
+    values = split_values(start, "changes", **changed)
+    values["exp_manager"] |= accepted
     run_distributed(train, 1, values)
-    assert rows(start, "killed") == uninterrupted
-
-
-def test_two_killed_replicas_resume_to_the_last_digit(start):
-    run_distributed(train, 2, elastic_values(start, "pair"))
-    values = elastic_values(start, "killed_pair")
-    with pytest.raises(DistributedRunError):
-        run_distributed(train_and_be_killed, 2, values, "step_00000003", 4)
-    run_distributed(train, 2, values)
-    assert rows(start, "killed_pair") == rows(start, "pair")
-
-
-def test_a_signal_ends_the_run_with_a_checkpoint_and_the_same_command_goes_on(start, uninterrupted):
-    values = elastic_values(start, "told", trainer=dict(checkpoint_every_n_steps=100))
-    run_distributed(train_and_be_told_to_stop, 1, values, 2)
-    stopped_after = max(rows(start, "told"))
-    assert 2 <= stopped_after < 9
-    assert [path.name for path in list_checkpoints(start / "run" / "told")] == [f"step_{stopped_after:08d}"]
+    newest = list_checkpoints(folder)[-1]
+    state = read_training_state(newest)
+    assert state is not None and state.step == 5
+    assert [(change["step"], change["field"]) for change in state.origin["changes"]] == [
+        (4, "elastic.budgets"),
+        (4, "curriculum.0.steps"),
+    ]
+    assert "router/third/cost_ratio" in rows(start, "changes")[5]
+    # The same command goes on after the next interruption, with nothing left to accept.
+    values["trainer"] = dict(values["trainer"], max_steps=6)
     run_distributed(train, 1, values)
-    assert rows(start, "told") == uninterrupted
 
 
-class StopAfter(NoCallback):
-    """Tells a run to stop after a step."""
+def test_a_new_budget_starts_fresh_and_the_others_keep_what_they_learnt(start):
+    checkpoint = list_checkpoints(start / "run" / "changes")[-1]
+    names = ["full", "third", "half"]
+    saved = Router(tiny_run_space(), 3, 16, seed=0)
+    load_router(checkpoint, saved, torch.optim.AdamW(saved.parameters()), (names, names))
+    router = Router(tiny_run_space(), 3, 16, seed=5)
+    fresh, optimizer = router()["hidden"][1].clone(), torch.optim.AdamW(router.parameters())
+    column = router.networks["hidden"][0].weight[:, 1].clone()
+    load_router(checkpoint, router, optimizer, (names, ["half", "new", "full"]))
+    for axis, logits in router().items():
+        assert torch.equal(logits[0], saved()[axis][2]) and torch.equal(logits[2], saved()[axis][0])
+    weight = router.networks["hidden"][0].weight
+    assert torch.equal(weight[:, 1], column) and not torch.equal(router()["hidden"][1], fresh)
+    moments = optimizer.state[weight]["exp_avg"]
+    assert not moments[:, 1].any() and moments[:, 0].any() and moments[:, 2].any()
+
+
+class Told(NoCallback):
+    """Sends this process SIGUSR1 after a step."""
 
     def __init__(self, step):
         self.step = step
 
     def after_step(self, trainer, result):
-        if trainer.step == self.step:
-            trainer.stop_reason = "a test"
+        if trainer.step == self.step and trainer.world.is_main:
+            os.kill(os.getpid(), 10)
 
 
-def train_until(values, step):
-    run_elastic(load(ElasticConfig, values), Console(quiet=True), [StopAfter(step)])
+def counted(log, rank_function, *arguments):
+    """Call a training function while every micro-batch it reads is written down: phase, place, sample ids, chunks."""
+
+    def write_down(dataset, consumed_samples, *more, **named):
+        batch = read_batch(dataset, consumed_samples, *more, **named)
+        ids = batch.sample_ids.tolist()
+        row = dict(length=dataset.sequence_length, consumed=consumed_samples, ids=ids)
+        row["chunks"] = [dataset.order.chunk(sample) for sample in ids]
+        with log.open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+        return batch
+
+    with mock.patch.object(phase_data, "read_batch", write_down):
+        rank_function(*arguments)
 
 
-def test_a_stop_between_two_log_points_loses_no_step_of_the_log(start, uninterrupted):
-    values = elastic_values(start, "between", trainer=dict(log_every_n_steps=3))
-    run_distributed(train_until, 1, values, 4)
-    found = rows(start, "between")
-    assert list(found) == [3, 4]
-    losses = [name for name in uninterrupted[4] if name.startswith("train/")]
-    assert losses and {name: found[4][name] for name in losses} == {name: uninterrupted[4][name] for name in losses}
-    run_distributed(train, 1, values)
-    assert list(rows(start, "between")) == [3, 4, 6, 9]
+def train_and_be_told(values, step):
+    run_elastic(load(ElasticConfig, values), Console(quiet=True), [Told(step)])
+
+
+def test_each_sample_of_an_epoch_once_over_three_interruptions_and_dp_1_2_1(start, tmp_path):
+    """A phase counts its samples from 0 and orders them anew each epoch; the next phase starts its own count."""
+    data = dict(path=str(start / "data"), micro_batch=8, validation_sequences=16)
+    phases = [dict(CURRICULUM[0], global_batch=64, steps=7), dict(CURRICULUM[1], global_batch=32, steps=2)]
+    router = dict(SPLIT_ELASTIC["router"], draws_per_step=2, noise_draws_per_step=2)
+    common = dict(data=data, curriculum=phases, elastic=dict(SPLIT_ELASTIC, router=router))
+    values = split_values(start, "counted", **common, trainer=dict(checkpoint_every_n_steps=2))
+    logs = [tmp_path / f"{attempt}.jsonl" for attempt in range(4)]
+    run_distributed(counted, 1, logs[0], train_and_be_told, values, 1)
+    with pytest.raises(DistributedRunError):
+        run_distributed(counted, 2, logs[1], train_and_be_killed, values, "step_00000002", 3)
+    run_distributed(counted, 1, logs[2], train_and_be_told, values, 5)
+    run_distributed(counted, 2, logs[3], train, values)
+    assert [step for step in sorted(rows(start, "counted"))] == list(range(1, 10))
+    # What an attempt read past the checkpoint the next one starts from is lost; where both read, they must agree.
+    counts: dict[tuple[int, int], list[int]] = {}
+    chunk_of: dict[tuple[int, int], int] = {}
+    for log in logs:
+        attempt = defaultdict(list)
+        for row in map(json.loads, log.read_text().splitlines()):
+            attempt[row["length"], row["consumed"]] += row["ids"]
+            for sample, chunk in zip(row["ids"], row["chunks"], strict=True):
+                assert chunk_of.setdefault((row["length"], sample), chunk) == chunk
+        counts = {place: ids for place, ids in counts.items() if place < min(attempt)} | attempt
+    for phase in phases:
+        length, total = phase["sequence_length"], phase["global_batch"] * phase["steps"]
+        ids = sorted(sample for (at, _), samples in counts.items() if at == length for sample in samples)
+        assert ids == list(range(total)), f"phase {phase['name']}"
+        num_chunks = len(PackedSequences(TokenStream(start / "data" / "train"), length, 0))
+        epoch = [chunk_of[length, sample] for sample in range(min(total, num_chunks))]
+        assert len(set(epoch)) == len(epoch), "a chunk twice in one epoch"
+        assert total < num_chunks or sorted(epoch) == list(range(num_chunks))
+    assert phases[0]["global_batch"] * 7 > len(PackedSequences(TokenStream(start / "data" / "train"), 32, 0))
+
+
+class Groups(NoCallback):
+    """Checks what the model's and the router's Adam compute with."""
+
+    def __init__(self, optim):
+        self.optim = optim
+
+    def on_start(self, trainer):
+        groups = trainer.optimizer.param_groups
+        assert {group["weight_decay"] for group in groups} == {0.0, self.optim["weight_decay"]}
+        for group in (*groups, *trainer.router_optimizer.param_groups):
+            assert tuple(group["betas"]) == (0.9, self.optim["adam_beta2"]) and group["eps"] == self.optim["eps"]
+
+
+def train_and_look(values, optim):
+    run_elastic(load(ElasticConfig, values), Console(quiet=True), [Groups(optim)])
+
+
+def test_accepted_settings_of_the_optimizer_are_those_it_computes_with(start):
+    run_distributed(train, 1, elastic_values(start, "settings", trainer=dict(max_steps=3)))
+    optim = dict(weight_decay=0.3, adam_beta2=0.9, eps=1e-6)
+    values = elastic_values(start, "settings", optim=optim, trainer=dict(max_steps=4))
+    values["exp_manager"]["accept_changes"] = [f"optim.{name}" for name in optim]
+    run_distributed(train_and_look, 1, values, optim)
+    assert list(rows(start, "settings")) == [1, 2, 3, 4]
+
+
+def hold_twice(folder):
+    here = join_world(Layout(), torch.device("cpu"))
+    with run_lock(folder, here):
+        refused = pytest.raises(RunFolderError, match=rf"another run writes there \(process {os.getpid()} on ")
+        with refused, run_lock(folder, here, wait_s=0.1):
+            pass
+    with run_lock(folder, here):
+        return True
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path):
+    assert run_distributed(hold_twice, 1, tmp_path / "run" / "version_0") == [True]
 
 
 class KeepRouter(NoCallback):

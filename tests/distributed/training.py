@@ -5,10 +5,14 @@ import os
 import signal
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from megatron.core import optimizer as megatron
+from megatron.core.optimizer import distrib_optimizer
 from rich.console import Console
 
 from elastic.config.load import load
@@ -42,6 +46,9 @@ CURRICULUM = [
 ]  # fmt: skip
 # Four draws of two micro-batches each: the same budgets and noise with one and with two replicas.
 DRAWS_PER_STEP = 4
+ROUTER = dict(draws_per_step=DRAWS_PER_STEP, hidden_width=16)
+# Of elastic_values, with noise of its own for every draw: gates that do not depend on the micro-batch.
+SPLIT_ELASTIC = dict(space=SPACE, budgets=BUDGETS, router=dict(ROUTER, noise_draws_per_step=DRAWS_PER_STEP))
 
 
 def write_corpus(folder: Path) -> None:
@@ -84,7 +91,7 @@ def elastic_values(folder: Path, version: str, **overrides: Any) -> dict[str, An
         model=MODEL,
         data=dict(path=str(folder / "data"), micro_batch=1, validation_sequences=4),
         init_from=dict(permuted_parent=str(folder / "run" / "permuted")),
-        elastic=dict(space=SPACE, budgets=BUDGETS, router=dict(draws_per_step=DRAWS_PER_STEP, hidden_width=16)),
+        elastic=dict(space=SPACE, budgets=BUDGETS, router=ROUTER),
         curriculum=CURRICULUM,
         trainer=dict(log_every_n_steps=1, val_check_interval=100, checkpoint_every_n_steps=3),
         exp_manager=place(folder, version),
@@ -92,6 +99,12 @@ def elastic_values(folder: Path, version: str, **overrides: Any) -> dict[str, An
     for name, values in overrides.items():
         sections[name] = {**sections.get(name, {}), **values} if isinstance(values, dict) else values
     return sections
+
+
+def split_values(folder: Path, version: str, **overrides: Any) -> dict[str, Any]:
+    """Return values whose gates do not depend on the micro-batch; the first phase gives its length in tokens."""
+    curriculum = [dict(CURRICULUM[0], steps=None, tokens=5 * 8 * 32), CURRICULUM[1]]
+    return elastic_values(folder, version, **{"elastic": SPLIT_ELASTIC, "curriculum": curriculum, **overrides})
 
 
 def tiny_run_space() -> Space:
@@ -102,6 +115,53 @@ def tiny_run_space() -> Space:
 def train(values: dict[str, Any]) -> None:
     """Run the main job in the calling process, rank or not."""
     run_elastic(load(ElasticConfig, values), Console(quiet=True))
+
+
+class GroupAdam(torch.optim.Optimizer):
+    """AdamW with the interface of the fused ones: moments in fp32, one step count for a group."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        weight_decay: float,
+        betas: Any,
+        eps: float,
+        adam_w_mode: bool,
+        capturable: bool = False,
+    ) -> None:
+        assert adam_w_mode and not capturable
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            (beta1, beta2), step = group["betas"], group["step"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    state.setdefault(moment, torch.zeros_like(parameter))
+                state["exp_avg"].lerp_(parameter.grad, 1 - beta1)
+                state["exp_avg_sq"].mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
+                root = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.addcdiv_(state["exp_avg"], root, value=-group["lr"] / (1 - beta1**step))
+
+
+def train_fused(values: dict[str, Any]) -> None:
+    """Train as on a machine whose Adam is fused, as the distributed optimizer needs it.
+
+    On the CPU its own torch AdamW cannot be resumed (upstream), so the config refuses it there.
+    """
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(megatron, "USING_PYTORCH_OPTIMIZER", False))
+        patches.enter_context(mock.patch.object(megatron, "Adam", GroupAdam, create=True))
+        patches.enter_context(mock.patch.object(distrib_optimizer, "HAVE_APEX_OR_TE", True))
+        patches.enter_context(mock.patch.object(distrib_optimizer, "USING_APEX_OPTIMIZER", True))
+        train(values)
 
 
 def train_and_be_killed(values: dict[str, Any], checkpoint: str, after_row: int) -> None:
