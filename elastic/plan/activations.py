@@ -39,11 +39,6 @@ def saved_bytes(layer: LayerWork) -> dict[str, int]:
     return terms
 
 
-def checkpoint_bytes(run: MicroBatchWork) -> int:
-    """Return what a recomputed layer keeps: its input."""
-    return run.stream_bytes
-
-
 def _norm(channels: int, rows: int, e: int) -> int:
     """Bytes of a gated norm: x in fp32, the normalised x, the weighted x that the projection keeps, and statistics."""
     return channels * (FP32_BYTES + 2 * e) + rows * 2 * FP32_BYTES

@@ -53,21 +53,6 @@ class Trace:
     traffic: Mapping[tuple[str, str], int]
 
 
-def dry_run(
-    run: MicroBatchWork,
-    space: Space,
-    *,
-    num_gpus: int,
-    rank: int,
-    micro_batches: int,
-    distill: DistillConfig,
-    optim: OptimConfig,
-) -> Trace:
-    """Trace one step of `micro_batches`, all like `run`, on global rank `rank` of `num_gpus`."""
-    with fake_world(run.layout, num_gpus, rank) as here, FakeTensorMode():
-        return trace_step(run, space, here, micro_batches=micro_batches, distill=distill, optim=optim)
-
-
 def trace_step(
     run: MicroBatchWork,
     space: Space,
@@ -133,7 +118,7 @@ def ranks_of_stages(layout: Layout, num_gpus: int) -> list[int]:
 
 @contextmanager
 def fake_world(layout: Layout, num_gpus: int, rank: int) -> Iterator[World]:
-    """Be one rank of a job that is not there; no other process group may be up."""
+    """Be one rank of a job that is not there, on tensors without storage; no other process group may be up."""
     assert not dist.is_initialized(), "a dry run brings its own process group"
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_gpus)
     try:
@@ -145,7 +130,8 @@ def fake_world(layout: Layout, num_gpus: int, rank: int) -> Iterator[World]:
             create_gloo_process_groups=False,
         )
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        yield World(layout, ProcessGroupCollection.use_mpu_process_groups(), device)
+        with FakeTensorMode():
+            yield World(layout, ProcessGroupCollection.use_mpu_process_groups(), device)
     finally:
         parallel_state.destroy_model_parallel()
         parallel_state.destroy_global_memory_buffer()

@@ -104,7 +104,7 @@ _COLLECTIVES: dict[str, tuple[str | None, Any]] = {
     "allreduce": ("all_reduce", sum),
     "allreduce_coalesced": ("all_reduce", sum),
     "allgather_base": ("all_gather", max),
-    "allgather_into_tensor_coalesced": ("all_gather", lambda sizes: sum(sizes) * 1),
+    "allgather_into_tensor_coalesced": ("all_gather", sum),
     "reduce_scatter_base": ("reduce_scatter", max),
     "alltoall_base": ("all_to_all", max),
     "send": ("send", sum),

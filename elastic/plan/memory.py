@@ -10,20 +10,13 @@ from functools import cache
 
 from elastic.model.model import Layout
 from elastic.model.sharding import sharded_dim
-from elastic.plan.activations import checkpoint_bytes, fused_scan_workspace_bytes, saved_bytes
+from elastic.plan.activations import fused_scan_workspace_bytes, saved_bytes
 from elastic.plan.work import FP32_BYTES, KernelSet, LayerWork, MicroBatchWork, distinct, stage_layers
 from elastic.space.axes import Axis
 from elastic.space.layers import FP32_PARAMETERS, LAYER_PREFIX, LAYERS
 from elastic.space.nesting import parameter_size
 from elastic.space.pattern import LayerKind
 from elastic.space.shape import ModelShape
-
-
-@dataclass(frozen=True)
-class OptimizerSharding:
-    """How gradients and Adam's state are held: `ranks` share them, 1 without the distributed optimizer."""
-
-    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -61,7 +54,7 @@ def _elements(parent: ModelShape, tensor: int, pipeline: int, stage: int) -> tup
 def _names(parent: ModelShape, layout: Layout, stage: int) -> Iterator[str]:
     if stage == 0:
         yield "embedding.word_embeddings.weight"
-    for layer_index in stage_layers(parent, layout)[stage]:
+    for layer_index in stage_layers(parent, layout.pipeline)[stage]:
         for name in LAYERS[parent.pattern.kinds[layer_index]].parameters:
             yield f"{LAYER_PREFIX}{layer_index}.{name}"
     if stage == layout.pipeline - 1:
@@ -83,23 +76,24 @@ def parameter_bytes(elements: dict[str, int], layout: Layout) -> int:
     )
 
 
-def optimizer_bytes(elements: dict[str, int], layout: Layout, sharding: OptimizerSharding) -> int:
+def optimizer_bytes(elements: dict[str, int], layout: Layout, shards: int = 1) -> int:
     """Return the bytes of Adam: two fp32 moments, and an fp32 master of whatever is not fp32 itself.
 
-    The distributed optimizer holds 1 / ranks of them, a master of the fp32 parameters included in its buffer.
+    The distributed optimizer holds 1 / shards of them, a master of the fp32 parameters included in its buffer.
     """
     masters = sum(
         count
         for name, count in elements.items()
         if layout.dtype.itemsize < FP32_BYTES and not name.endswith(FP32_PARAMETERS)
     )
-    return (2 * sum(elements.values()) + masters) * FP32_BYTES // sharding.ranks
+    return (2 * sum(elements.values()) + masters) * FP32_BYTES // shards
 
 
 def stage_memory(
-    run: MicroBatchWork, stage: int, micro_batches: int, num_chunks: int, sharding: OptimizerSharding
+    run: MicroBatchWork, stage: int, micro_batches: int, num_chunks: int, optimizer_shards: int = 1
 ) -> StageMemory:
-    """Add up one rank of a stage for a step of `micro_batches`, all like `run`.
+    """Add up one rank of a stage for a step of `micro_batches`, all like `run`; `optimizer_shards` ranks share Adam's
+    state, 1 without the distributed optimizer.
 
     1F1B: stage s of p keeps min(p - s, micro-batches) of them. The teacher runs first and leaves the final hidden
     states of every micro-batch of the step on the last stage.
@@ -112,14 +106,15 @@ def stage_memory(
     return StageMemory(
         parameters=parameters,
         gradients=FP32_BYTES * count,
-        optimizer=optimizer_bytes(elements, layout, sharding),
+        optimizer=optimizer_bytes(elements, layout, optimizer_shards),
         teacher=parameters,
         # On the last stage; on all but the first the teacher also holds on to the last stream it was sent.
         teacher_hidden=(micro_batches if last else 0) * teacher_stream + (teacher_stream if stage > 0 else 0),
         activations=in_flight * stage_activation_bytes(run, stage),
         working_set=max((layer_working_set_bytes(layer) for layer, _ in distinct(run.layers(stage))), default=0),
         logits=loss_bytes(run, num_chunks) if last else 0,
-        buffers=gather_buffer_bytes(run),
+        # Megatron-Core's for gathered streams (GlobalMemoryBuffer "mpu"); the teacher's is full.
+        buffers=run.tokens * run.parent.hidden * run.element_bytes if layout.sequence else 0,
     )
 
 
@@ -129,7 +124,7 @@ def stage_activation_bytes(run: MicroBatchWork, stage: int) -> int:
     first, last = stage == 0, stage == run.layout.pipeline - 1
     recompute = run.layout.recompute
     kept = sum(
-        count * (checkpoint_bytes(run) if recompute else sum(saved_bytes(layer).values()))
+        count * (run.stream_bytes if recompute else sum(saved_bytes(layer).values()))
         for layer, count in distinct(layers)
     )
     if first and run.gates(Axis.HIDDEN):
@@ -140,11 +135,6 @@ def stage_activation_bytes(run: MicroBatchWork, stage: int) -> int:
     if last:  # the final norm, as every norm; its output is gathered for the loss and then gone
         kept += run.stream_tokens * run.hidden * (FP32_BYTES + run.element_bytes)
     return kept
-
-
-def gather_buffer_bytes(run: MicroBatchWork) -> int:
-    """Return the buffer Megatron-Core keeps for gathered streams (GlobalMemoryBuffer "mpu"); the teacher's is full."""
-    return run.tokens * run.parent.hidden * run.element_bytes if run.layout.sequence else 0
 
 
 def layer_working_set_bytes(layer: LayerWork) -> int:
@@ -167,12 +157,8 @@ def layer_working_set_bytes(layer: LayerWork) -> int:
             workspace = fused_scan_workspace_bytes(scan, e) if run.kernels is KernelSet.FUSED else 0
             in_scan = workspace + scan.tokens * (scan.rows + scan.inner) * e
             gradients += max(in_norm, in_scan)
-    return again + gradients + largest_weight_gradient_bytes(layer)
-
-
-def largest_weight_gradient_bytes(layer: LayerWork) -> int:
-    """Return the bytes of the gradient of the layer's first weight, before it is added to the fp32 buffer."""
-    return layer.column_rows * layer.run.hidden * layer.run.element_bytes
+    # And of the layer's first weight, before it is added to the fp32 buffer.
+    return again + gradients + layer.column_rows * run.hidden * e
 
 
 def loss_bytes(run: MicroBatchWork, num_chunks: int) -> int:

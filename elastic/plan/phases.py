@@ -1,14 +1,14 @@
 """One phase of a curriculum on one layout: the micro-batches it is made of, their memory and their work."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from elastic.config.sections import ParallelConfig
 from elastic.model.model import Layout
 from elastic.plan.config import PlanConfig
 from elastic.plan.flops import Flops, StageFlops, stage_flops
-from elastic.plan.memory import OptimizerSharding, StageMemory, stage_memory
+from elastic.plan.memory import StageMemory, stage_memory
 from elastic.plan.work import KernelSet, MicroBatchWork
 from elastic.router.phases import ElasticPhase
 from elastic.space.gates import Execution
@@ -36,7 +36,7 @@ class PhasePlan:
     micro_batches: int
     replicas: int
     num_chunks: int
-    sharding: OptimizerSharding
+    optimizer_shards: int = 1
 
     @property
     def layout(self) -> Layout:
@@ -46,7 +46,8 @@ class PhasePlan:
     def memory(self, stage: int) -> StageMemory:
         """Return the peak of one rank of a stage while the most demanding budget is in flight everywhere."""
         plans = (
-            stage_memory(share.run, stage, self.micro_batches, self.num_chunks, self.sharding) for share in self.shares
+            stage_memory(share.run, stage, self.micro_batches, self.num_chunks, self.optimizer_shards)
+            for share in self.shares
         )
         return max(plans, key=lambda plan: plan.total)
 
@@ -89,48 +90,37 @@ def phase_plans(
     """Put every phase of the curriculum on a layout; the layout must be legal."""
     layout = model_layout(parallel, config.trainer)
     replicas = config.cluster.num_gpus // parallel.model_size
-    ranks = replicas * parallel.context if config.optim.use_distributed_optimizer else 1
-    return tuple(
-        PhasePlan(
-            phase=phase,
-            shares=tuple(_shares(config, phase, layout, micro_batch, samples, kernels)),
-            micro_batches=phase.global_batch // (micro_batch * replicas),
-            replicas=replicas,
-            num_chunks=config.distill.num_chunks,
-            sharding=OptimizerSharding(ranks),
-        )
-        for phase in config.curriculum
-    )
-
-
-def _shares(
-    config: PlanConfig,
-    phase: ElasticPhase,
-    layout: Layout,
-    micro_batch: int,
-    samples: dict[str, Sample],
-    kernels: KernelSet,
-) -> Iterator[Share]:
     parent, gated = config.parent_shape(), frozenset(config.space().elastic_axes())
-
-    def run(subnet: Subnet) -> MicroBatchWork:
-        return MicroBatchWork(
+    plans = []
+    for phase in config.curriculum:
+        run = MicroBatchWork(
             parent=parent,
             layout=layout,
             batch=micro_batch,
             length_tokens=phase.sequence_length,
             execution=phase.execution,
-            subnet=subnet,
+            subnet=Subnet.full(parent),
             kernels=kernels,
             lanes=config.elastic.space.lanes,
             gated_axes=gated,
         )
+        plan = PhasePlan(
+            phase=phase,
+            shares=tuple(_shares(phase, run, samples)),
+            micro_batches=phase.global_batch // (micro_batch * replicas),
+            replicas=replicas,
+            num_chunks=config.distill.num_chunks,
+            optimizer_shards=replicas * parallel.context if config.optim.use_distributed_optimizer else 1,
+        )
+        plans.append(plan)
+    return tuple(plans)
 
+
+def _shares(phase: ElasticPhase, full: MicroBatchWork, samples: dict[str, Sample]) -> Iterator[Share]:
     if phase.execution is Execution.MASK:  # full-size work whatever the budget
-        yield Share("all", 1.0, run(Subnet.full(parent)))
+        yield Share("all", 1.0, full)
         return
     weights = phase.weights(list(samples))
-    total = sum(weights)
     for name, weight in zip(samples, weights, strict=True):
         if weight > 0:
-            yield Share(name, weight / total, run(samples[name].subnet))
+            yield Share(name, weight / sum(weights), replace(full, subnet=samples[name].subnet))

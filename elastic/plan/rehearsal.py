@@ -7,10 +7,11 @@ from typing import Any
 from rich.table import Table
 
 from elastic.plan.config import PlanConfig
-from elastic.plan.dry_run import Trace, dry_run, ranks_of_stages
+from elastic.plan.dry_run import Trace, fake_world, ranks_of_stages, trace_step
 from elastic.plan.flops import stage_flops
-from elastic.plan.memory import OptimizerSharding, stage_activation_bytes, stage_memory
+from elastic.plan.memory import stage_activation_bytes, stage_memory
 from elastic.plan.phases import PhasePlan
+from elastic.plan.report import table
 from elastic.plan.search import Candidate
 from elastic.plan.traffic import micro_batch_traffic, step_traffic
 from elastic.plan.work import KernelSet, MicroBatchWork
@@ -28,15 +29,10 @@ def rehearse(config: PlanConfig, space: Space, chosen: Candidate) -> list[dict[s
         for rank in ranks_of_stages(plan.layout, config.cluster.num_gpus):
             stage = rank * plan.layout.pipeline // config.cluster.num_gpus
             in_flight = plan.layout.pipeline - stage
-            trace = dry_run(
-                run,
-                space,
-                num_gpus=config.cluster.num_gpus,
-                rank=rank,
-                micro_batches=in_flight,
-                distill=config.distill,
-                optim=config.optim,
-            )
+            with fake_world(plan.layout, config.cluster.num_gpus, rank) as here:
+                trace = trace_step(
+                    run, space, here, micro_batches=in_flight, distill=config.distill, optim=config.optim
+                )
             rows += comparison(plan, run, trace, in_flight, config.optim.use_distributed_optimizer)
     return rows
 
@@ -49,51 +45,38 @@ def comparison(
     A dry run has no optimizer, the stand-ins no FLOPs; the gather of new weights belongs to the optimizer.
     """
     stage = trace.stage
-    memory = stage_memory(run, stage, count, plan.num_chunks, OptimizerSharding())
+    memory = stage_memory(run, stage, count, plan.num_chunks)
     if trace.optimizer == 0:
         memory = replace(memory, optimizer=0)
     work = stage_flops(run, stage).total
-    planned: dict[str, float] = {
-        "parameters": memory.parameters,
-        "gradients": memory.gradients,
-        "optimizer": memory.optimizer,
-        "teacher's states": memory.teacher_hidden,
-        "activations of one micro-batch": stage_activation_bytes(run, stage),
-        "peak": memory.total,
-        "FLOPs": count * (work.matmul if run.kernels is KernelSet.FUSED else work.total),
+    flops = count * (work.matmul if run.kernels is KernelSet.FUSED else work.total)
+    found: dict[str, tuple[float, float]] = {
+        "parameters": (memory.parameters, trace.parameters),
+        "gradients": (memory.gradients, trace.gradients),
+        "optimizer": (memory.optimizer, trace.optimizer),
+        "teacher's states": (memory.teacher_hidden, trace.teacher_hidden),
+        "activations of one micro-batch": (stage_activation_bytes(run, stage), trace.activations),
+        "peak": (memory.total, trace.peak),
+        "FLOPs": (flops, trace.flops),
     }
-    traced: dict[str, float] = {
-        "parameters": trace.parameters,
-        "gradients": trace.gradients,
-        "optimizer": trace.optimizer,
-        "teacher's states": trace.teacher_hidden,
-        "activations of one micro-batch": trace.activations,
-        "peak": trace.peak,
-        "FLOPs": trace.flops,
-    }
-    sent: Counter[tuple[str, str]] = Counter()
-    for key, payload in micro_batch_traffic(run, stage).items():
-        sent[key] += count * payload
-    for key, payload in step_traffic(run, stage, distributed_optimizer).items():
-        if key != ("dp", "all_gather"):
-            sent[key] += payload
-    for key in sorted({*sent, *trace.traffic}):
-        planned[" ".join(key)], traced[" ".join(key)] = sent[key], trace.traffic.get(key, 0)
+    sent = Counter({key: count * payload for key, payload in micro_batch_traffic(run, stage).items()})
+    sent.update(step_traffic(run, stage, distributed_optimizer))
+    del sent["dp", "all_gather"]
+    found |= {" ".join(key): (sent[key], trace.traffic.get(key, 0)) for key in sorted({*sent, *trace.traffic})}
     return [
-        {"phase": plan.phase.name, "stage": stage, "what": what, "plan": planned[what], "trace": traced[what]}
-        for what in planned
-        if planned[what] or traced[what]
+        {"phase": plan.phase.name, "stage": stage, "what": what, "plan": planned, "trace": traced}
+        for what, (planned, traced) in found.items()
+        if planned or traced
     ]
 
 
 def rehearsal_table(rows: list[dict[str, Any]]) -> Table:
     """Render plan and trace side by side."""
-    table = Table(title="dry run of one rank: micro-batches alive at once on its stage")
-    for number, heading in enumerate(("phase", "stage", "what", "plan", "trace", "plan / trace")):
-        table.add_column(heading, justify="right" if number in (1, 3, 4, 5) else "left", no_wrap=True)
+    lines = []
     for row in rows:
         unit, name = (1e12, "TFLOP") if row["what"] == "FLOPs" else (1e9, "GB")
-        plan, trace = (f"{row[key] / unit:.3f} {name}" for key in ("plan", "trace"))
         ratio = f"{row['plan'] / row['trace']:.3f}" if row["trace"] else "-"
-        table.add_row(row["phase"], str(row["stage"]), row["what"], plan, trace, ratio)
-    return table
+        numbers = (f"{row[key] / unit:.3f} {name}" for key in ("plan", "trace"))
+        lines.append((f"{row['phase']}: {row['what']}", str(row["stage"]), *numbers, ratio))
+    title = "dry run of one rank: micro-batches alive at once on its stage"
+    return table(title, ("what", "stage", "plan", "trace", "plan / trace"), lines)

@@ -1,8 +1,8 @@
 """What a plan says, as plain values and as tables. GB are 10^9 bytes, FLOPs count a multiply and an add as two."""
 
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
 from typing import Any
 
 from rich.table import Table
@@ -93,67 +93,68 @@ def _bill(config: PlanConfig, seconds: float, seconds_at_mfu: float) -> dict[str
     return bill
 
 
+def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Render rows under headings, all but the first column to the right."""
+    found = Table(title=title)
+    for number, heading in enumerate(headings):
+        found.add_column(heading, justify="left" if number == 0 else "right", no_wrap=True)
+    for row in rows:
+        found.add_row(*row)
+    return found
+
+
 def memory_table(values: dict[str, Any]) -> Table:
     """Render GB per GPU by phase and pipeline stage."""
     headings = ("", "stage", "weights", "grads", "Adam", "teacher", "its states", "saved", "layer", "logits", "peak")
-    table = _table("GB on one GPU", headings)
-    for phase in values["phases"]:
-        for stage, memory in enumerate(phase["memory_bytes"]):
-            row = [f"{memory[name] / 1e9:.1f}" for name in (*MEMORY, "total")]
-            table.add_row(phase["name"], str(stage), *row)
-    return table
+    rows = [
+        (phase["name"], str(stage), *(f"{memory[name] / 1e9:.1f}" for name in (*MEMORY, "total")))
+        for phase in values["phases"]
+        for stage, memory in enumerate(phase["memory_bytes"])
+    ]
+    return table("GB on one GPU", headings, rows)
 
 
 def work_table(values: dict[str, Any]) -> Table:
     """Render work, traffic and time of a step by phase."""
     headings = ("", "runs", "batches", "PFLOP", "TP GB", "CP GB", "PP GB", "DP GB", "step", "MFU", "days", "mb fits")
-    table = _table("one step: work of all GPUs, GB sent by one, seconds", headings)
+    rows = []
     for phase in values["phases"]:
-        sent: defaultdict[str, float] = defaultdict(float)
+        sent: Counter[str] = Counter()
         for name, amount in phase["traffic_bytes"].items():
             sent[name.partition(" ")[0]] += amount
-        table.add_row(
-            phase["name"],
-            phase["execution"],
-            str(phase["micro_batches"]),
-            f"{phase['step_flops'] / 1e15:,.0f}",
-            *(f"{sent[group] / 1e9:.1f}" for group in ("tp", "cp", "pp", "dp")),
-            f"{phase['step_seconds']['total']:.1f} s",
-            f"{phase['mfu']:.0%}",
-            f"{phase['days']:.1f}",
-            str(phase["largest_micro_batch"]),
-        )
-    return table
+        row = [phase["name"], phase["execution"], str(phase["micro_batches"]), f"{phase['step_flops'] / 1e15:,.0f}"]
+        row += [f"{sent[group] / 1e9:.1f}" for group in ("tp", "cp", "pp", "dp")]
+        row += [f"{phase['step_seconds']['total']:.1f} s", f"{phase['mfu']:.0%}", f"{phase['days']:.1f}"]
+        rows.append([*row, str(phase["largest_micro_batch"])])
+    return table("one step: work of all GPUs, GB sent by one, seconds", headings, rows)
 
 
-def time_table(names_and_times: Sequence[tuple[str, StepTime]]) -> Table:
-    """Render where the seconds of a step go."""
-    parts = ("products", "elementwise", "tensor", "context", "pipeline", "data", "bubble")
-    table = _table("seconds of a step, nothing overlapping", ("", *parts, "all"))
-    for name, time in names_and_times:
-        table.add_row(name, *(f"{getattr(time, part):.2f}" for part in parts), f"{time.total:.2f}")
-    return table
+def time_table(chosen: Candidate) -> Table:
+    """Render where the seconds of a step go, by phase."""
+    parts = [part.name for part in fields(StepTime)]
+    rows = [
+        (plan.phase.name, *(f"{getattr(time, part):.2f}" for part in parts), f"{time.total:.2f}")
+        for plan, time in zip(chosen.plans, chosen.times, strict=True)
+    ]
+    return table("seconds of a step, nothing overlapping", ("", *parts, "all"), rows)
 
 
 def ranking_table(found: Sequence[Candidate], config: PlanConfig) -> Table:
     """Render the best layouts: days of the whole curriculum, peak, and where the time goes."""
     headings = ("layout", "days", "peak GB", "spare", "products", "memory", "TP", "CP", "DP", "bubble")
-    table = _table(f"fastest of {len(found)} layouts that fit on {config.cluster.num_gpus} GPUs", headings)
+    rows = []
     for one in found[: config.plan.top]:
-        seconds: defaultdict[str, float] = defaultdict(float)
+        seconds: Counter[str] = Counter()
         for plan, time in zip(one.plans, one.times, strict=True):
             for name, amount in asdict(time).items():
                 seconds[name] += amount * plan.phase.num_steps
-        shares = (f"{seconds[n] / one.seconds:.0%}" for n in ("products", "elementwise", "tensor", "context", "data"))
-        table.add_row(
-            one.name,
-            f"{one.seconds / SECONDS_PER_DAY:.1f}",
-            f"{one.peak_bytes / 1e9:.1f}",
-            f"{spare_share(config.cluster, one.peak_bytes):.0%}",
-            *shares,
-            f"{(seconds['bubble'] + seconds['pipeline']) / one.seconds:.0%}",
-        )
-    return table
+        seconds["bubble"] += seconds["pipeline"]
+        peak, spare = one.peak_bytes / 1e9, spare_share(config.cluster, one.peak_bytes)
+        shares = ("products", "elementwise", "tensor", "context", "data", "bubble")
+        row = [one.name, f"{one.seconds / SECONDS_PER_DAY:.1f}", f"{peak:.1f}", f"{spare:.0%}"]
+        rows.append([*row, *(f"{seconds[share] / one.seconds:.0%}" for share in shares)])
+    title = f"fastest of {len(found)} layouts that fit on {config.cluster.num_gpus} GPUs"
+    return table(title, headings, rows)
 
 
 def alone_lines(found: Found) -> list[str]:
@@ -170,18 +171,18 @@ def alone_lines(found: Found) -> list[str]:
 
 def rejection_lines(rejected: Sequence[Rejection]) -> list[str]:
     """Group what is out by the rule it breaks, with one example each."""
-    width = 90  # of a reason; the whole stands in the report
     groups: defaultdict[str, list[Rejection]] = defaultdict(list)
     for one in rejected:
         groups[one.rule].append(one)
     return [
-        f"out for {rule}: {len(group)} layouts, such as {group[0].name}: {_short(group[0].reason, width)}"
+        f"out for {rule}: {len(group)} layouts, such as {group[0].name}: {_short(group[0].reason)}"
         for rule, group in sorted(groups.items(), key=lambda item: -len(item[1]))
     ]
 
 
-def _short(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 3] + "..."
+def _short(reason: str, width: int = 90) -> str:
+    """Cut a reason; the whole stands in the report."""
+    return reason if len(reason) <= width else reason[: width - 3] + "..."
 
 
 def bill_lines(values: dict[str, Any], config: PlanConfig) -> list[str]:
@@ -192,10 +193,3 @@ def bill_lines(values: dict[str, Any], config: PlanConfig) -> list[str]:
         f"{values[f'price{suffix}']:,.0f} dollars at {price:g} a GPU-hour (an assumption)"
         for what, suffix in (("as estimated", ""), (f"at {config.plan.mfu:.0%} MFU", "_at_mfu"))
     ]
-
-
-def _table(title: str, headings: Sequence[str]) -> Table:
-    table = Table(title=title)
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number == 0 else "right", no_wrap=True)
-    return table

@@ -69,6 +69,6 @@ def _print_chosen(console: Console, config: PlanConfig, chosen: Candidate, repor
     )
     console.print(memory_table(values))
     console.print(work_table(values))
-    console.print(time_table([(plan.phase.name, time) for plan, time in zip(chosen.plans, chosen.times, strict=True)]))
+    console.print(time_table(chosen))
     for line in [*bill_lines(values, config), *(f"warning: {text}" for text in report["warnings"])]:
         console.print(line, highlight=False)

@@ -64,16 +64,18 @@ def candidate(config: PlanConfig, parallel: ParallelConfig, micro_batch: int, sa
 
 def run_problems(config: PlanConfig) -> tuple[Problem, ...]:
     """List everything the run's own verb would refuse of the config on this cluster, inputs apart."""
-    cluster = Cluster(num_processes=config.cluster.num_gpus, has_gpu=True)
-    return rule_problems(config.run_config(config.parallel, config.data.micro_batch), cluster)
+    return rule_problems(config.run_config(config.parallel, config.data.micro_batch), _cluster(config))
 
 
 def layout_rule_problems(config: PlanConfig, parallel: ParallelConfig, micro_batch: int) -> list[Problem]:
     """List what the run's own verb would refuse of a layout on this cluster."""
-    run = config.run_config(parallel, micro_batch)
-    cluster = Cluster(num_processes=config.cluster.num_gpus, has_gpu=True)
+    run, cluster = config.run_config(parallel, micro_batch), _cluster(config)
     rules = [rule for rule in RULES if isinstance(run, rule.verbs) and "parallel" in rule.sections]
     return [problem for rule in rules for problem in rule.problems(run, cluster)]
+
+
+def _cluster(config: PlanConfig) -> Cluster:
+    return Cluster(num_processes=config.cluster.num_gpus, has_gpu=True)
 
 
 @dataclass(frozen=True)
@@ -117,23 +119,16 @@ def _rule(problem: Problem) -> str:
 
 def layouts(config: PlanConfig) -> Iterator[tuple[ParallelConfig, int]]:
     """List layouts by powers of two whose replicas fill the cluster; always with sequence parallelism."""
-    cluster = config.cluster
-    depth = len(config.parent_shape().pattern)
+    cluster, depth = config.cluster, len(config.parent_shape().pattern)
     for tensor in _powers(min(8, cluster.gpus_per_node)):
         for pipeline in _powers(depth):
             for context in _powers(cluster.num_gpus):
                 if cluster.num_gpus % (tensor * pipeline * context):
                     continue
+                sizes = dict(tensor=tensor, pipeline=pipeline, context=context)
                 for micro_batch in _powers(config.plan.max_micro_batch):
                     for recompute in ("none", "full"):
-                        parallel = ParallelConfig(
-                            tensor=tensor,
-                            pipeline=pipeline,
-                            context=context,
-                            sequence=tensor > 1,
-                            recompute=recompute,
-                        )
-                        yield parallel, micro_batch
+                        yield ParallelConfig(**sizes, sequence=tensor > 1, recompute=recompute), micro_batch
 
 
 def largest_micro_batch(config: PlanConfig, plan: PhasePlan) -> int:

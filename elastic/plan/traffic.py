@@ -27,11 +27,15 @@ def micro_batch_traffic(run: MicroBatchWork, stage: int) -> Traffic:
     first, last = stage == 0, stage == run.layout.pipeline - 1
     teacher = whole_parent(run)
     for layer, count in distinct(teacher.layers(stage)):
-        _add(found, count, _forward(layer))
+        _add(found, count, _layer(layer, gathers=1, scatters=1))
     for layer, count in distinct(run.layers(stage)):
-        _add(found, count, _forward(layer), _backward(layer))
-        if run.layout.recompute:
-            _add(found, count, _forward(layer, again=True))
+        _add(found, count, _layer(layer, gathers=1, scatters=1))
+        # The mirror of forward, and the input gathered once more for the weight.
+        _add(found, count, _layer(layer, gathers=2, scatters=1, backward=True))
+        if (
+            run.layout.recompute
+        ):  # ends once the last saved tensor is there: the output, where the residual gate keeps it
+            _add(found, count, _layer(layer, gathers=1, scatters=int(run.gates_stream)))
     full = run.stream_tokens * run.parent.hidden * run.element_bytes
     if not last:  # forward of both; between stages a slice is padded to the full width
         found["pp", "send"] += 2 * full
@@ -42,39 +46,21 @@ def micro_batch_traffic(run: MicroBatchWork, stage: int) -> Traffic:
     return found
 
 
-def _add(total: Counter[tuple[str, str]], times: int, *parts: Traffic) -> None:
-    for part in parts:
-        for key, payload in part.items():
-            total[key] += times * payload
+def _add(total: Counter[tuple[str, str]], times: int, part: Traffic) -> None:
+    for key, payload in part.items():
+        total[key] += times * payload
 
 
-def _forward(layer: LayerWork, again: bool = False) -> Traffic:
-    """Count a layer's forward pass; recompute (`again`) stops once the last saved tensor is there."""
+def _layer(layer: LayerWork, gathers: int, scatters: int, backward: bool = False) -> Traffic:
+    """Count one pass of a layer: the stream gathered and scattered so many times, all-reduced without sequence
+    parallelism, and the context-parallel exchange."""
     run, stream = layer.run, layer.run.gathered_bytes
-    found: Counter[tuple[str, str]] = Counter()
-    if run.layout.tensor > 1:
-        # Recompute needs the layer's output only where the residual gate keeps it.
-        outputs = 0 if again and not run.gates_stream else 1
-        if run.layout.sequence:
-            found["tp", "all_gather"] += stream
-            found["tp", "reduce_scatter"] += outputs * stream
-        else:
-            found["tp", "all_reduce"] += outputs * stream
-    found.update(_context(layer, backward=False))
-    return found
-
-
-def _backward(layer: LayerWork) -> Traffic:
-    """Count a layer's backward pass: the mirror of forward, and the input gathered once more for the weight."""
-    run, stream = layer.run, layer.run.gathered_bytes
-    found: Counter[tuple[str, str]] = Counter()
-    if run.layout.tensor > 1:
-        if run.layout.sequence:
-            found["tp", "all_gather"] += 2 * stream
-            found["tp", "reduce_scatter"] += stream
-        else:
-            found["tp", "all_reduce"] += stream
-    found.update(_context(layer, backward=True))
+    found = Counter(_context(layer, backward))
+    if run.layout.tensor > 1 and run.layout.sequence:
+        found["tp", "all_gather"] += gathers * stream
+        found["tp", "reduce_scatter"] += scatters * stream
+    elif run.layout.tensor > 1:
+        found["tp", "all_reduce"] += scatters * stream
     return found
 
 

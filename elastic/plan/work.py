@@ -98,7 +98,9 @@ class MicroBatchWork:
     def layers(self, stage: int) -> tuple["LayerWork", ...]:
         """Return the layers that run on one pipeline stage; a slice leaves out those its subnet skips."""
         kept = range(len(self.parent.pattern)) if self.masked else self.subnet.kept_layers
-        return tuple(LayerWork(self, index) for index in stage_layers(self.parent, self.layout)[stage] if index in kept)
+        return tuple(
+            LayerWork(self, index) for index in stage_layers(self.parent, self.layout.pipeline)[stage] if index in kept
+        )
 
 
 @dataclass(frozen=True)
@@ -232,13 +234,9 @@ def distinct(layers: tuple[LayerWork, ...]) -> list[tuple[LayerWork, int]]:
     return [(layer, counts[key]) for key, layer in first.items()]
 
 
-def stage_layers(parent: ModelShape, layout: Layout) -> tuple[range, ...]:
-    """Return the layer indices of every pipeline stage, as `modules.segments` cuts them."""
-    return _stages(parent, layout.pipeline)
-
-
 @cache
-def _stages(parent: ModelShape, pipeline: int) -> tuple[range, ...]:
+def stage_layers(parent: ModelShape, pipeline: int) -> tuple[range, ...]:
+    """Return the layer indices of every pipeline stage, as `model.segments` cuts them."""
     marked = parent.pattern.segments
     sizes = list(marked) if len(marked) > 1 and pipeline > 1 else balanced_segments(parent, pipeline)
     starts = [sum(sizes[:stage]) for stage in range(len(sizes))]

@@ -10,8 +10,7 @@ import torch
 from elastic.config.sections import DistillConfig, OptimConfig
 from elastic.model.model import Layout
 from elastic.plan.config import PlanConfig
-from elastic.plan.dry_run import Trace, dry_run, ranks_of_stages, trace_step
-from elastic.plan.memory import OptimizerSharding
+from elastic.plan.dry_run import Trace, fake_world, ranks_of_stages, trace_step
 from elastic.plan.phases import PhasePlan, Share, budget_samples
 from elastic.plan.rehearsal import comparison, rehearse
 from elastic.plan.search import candidate
@@ -19,21 +18,16 @@ from elastic.plan.work import KernelSet, MicroBatchWork
 from elastic.router.phases import ElasticPhase
 from elastic.space.axes import Axis
 from elastic.space.gates import Execution
-from elastic.space.shape import ModelShape
 from elastic.space.space import AxisChoices, Space
 from elastic.world.groups import world
 from tests.distributed.harness import run_distributed
-from tests.unit.plan.test_plan import values
+from tests.unit.plan.test_plan import small_shape, values
 
 NUM_CHUNKS, LENGTH = 4, 256
 
 
 def space() -> Space:
     """A parent that splits at TP 2, CP 2 and PP 2, with tokens enough that its activations outweigh its gates."""
-    shape = ModelShape.uniform(
-        "M-*M-M-M", vocab=256, hidden=64, ffn=256, mamba_heads=16, head_channels=12, mamba_groups=4, mamba_state=20,
-        conv_kernel=4, attention_heads=8, kv_heads=4, attention_channels=24,
-    )  # fmt: skip
     choices = {
         Axis.HIDDEN: AxisChoices((64, 48)),
         Axis.FFN: AxisChoices((256, 192), per_layer=True),
@@ -41,7 +35,7 @@ def space() -> Space:
         Axis.ATTENTION_HEAD: AxisChoices((8, 4)),
         Axis.DEPTH: AxisChoices((8, 7)),
     }
-    return Space(shape, choices, depth_ranking=(0, 1, 2, 4, 5, 6, 7, 3))
+    return Space(small_shape("M-*M-M-M"), choices, depth_ranking=(0, 1, 2, 4, 5, 6, 7, 3))
 
 
 def micro_batch(layout: Layout, execution: Execution, kernels: KernelSet) -> MicroBatchWork:
@@ -55,7 +49,7 @@ def micro_batch(layout: Layout, execution: Execution, kernels: KernelSet) -> Mic
 def compared(run: MicroBatchWork, trace: Trace, optim: OptimConfig) -> dict[str, tuple[float, float]]:
     """Plan and trace of every quantity, by name."""
     share = Share("all", 1.0, run)
-    plan = PhasePlan(ElasticPhase(name="p"), (share,), run.layout.pipeline, 1, NUM_CHUNKS, OptimizerSharding())
+    plan = PhasePlan(ElasticPhase(name="p"), (share,), run.layout.pipeline, 1, NUM_CHUNKS)
     rows = comparison(plan, run, trace, run.layout.pipeline, optim.use_distributed_optimizer)
     return {row["what"]: (row["plan"], row["trace"]) for row in rows}
 
@@ -114,7 +108,8 @@ def test_dry_run_of_a_small_model_sees_what_the_plan_says(recompute: bool, execu
     optim = OptimConfig(use_distributed_optimizer=True)
     distill = DistillConfig(num_chunks=NUM_CHUNKS)
     rank = ranks_of_stages(layout, 16)[-1]
-    trace = dry_run(run, space(), num_gpus=16, rank=rank, micro_batches=2, distill=distill, optim=optim)
+    with fake_world(layout, 16, rank) as here:
+        trace = trace_step(run, space(), here, micro_batches=2, distill=distill, optim=optim)
     assert trace.stage == 1 and not torch.distributed.is_initialized()
     for what, (plan, seen) in compared(run, trace, optim).items():
         if what == "peak":

@@ -21,7 +21,7 @@ from elastic.plan.activations import saved_bytes
 from elastic.plan.config import PlanConfig
 from elastic.plan.flops import backward_flops, layer_flops, stage_flops
 from elastic.plan.live import LiveBytes, ProductFlops
-from elastic.plan.memory import OptimizerSharding, optimizer_bytes, rank_parameters, stage_memory
+from elastic.plan.memory import optimizer_bytes, rank_parameters, stage_memory
 from elastic.plan.phases import budget_samples, phase_plans
 from elastic.plan.run_plan import run_plan
 from elastic.plan.search import candidate, largest_micro_batch, layout_name, layout_rule_problems, search
@@ -40,12 +40,16 @@ from tests.unit.config.test_conf_files import compose_once
 BATCH, LENGTH = 2, 160  # not a multiple of the PyTorch scan's chunk: padding counts
 
 
-def space() -> Space:
+def small_shape(pattern: str) -> ModelShape:
     """A parent whose sizes are all different, so that no term can stand in for another."""
-    shape = ModelShape.uniform(
-        "M-*", vocab=256, hidden=64, ffn=256, mamba_heads=16, head_channels=12, mamba_groups=4, mamba_state=20,
+    return ModelShape.uniform(
+        pattern, vocab=256, hidden=64, ffn=256, mamba_heads=16, head_channels=12, mamba_groups=4, mamba_state=20,
         conv_kernel=4, attention_heads=8, kv_heads=4, attention_channels=24,
     )  # fmt: skip
+
+
+def space() -> Space:
+    """One layer of each kind, and a choice on every width."""
     choices = {
         Axis.HIDDEN: AxisChoices((64, 48)),
         Axis.FFN: AxisChoices((256, 192), per_layer=True),
@@ -53,7 +57,7 @@ def space() -> Space:
         Axis.MAMBA_CHANNEL: AxisChoices((12, 8)),
         Axis.ATTENTION_HEAD: AxisChoices((8, 4)),
     }
-    return Space(shape, choices)
+    return Space(small_shape("M-*"), choices)
 
 
 def small_run(execution: Execution, dtype: torch.dtype) -> tuple[MicroBatchWork, Gates]:
@@ -151,22 +155,22 @@ def test_parameters_of_all_ranks_add_up_to_the_12b() -> None:
 def test_adam_by_hand() -> None:
     elements = {"mixer.D": 8, "mlp.linear_fc1.weight": 64}
     bf16, fp32 = Layout(dtype=torch.bfloat16), Layout()
-    assert optimizer_bytes(elements, bf16, OptimizerSharding()) == 64 * 12 + 8 * 8
-    assert optimizer_bytes(elements, fp32, OptimizerSharding()) == 72 * 8
-    assert optimizer_bytes(elements, bf16, OptimizerSharding(ranks=4)) == (64 * 12 + 8 * 8) // 4
+    assert optimizer_bytes(elements, bf16) == 64 * 12 + 8 * 8
+    assert optimizer_bytes(elements, fp32) == 72 * 8
+    assert optimizer_bytes(elements, bf16, 4) == (64 * 12 + 8 * 8) // 4
 
 
 def test_stages_keep_what_one_f_one_b_keeps() -> None:
     """Stage s of p holds min(p - s, micro-batches); recompute leaves one stream per layer."""
     run, _ = small_run(Execution.MASK, torch.float32)
     run = replace(run, layout=Layout(pipeline=3, recompute=True))
-    first, middle, last = (stage_memory(run, stage, 8, 1, OptimizerSharding()) for stage in range(3))
+    first, middle, last = (stage_memory(run, stage, 8, 1) for stage in range(3))
     stream = BATCH * LENGTH * 64 * 4
     assert first.activations == 3 * (stream + stream)  # the gated embedding, too
     assert middle.activations == 2 * stream
     assert last.activations == stream + stream * 2  # the final norm keeps two
     assert last.teacher_hidden == (8 + 1) * stream and first.teacher_hidden == 0
-    short = stage_memory(run, 0, 1, 1, OptimizerSharding())
+    short = stage_memory(run, 0, 1, 1)
     assert short.activations == 2 * stream
 
 
