@@ -16,7 +16,6 @@ from elastic.hf.config import (
     MODEL_TYPE,
     TIME_STEPS,
     WIDTH_KEYS,
-    HfConfigError,
     HfSettings,
     token_problems,
 )
@@ -81,14 +80,6 @@ _KNOWN = {
     "routed_scaling_factor", "tie_word_embeddings", "time_step_limit", "time_step_min", "topk_group", "torch_dtype",
     "transformers_version",
 }  # fmt: skip
-
-
-def shape_from_hf_config(config: Mapping[str, Any]) -> ModelShape:
-    """Read the sizes out of a stock config; raises HfConfigError listing every problem with field and value."""
-    shape, problems = checked_shape(config)
-    if shape is None:
-        raise HfConfigError("config.json: " + "; ".join(problems))
-    return shape
 
 
 def checked_shape(raw: Mapping[str, Any]) -> tuple[ModelShape | None, list[str]]:

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from elastic.hf.safe_files import shown
-from elastic.hf.tensor_index import INDEX_FILE, SINGLE_FILE, StoredTensor, TensorFileError, scan_tensors
+from elastic.hf.tensor_index import INDEX_FILE, SINGLE_FILE, StoredTensor, TensorFileError
 
 _TYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -114,14 +114,6 @@ class TensorFolder(Mapping[str, Tensor]):
 
     def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
         self._stored = dict(stored)
-
-    @classmethod
-    def open(cls, folder: Path) -> Self:
-        """Check index and headers of `folder`; raises TensorFileError naming every problem."""
-        scan = scan_tensors(Path(folder))
-        if scan.problems:
-            raise TensorFileError("; ".join(scan.problems[:10]))
-        return cls(scan.tensors)
 
     def __getitem__(self, name: str) -> Tensor:
         stored = self._stored[name]

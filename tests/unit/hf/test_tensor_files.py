@@ -17,6 +17,7 @@ from elastic.hf.tensor_files import (
     plan_shards,
     write_tensors,
 )
+from elastic.hf.tensor_index import scan_tensors
 
 TENSORS = {
     "odd": torch.randn(3).bfloat16(),
@@ -26,6 +27,13 @@ TENSORS = {
     "more": torch.randn(5),
 }
 SPECS = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in TENSORS.items()}
+
+
+def opened(folder: Path) -> TensorFolder:
+    scan = scan_tensors(folder)
+    if scan.problems:
+        raise TensorFileError("; ".join(scan.problems))
+    return TensorFolder(scan.tensors)
 
 
 def test_one_file_is_what_the_library_reads(tmp_path: Path) -> None:
@@ -44,7 +52,7 @@ def test_shards_hold_what_the_index_says(tmp_path: Path) -> None:
     index = json.loads((tmp_path / INDEX_FILE).read_text())
     files = sorted(set(index["weight_map"].values()))
     assert files == [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
-    folder = TensorFolder.open(tmp_path)
+    folder = opened(tmp_path)
     assert set(folder) == TENSORS.keys() and len(folder) == 5 and folder.size("matrix") == (7, 4)
     for name, tensor in TENSORS.items():
         assert torch.equal(load_file(tmp_path / index["weight_map"][name])[name], tensor)
@@ -59,7 +67,7 @@ def test_shards_stay_below_the_limit_unless_one_tensor_is_larger() -> None:
 def test_values_are_converted_and_announced_sizes_enforced(tmp_path: Path) -> None:
     specs = {"a": TensorSpec((2,), torch.bfloat16)}
     write_tensors(tmp_path, specs, [("a", torch.tensor([1.0, 1.001]))], 100)
-    assert TensorFolder.open(tmp_path)["a"].tolist() == [1.0, 1.0]
+    assert opened(tmp_path)["a"].tolist() == [1.0, 1.0]
     with pytest.raises(TensorFileError, match=r"tensor a \(3,\) was not announced"):
         write_tensors(tmp_path, specs, [("a", torch.zeros(3))], 100)
     with pytest.raises(TensorFileError, match="came twice"):
@@ -142,4 +150,4 @@ def test_broken_folders_are_refused_by_name(tmp_path: Path, how: str, message: s
     folder.mkdir()
     broken_folder(folder, how)
     with pytest.raises(TensorFileError, match=message):
-        TensorFolder.open(folder)
+        opened(folder)
