@@ -20,7 +20,7 @@ from rich.text import Text
 
 from elastic.config.rules import Cluster
 from elastic.config.sections import ComputeConfig
-from elastic.config.training import RunConfig
+from elastic.config.training import ComputedConfig
 from elastic.verbs.inputs import load_run
 from recipes._arguments import check_arguments, own_folder
 
@@ -93,7 +93,7 @@ def load_config[T](cfg: DictConfig, kind: type[T]) -> T:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     if rank() > 0:
         logging.getLogger().setLevel(logging.WARNING)
-    if isinstance(config, RunConfig):
+    if isinstance(config, ComputedConfig):
         set_up_process(config.trainer)
     return config
 

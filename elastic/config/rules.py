@@ -14,12 +14,12 @@ from elastic.config.load import ConfigError, Problem, load_with_problems
 from elastic.config.rules_layout import Cluster
 from elastic.config.serving import EvaluateConfig, ExtractConfig, GenerateConfig, ImportConfig, MembersConfig
 from elastic.config.training import (
+    ComputedConfig,
     CostConfig,
     ElasticConfig,
     ElasticRunConfig,
     ImportanceConfig,
     PretrainConfig,
-    RunConfig,
 )
 
 
@@ -36,7 +36,7 @@ class Rule:
 TRAINING = (PretrainConfig, ElasticConfig)
 # CostConfig describes a run it does not start: only rules of the model, the space and the budgets concern it.
 RULES = (
-    Rule(RunConfig, ("parallel",), layout_rules.check_world),
+    Rule(ComputedConfig, ("parallel",), layout_rules.check_world),
     Rule((ImportConfig, ExtractConfig), (), layout_rules.check_one_process),
     Rule((*TRAINING, CostConfig), ("model",), layout_rules.check_pattern, later_rules_need_it=True),
     Rule((*TRAINING, CostConfig), ("model",), layout_rules.check_sizes, later_rules_need_it=True),

@@ -10,11 +10,11 @@ from elastic.config.load import Problem, field_paths
 from elastic.config.sections import ParallelConfig
 from elastic.config.serving import EvaluateConfig
 from elastic.config.training import (
+    ComputedConfig,
     CostConfig,
     ElasticConfig,
     ImportanceConfig,
     PretrainConfig,
-    RunConfig,
     TrainConfig,
     VerbConfig,
 )
@@ -68,7 +68,7 @@ def check_sizes(config: TrainConfig, cluster: Cluster) -> Iterator[Problem]:
     yield from multiple_problem("model.attention_heads", model.attention_heads, model.kv_heads, "model.kv_heads")
 
 
-def check_world(config: RunConfig, cluster: Cluster) -> Iterator[Problem]:
+def check_world(config: ComputedConfig, cluster: Cluster) -> Iterator[Problem]:
     """Replicas must fill the processes, and sequence parallelism needs tensor parallelism."""
     if isinstance(config, CostConfig):
         return  # the layout is that of the run it prices

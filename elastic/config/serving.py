@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from elastic.config.sections import DataConfig
-from elastic.config.training import Checkpoint, CheckpointInput, RunConfig, VerbConfig
+from elastic.config.training import Checkpoint, CheckpointInput, ComputedConfig, RunConfig, VerbConfig
 from elastic.space.axes import AXES
 from elastic.space.gates import Execution
 from elastic.space.ranges import Count, CountOrZero, MemberName, PositiveOrZero, Range, Required, Share
@@ -14,15 +14,24 @@ from elastic.space.subnet import Subnet
 
 @dataclass(frozen=True, kw_only=True)
 class SubnetConfig:
-    """A subnet given by hand. An empty list or null is full; one width serves all layers, several go layer by layer."""
+    """A subnet given by hand. An empty list or null is full; one width serves all layers, several go layer by layer.
+
+    `params` instead of widths asks for a subnet of so many parameters, between the budgets next to it.
+    """
 
     name: MemberName
+    params: Count | None = None
     hidden: Count | None = None
     ffn: tuple[Count, ...] = ()
     mamba_heads: tuple[Count, ...] = ()
     head_channels: Count | None = None
     attention_heads: tuple[Count, ...] = ()
     kept_layers: tuple[CountOrZero, ...] = ()
+
+    @property
+    def has_widths(self) -> bool:
+        """Tell whether anything but the parameters is given."""
+        return self != SubnetConfig(name=self.name, params=self.params)
 
     def subnet(self, parent: ModelShape) -> Subnet:
         """Return the subnet inside `parent`; raises SubnetError if it does not fit."""
@@ -112,13 +121,14 @@ class ServedInput(CheckpointInput):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(RunConfig):
+class GenerateConfig(ComputedConfig):
     """recipes/generate.py: text from one budget, or thought with one and answered with another.
 
     The weights come from init_from.checkpoint or from `folder`, a Hugging Face folder. `budget`, `think` and `answer`
-    name budgets or entries of `subnets`; without any, the whole model writes. `prompt_file` holds one prompt.
-    `tokenizer` null takes the folder's own, or that of the data the checkpoint was trained on. Thinking has a limit of
-    its own beside max_new_tokens. Temperature 0 is greedy.
+    name budgets or entries of `subnets`; without any, the whole model writes. In `prompts`, \\n and \\t are a line
+    break and a tab; `prompt_file` holds one more, which is taken as it is. `tokenizer` null takes the folder's own,
+    or that of the data the checkpoint was trained on. Thinking has a limit of its own beside max_new_tokens.
+    Temperature 0 is greedy. Text is printed; `output` names a JSON file that gets it, too, with tokens and speeds.
     """
 
     init_from: ServedInput = field(default_factory=ServedInput)
@@ -136,6 +146,8 @@ class GenerateConfig(RunConfig):
     temperature: PositiveOrZero = 0.0
     top_k: Count | None = None
     top_p: Share | None = None
+    output: str | None = None
+    overwrite: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,12 +39,17 @@ class VerbConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(VerbConfig):
-    """What every verb that runs a model has beyond that."""
+class ComputedConfig:
+    """What every verb that runs a model has, with or without a run folder."""
 
     seed: CountOrZero = 1234
     trainer: ComputeConfig = field(default_factory=ComputeConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(ComputedConfig, VerbConfig):
+    """A verb that runs a model and writes a run folder."""
 
 
 @dataclass(frozen=True, kw_only=True)

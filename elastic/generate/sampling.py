@@ -32,7 +32,9 @@ class Sampling:
 
         In this order as in stock transformers. top_p keeps the fewest likeliest tokens that reach it together.
         """
-        scaled = logits.float().cpu() / self.temperature
+        logits = logits.float().cpu()
+        # The largest one leaves first, in fp64, so that no temperature, however small, divides to inf.
+        scaled = ((logits - logits.max()).double() / self.temperature).float()
         if self.top_k is not None and self.top_k < scaled.numel():
             smallest = scaled.topk(self.top_k).values[-1]
             scaled = scaled.masked_fill(scaled < smallest, float("-inf"))

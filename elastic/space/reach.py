@@ -11,7 +11,7 @@ from torch import Tensor
 from elastic.space.axes import AXES, Axis
 from elastic.space.budget import Budget
 from elastic.space.cost import Cost, Deployment, Widths, cost, subnet_cost
-from elastic.space.space import AxisChoices, Space
+from elastic.space.space import AxisChoices, Space, SpaceError
 from elastic.space.subnet import Subnet
 
 TOLERANCE = 0.01  # of the target; ours, as near as a budget should be met
@@ -132,3 +132,41 @@ def _mixed(
 def _sample(space: Space, subnet: Subnet, budget: Budget, deployment: Deployment) -> Sample:
     used = subnet_cost(space.parent, subnet, deployment)
     return Sample(subnet, used, float(used[budget.metric]) / budget.limit)
+
+
+def choice_indices(space: Space, subnet: Subnet) -> dict[Axis, tuple[int, ...]]:
+    """Return the choices, one index per slot of every elastic axis, that `Space.subnet` turns into these widths.
+
+    Which layers are kept is not compared, only how many. Raises SpaceError for a width that is not among the choices.
+    """
+    widths = {axis: getattr(subnet, entry.size) for axis, entry in AXES.items()} | {Axis.DEPTH: len(subnet.kept_layers)}
+    widths = {axis: width if isinstance(width, tuple) else (width,) for axis, width in widths.items()}
+    for axis in space.elastic_axes():
+        if foreign := [width for width in widths[axis] if width not in space.axes[axis].choices]:
+            raise SpaceError(f"{axis} width {foreign[0]} is not among the choices {list(space.axes[axis].choices)}")
+    return {
+        axis: tuple(space.axes[axis].choices.index(width) for width in widths[axis][: space.num_slots(axis)])
+        for axis in space.elastic_axes()
+    }
+
+
+def subnet_between(space: Space, larger: Subnet, smaller: Subnet, budget: Budget, deployment: Deployment) -> Sample:
+    """Return the subnet nearest to a budget on the way from one subnet of the space to another.
+
+    Each choice goes from the one's to the other's in single steps, all spread evenly over the way, so that what lies
+    between two trained subnets is like both. Layers leave by their ranking.
+    """
+    start, end = choice_indices(space, larger), choice_indices(space, smaller)
+    steps: list[tuple[float, Axis, int, int]] = []
+    for axis, indices in start.items():
+        for slot, (first, last) in enumerate(zip(indices, end[axis], strict=True)):
+            offset = (len(steps) + 1) * _GOLDEN_RATIO % 1.0  # so that the slots of an axis take turns
+            for number in range(abs(last - first)):
+                steps.append(((number + offset) / abs(last - first), axis, slot, 1 if last > first else -1))
+    chosen = {axis: list(indices) for axis, indices in start.items()}
+    samples = [_sample(space, larger, budget, deployment)]
+    for _, axis, slot, direction in sorted(steps):
+        chosen[axis][slot] += direction
+        subnet = space.subnet({axis: tuple(indices) for axis, indices in chosen.items()})
+        samples.append(_sample(space, subnet, budget, deployment))
+    return min(samples, key=lambda sample: abs(sample.ratio - 1.0))

@@ -18,7 +18,7 @@ from elastic.space.reach import TOLERANCE, Sample, sample_subnet, smallest_subne
 from elastic.space.shape import ModelShape
 from elastic.space.space import Space
 from elastic.space.subnet import Subnet
-from elastic.verbs.evaluate import subnet_summary
+from elastic.verbs.members import subnet_summary
 from elastic.verbs.report_file import check_output, write_output
 
 TENSOR_PARALLEL = (1, 2, 4, 8)  # sizes a submodel is served at

@@ -24,7 +24,7 @@ from elastic.rank.importance import Scores, collect_scores, default_top_channels
 from elastic.rank.permutation import Ranking, permute_parameter, save_ranking
 from elastic.run.folder import open_run_folder
 from elastic.space.space import Space
-from elastic.verbs.text_settings import LONGEST
+from elastic.verbs.text import LONGEST
 from elastic.world.groups import World, model_layout, world
 
 RANKING_FILE = "ranking.safetensors"
@@ -49,33 +49,33 @@ def run_importance(config: ImportanceConfig, console: Console) -> Path:
         full = config.init_from.verify == "full"
         start = resolve_checkpoint(config.init_from.parent, full=full, world=here, say=console.print)
         record = Record.read(start)
-        folder, _ = open_run_folder(config.exp_manager, asdict(config), here)
         space = Space(record.shape, {}, lanes=config.lanes)
+        folder, _ = open_run_folder(config.exp_manager, asdict(config), here)
         model = build_model(space, here.layout)
         load_checkpoint(start, Trainable(model))
         model.eval()
-        section = config.importance
-        scores = collect_scores(model, space, _calibration(config, stream, here, section.num_sequences))
+        scores = collect_scores(model, space, _calibration(config, stream, here, config.importance.num_sequences))
         depth = _rank_layers(config, model, space, stream, here, console)
         ranking = make_ranking(scores, space, depth)
         before = _probe_logits(model, record, here)
         _permute_in_place(model, ranking, space, here)
         _check_unmoved(before, _probe_logits(model, record, here), here)
-        provenance = {"parent": str(start), "data": config.data.path, "tokens": str(scores.num_tokens)}
+        origin = {"parent": str(start), "data": config.data.path, "tokens": str(scores.num_tokens)}
         if here.is_main:
-            save_ranking(folder / RANKING_FILE, ranking, _score_tensors(scores, depth, space), provenance)
+            save_ranking(folder / RANKING_FILE, ranking, _score_tensors(scores, depth, space), origin)
         permuted = Record(
             "permuted_parent",
             record.shape,
             config.lanes,
             ranking.depth,
             config.data.path,
-            provenance=provenance | {key: value for key, value in record.provenance.items() if key == LONGEST},
+            provenance=origin | {key: value for key, value in record.provenance.items() if key == LONGEST},
         )
-        begin_save(checkpoint_folder(folder, 0), Trainable(model), permuted, None, here, start).finish()
+        target = checkpoint_folder(folder, 0)
+        begin_save(target, Trainable(model), permuted, None, here, start).finish()
         if here.is_main:
             console.print(f"layers, best first: {' '.join(map(str, ranking.depth))}")
-            console.print(f"permuted parent, logits unmoved -> {checkpoint_folder(folder, 0)}")
+            console.print(f"permuted parent, logits unmoved -> {target}", soft_wrap=True)
     return folder
 
 

@@ -1,5 +1,6 @@
 """The verb evaluate: deterministic loss, perplexity and cost of every budget and of subnets given by hand."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,18 +9,26 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from elastic.config.load import Problem
 from elastic.config.sections import DistillConfig
 from elastic.config.serving import EvaluateConfig
 from elastic.data.stream import HeldOut, TokenStream, source_labels
 from elastic.run.folder import open_run_folder
-from elastic.space.axes import Axis
 from elastic.space.cost import subnet_cost
 from elastic.space.gates import Gates
 from elastic.space.space import Space
 from elastic.space.subnet import Subnet
 from elastic.train.evaluation import HeldOutLoss, evaluate_subnets
 from elastic.train.pipeline import PipelineRunner
-from elastic.verbs.family import FamilyError, OpenFamily, open_configured
+from elastic.verbs.members import (
+    Member,
+    MembersError,
+    OpenCheckpoint,
+    one_hot_weights,
+    open_checkpoint,
+    open_configured,
+    subnet_summary,
+)
 from elastic.world.files import write_json
 from elastic.world.groups import model_layout, world
 
@@ -30,23 +39,23 @@ def run_evaluate(config: EvaluateConfig, console: Console) -> Path:
     """Evaluate and write evaluation.json; returns the run folder."""
     held_out = TokenStream(Path(config.data.path) / "validation")
     with world(model_layout(config.parallel, config.trainer), config.trainer.collective_timeout_s) as here:
+        opened = open_configured(config, world=here, say=console.print)
+        gates = {
+            member.name: member_gates(member.subnet, opened.space, config.execution, here.device)
+            for member in opened.members
+        }
         folder, _ = open_run_folder(config.exp_manager, asdict(config), here)
-        family = open_configured(config, world=here, say=console.print)
-        runner = PipelineRunner(here, family.load_model(here.layout), DistillConfig(kl_weight=0.0))
         losses = evaluate_subnets(
-            runner,
-            {
-                member.name: member_gates(member.subnet, family.space, config.execution, here.device)
-                for member in family.members
-            },
+            PipelineRunner(here, opened.load_model(here.layout), DistillConfig(kl_weight=0.0)),
+            gates,
             HeldOut(held_out, config.sequence_length),
             num_sequences=config.data.validation_sequences,
             micro_batch_size=config.data.micro_batch,
             world=here,
         )
-        rows = [_row(family, index, losses[member.name]) for index, member in enumerate(family.members)]
+        rows = [_row(opened, member, losses[member.name]) for member in opened.members]
         if here.is_main:
-            write_json(folder / EVALUATION_FILE, {"checkpoint": str(family.checkpoint), "members": rows})
+            write_json(folder / EVALUATION_FILE, {"checkpoint": str(opened.checkpoint), "members": rows})
             console.print(evaluation_table(rows))
     return folder
 
@@ -58,28 +67,15 @@ def member_gates(subnet: Subnet, space: Space, execution: str, device: torch.dev
     return Gates.mask({axis: weights.to(device) for axis, weights in one_hot_weights(subnet, space).items()})
 
 
-def one_hot_weights(subnet: Subnet, space: Space) -> dict[Axis, torch.Tensor]:
-    """Return exact one-hot weights [slots, K] of a subnet of this space; raises FamilyError for one outside it."""
-    weights, chosen = {}, {}
-    for axis in space.elastic_axes():
-        choices, widths = space.axes[axis].choices, subnet.axis_widths(axis)
-        foreign = [width for width in widths if width not in choices]
-        if foreign:
-            raise FamilyError(f"execution = mask: {axis} width {foreign[0]} is not among the choices {list(choices)}")
-        chosen[axis] = tuple(choices.index(width) for width in widths[: space.num_slots(axis)])
-        weights[axis] = torch.nn.functional.one_hot(torch.tensor(chosen[axis]), len(choices)).float()
-    masked = space.subnet(chosen)
-    if masked.kept_layers != subnet.kept_layers or masked.shape(space.parent) != subnet.shape(space.parent):
-        raise FamilyError(
-            f"execution = mask: the choices of this checkpoint do not reach {subnet_summary(subnet)}; "
-            f"use execution=slice"
-        )
-    return weights
-
-
-def subnet_summary(subnet: Subnet) -> dict[str, Any]:
-    """Return a subnet as plain JSON values."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(subnet).items()}
+def mask_problems(config: EvaluateConfig) -> Iterator[Problem]:
+    """Yield a problem for the first member that full-size masks cannot run."""
+    if config.execution == "mask":
+        opened = open_checkpoint(config.init_from, config.budget_names, config.subnets, full=False)
+        try:
+            for member in opened.members:
+                one_hot_weights(member.subnet, opened.space)
+        except MembersError as error:
+            yield from error.problems
 
 
 def evaluation_table(rows: list[dict[str, Any]]) -> Table:
@@ -106,9 +102,8 @@ def evaluation_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _row(family: OpenFamily, index: int, loss: HeldOutLoss) -> dict[str, Any]:
-    member = family.members[index]
-    cost = subnet_cost(family.space.parent, member.subnet, family.deployment)
+def _row(opened: OpenCheckpoint, member: Member, loss: HeldOutLoss) -> dict[str, Any]:
+    cost = subnet_cost(opened.space.parent, member.subnet, opened.deployment)
     budget = member.budget
     return {
         "name": member.name,

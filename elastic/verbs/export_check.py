@@ -25,7 +25,7 @@ from elastic.model.model import Layout, build_model
 from elastic.space.cost import shape_cost
 from elastic.space.gates import Gates
 from elastic.space.subnet import Subnet
-from elastic.verbs.family import Member, OpenFamily
+from elastic.verbs.members import Member, OpenCheckpoint
 from elastic.world.groups import world
 
 _FP32_BYTES = 4
@@ -35,25 +35,25 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def choose_check(
-    family: OpenFamily,
+    opened: OpenCheckpoint,
     member: Member,
     dtypes: DtypeRule,
     wanted: Literal["auto", "logits", "values"],
     tolerance: float,
 ) -> FolderCheck:
     """Return the check of one member's folder; `auto` decides by the memory that is free now."""
-    parent = family.space.parent
+    parent = opened.space.parent
     if wanted == "auto":
-        needed = logit_check_bytes(family, member)
+        needed = logit_check_bytes(opened, member)
         wanted = "logits" if needed <= available_memory_bytes() else "values"
     if wanted == "logits":
-        return LogitCheck(subnet_logits(family.checkpoint, member.subnet, dtypes), tolerance)
-    return ValueCheck(family.tensors(), parent, member.subnet, family.space.lanes)
+        return LogitCheck(subnet_logits(opened.checkpoint, member.subnet, dtypes), tolerance)
+    return ValueCheck(opened.tensors(), parent, member.subnet, opened.space.lanes)
 
 
-def logit_check_bytes(family: OpenFamily, member: Member) -> int:
+def logit_check_bytes(opened: OpenCheckpoint, member: Member) -> int:
     """Return the memory of the nested parent and the reloaded submodel, both in fp32, with headroom."""
-    parent = family.space.parent
+    parent = opened.space.parent
     params = shape_cost(parent).params + shape_cost(member.subnet.shape(parent)).stored_params
     return int(params * _FP32_BYTES * _HEADROOM)
 

@@ -25,11 +25,10 @@ from elastic.rank.slicing import parent_parameter, submodel_source
 from elastic.run.folder import prepare_run_folder
 from elastic.space.layers import parameter_names
 from elastic.space.shape import ModelShape
-from elastic.verbs.evaluate import subnet_summary
 from elastic.verbs.export_check import choose_check
-from elastic.verbs.family import Member, OpenFamily, open_configured
-from elastic.verbs.progress import transfer_progress
-from elastic.verbs.text_settings import text_settings
+from elastic.verbs.import_hf import transfer_progress
+from elastic.verbs.members import Member, OpenCheckpoint, open_configured, subnet_summary
+from elastic.verbs.text import text_settings
 from elastic.world.files import write_json
 from elastic.world.groups import DTYPES, decided_by_rank_0
 
@@ -42,14 +41,14 @@ def run_extract(config: ExtractConfig, console: Console) -> Path:
     Each Hugging Face folder has been reloaded in stock transformers and its logits compared with the subnet in the
     nested checkpoint before this returns, or, where memory does not allow it, every stored value with the parent's.
     """
-    family = open_configured(config, say=console.print)
-    carried = _carried(family, config)
+    opened = open_configured(config, say=console.print)
+    carried = _carried(opened, config)
     folder, _ = decided_by_rank_0(lambda: prepare_run_folder(config.exp_manager, asdict(config)), None)
     rows = []
-    for member in family.members:
+    for member in opened.members:
         row: dict[str, Any] = {"name": member.name, "subnet": subnet_summary(member.subnet)}
         if config.export.hugging_face:
-            report = _export_hugging_face(family, member, folder / member.name, carried, config, console)
+            report = _export_hugging_face(opened, member, folder / member.name, carried, config, console)
             row |= {
                 "hugging_face": str(report.folder),
                 "params": report.params,
@@ -57,25 +56,28 @@ def run_extract(config: ExtractConfig, console: Console) -> Path:
                 "verification": str(report.outcome.verification),
                 "max_abs_logit_diff": report.outcome.max_abs_logit_diff,
             }
-            console.print(_line(member, member.subnet.shape(family.space.parent), report))
+            console.print(_line(member, member.subnet.shape(opened.space.parent), report))
         if config.export.megatron:
-            row["megatron"] = str(_export_megatron(family, member, folder / f"{member.name}_megatron", carried))
+            row["megatron"] = str(_export_megatron(opened, member, folder / f"{member.name}_megatron", carried))
+        if member.untrained is not None:
+            row["untrained"] = member.untrained
+            console.print(f"note: {member.name} is {member.untrained}", highlight=False)
         rows.append(row)
-    write_json(folder / EXTRACTION_FILE, {"checkpoint": str(family.checkpoint), "members": rows})
+    write_json(folder / EXTRACTION_FILE, {"checkpoint": str(opened.checkpoint), "members": rows})
     return folder
 
 
-def _carried(family: OpenFamily, config: ExtractConfig) -> ExportSettings:
+def _carried(opened: OpenCheckpoint, config: ExtractConfig) -> ExportSettings:
     """Return settings, tokenizer and number formats of the exports: the config's, or those of the checkpoint."""
-    settings, tokenizer = text_settings(family.checkpoint, family.record, config.data.path)
+    settings, tokenizer = text_settings(opened.checkpoint, opened.record, config.data.path)
     precision = config.export.precision
-    dtypes = _stored_formats(family) if precision is None else DtypeRule.trained(DTYPES[precision])
+    dtypes = _stored_formats(opened) if precision is None else DtypeRule.trained(DTYPES[precision])
     return ExportSettings(settings, dtypes, () if tokenizer is None else find_tokenizer(tokenizer))
 
 
-def _stored_formats(family: OpenFamily) -> DtypeRule:
+def _stored_formats(opened: OpenCheckpoint) -> DtypeRule:
     """Return the number formats of the checkpoint's parameters as a rule over the exported tensors."""
-    stored, parent = family.tensors(), family.space.parent
+    stored, parent = opened.tensors(), opened.space.parent
     main = stored.dtype(next(iter(stored)))
     exceptions: dict[str, torch.dtype] = {}
     for name in parameter_names(parent):
@@ -85,19 +87,25 @@ def _stored_formats(family: OpenFamily) -> DtypeRule:
 
 
 def _export_hugging_face(
-    family: OpenFamily, member: Member, folder: Path, carried: ExportSettings, config: ExtractConfig, console: Console
+    opened: OpenCheckpoint,
+    member: Member,
+    folder: Path,
+    carried: ExportSettings,
+    config: ExtractConfig,
+    console: Console,
 ) -> ExportReport:
-    parent, lanes = family.space.parent, family.space.lanes
+    parent, lanes = opened.space.parent, opened.space.lanes
     card = CardInfo(
         title=f"{config.exp_manager.name} {member.name}",
         parent=parent,
         subnet=member.subnet,
         budget=member.budget,
-        deployment=family.deployment,
+        deployment=opened.deployment,
         license=carried.settings.license,
         provenance={
-            "nested checkpoint": family.checkpoint.name,
-            **{k: str(v) for k, v in family.record.provenance.items()},
+            "nested checkpoint": opened.checkpoint.name,
+            **{k: str(v) for k, v in opened.record.provenance.items()},
+            **({} if member.untrained is None else {"training": member.untrained}),
         },
     )
     options = ExportOptions(
@@ -106,11 +114,11 @@ def _export_hugging_face(
         tokenizer_folder=carried.tokenizer_folder,
         shard_bytes=config.export.shard_bytes,
     )
-    check = choose_check(family, member, carried.dtypes, config.export.check, config.export.max_logit_difference)
+    check = choose_check(opened, member, carried.dtypes, config.export.check, config.export.max_logit_difference)
     with transfer_progress(console) as bar:
         task = bar.add_task(f"writing {member.name}", total=None)
         return export_folder(
-            submodel_source(family.tensors(), parent, member.subnet, lanes),
+            submodel_source(opened.tensors(), parent, member.subnet, lanes),
             member.subnet.shape(parent),
             folder,
             card,
@@ -120,17 +128,17 @@ def _export_hugging_face(
         )
 
 
-def _export_megatron(family: OpenFamily, member: Member, run_folder: Path, carried: ExportSettings) -> Path:
+def _export_megatron(opened: OpenCheckpoint, member: Member, run_folder: Path, carried: ExportSettings) -> Path:
     """Write the submodel as a checkpoint of its own, which every verb opens like a parent."""
-    parent, stored = family.space.parent, family.tensors()
+    parent, stored = opened.space.parent, opened.tensors()
     shape = member.subnet.shape(parent)
-    record = Record("submodel", shape, data=family.record.data, provenance={"cut from": str(family.checkpoint)})
+    record = Record("submodel", shape, data=opened.record.data, provenance={"cut from": str(opened.checkpoint)})
     save_streamed(
         checkpoint_folder(run_folder, 0),
         record,
         {name: stored.dtype(parent_parameter(name, member.subnet)) for name in parameter_names(shape)},
-        submodel_source(stored, parent, member.subnet, family.space.lanes),
-        identity=f"{member.name} of {family.checkpoint}",
+        submodel_source(stored, parent, member.subnet, opened.space.lanes),
+        identity=f"{member.name} of {opened.checkpoint}",
         add_files=lambda into: write_export_settings(carried, into),
     )
     return run_folder

@@ -4,7 +4,9 @@ to answer.
 Prompts are answered one after another.
 """
 
-from collections.abc import Callable, Sequence
+import difflib
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,26 +14,28 @@ from typing import Any
 from rich.console import Console
 from tokenizers.decoders import DecodeStream
 
+from elastic.checkpoint.find import resolve_checkpoint
+from elastic.checkpoint.record import Record
+from elastic.config.load import Problem
+from elastic.config.rules_layout import layout_problems
 from elastic.config.serving import GenerateConfig
 from elastic.data.manifest import DataError
 from elastic.data.tokenizer import LoadedTokenizer, load_tokenizer
 from elastic.generate.sampling import Sampling
 from elastic.generate.text import End, Generation, Limits, Marker, Part, ThinkPlan, generate, ignore
 from elastic.hf.config import HfSettings
-from elastic.hf.export_settings import read_export_settings
-from elastic.hf.folder import open_hf_folder
+from elastic.hf.export_settings import ExportSettingsError, read_export_settings
+from elastic.hf.folder import HfFolderError, open_hf_folder
 from elastic.model.model import ElasticModel
-from elastic.run.folder import open_run_folder
+from elastic.space.shape import ModelShape
 from elastic.space.subnet import Subnet
-from elastic.verbs.evaluate import subnet_summary
-from elastic.verbs.family import open_family
-from elastic.verbs.generate_inputs import tokenizer_path
 from elastic.verbs.hf_model import load_hf_model
-from elastic.verbs.text_settings import text_settings
-from elastic.world.files import write_json
+from elastic.verbs.members import members_problems, open_checkpoint, source_problems, subnet_summary
+from elastic.verbs.report_file import check_output, write_output
+from elastic.verbs.text import text_settings
 from elastic.world.groups import World, model_layout, world
 
-GENERATION_FILE = "generation.json"
+TOKENIZER_REMEDY = "set tokenizer=FOLDER, one with a tokenizer.json"
 WHOLE = "whole model"
 # A model may write anything; a terminal must not obey it. Taken away on the screen only.
 CONTROL_CODES = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
@@ -58,13 +62,16 @@ class Served:
         return text
 
 
-def run_generate(config: GenerateConfig, console: Console) -> Path:
-    """Write on from every prompt, to the console as it comes and to generation.json; returns the run folder."""
-    prompts = list(config.prompts)
+def run_generate(config: GenerateConfig, console: Console) -> list[dict[str, Any]]:
+    """Write on from every prompt, to the console as it comes; returns what `output` holds of each text, if it is given.
+
+    Nothing but that file is written, so a call needs no name of its own. Raises OutputError if it exists.
+    """
+    check_output(config)
+    prompts = [unescaped(prompt) for prompt in config.prompts]
     if config.prompt_file is not None:
         prompts.append(_read(Path(config.prompt_file)))
     with world(model_layout(config.parallel, config.trainer), config.trainer.collective_timeout_s) as here:
-        folder, _ = open_run_folder(config.exp_manager, asdict(config), here)
         served = open_served(config, here, console)
         limits, rows = Limits(config.max_new_tokens, served.eos_ids), []
         for number, prompt in enumerate(prompts):
@@ -80,45 +87,109 @@ def run_generate(config: GenerateConfig, console: Console) -> Path:
                 console.out("")
                 console.print(_summary(rows[-1]), style="dim", markup=False, highlight=False)
         if here.is_main:
-            write_json(folder / GENERATION_FILE, {"source": served.source, "texts": rows})
-    return folder
+            write_output(config, {"config": asdict(config), "source": served.source, "texts": rows}, console)
+    return rows
+
+
+def unescaped(prompt: str) -> str:
+    """Turn the two letters \\n into a line break and \\t into a tab, which a shell passes on; \\\\ is one \\."""
+    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}[found[1]], prompt)
 
 
 def open_served(config: GenerateConfig, here: World, console: Console) -> Served:
     """Load the checkpoint or the folder, and find the subnets that `config` names."""
     if config.folder is not None:
-        settings = open_hf_folder(Path(config.folder)).settings
-        model = load_hf_model(Path(config.folder), here.layout)
+        settings, own = open_hf_folder(Path(config.folder)).settings, Path(config.folder)
+        model, source = load_hf_model(Path(config.folder), here.layout), config.folder
         named: dict[str, Subnet] = {}
-        source, own = config.folder, None
     else:
-        wanted = [name for name in (config.budget, config.think, config.answer) if name is not None]
-        by_hand = [given for given in config.subnets if given.name in wanted]
-        budgets = [name for name in wanted if name not in {given.name for given in by_hand}]
-        assert config.init_from.checkpoint is not None, "config_rules lets exactly one source through"
-        family = open_family(
-            config.init_from.checkpoint,
-            config.init_from.router,
-            budgets,
-            by_hand,
-            full=config.init_from.verify == "full",
-            world=here,
-            say=console.print,
+        full = config.init_from.verify == "full"
+        opened = open_checkpoint(
+            config.init_from, _budgets(config), config.subnets, full=full, world=here, say=console.print
         )
-        model, named = family.load_model(here.layout), {member.name: member.subnet for member in family.members}
-        source = str(family.checkpoint)
-        settings, tokenizer_folder = HfSettings(eos_token_id=None), None
+        model, source = opened.load_model(here.layout), str(opened.checkpoint)
+        named = {member.name: member.subnet for member in opened.members}
+        settings, own = HfSettings(eos_token_id=None), None
         if config.tokenizer is None:
-            settings, tokenizer_folder = text_settings(family.checkpoint, family.record)
-        elif (carried := read_export_settings(family.checkpoint)) is not None:
+            settings, own = text_settings(opened.checkpoint, opened.record)
+        elif (carried := read_export_settings(opened.checkpoint)) is not None:
             settings = carried.settings
-        own = None if tokenizer_folder is None else str(tokenizer_folder)
-    path = tokenizer_path(config, own)
-    assert path is not None, "generate_files lets nothing without a tokenizer through"
+    path = config.tokenizer or own
+    assert path is not None, "generate_problems lets nothing without a tokenizer through"
     tokenizer = load_tokenizer(Path(path), parse_special_tokens=True)
     whole = Subnet.full(model.decoder.masks.space.parent)
     ends = settings.end_tokens() or frozenset((tokenizer.eos_id,))
     return Served(source, model.eval(), {WHOLE: whole, **named}, tokenizer, ends)
+
+
+def _budgets(config: GenerateConfig) -> list[str]:
+    """Return the budgets that write, beside the subnets given by hand."""
+    by_hand = {given.name for given in config.subnets}
+    return [name for name in (config.budget, config.think, config.answer) if name is not None and name not in by_hand]
+
+
+def generate_problems(config: GenerateConfig) -> Iterator[Problem]:
+    """Yield a problem for weights that cannot be opened or split, unknown names, a tokenizer that does not fit."""
+    source, folder = config.init_from, config.folder
+    if (source.checkpoint is None) == (folder is None):
+        return  # the rules between fields say so
+    own: Path | None = None if folder is None else Path(folder)
+    if folder is not None:
+        try:
+            shape, lanes, field = open_hf_folder(Path(folder)).shape, 1, "folder"
+        except HfFolderError as error:
+            yield Problem("folder", folder, str(error), "give a folder that recipes/extract.py wrote")
+            return
+    else:
+        if problems := tuple(source_problems(source)):
+            yield from problems
+            return
+        assert source.checkpoint is not None
+        checkpoint = resolve_checkpoint(source.checkpoint)
+        record = Record.read(checkpoint)
+        shape, lanes, field = record.shape, record.lanes, "init_from.checkpoint"
+        try:
+            own = None if config.tokenizer is not None else text_settings(checkpoint, record)[1]
+        except (DataError, ExportSettingsError) as error:
+            yield Problem("tokenizer", None, str(error), TOKENIZER_REMEDY)
+            return
+    yield from layout_problems(shape, config.parallel, lanes if lanes > 1 else None)
+    if folder is None:
+        yield from _writer_problems(config)
+    yield from _tokenizer_problems(config, own, field, shape)
+
+
+def _writer_problems(config: GenerateConfig) -> Iterator[Problem]:
+    """Names must be known, and subnets given by hand must fit."""
+    source = config.init_from
+    family = Record.read(resolve_checkpoint(source.router or source.checkpoint or "")).family
+    budgets = [] if family is None else [budget.name for budget in family.budgets]
+    known = [*budgets, *(given.name for given in config.subnets)]
+    for field, name in (("budget", config.budget), ("think", config.think), ("answer", config.answer)):
+        if name is not None and not known:
+            remedy = f"set {field}=null, or describe it in subnets"
+            yield Problem(field, name, f"{source.checkpoint} has no router and subnets is empty", remedy)
+        elif name is not None and name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            yield Problem(field, name, f"must be one of {', '.join(known)}", f"nearest legal name is {near}")
+    yield from members_problems(source, [name for name in _budgets(config) if name in budgets], config.subnets)
+
+
+def _tokenizer_problems(config: GenerateConfig, own: Path | None, field: str, shape: ModelShape) -> Iterator[Problem]:
+    """There must be a tokenizer, with no more tokens than the model has rows."""
+    path = config.tokenizer or own
+    if path is None:
+        rule = f"{config.init_from.checkpoint} neither carries a tokenizer nor says what data it was trained on"
+        yield Problem("tokenizer", None, rule, TOKENIZER_REMEDY)
+        return
+    try:
+        tokens = load_tokenizer(Path(path)).vocab_size
+    except DataError as error:
+        yield Problem("tokenizer", config.tokenizer, str(error), TOKENIZER_REMEDY)
+        return
+    if tokens > shape.vocab:
+        rule = f"has {tokens} tokens, the model of {field} has {shape.vocab} rows"
+        yield Problem("tokenizer", str(path), rule, "give the tokenizer the model was trained with")
 
 
 def _plan(config: GenerateConfig, served: Served) -> Subnet | ThinkPlan:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
 from elastic.checkpoint.contents import writing_folder
@@ -22,7 +23,6 @@ from elastic.run.folder import RunFolderError, prepare_run_folder
 from elastic.space.layers import parameter_names
 from elastic.space.nesting import parameter_size
 from elastic.space.shape import ModelShape
-from elastic.verbs.progress import transfer_progress
 from elastic.world.files import check_free_space, remove
 from elastic.world.groups import decided_by_rank_0
 
@@ -83,6 +83,12 @@ def _filled_up(read: Callable[[str], Tensor], shape: ModelShape) -> Callable[[st
         return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
 
     return filled
+
+
+def transfer_progress(console: Console) -> Progress:
+    """Return a bar that counts bytes, their speed and the time that remains."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=console)
 
 
 def _identity(source: HfFolder) -> str:

@@ -7,10 +7,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from elastic.checkpoint.contents import CheckpointError
+from elastic.checkpoint.find import resolve_checkpoint
 from elastic.checkpoint.record import Record, RecordError
 from elastic.config.load import ConfigError, Problem, load_with_problems
 from elastic.config.rules import rule_problems
 from elastic.config.rules_layout import Cluster, layout_problems, nearest_divisor
+from elastic.config.sections import ImportanceSection
 from elastic.config.serving import EvaluateConfig, ExtractConfig, GenerateConfig, ImportConfig
 from elastic.config.training import (
     CostConfig,
@@ -23,10 +26,14 @@ from elastic.config.training import (
 )
 from elastic.data.manifest import DataError, read_manifest
 from elastic.data.prepare_config import PrepareConfig
+from elastic.run.folder import is_unfinished, is_untouched
 from elastic.space.shape import ModelShape
-from elastic.verbs.generate_inputs import generate_problems
+from elastic.verbs.evaluate import mask_problems
+from elastic.verbs.generate import generate_problems
+from elastic.verbs.members import CHECKPOINT_REMEDY, members_problems
 from elastic.verbs.parent import fill_from_parent, model_problems
-from elastic.verbs.token_ids import tokenizer_problems, validation_problems, vocab_problems
+from elastic.verbs.report_file import output_file_problems
+from elastic.verbs.text import length_problems, tokenizer_problems, vocab_problems
 from elastic.world.files import nearest_existing
 
 
@@ -51,8 +58,8 @@ def load_run[T](kind: type[T], values: Mapping[str, Any], cluster: Cluster, *, i
     if not unclear.intersection(("model", "data")) and not files:
         problems += tuple(vocab_problems(config))
     if not unreliable and not files:
-        problems += (*validation_problems(config), *checkpoint_problems(config))
-    if is_main and isinstance(config, VerbConfig) and "exp_manager" not in unreliable:
+        problems += (*length_problems(config), *checkpoint_problems(config))
+    if is_main and not unreliable.intersection(("exp_manager", "output")):
         problems += tuple(output_problems(config))
     if isinstance(config, PrepareConfig) and not unreliable:
         problems += tuple(preparation_problem(text) for text in config.problems())
@@ -97,13 +104,11 @@ def input_problems(config: object) -> Iterator[Problem]:
 
 
 def checkpoint_problems(config: object) -> Iterator[Problem]:
-    """Yield a problem for a checkpoint that cannot be opened, or whose model does not split over the ranks."""
+    """Yield a problem for a checkpoint that cannot be opened, or does not have or allow what is asked of it."""
     match config:
         case ImportanceConfig():
             name, path = "init_from.parent", config.init_from.parent
-        case ElasticConfig():
-            name, path = "init_from.permuted_parent", config.init_from.permuted_parent
-        case CostConfig() if config.init_from.permuted_parent is not None:
+        case ElasticConfig() | CostConfig() if config.init_from.permuted_parent is not None:
             name, path = "init_from.permuted_parent", config.init_from.permuted_parent
         case EvaluateConfig() | ExtractConfig():
             name, path = "init_from.checkpoint", config.init_from.checkpoint
@@ -112,24 +117,37 @@ def checkpoint_problems(config: object) -> Iterator[Problem]:
             return
         case _:
             return
-    from elastic.checkpoint.contents import CheckpointError
-    from elastic.checkpoint.find import resolve_checkpoint  # Megatron-Core takes seconds to import
-
     try:
         checkpoint = resolve_checkpoint(path)  # sizes only: the verb itself looks at the checksums
         record = Record.read(checkpoint)
     except (CheckpointError, RecordError) as error:
-        yield Problem(name, path, str(error), "give a run folder of an earlier verb, or one checkpoint in it")
+        yield Problem(name, path, str(error), CHECKPOINT_REMEDY)
         return
     yield from tokenizer_problems(config.data.path, checkpoint, record)
     match config:
         case ImportanceConfig():
             yield from _lane_problems(record.shape, config.lanes)
+            yield from _removal_problems(config.importance, len(record.shape.pattern))
             yield from layout_problems(record.shape, config.parallel, config.lanes)
         case ElasticConfig() | CostConfig():
             yield from _nesting_problems(config, record, name, path)
-        case EvaluateConfig():
-            yield from layout_problems(record.shape, config.parallel, record.lanes if record.lanes > 1 else None)
+        case EvaluateConfig() | ExtractConfig():
+            wrong = tuple(members_problems(config.init_from, config.budget_names, config.subnets))
+            yield from wrong
+            if isinstance(config, EvaluateConfig):
+                yield from layout_problems(record.shape, config.parallel, record.lanes if record.lanes > 1 else None)
+                yield from () if wrong else mask_problems(config)
+
+
+def _removal_problems(section: ImportanceSection, num_layers: int) -> Iterator[Problem]:
+    """Scoring layers leaves at least one."""
+    if section.depth != "none" and num_layers == 1:
+        rule = "the parent has one layer, and none to remove"
+        yield Problem("importance.depth", section.depth, rule, "nearest legal value is none")
+    elif section.depth == "iterative" and (section.max_removed_layers or 1) >= num_layers:
+        rule = f"must be below the parent's {num_layers} layers"
+        remedy = f"nearest legal value is {num_layers - 1}, null goes as far as it can"
+        yield Problem("importance.max_removed_layers", section.max_removed_layers, rule, remedy)
 
 
 def _lane_problems(parent: ModelShape, lanes: int) -> Iterator[Problem]:
@@ -151,14 +169,14 @@ def _nesting_problems(config: ElasticRunConfig, record: Record, name: str, path:
     yield from model_problems(config.model, record, path)
 
 
-def output_problems(config: VerbConfig) -> Iterator[Problem]:
-    """Yield a problem if the run folder holds something that the config neither continues nor replaces."""
-    manager = config.exp_manager
-    if isinstance(config, CostConfig):  # the folder is that of the run it prices, and it writes one file elsewhere
-        if config.output is not None and Path(config.output).exists() and not manager.overwrite:
-            remedy = "choose another file, or set exp_manager.overwrite=true"
-            yield Problem("output", config.output, "exists already", remedy)
+def output_problems(config: object) -> Iterator[Problem]:
+    """Yield a problem if the run folder or file holds something that the config neither continues nor replaces."""
+    if isinstance(config, CostConfig | GenerateConfig):  # a run that is priced has a folder, but it is not written to
+        yield from output_file_problems(config)
         return
+    if not isinstance(config, VerbConfig):
+        return
+    manager = config.exp_manager
     folder = Path(manager.run_dir)
     if manager.overwrite:
         for name, path in input_paths(config):
@@ -179,8 +197,6 @@ def _goes_on(config: VerbConfig, folder: Path) -> bool:
     """Tell whether the verb continues what it finds: a run if told to, an import cut short, a refused start."""
     if isinstance(config, TrainConfig) and config.exp_manager.resume_if_exists:
         return True
-    from elastic.run.folder import is_unfinished, is_untouched  # Megatron-Core takes seconds to import
-
     return is_untouched(folder) or (isinstance(config, ImportConfig) and is_unfinished(folder))
 
 

@@ -1,28 +1,38 @@
 """The JSON file that a verb without a run folder writes when it is asked to: never over another one unasked."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from elastic.config.load import ConfigError, Problem
+from elastic.config.serving import GenerateConfig
 from elastic.config.training import CostConfig
 from elastic.world.files import write_json
 
 
-class OutputError(ValueError):
+class OutputError(ConfigError):
     """A file that exists already and may not be replaced."""
 
 
-def check_output(config: CostConfig) -> None:
+def output_file_problems(config: CostConfig | GenerateConfig) -> Iterator[Problem]:
+    """Yield a problem if `output` exists and may not be replaced."""
+    if isinstance(config, GenerateConfig):
+        replace, switch = config.overwrite, "overwrite"
+    else:
+        replace, switch = config.exp_manager.overwrite, "exp_manager.overwrite"
+    if config.output is not None and Path(config.output).exists() and not replace:
+        yield Problem("output", config.output, "exists already", f"choose another file, or set {switch}=true")
+
+
+def check_output(config: CostConfig | GenerateConfig) -> None:
     """Raise OutputError, before any work is done, if `output` exists and may not be replaced."""
-    if config.output is not None and Path(config.output).exists() and not config.exp_manager.overwrite:
-        raise OutputError(
-            f"output = {config.output}: exists already; choose another file, or set exp_manager.overwrite=true"
-        )
+    if problems := tuple(output_file_problems(config)):
+        raise OutputError(problems)
 
 
-def write_output(config: CostConfig, report: Mapping[str, Any], console: Console) -> None:
+def write_output(config: CostConfig | GenerateConfig, report: Mapping[str, Any], console: Console) -> None:
     """Write the report where `output` says; null writes nothing."""
     if config.output is None:
         return

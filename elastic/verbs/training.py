@@ -34,7 +34,7 @@ from elastic.train.save_checkpoints import SaveCheckpoints
 from elastic.train.signals import StopOnSignal
 from elastic.train.spikes import LossSpikes
 from elastic.train.trainer import Callback, Trainer
-from elastic.verbs.text_settings import LONGEST
+from elastic.verbs.text import LONGEST
 from elastic.world.groups import World, model_layout, world
 from elastic.world.watchdog import Watchdog
 

@@ -147,16 +147,17 @@ def test_a_run_without_a_whole_checkpoint_says_so_and_leaves_them(pair: Path) ->
 
 
 def test_a_verb_falls_back_too_and_refuses_one_named_by_hand(pair: Path) -> None:
-    from elastic.verbs.family import open_family
+    from elastic.config.serving import MembersInput
+    from elastic.verbs.members import open_checkpoint
 
     shutil.copytree(pair / "run" / "damaged", pair / "run" / "read")
     older, newest = list_checkpoints(pair / "run" / "read")
     (newest / "router.safetensors").write_bytes(b"")
     heard: list[str] = []
-    family = open_family(str(pair / "run" / "read"), None, None, (), say=heard.append)
+    family = open_checkpoint(MembersInput(checkpoint=str(pair / "run" / "read")), None, (), say=heard.append)
     assert family.checkpoint == older and "router.safetensors has 0 bytes" in heard[0]
     with pytest.raises(CheckpointError, match=f"router.safetensors has 0 bytes.*the nearest whole one is {older}"):
-        open_family(str(newest), None, None, ())
+        open_checkpoint(MembersInput(checkpoint=str(newest)), None, ())
 
 
 def test_a_save_in_the_background_is_the_same_save(pair: Path) -> None:

@@ -41,7 +41,7 @@ THIN = [dict(name="thin", hidden=32, ffn=[64], kept_layers=[0, 1, 2])]
 
 @dataclass(frozen=True)
 class Written:
-    """One run of the verb: the rows of generation.json and what the console showed."""
+    """One run of the verb: the rows of its output and what the console showed."""
 
     rows: list[dict[str, Any]]
     screen: str
@@ -54,11 +54,12 @@ class Written:
 def write(start: Path, version: str, processes: int = 1, **values: Any) -> Written:
     """Run the verb on this rank as its recipe does, from the family unless a folder is given."""
     source = {} if "folder" in values else dict(init_from=dict(checkpoint=str(start / "run" / "writer")))
-    common = dict(prompts=PROMPTS, max_new_tokens=NEW_TOKENS, exp_manager=place(start, f"text_{version}"))
+    output = start / "texts" / f"{version}.json"
+    common = dict(prompts=PROMPTS, max_new_tokens=NEW_TOKENS, output=str(output))
     screen = io.StringIO()
     config = load_run(GenerateConfig, {**common, **source, **values}, Cluster(processes), is_main=False)
-    folder = run_generate(config, Console(file=screen, width=200))
-    return Written(json.loads((folder / "generation.json").read_text())["texts"], screen.getvalue())
+    run_generate(config, Console(file=screen, width=200))
+    return Written(json.loads(output.read_text())["texts"], screen.getvalue())
 
 
 def save_lively_family(start: Path) -> None:
@@ -71,6 +72,18 @@ def save_lively_family(start: Path) -> None:
     with world(Layout()) as here:
         trained = Trainable(build_lively(space, kernels=Kernels.choose()), router=Router(space, 2, 16, seed=1))
         begin_save(checkpoint_folder(start / "run" / "writer", 1), trained, record, None, here).finish()
+
+
+def printed_twice(start: Path) -> list[str]:
+    """Print the same text twice, as the same command does, and return what was shown and what it left."""
+    shown, before = [], sorted(start.rglob("*"))
+    for _ in range(2):
+        screen = io.StringIO()
+        source = dict(init_from=dict(checkpoint=str(start / "run" / "writer")), budget="half")
+        config = load_run(GenerateConfig, dict(source, prompts=["the"], max_new_tokens=3), Cluster(), is_main=True)
+        run_generate(config, Console(file=screen, width=200))
+        shown.append(re.sub(r"[\d.,]+/s", "", screen.getvalue()))
+    return [*shown, *(str(path) for path in sorted(start.rglob("*")) if path not in before)]
 
 
 def folder_with_more_ends(start: Path, token: int) -> Path:
@@ -98,6 +111,8 @@ def _on_one_process(start: Path) -> dict[str, Any]:
         "half folder": write(start, "half_folder", folder=str(start / "run" / "written" / "half")),
         "whole": write(start, "whole"),
         "drawn": write(start, "drawn", **DRAWN),
+        "escaped": write(start, "escaped", budget="half", prompts=["the\\nsmall\\\\n", "the\nsmall\\\\n"]),
+        "printed twice": printed_twice(start),
         "thin": write(start, "thin", budget="thin", subnets=THIN, prompts=[], prompt_file=str(start / "prompt.txt")),
         "forced": write(start, "forced", think="half", answer="full", max_think_tokens=THINK_TOKENS),
     }
@@ -193,3 +208,13 @@ def test_a_subnet_by_hand_a_prompt_from_a_file_and_the_whole_model(done: dict[st
     assert row["prompt"] == PROMPTS[0] and row["parts"][0]["subnet"]["kept_layers"] == [0, 1, 2]
     several = [done[name].rows[0]["tokens"] for name in ("whole", "full", "half", "thin", "drawn")]
     assert len({tuple(tokens) for tokens in several}) == 5, "the router's budgets are none the whole model here"
+
+
+def test_text_is_printed_again_by_the_same_command_and_leaves_nothing(done: dict[str, Any]) -> None:
+    first, second = done["printed twice"]
+    assert first == second and "prompt 1 of 1" in first
+
+
+def test_line_breaks_of_a_shell_are_line_breaks(done: dict[str, Any]) -> None:
+    for row in done["escaped"].rows:
+        assert row["prompt"] == "the\nsmall\\n"

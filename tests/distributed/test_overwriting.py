@@ -52,7 +52,7 @@ def values_of(start, verb, target):
         "cost": dict(model=MODEL, elastic=dict(space=SPACE, budgets=BUDGETS)),
         "plan": dict(model=MODEL, elastic=dict(space=SPACE, budgets=BUDGETS)),
     }[verb]
-    if verb in ("cost", "plan"):
+    if verb in ("cost", "plan", "generate"):
         return dict(given, output=str(target / "precious.json"))
     return dict(
         given, exp_manager=dict(exp_dir=str(target.parent.parent), name=target.parent.name, version=target.name)
@@ -64,7 +64,7 @@ VERBS = {
     "train_elastic": (ElasticConfig, run_elastic, RunFolderError),
     "estimate_importance": (ImportanceConfig, run_importance, RunFolderError),
     "evaluate": (EvaluateConfig, run_evaluate, RunFolderError),
-    "generate": (GenerateConfig, run_generate, RunFolderError),
+    "generate": (GenerateConfig, run_generate, OutputError),
     "extract": (ExtractConfig, run_extract, RunFolderError),
     "import_hf": (ImportConfig, run_import, RunFolderError),
     "cost": (CostConfig, run_cost, OutputError),

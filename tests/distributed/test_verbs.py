@@ -1,6 +1,7 @@
 """The verbs behind the main job, end to end on a tiny family: extract, import, evaluate, and their refusals."""
 
 import json
+import re
 from unittest import mock
 
 import pytest
@@ -9,17 +10,19 @@ from rich.console import Console
 from elastic.checkpoint.contents import CheckpointError
 from elastic.checkpoint.find import resolve_checkpoint
 from elastic.checkpoint.record import Record
-from elastic.config.load import load
+from elastic.config.load import ConfigError, load
+from elastic.config.rules_layout import Cluster
 from elastic.config.serving import EvaluateConfig, ExtractConfig, ImportConfig
-from elastic.config.training import ImportanceConfig
+from elastic.config.training import ElasticConfig, ImportanceConfig
 from elastic.data.prepare import PrepareConfig, prepare
 from elastic.run.folder import RunFolderError
 from elastic.space.axes import Axis
 from elastic.verbs.estimate_importance import PermutationError, run_importance
 from elastic.verbs.evaluate import run_evaluate
 from elastic.verbs.extract import run_extract
-from elastic.verbs.family import FamilyError
 from elastic.verbs.import_hf import run_import
+from elastic.verbs.inputs import load_run
+from elastic.verbs.members import MembersError
 from tests.distributed.harness import run_distributed
 from tests.distributed.training import elastic_values, place, train
 
@@ -131,15 +134,122 @@ def test_nothing_is_overwritten_and_wrong_inputs_are_named(start, family):
     with pytest.raises(Exception, match="exists already") as refused:
         evaluate(start, "family", family)
     assert isinstance(refused.value.__cause__, RunFolderError)
-    with pytest.raises(Exception, match=r"budget_names = \['third'\]") as refused:
+    with pytest.raises(Exception, match=r"budget_names = \[\"third\"\]: not in .*, which has full, half") as refused:
         evaluate(start, "unknown_budget", family, budget_names=["third"])
-    assert isinstance(refused.value.__cause__, FamilyError)
-    with pytest.raises(Exception, match=r"subnets = \['half'\]: a budget has that name already") as refused:
+    assert isinstance(refused.value.__cause__, MembersError)
+    with pytest.raises(Exception, match=r"subnets\.0\.name = \"half\": a budget has that name already") as refused:
         evaluate(start, "twice", family, subnets=[dict(name="half", hidden=32)])
-    assert isinstance(refused.value.__cause__, FamilyError)
+    assert isinstance(refused.value.__cause__, MembersError)
+    assert not (start / "run" / "unknown_budget").exists() and not (start / "run" / "twice").exists()
     with pytest.raises(Exception, match="neither a checkpoint nor a run folder") as refused:
         evaluate(start, "no_checkpoint", start / "nowhere")
     assert isinstance(refused.value.__cause__, CheckpointError)
+
+
+def checked(start, kind, **values):
+    """Return the problems that a verb's config has before anything is done; nothing is written."""
+    before = sorted(start.rglob("*"))
+    common = dict(exp_manager=place(start, "refused"))
+    if kind is not ExtractConfig:
+        common["data"] = dict(
+            path=str(start / "data"),
+            **({} if kind is ImportanceConfig else dict(micro_batch=2, validation_sequences=4)),
+        )
+    with pytest.raises(ConfigError) as refused:
+        load_run(kind, {**common, **values}, Cluster(), is_main=True)
+    assert sorted(start.rglob("*")) == before
+    return [f"{problem.field}: {problem.rule}; {problem.remedy}" for problem in refused.value.problems]
+
+
+# What is asked of a family of full and half, hidden 64, 8 lanes and 5 layers M-M*-, and the line that refuses it.
+REFUSED = [
+    (dict(budget_names=["nope"]), "budget_names: not in .*, which has full, half; nearest: "),
+    (
+        dict(subnets=[dict(name="x", kept_layers=[0, 9])]),
+        r"subnets\.0: subnet: kept_layers = \(0, 9\) must be ascending",
+    ),
+    (dict(subnets=[dict(name="x", hidden=128)]), r"subnets\.0: subnet: hidden = 128 is not within 1\.\.64"),
+    (dict(subnets=[dict(name="x", ffn=[60])]), r"subnets\.0\.ffn: widths must be multiples of the lanes = 8; .*\[64\]"),
+    (dict(subnets=[dict(name="x", ffn=[64, 64, 64])]), r"subnets\.0: subnet: ffn has 3 widths, the parent has 2 MLP"),
+    (dict(subnets=[dict(name="half")]), r"subnets\.0\.name: a budget has that name already"),
+    (
+        dict(subnets=[dict(name="x", params=10)]),
+        r"subnets\.0\.params: target 10 params lies outside .*; nearest",
+    ),
+    (dict(subnets=[dict(name="x", params=50_000, hidden=32)]), r"subnets\.0\.params: widths are given beside it"),
+]
+
+
+@pytest.mark.parametrize("kind", [EvaluateConfig, ExtractConfig])
+@pytest.mark.parametrize(("asked", "line"), REFUSED)
+def test_members_that_are_not_there_are_refused_before_anything_is_written(start, family, kind, asked, line):
+    length = dict(sequence_length=32) if kind is EvaluateConfig else {}
+    (problem,) = checked(start, kind, init_from=dict(checkpoint=str(family)), **length, **asked)
+    assert re.match(line, problem), problem
+
+
+def test_all_that_is_wrong_with_the_members_comes_together(start, family):
+    subnets = [dict(name="half", hidden=128), dict(name="y", ffn=[60])]
+    given = dict(
+        init_from=dict(checkpoint=str(family)), budget_names=["nope", "half"], subnets=subnets, sequence_length=32
+    )
+    fields = [line.partition(":")[0] for line in checked(start, EvaluateConfig, **given)]
+    assert fields == ["budget_names", "subnets.0", "subnets.0.name", "subnets.1.ffn"]
+
+
+def test_a_subnet_that_masks_cannot_run_is_refused_before(start, family):
+    given = dict(init_from=dict(checkpoint=str(family)), subnets=[dict(name="x", hidden=40)], sequence_length=32)
+    (problem,) = checked(start, EvaluateConfig, **given, execution="mask")
+    assert problem == "execution: hidden width 40 is not among the choices [64, 48, 32]; use execution=slice"
+
+
+def test_importance_is_checked_against_its_parent_and_its_text(start):
+    given = dict(init_from=dict(parent=str(start / "run" / "parent")))
+    small = dict(num_sequences=4, sequence_length=32, micro_batch=4, depth_sequences=4)
+    (removed,) = checked(start, ImportanceConfig, **given, importance=dict(small, max_removed_layers=5))
+    assert removed.startswith(
+        "importance.max_removed_layers: must be below the parent's 5 layers; nearest legal value is 4"
+    )
+    (length,) = checked(start, ImportanceConfig, **given, importance=dict(small, sequence_length=1_000_000))
+    assert re.match(r"importance\.sequence_length: the training split of .* holds [\d,]+ tokens", length)
+
+
+def test_training_is_checked_against_its_text(start):
+    values = elastic_values(start, "refused")
+    values["curriculum"] = [dict(values["curriculum"][0], sequence_length=1_000_000)]
+    lines = checked(start, ElasticConfig, **values)
+    assert any(re.match(r"curriculum\.0\.sequence_length: the training split of", line) for line in lines)
+
+
+def test_a_subnet_of_so_many_parameters_lies_between_the_budgets(start, family):
+    rows = evaluate(start, "of_both", family)
+    full, half = (rows[name] for name in ("full", "half"))
+    wanted = (full["params"] + half["params"]) // 2
+    found = evaluate(start, "solved", family, budget_names=[], subnets=[dict(name="x", params=wanted)])["x"]
+    assert abs(found["params"] / wanted - 1) < 0.05
+    for name in ("hidden", "head_channels"):
+        low, high = sorted((full["subnet"][name], half["subnet"][name]))
+        assert low <= found["subnet"][name] <= high
+    assert set(found["subnet"]["kept_layers"]) <= set(full["subnet"]["kept_layers"])
+
+
+def test_what_was_never_trained_is_said_in_the_card(start, family):
+    thin = dict(name="thin", hidden=32, ffn=[64], kept_layers=[0, 1, 2])
+    cards = {}
+    for version, run in (
+        ("of_family", family),
+        ("of_parent", start / "run" / "parent"),
+        ("of_permuted", start / "run" / "permuted"),
+    ):
+        values = dict(init_from=dict(checkpoint=str(run)), subnets=[thin], exp_manager=place(start, version))
+        run_distributed(_extract, 1, values)
+        for folder in (start / "run" / version).iterdir():
+            cards[version, folder.name] = (folder / "README.md").read_text() if folder.is_dir() else ""
+    assert "no budget of the family was trained at these widths" in cards["of_family", "thin"]
+    assert "no order of importance, and never trained at this size" in cards["of_parent", "thin"]
+    assert "cut from a permuted parent, and never trained at this size" in cards["of_permuted", "thin"]
+    for whole in (("of_family", "half"), ("of_family", "full"), ("of_parent", "parent"), ("of_permuted", "parent")):
+        assert "never trained" not in cards[whole] and "given by hand" not in cards[whole]
 
 
 def _permute_wrongly(values):
@@ -162,5 +272,5 @@ def test_a_permutation_that_moves_the_logits_writes_no_checkpoint(start):
     with pytest.raises(Exception, match="logits of the permuted parent moved") as refused:
         run_distributed(_permute_wrongly, 1, values)
     assert isinstance(refused.value.__cause__, PermutationError)
-    assert not (start / "run" / "wrong" / "checkpoints").exists()
-    assert not (start / "run" / "wrong" / "ranking.safetensors").exists()
+    left = [path.name for path in (start / "run" / "wrong").iterdir()]
+    assert left == ["config.json"], "no checkpoint, no ranking, and nothing that blocks the corrected command"

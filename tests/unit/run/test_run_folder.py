@@ -104,7 +104,7 @@ def test_a_record_with_such_a_name_is_refused(tmp_path: Path) -> None:
 
 def test_validation_sequences_must_be_there_at_every_length(tmp_path: Path) -> None:
     from elastic.data.manifest import Manifest, SplitRecord, TokenizerRecord
-    from elastic.verbs.token_ids import validation_problems
+    from elastic.verbs.text import length_problems
 
     tokenizer = TokenizerRecord(vocab_size=300, eos_token="<end>", eos_id=0, trained=True, sha256="")
     splits = {"validation": SplitRecord(1, 100 * 64 + 1, 1, {})}
@@ -112,9 +112,9 @@ def test_validation_sequences_must_be_there_at_every_length(tmp_path: Path) -> N
     Manifest({}, {}, 1, {}, False, "", tokenizer, "uint16", splits).write(tmp_path / "data")
     lengths = {"curriculum.0.sequence_length": 32, "curriculum.1.sequence_length": 64}
     values = values_of(ElasticConfig, lengths | {"data.path": str(tmp_path / "data"), "data.validation_sequences": 100})
-    assert list(validation_problems(load(ElasticConfig, values))) == []
+    assert list(length_problems(load(ElasticConfig, values))) == []
     put(values, "data.validation_sequences", 104)
-    (problem,) = validation_problems(load(ElasticConfig, values))
+    (problem,) = length_problems(load(ElasticConfig, values))
     assert str(problem) == (
         "data.validation_sequences = 104: phase long: the held-out split has 100 sequences of 64 tokens; nearest legal "
         "value is 100"

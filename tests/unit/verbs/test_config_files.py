@@ -173,7 +173,7 @@ def test_data_with_more_tokens_than_the_checkpoint_is_refused(tmp_path: Path) ->
 
 
 def test_names_sizes_and_tokenizer_of_what_is_to_write_are_checked_in_its_files(tmp_path: Path) -> None:
-    values = values_of(GenerateConfig, {"exp_manager.exp_dir": str(tmp_path), "budget": "small"})
+    values = values_of(GenerateConfig, {"budget": "small"})
     put(values, "init_from.checkpoint", str(tmp_path))
     with pytest.raises(ConfigError, match=r"init_from\.checkpoint = .* is neither a checkpoint nor a run folder"):
         load_run(GenerateConfig, values, Cluster(), is_main=True)

@@ -8,8 +8,7 @@ from elastic.space.axes import Axis
 from elastic.space.shape import ModelShape
 from elastic.space.space import AxisChoices, Space
 from elastic.space.subnet import Subnet
-from elastic.verbs.evaluate import one_hot_weights
-from elastic.verbs.family import FamilyError
+from elastic.verbs.members import MembersError, one_hot_weights
 
 PARENT = ModelShape.uniform(
     "M-*M-", hidden=32, ffn=64, mamba_heads=4, head_channels=8, mamba_groups=2, mamba_state=16, conv_kernel=4,
@@ -59,5 +58,5 @@ def test_a_subnet_of_the_space_has_weights_that_choose_it(values: dict[str, obje
     ],
 )
 def test_any_other_subnet_is_refused(values: dict[str, object], space: Space) -> None:
-    with pytest.raises(FamilyError, match="execution = mask: "):
+    with pytest.raises(MembersError, match='execution = "mask": '):
         one_hot_weights(given(**values), space)

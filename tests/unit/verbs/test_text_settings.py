@@ -9,7 +9,7 @@ from elastic.checkpoint.record import Record
 from elastic.hf.config import HfSettings
 from elastic.hf.export_settings import ExportSettings, write_export_settings
 from elastic.hf.folder import HfFolder, open_hf_folder
-from elastic.verbs.text_settings import LONGEST, text_settings
+from elastic.verbs.text import LONGEST, text_settings
 from tests.unit.config.configs import DATA_TOKENS, written_manifest
 from tests.unit.hf.hf_folders import SHAPE, good_folder
 

@@ -1,0 +1,244 @@
+"""Open a checkpoint for evaluation, extraction or text: its weights, its space, and the subnets that are asked for."""
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from elastic.checkpoint.contents import CheckpointError
+from elastic.checkpoint.find import resolve_checkpoint
+from elastic.checkpoint.read import StoredTensors
+from elastic.checkpoint.record import Record, RecordError, check_same_shape
+from elastic.checkpoint.state import Trainable, load_checkpoint, load_router
+from elastic.config.load import ConfigError, Problem
+from elastic.config.rules_layout import nearest_multiple
+from elastic.config.serving import MembersConfig, SubnetConfig
+from elastic.model.model import ElasticModel, Layout, build_model
+from elastic.router.draw import decide
+from elastic.router.router import Router
+from elastic.space.axes import Axis
+from elastic.space.budget import Budget, BudgetError, check_reachable
+from elastic.space.cost import Deployment, Metric, subnet_cost
+from elastic.space.reach import choice_indices, smallest_subnet, subnet_between
+from elastic.space.shape import ShapeError
+from elastic.space.space import Space, SpaceError
+from elastic.space.subnet import Subnet, SubnetError
+from elastic.world.groups import World
+
+CHECKPOINT_REMEDY = "give a run folder of an earlier verb, or one checkpoint in it"
+
+
+class MembersError(ConfigError):
+    """Budgets or subnets that the checkpoint does not have: all of them."""
+
+
+class Source(Protocol):
+    """The checkpoint to read, and whose router decides its budgets (None: the one saved beside the weights)."""
+
+    @property
+    def checkpoint(self) -> str | None: ...
+    @property
+    def router(self) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class Member:
+    """One named subnet, the budget it was chosen for (None: by hand), and what its training lacks (None: nothing)."""
+
+    name: str
+    subnet: Subnet
+    budget: Budget | None = None
+    untrained: str | None = None
+
+
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """A checkpoint with the members that were asked for; its weights stay on disk until a method asks for them."""
+
+    checkpoint: Path
+    record: Record
+    space: Space
+    deployment: Deployment
+    members: tuple[Member, ...]
+
+    def load_model(self, layout: Layout) -> ElasticModel:
+        """Build this rank's part of the nested model and load its weights; process groups must exist."""
+        model = build_model(self.space, layout)
+        load_checkpoint(self.checkpoint, Trainable(model))
+        return model
+
+    def tensors(self) -> StoredTensors:
+        """Return the full parameters, each read when asked for; needs no process group."""
+        return StoredTensors(self.checkpoint, self.record.shape)
+
+
+def open_checkpoint(
+    source: Source,
+    budget_names: Sequence[str] | None,
+    subnets: Sequence[SubnetConfig],
+    *,
+    full: bool = True,
+    world: World | None = None,
+    say: Callable[[str], object] = lambda text: None,
+) -> OpenCheckpoint:
+    """Take weights from `source.checkpoint`, choices from `source.router`'s checkpoint (None: the same one).
+
+    `budget_names` None takes all, an empty list none. Weights that come without a router have one member, the whole
+    parent. `full`, `world` and `say`: how the checkpoints are verified (checkpoint/find.py). Raises MembersError with
+    every budget and subnet that cannot be taken, CheckpointError or RecordError for checkpoints that are damaged or do
+    not fit together.
+    """
+    assert source.checkpoint is not None, "the rules of the config let nothing without weights through"
+    folder = resolve_checkpoint(source.checkpoint, full=full, world=world, say=say)
+    record = chooser = Record.read(folder)
+    chooser_folder = folder
+    if source.router is not None:
+        chooser_folder = resolve_checkpoint(source.router, full=full, world=world, say=say)
+        chooser = Record.read(chooser_folder)
+        check_same_shape(record.shape, chooser.shape, chooser_folder)
+    if chooser.depth_ranking != record.depth_ranking or chooser.lanes != record.lanes:
+        rule = f"{folder} and {chooser_folder} are nested differently"
+        raise MembersError([Problem("init_from.router", source.router, rule, "use the same permuted parent")])
+    space, deployment = chooser.space(), Deployment() if chooser.family is None else chooser.family.deployment
+    budgets = () if chooser.family is None else chooser.family.budgets
+    chosen: dict[str, Member] = {}
+    if chooser.family is not None and (budget_names is None or budget_names or subnets):
+        router = Router(space, len(budgets), chooser.family.router_width, seed=0)
+        load_router(chooser_folder, router)
+        for index, budget in enumerate(budgets):
+            subnet = decide(router, space, index)
+            chosen[budget.name] = Member(budget.name, subnet, budget, _untrained(record, subnet, by_hand=False))
+    problems = list(_unknown_budgets(budget_names, list(chosen), chooser_folder))
+    wanted = chosen if budget_names is None else {name: chosen[name] for name in budget_names if name in chosen}
+    members = list(wanted.values())
+    if not chosen and budget_names is None:
+        members = [Member("parent", Subnet.full(space.parent))]
+    taken = {member.name for member in members}
+    for index, given in enumerate(subnets):
+        try:
+            subnet = _given_subnet(f"subnets.{index}", given, space, list(chosen.values()), deployment)
+            members.append(Member(given.name, subnet, None, _untrained(record, subnet, by_hand=True)))
+        except MembersError as error:
+            problems += error.problems
+        if given.name in taken:
+            remedy = "give the subnet another, or leave the budget out of budget_names"
+            problems.append(Problem(f"subnets.{index}.name", given.name, "a budget has that name already", remedy))
+    if problems:
+        raise MembersError(problems)
+    return OpenCheckpoint(folder, record, space, deployment, tuple(members))
+
+
+def open_configured(
+    config: MembersConfig, *, world: World | None = None, say: Callable[[str], object] = lambda text: None
+) -> OpenCheckpoint:
+    """Open what a verb's config names; errors of `open_checkpoint`."""
+    full = config.init_from.verify == "full"
+    return open_checkpoint(config.init_from, config.budget_names, config.subnets, full=full, world=world, say=say)
+
+
+def members_problems(
+    source: Source, budget_names: Sequence[str] | None, subnets: Sequence[SubnetConfig]
+) -> Iterator[Problem]:
+    """Yield what `open_checkpoint` would raise, without a look at tensors but the router's."""
+    if problems := tuple(source_problems(source)):
+        yield from problems
+        return
+    try:
+        open_checkpoint(source, budget_names, subnets, full=False)
+    except MembersError as error:
+        yield from error.problems
+    except (CheckpointError, RecordError) as error:
+        yield Problem("init_from.router", source.router, str(error), CHECKPOINT_REMEDY)
+
+
+def source_problems(source: Source) -> Iterator[Problem]:
+    """Yield a problem for every checkpoint that cannot be opened."""
+    for name, path in (("checkpoint", source.checkpoint), ("router", source.router)):
+        try:
+            if path is not None:
+                Record.read(resolve_checkpoint(path))
+        except (CheckpointError, RecordError) as error:
+            yield Problem(f"init_from.{name}", path, str(error), CHECKPOINT_REMEDY)
+
+
+def subnet_summary(subnet: Subnet) -> dict[str, Any]:
+    """Return a subnet as plain JSON values."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(subnet).items()}
+
+
+def one_hot_weights(subnet: Subnet, space: Space) -> dict[Axis, torch.Tensor]:
+    """Return exact one-hot weights [slots, K] of a subnet of this space; raises MembersError for one outside it."""
+    try:
+        chosen = choice_indices(space, subnet)
+        reached = space.subnet(chosen)
+        if reached.kept_layers != subnet.kept_layers or reached.shape(space.parent) != subnet.shape(space.parent):
+            raise SpaceError(f"the choices of this checkpoint do not reach {subnet_summary(subnet)}")
+    except SpaceError as error:
+        raise MembersError([Problem("execution", "mask", str(error), "use execution=slice")]) from error
+    return {
+        axis: torch.nn.functional.one_hot(torch.tensor(indices), len(space.axes[axis].choices)).float()
+        for axis, indices in chosen.items()
+    }
+
+
+def _unknown_budgets(wanted: Sequence[str] | None, known: Sequence[str], folder: Path) -> Iterator[Problem]:
+    unknown = [name for name in wanted or () if name not in known]
+    if unknown and not known:
+        rule = f"{folder} has no router"
+        yield Problem("budget_names", unknown, rule, "leave them out or name a router with init_from.router")
+    elif unknown:
+        near = ", ".join(difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0] for name in unknown)
+        yield Problem("budget_names", unknown, f"not in {folder}, which has {', '.join(known)}", f"nearest: {near}")
+
+
+def _given_subnet(
+    field: str, given: SubnetConfig, space: Space, budgets: Sequence[Member], deployment: Deployment
+) -> Subnet:
+    """Return a subnet given by its widths or by its parameters; raises MembersError if the checkpoint has none such."""
+    if given.params is not None:
+        return _solved(field, given, space, budgets, deployment)
+    try:
+        subnet = given.subnet(space.parent)
+    except (SubnetError, ShapeError) as error:
+        remedy = "a width that is left out stays full"
+        raise MembersError([Problem(field, given.name, str(error), remedy)]) from error
+    if any(width % space.lanes for width in subnet.ffn):
+        legal = sorted({nearest_multiple(width, space.lanes) for width in subnet.ffn}, reverse=True)
+        rule = f"widths must be multiples of the lanes = {space.lanes}"
+        raise MembersError([Problem(f"{field}.ffn", list(given.ffn), rule, f"nearest legal is {legal}")])
+    return subnet
+
+
+def _solved(field: str, given: SubnetConfig, space: Space, budgets: Sequence[Member], deployment: Deployment) -> Subnet:
+    """Find a subnet of so many parameters on the way from the next larger budget to the next smaller one."""
+    assert given.params is not None
+    if given.has_widths:
+        remedy = f"set {field}.params=null or leave the widths out"
+        raise MembersError([Problem(f"{field}.params", given.params, "widths are given beside it", remedy)])
+    if not budgets:
+        rule, remedy = "needs a router, whose budgets lie around it", "give the widths, or name init_from.router"
+        raise MembersError([Problem(f"{field}.params", given.params, rule, remedy)])
+    wanted = Budget(given.name, Metric.PARAMS, float(given.params))
+    try:
+        check_reachable(wanted, space.parent, smallest_subnet(space), deployment)
+    except BudgetError as error:
+        rule, _, remedy = str(error).removeprefix(f"budget {given.name}: ").partition("; ")
+        raise MembersError([Problem(f"{field}.params", given.params, rule, remedy)]) from error
+    ends = [Subnet.full(space.parent), *(member.subnet for member in budgets), smallest_subnet(space)]
+    sizes = [(int(subnet_cost(space.parent, subnet, deployment).params), subnet) for subnet in ends]
+    larger = min((pair for pair in sizes if pair[0] >= given.params), key=lambda pair: pair[0], default=sizes[0])
+    smaller = max((pair for pair in sizes if pair[0] <= given.params), key=lambda pair: pair[0], default=sizes[-1])
+    return subnet_between(space, larger[1], smaller[1], wanted, deployment).subnet
+
+
+def _untrained(record: Record, subnet: Subnet, *, by_hand: bool) -> str | None:
+    """Say what the weights lack for a subnet; None where training aimed at it, or where it is all there is."""
+    if subnet == Subnet.full(record.shape):
+        return None
+    if record.kind == "elastic":
+        return "given by hand: no budget of the family was trained at these widths" if by_hand else None
+    order = "" if record.kind == "permuted_parent" else ", whose channels are in no order of importance"
+    return f"cut from a {record.kind.replace('_', ' ')}{order}, and never trained at this size"

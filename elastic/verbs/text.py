@@ -1,0 +1,145 @@
+"""Configs, checkpoints and prepared data: whose tokenizer, token ids that the model holds, sequences that are there."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from elastic.checkpoint.record import Record
+from elastic.config.load import Problem
+from elastic.config.serving import EvaluateConfig
+from elastic.config.training import ElasticConfig, ImportanceConfig, PretrainConfig, TrainConfig
+from elastic.data.manifest import DataError, Manifest, read_manifest
+from elastic.data.tokenizer import TOKENIZER_JSON
+from elastic.hf.config import HfSettings
+from elastic.hf.export_settings import EXPORT_SETTINGS_FOLDER, read_export_settings
+from elastic.hf.tokenizer_files import special_tokens
+
+LONGEST = "longest sequence trained, tokens"  # in the provenance of a record
+
+
+def vocab_problems(config: object) -> Iterator[Problem]:
+    """Yield a problem if model.vocab has no row for some token of the prepared data."""
+    if not isinstance(config, TrainConfig) or config.model.vocab is None or not config.data.path:
+        return
+    manifest = _manifest(config.data.path)
+    if manifest is not None and config.model.vocab < manifest.tokenizer.vocab_size:
+        tokens = manifest.tokenizer.vocab_size
+        rule = f"must be at least the {tokens:,} tokens of the data in {config.data.path}"
+        remedy = f"nearest legal value is {config.model.padded_vocab(tokens)}, null takes it from the data"
+        yield Problem("model.vocab", config.model.vocab, rule, remedy)
+
+
+def length_problems(config: object) -> Iterator[Problem]:
+    """Yield a problem for sequences that a split of the prepared data is too short for."""
+    lengths: dict[str, tuple[str, int]] = {}  # what a problem calls it -> its field and the length
+    match config:
+        case PretrainConfig() | ElasticConfig():
+            for index, phase in enumerate(config.curriculum):
+                lengths[f"phase {phase.name}"] = (f"curriculum.{index}.sequence_length", phase.sequence_length)
+        case EvaluateConfig():
+            lengths["sequence_length"] = ("sequence_length", config.sequence_length)
+        case ImportanceConfig():
+            lengths["calibration"] = ("importance.sequence_length", config.importance.sequence_length)
+        case _:
+            return
+    manifest = _manifest(config.data.path)
+    splits = {} if manifest is None else manifest.splits
+    if "train" in splits and not isinstance(config, EvaluateConfig):
+        tokens = splits["train"].num_tokens
+        for field, length in lengths.values():
+            if length >= tokens:
+                rule = f"the training split of {config.data.path} holds {tokens:,} tokens, and a sequence needs one "
+                yield Problem(
+                    field, length, f"{rule}more than its length", f"nearest legal value is {max(1, tokens - 1)}"
+                )
+    if "validation" in splits and not isinstance(config, ImportanceConfig):
+        wanted = config.data.validation_sequences
+        for where, (_, length) in lengths.items():
+            available = splits["validation"].num_sequences(length)
+            if wanted > available:
+                rule = f"{where}: the held-out split has {available:,} sequences of {length:,} tokens"
+                larger = "prepare the data with a larger validation_ratio"
+                remedy = f"nearest legal value is {available}" if available else larger
+                yield Problem("data.validation_sequences", wanted, rule, remedy)
+                return
+
+
+def tokenizer_problems(data: str | None, checkpoint: Path, record: Record) -> Iterator[Problem]:
+    """Yield a problem if the prepared data in `data` is of another tokenizer than the checkpoint was trained on.
+
+    That is the one an imported parent brought along, else the one of the data it was trained on. Where neither is
+    there any more, only the size of the vocabulary is compared.
+    """
+    manifest = None if data is None else _manifest(data)
+    if data is None or manifest is None:
+        return
+    if record.shape.vocab < manifest.tokenizer.vocab_size:
+        rule = (
+            f"its {manifest.tokenizer.vocab_size:,} tokens do not fit in the vocabulary of the checkpoint = "
+            f"{record.shape.vocab:,}"
+        )
+        yield Problem("data.path", data, rule, _remedy(_trained_tokenizer(checkpoint, record)))
+        return
+    trained = _trained_tokenizer(checkpoint, record)
+    if trained is not None and not _is_same(trained, Path(data), manifest):
+        rule = f"is of another tokenizer than the checkpoint, which was trained with {trained}"
+        yield Problem("data.path", data, rule, _remedy(trained))
+
+
+def _manifest(data: str) -> Manifest | None:
+    """Return what a prepared folder says; None where it says nothing, which opening it reports."""
+    try:
+        return read_manifest(Path(data))
+    except DataError:
+        return None
+
+
+def _trained_tokenizer(checkpoint: Path, record: Record) -> Path | None:
+    """Return the tokenizer.json a checkpoint was trained with, None if it is not there any more."""
+    folders = [checkpoint / EXPORT_SETTINGS_FOLDER, *([] if record.data is None else [Path(record.data)])]
+    return next((folder / TOKENIZER_JSON for folder in folders if (folder / TOKENIZER_JSON).is_file()), None)
+
+
+def _is_same(trained: Path, data: Path, manifest: Manifest) -> bool:
+    """Tell whether the data has the tokenizer in `trained`: the same file, or one of the same tokens under its ids."""
+    if hashlib.sha256(trained.read_bytes()).hexdigest() == manifest.tokenizer.sha256:
+        return True
+    try:
+        own, other = (Tokenizer.from_file(str(path)) for path in (data / TOKENIZER_JSON, trained))
+    except Exception:  # the library raises nothing narrower; a damaged or absent file is reported when it is opened
+        return False
+    return bool(own.get_vocab(with_added_tokens=True) == other.get_vocab(with_added_tokens=True))
+
+
+def _remedy(trained: Path | None) -> str:
+    folder = "the folder of the checkpoint's tokenizer" if trained is None else trained.parent
+    return f"prepare the text with tokenizer_path={folder}"
+
+
+def text_settings(checkpoint: Path, record: Record, data: str | None = None) -> tuple[HfSettings, Path | None]:
+    """Return the settings of a checkpoint's exports and the folder of its tokenizer (None: it has none).
+
+    An imported parent's settings stay what they were, but for a longer sequence if it was trained on one. The tokenizer
+    is that of prepared data which the user names, else the one an imported parent brought along, else that of the data
+    the model was trained on. Raises DataError, UnsafeFileError or ExportSettingsError for damage.
+    """
+    carried, trained = read_export_settings(checkpoint), int(record.provenance.get(LONGEST, 0))
+    data = data or (record.data if carried is None or carried.tokenizer_folder is None else None)
+    if carried is not None:
+        longest = max(trained, carried.settings.max_position_embeddings)
+        settings = replace(carried.settings, max_position_embeddings=longest)
+        return settings, carried.tokenizer_folder if data is None else Path(data)
+    if data is None:
+        return HfSettings(), None
+    tokenizer, named = read_manifest(Path(data)).tokenizer, special_tokens(Path(data))
+    made_here = HfSettings(
+        bos_token_id=next(iter(tokenizer.bos_ids), None) if named["bos"] is None else named["bos"],
+        eos_token_id=tokenizer.eos_id,
+        pad_token_id=tokenizer.eos_id if named["pad"] is None else named["pad"],
+        max_position_embeddings=trained or HfSettings().max_position_embeddings,
+        num_tokens=tokenizer.vocab_size,
+    )
+    return made_here, Path(data)
