@@ -1,5 +1,6 @@
 """The verb import_hf: a stock nemotron_h folder becomes a Megatron-Core checkpoint of an (unordered) parent."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from elastic.checkpoint.contents import writing_folder
 from elastic.checkpoint.find import checkpoint_folder
 from elastic.checkpoint.record import Record
 from elastic.checkpoint.stream import save_streamed, stored_bytes
+from elastic.config.rules_layout import nearest_divisor
 from elastic.config.serving import ImportConfig
 from elastic.data.tokenizer import padded_vocab_size
 from elastic.hf.export_settings import ExportSettings, write_export_settings
@@ -23,6 +25,7 @@ from elastic.run.folder import RunFolderError, prepare_run_folder
 from elastic.space.layers import parameter_names
 from elastic.space.nesting import parameter_size
 from elastic.space.shape import ModelShape
+from elastic.verbs.parent import DEFAULT_LANES
 from elastic.world.files import check_free_space, remove
 from elastic.world.groups import decided_by_rank_0
 
@@ -70,8 +73,23 @@ def run_import(config: ImportConfig, console: Console) -> Path:
     except HfTensorError:
         remove(writing_folder(checkpoint))  # nobody goes on with a damaged folder
         raise
-    console.print(f"{source.path} -> {checkpoint}")
+    console.print(f"{source.path} -> {checkpoint}", soft_wrap=True)
+    console.print("\n".join(next_commands(source, folder)), soft_wrap=True, markup=False, highlight=False)
     return folder
+
+
+def next_commands(source: HfFolder, run_folder: Path) -> list[str]:
+    """Return what to type from here to an exported family, with what this parent needs beside the defaults."""
+    width = math.gcd(*source.shape.ffn)
+    lanes = f" lanes={nearest_divisor(DEFAULT_LANES, width)}" if width % DEFAULT_LANES else ""
+    runs, data = run_folder.parent.parent, "data.path=data/own"
+    return [
+        "next (the model's sizes come from the checkpoint; space=auto and budgets=thirds or halves fit it):",
+        f"  python recipes/prepare_data.py paths=[TEXTS] tokenizer_path={source.path} output_dir=data/own",
+        f"  python recipes/estimate_importance.py {data} init_from.parent={run_folder}{lanes}",
+        f"  python recipes/train_elastic.py {data} init_from.permuted_parent={runs}/permuted_parent/version_0",
+        f"  python recipes/extract.py init_from.checkpoint={runs}/family/version_0",
+    ]
 
 
 def _filled_up(read: Callable[[str], Tensor], shape: ModelShape) -> Callable[[str], Tensor]:

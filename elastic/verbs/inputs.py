@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -99,8 +100,10 @@ def input_problems(config: object) -> Iterator[Problem]:
     """Yield a problem for every input that is not there."""
     for name, path in input_paths(config):
         if path is not None and not Path(path).exists():
-            nearest = nearest_existing(Path(path))
-            yield Problem(name, path, "does not exist", f"the nearest folder that exists is {nearest}")
+            remedy = f"the nearest folder that exists is {nearest_existing(Path(path))}"
+            if name == "source" and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).parent.exists():
+                remedy = f"a model of the hub comes first: hf download {path} --local-dir {Path(path).name}"
+            yield Problem(name, path, "does not exist", remedy)
 
 
 def checkpoint_problems(config: object) -> Iterator[Problem]:

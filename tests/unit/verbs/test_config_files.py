@@ -15,7 +15,7 @@ from elastic.checkpoint.record import Record
 from elastic.config.load import ConfigError
 from elastic.config.rules_layout import Cluster
 from elastic.config.sections import ModelConfig
-from elastic.config.serving import EvaluateConfig, ExtractConfig, GenerateConfig
+from elastic.config.serving import EvaluateConfig, ExtractConfig, GenerateConfig, ImportConfig
 from elastic.config.training import ElasticConfig, ImportanceConfig, PretrainConfig
 from elastic.data.prepare_config import PrepareConfig
 from elastic.verbs.inputs import load_run
@@ -197,3 +197,11 @@ def test_names_sizes_and_tokenizer_of_what_is_to_write_are_checked_in_its_files(
     values |= {"subnets": [], "parallel": {}}
     with pytest.raises(ConfigError, match=r"(?s)folder = .*config\.json is missing"):
         load_run(GenerateConfig, values, Cluster(), is_main=True)
+
+
+def test_a_name_of_the_hub_is_told_how_to_become_a_folder() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_run(ImportConfig, {"source": "nvidia/Some-Model_v2.1"}, Cluster(), is_main=True)
+    (problem,) = caught.value.problems
+    assert (problem.field, problem.rule) == ("source", "does not exist")
+    assert problem.remedy.endswith("hf download nvidia/Some-Model_v2.1 --local-dir Some-Model_v2.1")
