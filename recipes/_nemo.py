@@ -6,6 +6,7 @@ Every recipe imports this module first; nothing else does.
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -48,6 +49,15 @@ with held_back_output():
     from nemo.utils import logging as nemo_logging
 
     import elastic.model.model  # noqa: F401 (brings in the rest of Megatron-Core, which warns of each absent package)
+
+# Said in every process of every start, of things that are meant as they are; any other warning still shows.
+for message in (
+    "full scope is deprecated",  # Megatron-Core of its own default for CUDA graphs
+    "MimoModelConfig is experimental",  # a model this project does not have
+    "torch.distributed is disabled, unavailable or uninitialized",  # a checkpoint that one process reads, as intended
+    "The argument order of load has been changed",  # torch of its own wrapper
+):
+    warnings.filterwarnings("ignore", message=message)
 
 # NeMo's logger would reformat every Python warning and report it as its own.
 nemo_logging.captureWarnings(False)

@@ -51,3 +51,21 @@ def test_a_mistake_found_in_the_files_comes_without_a_line_of_hydras(tmp_path: P
     assert ended.returncode == 2 and "model cannot be read as a nemotron_h model" in ended.stderr
     assert "Error executing job" not in ended.stderr and "Traceback" not in ended.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_start_is_free_of_other_packages_warnings_and_of_those_alone(tmp_path: Path) -> None:
+    lines = [
+        "import recipes._nemo, warnings",
+        "from megatron.core.transformer import TransformerConfig",
+        "import megatron.core.models.mimo.config.base_configs",
+        "warnings.warn('The argument order of load has been changed. Please check the document')",
+        "warnings.warn('torch.distributed is disabled, unavailable or uninitialized, assuming')",
+        "TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)",
+        "warnings.warn('something of our own')",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "1"}
+    command = [sys.executable, "-c", "\n".join(lines)]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0 and ended.stdout == ""
+    said = [line for line in ended.stderr.splitlines() if "Warning" in line]
+    assert len(said) == 1 and "something of our own" in said[0], ended.stderr
