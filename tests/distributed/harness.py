@@ -67,7 +67,7 @@ def run_distributed(
     fn: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout_s: float = 120.0,
+    timeout_s: float = 280.0,
     env: Mapping[str, str] | None = None,
     **kwargs: Any,
 ) -> list[Any]:
