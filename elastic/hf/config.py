@@ -75,8 +75,8 @@ class HfSettings:
     `carried` holds what a source's config says of the keys of CARRIED, CARRIED_IF_GIVEN and of widths no layer has,
     where that is not the default. Other keys are not kept: nobody can tell whether they stay true of a submodel.
     `generation` is the source's generation_config.json as it is; None: written from the special tokens. `license` holds
-    the license fields of the source's card. `num_tokens` counts the vocabulary's rows that mean a token (None: all);
-    an export leaves out those that only fill it up, so that nobody can sample them.
+    the license fields of the source's card. `num_tokens` is the vocabulary before an import filled it up (None: it did
+    not); an export leaves the rows behind it out again.
     """
 
     bos_token_id: int | None = 1

@@ -140,6 +140,9 @@ def text_settings(checkpoint: Path, record: Record, data: str | None = None) -> 
         eos_token_id=tokenizer.eos_id,
         pad_token_id=tokenizer.eos_id if named["pad"] is None else named["pad"],
         max_position_embeddings=trained or HfSettings().max_position_embeddings,
-        num_tokens=tokenizer.vocab_size,
     )
+    # Rows that only fill the vocabulary up were trained and are counted: they stay, and are never generated.
+    if fillers := list(range(tokenizer.vocab_size, record.shape.vocab)):
+        known = {key: value for key, value in made_here.token_ids().items() if value is not None}
+        made_here = replace(made_here, generation={**known, "suppress_tokens": fillers})
     return made_here, Path(data)

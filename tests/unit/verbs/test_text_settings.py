@@ -1,19 +1,22 @@
 """Settings and tokenizer of a checkpoint: an import's own, then the prepared data's."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from elastic.checkpoint.record import Record
-from elastic.hf.config import HfSettings
+from elastic.hf.config import HfSettings, generation_config
 from elastic.hf.export_settings import ExportSettings, write_export_settings
 from elastic.hf.folder import HfFolder, open_hf_folder
 from elastic.verbs.text import LONGEST, text_settings
+from tests.parity.hf_models import stock_model, tiny
 from tests.unit.config.configs import DATA_TOKENS, written_manifest
 from tests.unit.hf.hf_folders import SHAPE, good_folder
 
-MADE_HERE = HfSettings(bos_token_id=None, eos_token_id=0, pad_token_id=0, num_tokens=DATA_TOKENS)
+MADE_HERE = HfSettings(bos_token_id=None, eos_token_id=0, pad_token_id=0)
 
 
 @pytest.fixture
@@ -53,6 +56,20 @@ def test_an_import_without_a_tokenizer_takes_that_of_the_data_it_was_trained_on(
 def test_a_parent_made_here_has_the_settings_of_its_data(data: str, tmp_path: Path) -> None:
     assert text_settings(tmp_path, Record("parent", SHAPE, data=data)) == (MADE_HERE, Path(data))
     assert text_settings(tmp_path, Record("parent", SHAPE)) == (HfSettings(), None)
+
+
+def test_ids_that_only_fill_the_vocabulary_up_are_never_generated(data: str, tmp_path: Path) -> None:
+    shape = SHAPE.with_vocab(DATA_TOKENS + 3)
+    settings, _ = text_settings(tmp_path, Record("parent", shape, data=data))
+    suppressed = generation_config(settings, shape)["suppress_tokens"]
+    assert suppressed == [DATA_TOKENS, DATA_TOKENS + 1, DATA_TOKENS + 2]
+    model = stock_model(replace(tiny("M*-"), vocab=shape.vocab))
+    model.lm_head.weight.data[DATA_TOKENS:] *= 100  # by far the likeliest wherever they are positive
+    free, bound = (
+        model.generate(torch.tensor([[5, 6]]), max_new_tokens=20, do_sample=False, suppress_tokens=tokens)
+        for tokens in (None, suppressed)
+    )
+    assert (free >= DATA_TOKENS).any() and not (bound >= DATA_TOKENS).any()
 
 
 def test_special_tokens_are_those_that_the_tokenizer_names(data: str, tmp_path: Path) -> None:
