@@ -11,7 +11,7 @@ from elastic.space.axes import Axis
 from elastic.space.budget import Budget
 from elastic.space.cost import Deployment
 from elastic.space.pattern import LayerPattern
-from elastic.space.ranges import Count
+from elastic.space.ranges import Size
 from elastic.space.shape import ModelShape
 from elastic.space.space import AxisChoices, KeepAtLeast, Space
 
@@ -29,7 +29,7 @@ class Family:
     axes: Mapping[Axis, AxisChoices]
     budgets: tuple[Budget, ...]
     deployment: Deployment
-    router_width: Count
+    router_width: Size
     keep_at_least: KeepAtLeast = field(default_factory=dict)
 
 

@@ -2,14 +2,15 @@
 
 import difflib
 import json
-import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from dataclasses import Field as DataclassField
 from enum import StrEnum
+from functools import cache
 from typing import Annotated, Any, Literal, Union
 
 from elastic.space.ranges import FolderName, Range, Required
@@ -48,7 +49,7 @@ def show(value: object) -> str:
     """Write a value the way a YAML file would, at most 60 characters."""
     try:
         text = json.dumps(value)
-    except TypeError:
+    except (TypeError, ValueError, RecursionError):  # no JSON, or a list that holds itself
         text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -69,17 +70,22 @@ def load[T](kind: type[T], values: Mapping[str, Any]) -> T:
 
 def load_with_problems[T](kind: type[T], values: Mapping[str, Any]) -> tuple[T, tuple[Problem, ...]]:
     """Build `kind`, putting the default in place of each bad value, and return the problems beside it."""
-    loader = _Loader(tuple(field_paths(kind)))
+    loader = _Loader(kind)
     config = loader.dataclass_value(kind, values, "")
     return config, tuple(loader.problems)
 
 
 def field_paths(kind: type, prefix: str = "") -> Iterator[str]:
     """List the dotted path of every field of a config dataclass, sections included; list entries carry no index."""
-    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+    for name, hint in _hints(kind).items():
         yield prefix + name
         for inner in _dataclasses_in(hint):
             yield from field_paths(inner, f"{prefix}{name}.")
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)
 
 
 def _dataclasses_in(hint: Any) -> Iterator[type]:
@@ -108,9 +114,9 @@ class _IllegalValueError(Exception):
 class _Loader:
     """Walks dataclasses and values together, keeping the problems it meets."""
 
-    def __init__(self, known_paths: tuple[str, ...]) -> None:
+    def __init__(self, kind: type) -> None:
         self.problems: list[Problem] = []
-        self.known_paths = known_paths
+        self.kind = kind
 
     def dataclass_value(self, kind: type, values: Any, path: str) -> Any:
         """Build one dataclass; a field with a problem keeps its default, or an empty text if it has none."""
@@ -121,7 +127,7 @@ class _Loader:
         for key in values:
             if key not in _names(kind):
                 self.problems.append(self._unknown(prefix, str(key), values[key], _names(kind)))
-        hints = typing.get_type_hints(kind, include_extras=True)
+        hints = _hints(kind)
         built = {}
         for field in fields(kind):
             field_path, hint = prefix + field.name, hints[field.name]
@@ -205,7 +211,7 @@ class _Loader:
 
     def _unknown(self, prefix: str, key: str, value: Any, names: tuple[str, ...]) -> Problem:
         near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-        elsewhere = [path for path in self.known_paths if path.rpartition(".")[2] == key]
+        elsewhere = [path for path in field_paths(self.kind) if path.rpartition(".")[2] == key]
         if near:
             remedy = f"did you mean {prefix}{near[0]}?"
         elif elsewhere:
@@ -254,20 +260,20 @@ def _check_folder_name(name: FolderName, value: str, path: str) -> None:
 
 
 def _check_range(limits: Range, value: Any, path: str, remedy: str) -> None:
-    is_list = isinstance(value, list)
-    size = len(value) if is_list else value
-    if limits.low is not None and limits.open_low and size <= limits.low:
-        raise _IllegalValueError(Problem(path, value, f"must be above {limits.low:g}", remedy))
-    if limits.low is not None and size < limits.low:
-        rule = "must not be empty" if is_list else f"must be at least {limits.low:g}"
-        raise _IllegalValueError(
-            Problem(path, value, rule, remedy if is_list else f"nearest legal value is {limits.low:g}")
-        )
-    if limits.high is not None and limits.open_high and size >= limits.high:
-        raise _IllegalValueError(Problem(path, value, f"must be below {limits.high:g}", remedy))
-    if limits.high is not None and size > limits.high:
-        rule = f"must be at most {limits.high:g}"
-        raise _IllegalValueError(Problem(path, value, rule, f"nearest legal value is {limits.high:g}"))
+    is_list = isinstance(value, list | tuple)
+    size, low, high = len(value) if is_list else value, limits.low, limits.high
+    if low is not None and (size <= low if limits.open_low else size < low):
+        least = f"must be {'above' if limits.open_low else 'at least'} {_plain_number(low)}"
+        nearest = remedy if is_list or limits.open_low else f"nearest legal value is {_plain_number(low)}"
+        raise _IllegalValueError(Problem(path, value, "must not be empty" if is_list else least, nearest))
+    if high is not None and (size >= high if limits.open_high else size > high):
+        rule = f"must be {'below' if limits.open_high else 'at most'} {_plain_number(high)}"
+        nearest = remedy if limits.open_high else f"nearest legal value is {_plain_number(high)}"
+        raise _IllegalValueError(Problem(path, value, rule, nearest))
+
+
+def _plain_number(limit: float) -> str:
+    return str(int(limit)) if limit == int(limit) and limit < 1e17 else f"{limit:g}"
 
 
 def _one_of(legal: tuple[Any, ...], given: Any, path: str) -> Any:
@@ -281,17 +287,20 @@ def _one_of(legal: tuple[Any, ...], given: Any, path: str) -> Any:
 
 
 def _scalar(hint: Any, given: Any, path: str, remedy: str) -> Any:
-    """Convert one scalar: an int also takes a whole float (65e9), a float also takes an int; a bool is no number."""
-    whole = isinstance(given, float) and given.is_integer()
-    if hint is int and (whole or isinstance(given, int)) and not isinstance(given, bool):
+    """Convert one scalar: an int also takes 65e9, a float an int, a text any number; a bool is no number."""
+    is_number = isinstance(given, int | float) and not isinstance(given, bool)
+    is_finite = is_number and abs(given) <= sys.float_info.max  # compares whole numbers beyond every float, too
+    if hint is int and is_finite and given == int(given):
         return int(given)
-    if hint is float and isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given):
+    if hint is float and is_finite:
         return float(given)
+    if hint is str and is_number:
+        return str(given)  # the shell takes quotes away: a name may look like a number
     if hint in (bool, str) and isinstance(given, hint):
         return given
     names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
-    if hint is int and isinstance(given, float):
-        remedy = f"nearest legal value is {round(given)}" if math.isfinite(given) else remedy
-    if hint is str and isinstance(given, int | float):
-        remedy = f'write it in quotes, "{given}"'
+    if hint is int and is_finite:
+        remedy = f"nearest legal value is {round(given)}"
+    if hint is str and isinstance(given, bool):
+        remedy = f"write it in quotes inside quotes, {path}='\"{show(given)}\"'"
     raise _IllegalValueError(Problem(path, given, f"must be {names[hint]}", remedy))

@@ -61,7 +61,7 @@ RULES = (
     Rule(ElasticRunConfig, ("model", "elastic"), elastic_rules.check_budgets),
     Rule(ElasticConfig, ("distill",), elastic_rules.check_distill),
     Rule(ElasticConfig, ("distill", "curriculum", "data", "parallel"), elastic_rules.check_num_chunks),
-    Rule(MembersConfig, ("subnets",), elastic_rules.check_subnets),
+    Rule(MembersConfig, ("budget_names", "subnets"), elastic_rules.check_subnets),
     Rule(ExtractConfig, ("export",), elastic_rules.check_export),
     Rule(GenerateConfig, ("init_from", "folder", "budget", "think", "answer"), generate_rules.check_source),
     Rule(GenerateConfig, ("budget", "think", "answer", "subnets"), generate_rules.check_writers),

@@ -22,6 +22,7 @@ from elastic.space.axes import Axis
 from elastic.space.budget import Budget, BudgetError, check_reachable
 from elastic.space.gates import Execution
 from elastic.space.pattern import LayerKind
+from elastic.space.ranges import MOST_STEPS
 from elastic.space.reach import smallest_subnet
 from elastic.space.shape import ModelShape
 from elastic.space.space import Space, SpaceError
@@ -55,6 +56,11 @@ def check_phases(config: Training, cluster: Cluster) -> Iterator[Problem]:
         path = f"curriculum.{index}"
         yield from one_of_two(path, ("steps", "tokens"), (phase.steps, phase.tokens))
         yield from learning_rate_problems(f"{path}.lr", phase.lr, phase)
+        if phase.steps is None and phase.tokens is not None and phase.num_steps > MOST_STEPS:
+            rule = f"would take {phase.num_steps:,} steps of {phase.tokens_per_step:,} tokens, more than {MOST_STEPS:,}"
+            yield Problem(
+                f"{path}.tokens", phase.tokens, rule, f"nearest legal value is {MOST_STEPS * phase.tokens_per_step}"
+            )
         yield from sequence_problems(f"{path}.sequence_length", phase.sequence_length, config.parallel)
 
 
@@ -109,7 +115,10 @@ def check_max_steps(config: Training, cluster: Cluster) -> Iterator[Problem]:
 
 def learning_rate_problems(path: str, rate: LearningRate, phase: Phase) -> Iterator[Problem]:
     """A schedule falls from peak to min and warms up inside its phase."""
-    if rate.min > rate.peak:
+    if rate.schedule == "constant" and rate.min not in (0.0, rate.peak):
+        rule, remedy = f"says nothing while {path}.schedule = constant", f"set {path}.schedule=cosine or {path}.min=0"
+        yield Problem(f"{path}.min", rate.min, rule, remedy)
+    elif rate.min > rate.peak:
         rule, remedy = f"must be at most {path}.peak = {rate.peak:g}", f"nearest legal value is {rate.peak:g}"
         yield Problem(f"{path}.min", rate.min, rule, remedy)
     if (phase.steps is None) == (phase.tokens is None):
@@ -130,10 +139,11 @@ def check_elastic_phases(config: ElasticConfig, cluster: Cluster) -> Iterator[Pr
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
                 rule = f"is not a budget of elastic.budgets ({', '.join(names)})"
-                yield Problem(f"{path}.budget_weights.{name}", weight, rule, f"nearest legal name is {near}")
+                remedy = f"nearest legal name is {near}, {path}.budget_weights=null gives all the same weight"
+                yield Problem(f"{path}.budget_weights.{name}", weight, rule, remedy)
         if phase.budget_weights and not any(phase.budget_weights.values()):
             rule = "at least one weight must be above 0"
-            yield Problem(f"{path}.budget_weights", dict(phase.budget_weights), rule, "write {} for uniform")
+            yield Problem(f"{path}.budget_weights", dict(phase.budget_weights), rule, "write null for equal weights")
         start, end = phase.temperature
         if end > start:
             rule, remedy = "the Gumbel temperature must not rise", f"nearest legal value is [{start:g}, {start:g}]"
@@ -251,7 +261,9 @@ def check_num_chunks(config: ElasticConfig, cluster: Cluster) -> Iterator[Proble
 
 
 def check_subnets(config: MembersConfig, cluster: Cluster) -> Iterator[Problem]:
-    """Subnets given by hand have names of their own, apart from the budgets'."""
+    """Something is asked for, and subnets given by hand have names of their own, apart from the budgets'."""
+    if config.budget_names == () and not config.subnets:
+        yield Problem("budget_names", [], "names nothing, and no subnets are given", "null takes all budgets")
     yield from unique_names("subnets", [subnet.name for subnet in config.subnets])
 
 

@@ -19,6 +19,7 @@ from elastic.config.training import (
     VerbConfig,
 )
 from elastic.space.pattern import LayerKind, LayerPattern, PatternError
+from elastic.space.ranges import MOST_LAYERS
 from elastic.space.shape import ModelShape
 from elastic.world.files import first_few
 
@@ -38,7 +39,8 @@ def nearest_multiple(value: int, multiple: int) -> int:
 
 def nearest_divisor(value: int, number: int) -> int:
     """Return the divisor of `number` closest to `value`, the smaller of two equally close ones."""
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - value), d))
+    divisors = (d for k in range(1, math.isqrt(number) + 1) if number % k == 0 for d in (k, number // k))
+    return min(divisors, key=lambda divisor: (abs(divisor - value), divisor))
 
 
 def multiple_problem(path: str, value: int, multiple: int, of_what: str) -> Iterator[Problem]:
@@ -56,9 +58,13 @@ def data_parallel(parallel: ParallelConfig, cluster: Cluster) -> int:
 def check_pattern(config: TrainConfig, cluster: Cluster) -> Iterator[Problem]:
     """The layer pattern must parse, by the one parser."""
     try:
-        LayerPattern.parse(config.model.pattern)
+        layers = len(LayerPattern.parse(config.model.pattern))
     except PatternError as error:
         yield Problem("model.pattern", config.model.pattern, str(error).rstrip("."), "write a pattern like M-M*-")
+        return
+    if layers > MOST_LAYERS:
+        rule = f"must have at most {MOST_LAYERS} layers, it has {layers}"
+        yield Problem("model.pattern", config.model.pattern, rule, "leave some out")
 
 
 def check_sizes(config: TrainConfig, cluster: Cluster) -> Iterator[Problem]:

@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal
 
 from elastic.router.draw import RouterSettings
+from elastic.space import ranges
 from elastic.space.axes import Axis
 from elastic.space.budget import Budget
 from elastic.space.cost import Deployment
-from elastic.space.ranges import Count, Decay, MemberName, Name, Positive, PositiveOrZero, Range, Required
+from elastic.space.ranges import Range, Required
 from elastic.space.shape import ModelShape
 from elastic.space.space import AxisChoices, KeepAtLeast, Space
 
@@ -26,21 +27,21 @@ class ModelConfig:
     """Sizes of the parent, and how its weights start. Layers of one kind share a width."""
 
     pattern: Annotated[str, Required("for example M-M*-")] = "M-M*-"
-    vocab: Count | None = None
-    vocab_multiple: Count = 128
-    hidden: Count = 128
-    ffn: Count = 256
-    mamba_heads: Count = 8
-    head_channels: Count = 16
-    mamba_groups: Count = 2
-    mamba_state: Count = 16
-    conv_kernel: Annotated[int, Range(low=2)] = 4
-    attention_heads: Count = 4
-    kv_heads: Count = 2
-    attention_channels: Count = 32
+    vocab: ranges.Vocab | None = None
+    vocab_multiple: ranges.Vocab = 128
+    hidden: ranges.Size = 128
+    ffn: ranges.Size = 256
+    mamba_heads: ranges.Heads = 8
+    head_channels: ranges.Heads = 16
+    mamba_groups: ranges.Heads = 2
+    mamba_state: ranges.Heads = 16
+    conv_kernel: ranges.Taps = 4
+    attention_heads: ranges.Heads = 4
+    kv_heads: ranges.Heads = 2
+    attention_channels: ranges.Heads = 32
     tied_embeddings: bool = False
-    norm_epsilon: Positive = 1e-5
-    init_std: Positive = 0.02
+    norm_epsilon: ranges.Epsilon = 1e-5
+    init_std: ranges.Scale = 0.02
 
     def padded_vocab(self, tokens: int) -> int:
         """Return the vocabulary size for a tokenizer of `tokens` entries: the next multiple of `vocab_multiple`."""
@@ -66,7 +67,7 @@ class SpaceConfig:
     attention a submodel's cache has no length for stock transformers.
     """
 
-    lanes: Count = 8
+    lanes: ranges.Size = 8
     keep_at_least: KeepAtLeast = field(default_factory=lambda: {"attention": 1})
     hidden: AxisChoices | None = None
     ffn: AxisChoices | None = None
@@ -98,22 +99,22 @@ class ElasticSection:
 class DistillConfig:
     """Weights of the distillation loss; `num_chunks` splits the tokens of a micro-batch so logits stay small."""
 
-    kl_weight: PositiveOrZero = 1.0
-    cross_entropy_weight: PositiveOrZero = 0.0
-    temperature: Positive = 1.0
-    num_chunks: Count = 1
+    kl_weight: ranges.Weight = 1.0
+    cross_entropy_weight: ranges.Weight = 0.0
+    temperature: ranges.Temperature = 1.0
+    num_chunks: ranges.Tokens = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportanceSection:
     """Size of the calibration, and how layers are scored on `depth_sequences` of it (docs/method.md 1.1)."""
 
-    num_sequences: Count = 64
-    sequence_length: Annotated[int, Range(low=2)] = 256
-    micro_batch: Count = 4
+    num_sequences: ranges.Sequences = 64
+    sequence_length: ranges.TrainedLength = 256
+    micro_batch: ranges.Sequences = 4
     depth: Literal["iterative", "one_shot", "none"] = "iterative"
-    depth_sequences: Count = 16
-    max_removed_layers: Count | None = None
+    depth_sequences: ranges.Sequences = 16
+    max_removed_layers: Annotated[int, Range(1, ranges.MOST_LAYERS)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,20 +122,20 @@ class DataConfig:
     """Prepared data folder, and how many sequences are taken at once and held out."""
 
     path: DataFolder = ""
-    micro_batch: Count = 1
-    validation_sequences: Count = 64
+    micro_batch: ranges.Sequences = 1
+    validation_sequences: ranges.Sequences = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """Adam for the model and its own Adam for the router."""
 
-    adam_beta1: Decay = 0.9
-    adam_beta2: Decay = 0.98
-    eps: Positive = 1e-8
-    weight_decay: PositiveOrZero = 0.0
-    router_weight_decay: PositiveOrZero = 0.0
-    clip_grad: PositiveOrZero = 1.0
+    adam_beta1: ranges.Decay = 0.9
+    adam_beta2: ranges.Decay = 0.98
+    eps: ranges.Epsilon = 1e-8
+    weight_decay: ranges.Rate = 0.0
+    router_weight_decay: ranges.Rate = 0.0
+    clip_grad: ranges.Weight = 1.0
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
 
@@ -143,9 +144,9 @@ class OptimConfig:
 class ParallelConfig:
     """Ranks per model replica; data parallelism takes the rest of the world."""
 
-    tensor: Count = 1
-    pipeline: Count = 1
-    context: Count = 1
+    tensor: ranges.Ranks = 1
+    pipeline: ranges.Ranks = 1
+    context: ranges.Ranks = 1
     sequence: bool = False
     recompute: Literal["none", "full"] = "none"
 
@@ -163,9 +164,9 @@ class ComputeConfig:
     """
 
     precision: Literal["fp32", "bf16"] = "fp32"
-    num_threads: Count | None = None
+    num_threads: ranges.Threads | None = None
     deterministic: bool = True
-    collective_timeout_s: Positive = 900.0
+    collective_timeout_s: ranges.Seconds = 900.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,13 +178,13 @@ class TrainerConfig(ComputeConfig):
     loss is reported. `watchdog_timeout_s` is how long a rank may do one thing before it says where it stands and ends.
     """
 
-    max_steps: Count | None = None
-    log_every_n_steps: Count = 10
-    val_check_interval: Count = 100
-    checkpoint_every_n_steps: Count = 100
-    max_skipped_in_a_row: Count = 5
-    loss_spike_deviations: Positive | None = 8.0
-    watchdog_timeout_s: Positive = 600.0
+    max_steps: ranges.Steps | None = None
+    log_every_n_steps: ranges.Steps = 10
+    val_check_interval: ranges.Steps = 100
+    checkpoint_every_n_steps: ranges.Steps = 100
+    max_skipped_in_a_row: ranges.Steps = 5
+    loss_spike_deviations: ranges.Deviations | None = 8.0
+    watchdog_timeout_s: ranges.Seconds = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,16 +192,16 @@ class DebugConfig:
     """Checks that cost time. `sanity` compares every copy of weights, router and gates around every nth step."""
 
     sanity: bool = False
-    sanity_every_n_steps: Count = 1
+    sanity_every_n_steps: ranges.Steps = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpManagerConfig:
     """Where a run writes: exp_dir/name/version. An existing folder is resumed or replaced only when told to."""
 
-    exp_dir: Name = "runs"
-    name: MemberName = "elastic"
-    version: MemberName = "version_0"
+    exp_dir: ranges.Name = "runs"
+    name: ranges.MemberName = "elastic"
+    version: ranges.MemberName = "version_0"
     overwrite: bool = False
 
     @property
@@ -224,6 +225,6 @@ class TrainExpManagerConfig(ExpManagerConfig):
     create_tensorboard_logger: bool = True
     create_wandb_logger: bool = False
     verify_on_resume: Verification = "full"
-    keep_last_checkpoints: Count = 2
-    keep_milestones_every_n_steps: Count | None = None
+    keep_last_checkpoints: ranges.Files = 2
+    keep_milestones_every_n_steps: ranges.Steps | None = None
     async_save: bool = False

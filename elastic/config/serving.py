@@ -5,28 +5,31 @@ from typing import Annotated, Any, Literal
 
 from elastic.config.sections import DataConfig
 from elastic.config.training import Checkpoint, CheckpointInput, ComputedConfig, RunConfig, VerbConfig
+from elastic.space import ranges
 from elastic.space.axes import AXES
 from elastic.space.gates import Execution
-from elastic.space.ranges import Count, CountOrZero, MemberName, PositiveOrZero, Range, Required, Share
+from elastic.space.ranges import Range, Required
 from elastic.space.shape import ModelShape
 from elastic.space.subnet import Subnet
+
+Widths = Annotated[tuple[ranges.Size, ...], Range(low=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SubnetConfig:
-    """A subnet given by hand. An empty list or null is full; one width serves all layers, several go layer by layer.
+    """A subnet given by hand. Null is full; one width serves all layers, several go layer by layer.
 
     `params` instead of widths asks for a subnet of so many parameters, between the budgets next to it.
     """
 
-    name: MemberName
-    params: Count | None = None
-    hidden: Count | None = None
-    ffn: tuple[Count, ...] = ()
-    mamba_heads: tuple[Count, ...] = ()
-    head_channels: Count | None = None
-    attention_heads: tuple[Count, ...] = ()
-    kept_layers: tuple[CountOrZero, ...] = ()
+    name: ranges.MemberName
+    params: ranges.Params | None = None
+    hidden: ranges.Size | None = None
+    ffn: Widths | None = None
+    mamba_heads: Widths | None = None
+    head_channels: ranges.Heads | None = None
+    attention_heads: Widths | None = None
+    kept_layers: Annotated[tuple[ranges.Layers, ...], Range(low=1)] | None = None
 
     @property
     def has_widths(self) -> bool:
@@ -38,12 +41,9 @@ class SubnetConfig:
         widths: dict[str, Any] = {}
         for entry in AXES.values():
             full, chosen = getattr(parent, entry.size), getattr(self, entry.size)
-            one_for_all = entry.own and len(chosen) == 1
-            widths[entry.size] = (chosen * len(full) if one_for_all else chosen) or full
-        subnet = Subnet(
-            kept_layers=self.kept_layers or tuple(range(len(parent.pattern))),
-            **widths,
-        )
+            one_for_all = entry.own and chosen is not None and len(chosen) == 1
+            widths[entry.size] = full if chosen is None else chosen * len(full) if one_for_all else chosen
+        subnet = Subnet(kept_layers=self.kept_layers or tuple(range(len(parent.pattern))), **widths)
         subnet.shape(parent)
         return subnet
 
@@ -77,7 +77,7 @@ class EvaluateConfig(MembersConfig, RunConfig):
     """recipes/evaluate.py: loss, perplexity and cost per budget (null: all) and per subnet given by hand."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    sequence_length: Annotated[int, Range(low=2)] = 256
+    sequence_length: ranges.TrainedLength = 256
     execution: Execution = Execution.SLICE
 
 
@@ -92,9 +92,9 @@ class ExportConfig:
     hugging_face: bool = True
     megatron: bool = False
     precision: Literal["fp32", "bf16"] | None = None
-    shard_bytes: Count = 5_000_000_000
+    shard_bytes: ranges.Bytes = 5_000_000_000
     check: Literal["auto", "logits", "values"] = "auto"
-    max_logit_difference: PositiveOrZero = 1e-4
+    max_logit_difference: ranges.Weight = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,13 +139,13 @@ class GenerateConfig(ComputedConfig):
     think: str | None = None
     answer: str | None = None
     marker: Annotated[str, Required("the text that ends the thinking")] = "</think>"
-    max_think_tokens: Count = 512
+    max_think_tokens: ranges.Length = 512
     prompts: tuple[str, ...] = ()
     prompt_file: str | None = None
-    max_new_tokens: Count = 128
-    temperature: PositiveOrZero = 0.0
-    top_k: Count | None = None
-    top_p: Share | None = None
+    max_new_tokens: ranges.Length = 128
+    temperature: ranges.TemperatureOrZero = 0.0
+    top_k: ranges.Vocab | None = None
+    top_p: ranges.Share | None = None
     output: str | None = None
     overwrite: bool = False
 

@@ -24,7 +24,7 @@ from elastic.config.sections import (
 )
 from elastic.router.phases import ElasticPhase, Phase
 from elastic.space.budget import Budget
-from elastic.space.ranges import Count, CountOrZero, Range, Required
+from elastic.space.ranges import Range, Required, Seed, Size
 from elastic.space.shape import ModelShape
 from elastic.space.space import Space
 
@@ -42,7 +42,7 @@ class VerbConfig:
 class ComputedConfig:
     """What every verb that runs a model has, with or without a run folder."""
 
-    seed: CountOrZero = 1234
+    seed: Seed = 1234
     trainer: ComputeConfig = field(default_factory=ComputeConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
@@ -102,7 +102,7 @@ class ImportanceConfig(RunConfig):
     init_from: ParentInput = field(default_factory=ParentInput)
     data: CalibrationData = field(default_factory=CalibrationData)
     importance: ImportanceSection = field(default_factory=ImportanceSection)
-    lanes: Count = 8
+    lanes: Size = 8
 
 
 @dataclass(frozen=True, kw_only=True)

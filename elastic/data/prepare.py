@@ -74,7 +74,7 @@ def prepare(config: PrepareConfig) -> Prepared:
     """
     problems = config.problems()
     if problems:
-        raise DataError("data: " + "; ".join(problems))
+        raise DataError("data: " + "; ".join(map(str, problems)))
     folder = Path(config.output_dir)
     settings = config.settings()
     source = describe_files(config.paths, config.corpus().file_choice)

@@ -1,13 +1,17 @@
 """Settings of data preparation and their rules."""
 
-import difflib
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from elastic.config.load import Problem, load_with_problems
 from elastic.data.corpus import Corpus, DocumentFormat
 from elastic.data.corpus_files import STDLIB, resolve_path
 from elastic.data.tokenizer import SMALLEST_VOCAB, TOKENIZER_JSON, AddBos, tokenizer_fingerprint
+from elastic.space.ranges import Bytes, Range, Required
+
+MOST_TRAINED = 2**20  # the trainer takes memory for every token before it reads a text
 
 
 @dataclass(frozen=True)
@@ -27,77 +31,46 @@ class PrepareConfig:
     overwrite: replace a prepared folder that was made from something else.
     """
 
-    output_dir: str = "runs/data"
-    paths: list[str] = field(default_factory=lambda: [STDLIB])
-    document_format: str = "text"
-    text_field: str = "text"
-    suffixes: list[str] | None = None
+    output_dir: Annotated[str, Required("for example runs/data")] = "runs/data"
+    paths: Annotated[list[str], Range(low=1)] = field(default_factory=lambda: [STDLIB])
+    document_format: DocumentFormat = DocumentFormat.TEXT
+    text_field: Annotated[str, Required("for example text")] = "text"
+    suffixes: Annotated[list[str], Range(low=1)] | None = None
     exclude_folders: list[str] | None = None
-    max_bytes: int | None = None
-    max_document_bytes: int = 16 << 20
+    max_bytes: Bytes | None = None
+    max_document_bytes: Bytes = 16 << 20
     skip_duplicates: bool = True
-    validation_ratio: float = 0.05
+    validation_ratio: Annotated[float, Range(0, 0.5)] = 0.05
     tokenizer_path: str | None = None
-    vocab_size: int = 8192
-    tokenizer_sample_bytes: int = 128 << 20
+    vocab_size: Annotated[int, Range(SMALLEST_VOCAB, MOST_TRAINED)] = 8192
+    tokenizer_sample_bytes: Bytes = 128 << 20
     add_bos: AddBos = "auto"
     parse_special_tokens: bool = False
     overwrite: bool = False
 
-    def problems(self) -> list[str]:
-        """List every illegal setting as 'field = value: rule; nearest legal value'; looks whether paths exist."""
-        return [*self._value_problems(), *self._path_problems()]
+    def problems(self) -> tuple[Problem, ...]:
+        """List every illegal setting, also of a config that no loader built; looks whether paths exist."""
+        _, found = load_with_problems(PrepareConfig, asdict(self))
+        return (*found, *self.rule_problems(frozenset(problem.section for problem in found)))
 
-    def _value_problems(self) -> list[str]:
-        problems = []
-        formats = [str(known) for known in DocumentFormat]
-        if self.document_format not in formats:
-            nearest_format = difflib.get_close_matches(self.document_format, formats, n=1, cutoff=0.0)[0]
-            problems.append(
-                f"document_format = {self.document_format}: must be one of {', '.join(formats)}; "
-                f"nearest legal {nearest_format}"
-            )
-        if not self.text_field:
-            problems.append("text_field = '': must name a field; nearest legal text")
-        if not 0 <= self.validation_ratio <= 0.5:
-            nearest = 0 if not self.validation_ratio > 0 else 0.5
-            problems.append(
-                f"validation_ratio = {self.validation_ratio}: must be within 0 and 0.5; nearest legal {nearest}"
-            )
-        smallest = {
-            "max_bytes": (self.max_bytes, 1),
-            "max_document_bytes": (self.max_document_bytes, 1),
-            "tokenizer_sample_bytes": (self.tokenizer_sample_bytes, 1),
-            "vocab_size": (self.vocab_size, SMALLEST_VOCAB),
-        }
-        for name, (value, least) in smallest.items():
-            if value is not None and value < least:
-                problems.append(f"{name} = {value}: must be at least {least}; nearest legal {least}")
-        if self.suffixes is not None and not (self.suffixes and all(self.suffixes)):
-            problems.append(f"suffixes = {self.suffixes}: must list file name endings, none empty; e.g. [.py], or null")
+    def rule_problems(self, unreliable: frozenset[str]) -> Iterator[Problem]:
+        """Yield what types do not say; fields in `unreliable` have a problem of their own."""
+        if self.suffixes is not None and not all(self.suffixes):
+            yield Problem("suffixes", self.suffixes, "must list file name endings, none empty", "e.g. [.py], or null")
         if self.add_bos is True and self.tokenizer_path is None:
-            problems.append("add_bos = true: a tokenizer trained here has no begin-of-text token; nearest legal auto")
-        return problems
-
-    def _path_problems(self) -> list[str]:
-        problems = []
-        if not self.output_dir:
-            problems.append("output_dir = '': must name a folder; e.g. runs/data")
-        if not self.paths:
-            problems.append(f"paths = []: must name a file or folder; nearest legal [{STDLIB}]")
+            rule = "a tokenizer trained here has no begin-of-text token"
+            yield Problem("add_bos", True, rule, "nearest legal value is auto")
         output = Path(self.output_dir).resolve()
-        for configured in self.paths:
+        for configured in () if "paths" in unreliable else self.paths:
             path = resolve_path(configured)
             if not configured or not path.exists():
-                problems.append(f"paths = {configured}: must exist; give a file, a folder or {STDLIB}")
-            elif path.is_dir() and path.resolve() in [output, *output.parents]:
-                problems.append(f"output_dir = {self.output_dir}: must lie outside the source {configured}")
+                yield Problem("paths", configured, "must exist", f"give a file, a folder or {STDLIB}")
+            elif path.is_dir() and path.resolve() in [output, *output.parents] and "output_dir" not in unreliable:
+                rule = f"must lie outside the source {configured}"
+                yield Problem("output_dir", self.output_dir, rule, "choose a folder beside it")
         if self.tokenizer_path is not None and not (Path(self.tokenizer_path) / TOKENIZER_JSON).is_file():
-            problems.append(
-                f"tokenizer_path = {self.tokenizer_path}: must be a folder with {TOKENIZER_JSON}; "
-                "null trains a tokenizer"
-            )
-        return problems
+            rule, remedy = f"must be a folder with {TOKENIZER_JSON}", "null trains a tokenizer"
+            yield Problem("tokenizer_path", self.tokenizer_path, rule, remedy)
 
     def corpus(self) -> Corpus:
         """Return the part that says which documents are read."""

@@ -1,13 +1,10 @@
 """The config of recipes/plan.py: any run of the main job, and the cluster it is planned for."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Annotated
 
 from elastic.config.sections import DataConfig, ParallelConfig
 from elastic.config.training import CostConfig, ElasticConfig, PermutedParentInput
-from elastic.space.ranges import Count, Name, Positive, PositiveOrZero, Range, Share
-
-SpareShare = Annotated[float, Range(low=0, high=1, open_high=True)]
+from elastic.space.ranges import Amount, Decay, Files, Name, Ranks, Sequences, Share, Speed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,16 +16,16 @@ class ClusterConfig:
     """
 
     gpu: Name = "h100"
-    num_gpus: Count = 512
-    gpus_per_node: Count = 8
-    memory_gb: Positive = 80.0
-    reserved_gb: PositiveOrZero = 3.0
-    spare: SpareShare = 0.1
-    peak_tflops: Positive = 989.0
-    memory_gb_per_s: Positive = 3350.0
-    node_gb_per_s: Positive = 450.0
-    network_gb_per_s: Positive = 50.0
-    price_per_gpu_hour: PositiveOrZero = 2.5
+    num_gpus: Ranks = 512
+    gpus_per_node: Ranks = 8
+    memory_gb: Speed = 80.0
+    reserved_gb: Amount = 3.0
+    spare: Decay = 0.1
+    peak_tflops: Speed = 989.0
+    memory_gb_per_s: Speed = 3350.0
+    node_gb_per_s: Speed = 450.0
+    network_gb_per_s: Speed = 50.0
+    price_per_gpu_hour: Amount = 2.5
 
     @property
     def budget_bytes(self) -> float:
@@ -50,8 +47,8 @@ class PlanSection:
     memory_efficiency: Share = 0.75
     link_efficiency: Share = 0.7
     search: bool = True
-    max_micro_batch: Count = 4
-    top: Count = 6
+    max_micro_batch: Sequences = 4
+    top: Files = 6
     dry_run: bool = False
 
 

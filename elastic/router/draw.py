@@ -16,7 +16,7 @@ from elastic.space.axes import Axis
 from elastic.space.budget import Budget
 from elastic.space.cost import Deployment
 from elastic.space.gates import Execution, Gates
-from elastic.space.ranges import Count, PositiveOrZero
+from elastic.space.ranges import Sequences, Size, Weight
 from elastic.space.space import Space
 from elastic.space.subnet import Subnet
 
@@ -44,12 +44,12 @@ class RouterSettings:
     at every data-parallel and micro-batch size.
     """
 
-    hidden_width: Count = 256
+    hidden_width: Size = 256
     mode: Mode = Mode.SOFT
-    budget_loss_weight: PositiveOrZero = 1.0
-    entropy_weight: PositiveOrZero = 0.1
-    draws_per_step: Count | None = None
-    noise_draws_per_step: Count | None = None
+    budget_loss_weight: Weight = 1.0
+    entropy_weight: Weight = 0.1
+    draws_per_step: Sequences | None = None
+    noise_draws_per_step: Sequences | None = None
 
 
 @dataclass

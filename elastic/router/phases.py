@@ -3,11 +3,10 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
 
 from elastic.router.schedules import LearningRate, linear
 from elastic.space.gates import Execution
-from elastic.space.ranges import Count, Name, Positive, PositiveOrZero, Range
+from elastic.space.ranges import Name, Scale, Sequences, Steps, Temperature, Tokens, TrainedLength, Weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,10 +14,10 @@ class Phase:
     """One part of any run. `global_batch` counts sequences; give `steps` or `tokens`, not both."""
 
     name: Name
-    sequence_length: Annotated[int, Range(low=2)] = 256
-    global_batch: Count = 8
-    steps: Count | None = None
-    tokens: Count | None = None
+    sequence_length: TrainedLength = 256
+    global_batch: Sequences = 8
+    steps: Steps | None = None
+    tokens: Tokens | None = None
     lr: LearningRate = field(default_factory=LearningRate)
 
     @property
@@ -42,10 +41,10 @@ class ElasticPhase(Phase):
     `temperature` and `logit_scale` run linearly from the first to the second value over the phase.
     """
 
-    budget_weights: Mapping[str, PositiveOrZero] = field(default_factory=dict)
+    budget_weights: Mapping[str, Weight] = field(default_factory=dict)
     router_lr: LearningRate = field(default_factory=lambda: LearningRate(peak=1e-2))
-    temperature: tuple[Positive, Positive] = (1.0, 0.05)
-    logit_scale: tuple[Positive, Positive] = (1.0, 10.0)
+    temperature: tuple[Temperature, Temperature] = (1.0, 0.05)
+    logit_scale: tuple[Scale, Scale] = (1.0, 10.0)
     router_frozen: bool = False
     execution: Execution = Execution.MASK
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from elastic.space.ranges import CountOrZero, PositiveOrZero
+from elastic.space.ranges import Rate, StepsOrZero
 
 
 def linear(ends: tuple[float, float], progress: float) -> float:
@@ -16,9 +16,9 @@ def linear(ends: tuple[float, float], progress: float) -> float:
 class LearningRate:
     """Linear warm-up to `peak` over `warmup_steps`, then constant, or a cosine to `min` at the phase's last step."""
 
-    peak: PositiveOrZero = 1e-3
-    min: PositiveOrZero = 0.0
-    warmup_steps: CountOrZero = 0
+    peak: Rate = 1e-3
+    min: Rate = 0.0
+    warmup_steps: StepsOrZero = 0
     schedule: Literal["constant", "cosine"] = "constant"
 
     def at(self, step: int, num_steps: int) -> float:

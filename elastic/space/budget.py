@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from elastic.space.cost import Deployment, Metric, shape_cost, subnet_cost
-from elastic.space.ranges import MemberName, Positive, Share
+from elastic.space.ranges import MemberName, Share, Target
 from elastic.space.shape import ModelShape
 from elastic.space.subnet import Subnet
 
@@ -18,7 +18,7 @@ class Budget:
 
     name: MemberName
     metric: Metric = Metric.PARAMS
-    target: Positive | None = None
+    target: Target | None = None
     ratio: Share | None = None
 
     @property

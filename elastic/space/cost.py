@@ -16,7 +16,7 @@ from torch import Tensor
 from elastic.space.axes import AXES, INNER_AXIS, Axis
 from elastic.space.layers import DIMS, LAYERS, Number
 from elastic.space.pattern import LayerKind
-from elastic.space.ranges import Count, Positive
+from elastic.space.ranges import ElementBytes, Length, Sequences
 from elastic.space.shape import ModelShape
 from elastic.space.space import Space
 from elastic.space.subnet import Subnet
@@ -39,12 +39,12 @@ class Metric(StrEnum):
 class Deployment:
     """Conditions of a deployment: sequences held at once, their length in tokens, bytes per element."""
 
-    batch: Count = 1
-    length_tokens: Count = 8192
-    weight_bytes: Positive = 2.0
-    kv_bytes: Positive = 2.0
-    ssm_bytes: Positive = 4.0
-    conv_bytes: Positive = 2.0
+    batch: Sequences = 1
+    length_tokens: Length = 8192
+    weight_bytes: ElementBytes = 2.0
+    kv_bytes: ElementBytes = 2.0
+    ssm_bytes: ElementBytes = 4.0
+    conv_bytes: ElementBytes = 2.0
 
 
 @dataclass(frozen=True)

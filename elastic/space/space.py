@@ -11,12 +11,12 @@ from torch import Tensor
 
 from elastic.space.axes import AXES, LANES, Axis
 from elastic.space.pattern import LayerKind
-from elastic.space.ranges import Count, CountOrZero, Required
+from elastic.space.ranges import Layers, Required, Size
 from elastic.space.shape import ModelShape
 from elastic.space.subnet import Subnet
 
 # How many layers of a kind every depth keeps: the best-ranked ones, or all where the parent has fewer.
-KeepAtLeast = Mapping[Literal["mamba", "mlp", "attention"], CountOrZero]
+KeepAtLeast = Mapping[Literal["mamba", "mlp", "attention"], Layers]
 
 
 class SpaceError(ValueError):
@@ -27,7 +27,7 @@ class SpaceError(ValueError):
 class AxisChoices:
     """Allowed widths of one axis, descending, index 0 = full. `per_layer`: one choice for each layer of its kind."""
 
-    choices: Annotated[tuple[Count, ...], Required("the full width first, then smaller ones")] = ()
+    choices: Annotated[tuple[Size, ...], Required("the full width first, then smaller ones")] = ()
     per_layer: bool = False
 
 

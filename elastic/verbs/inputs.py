@@ -1,6 +1,5 @@
 """Configs and the file system: inputs that must exist, and a run folder that must be free."""
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -62,8 +61,8 @@ def load_run[T](kind: type[T], values: Mapping[str, Any], cluster: Cluster, *, i
         problems += (*length_problems(config), *checkpoint_problems(config))
     if is_main and not unreliable.intersection(("exp_manager", "output")):
         problems += tuple(output_problems(config))
-    if isinstance(config, PrepareConfig) and not unreliable:
-        problems += tuple(preparation_problem(text) for text in config.problems())
+    if isinstance(config, PrepareConfig):
+        problems += tuple(config.rule_problems(unreliable))
     if problems:
         raise ConfigError(problems)
     return config
@@ -209,15 +208,3 @@ def free_version(folder: Path) -> str:
     while (folder.parent / f"version_{number}").exists():
         number += 1
     return f"version_{number}"
-
-
-def preparation_problem(text: str) -> Problem:
-    """Turn a line `field = value: rule; remedy` of PrepareConfig.problems into a Problem."""
-    name, _, rest = text.partition(" = ")
-    value, _, rest = rest.partition(": ")
-    rule, _, remedy = rest.partition("; ")
-    try:
-        shown: object = json.loads(value)
-    except ValueError:
-        shown = value
-    return Problem(name, shown, rule, remedy.replace("nearest legal ", "nearest legal value is "))

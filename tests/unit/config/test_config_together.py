@@ -113,10 +113,10 @@ def test_all_problems_of_an_export_and_of_a_preparation_come_in_one_error(proble
     ]
     preparation: dict[str, object] = {"document_format": "csv", "vocab_size": 1, "suffixes": [], "output_dir": ""}
     assert [line.partition(" = ")[0] for line in problems_of(PrepareConfig, preparation)] == [
-        "document_format",
-        "vocab_size",
-        "suffixes",
         "output_dir",
+        "document_format",
+        "suffixes",
+        "vocab_size",
     ]
 
 

@@ -226,15 +226,15 @@ def test_all_illegal_settings_are_named_in_one_error(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         prepare(wrong)
     for problem in [
-        "output_dir = ''",
-        "nowhere: must exist",
-        "document_format = parquet: must be one of text, lines, jsonl",
-        "text_field = ''",
+        "output_dir = null: missing",
+        ": must exist; give a file, a folder",
+        'document_format = "parquet": must be one of text, lines, jsonl',
+        "text_field = null: missing",
         "suffixes = []",
-        "max_bytes = 0: must be at least 1; nearest legal 1",
+        "max_bytes = 0: must be at least 1; nearest legal value is 1",
         "max_document_bytes = 0",
-        "validation_ratio = 1.5: must be within 0 and 0.5; nearest legal 0.5",
-        "vocab_size = 100: must be at least 257; nearest legal 257",
+        "validation_ratio = 1.5: must be at most 0.5; nearest legal value is 0.5",
+        "vocab_size = 100: must be at least 257; nearest legal value is 257",
         "tokenizer_sample_bytes = -1",
         "must be a folder with tokenizer.json",
     ]:
@@ -243,5 +243,5 @@ def test_all_illegal_settings_are_named_in_one_error(tmp_path: Path) -> None:
 
 def test_output_inside_the_source_is_refused_and_the_defaults_are_legal(tmp_path: Path) -> None:
     (problem,) = PrepareConfig(output_dir=str(tmp_path / "a" / "b"), paths=[str(tmp_path)]).problems()
-    assert "must lie outside the source" in problem
-    assert PrepareConfig(output_dir=str(tmp_path)).problems() == []
+    assert "must lie outside the source" in problem.rule
+    assert PrepareConfig(output_dir=str(tmp_path)).problems() == ()

@@ -101,7 +101,7 @@ def test_prepare_data_rules_come_in_the_same_form(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_run(PrepareConfig, values, Cluster(), is_main=True)
     assert [problem.field for problem in caught.value.problems] == ["validation_ratio", "vocab_size"]
-    assert "must be within 0 and 0.5; nearest legal value is 0.5" in str(caught.value)
+    assert "must be at most 0.5; nearest legal value is 0.5" in str(caught.value)
 
 
 def tokenizer_of(folder: Path, tokens: list[str]) -> str:

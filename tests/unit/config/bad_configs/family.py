@@ -47,7 +47,7 @@ BAD: tuple[BadConfig, ...] = (
     ),
     (
         PretrainConfig,
-        {"curriculum": [{"name": "a", "steps": 5, "lr": {"peak": 0.1, "min": 0.2}}]},
+        {"curriculum": [{"name": "a", "steps": 5, "lr": {"peak": 0.1, "min": 0.2, "schedule": "cosine"}}]},
         1,
         "curriculum.0.lr.min = 0.2: must be at most curriculum.0.lr.peak = 0.1; nearest legal value is 0.1",
     ),
@@ -70,13 +70,21 @@ BAD: tuple[BadConfig, ...] = (
         {"curriculum.0.budget_weights": {"smal": 1}},
         1,
         "curriculum.0.budget_weights.smal = 1.0: is not a budget of elastic.budgets (full, small); nearest legal name "
-        "is small",
+        "is small, curriculum.0.budget_weights=null gives all the same weight",
+    ),
+    (
+        PretrainConfig,
+        {"curriculum": [{"name": "a", "steps": 5, "lr": {"peak": 0.2, "min": 0.1}}]},
+        1,
+        "curriculum.0.lr.min = 0.1: says nothing while curriculum.0.lr.schedule = constant; set "
+        "curriculum.0.lr.schedule=cosine or curriculum.0.lr.min=0",
     ),
     (
         ElasticConfig,
         {"curriculum.0.budget_weights": {"full": 0}},
         1,
-        'curriculum.0.budget_weights = {"full": 0.0}: at least one weight must be above 0; write {} for uniform',
+        'curriculum.0.budget_weights = {"full": 0.0}: at least one weight must be above 0; write null for equal '
+        "weights",
     ),
     (
         ElasticConfig,

@@ -87,9 +87,9 @@ BAD: tuple[BadConfig, ...] = (
     ),
     (
         PretrainConfig,
-        {"exp_manager.version": 3},
+        {"exp_manager.version": True},
         1,
-        'exp_manager.version = 3: must be a text; write it in quotes, "3"',
+        "exp_manager.version = true: must be a text; write it in quotes inside quotes, exp_manager.version='\"true\"'",
     ),
     (
         PretrainConfig,
@@ -150,8 +150,8 @@ BAD: tuple[BadConfig, ...] = (
         ElasticConfig,
         {"elastic.budgets.1": {"name": "small", "metric": "param", "ratio": 0.7}},
         1,
-        'elastic.budgets.1.metric = "param": must be one of params, weight_bytes, deploy_bytes, flops_per_token; '
-        "nearest legal value is params",
+        'elastic.budgets.1.metric = "param": must be one of params, stored_params, weight_bytes, deploy_bytes, '
+        "flops_per_token; nearest legal value is params",
     ),
     (
         ElasticConfig,
