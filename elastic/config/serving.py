@@ -156,4 +156,4 @@ class ImportConfig(VerbConfig):
 
     source: Annotated[str, Required("a Hugging Face folder with config.json and safetensors files")] = ""
     # The vocabulary is filled up to a multiple of this, as tensor parallelism needs it; exports leave the rows out.
-    vocab_multiple: Count = 1
+    vocab_multiple: ranges.Vocab = 1
