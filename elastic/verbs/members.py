@@ -208,7 +208,7 @@ def _given_subnet(
     if any(width % space.lanes for width in subnet.ffn):
         legal = sorted({nearest_multiple(width, space.lanes) for width in subnet.ffn}, reverse=True)
         rule = f"widths must be multiples of the lanes = {space.lanes}"
-        raise MembersError([Problem(f"{field}.ffn", list(given.ffn), rule, f"nearest legal is {legal}")])
+        raise MembersError([Problem(f"{field}.ffn", list(given.ffn or ()), rule, f"nearest legal is {legal}")])
     return subnet
 
 
