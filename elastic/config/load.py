@@ -106,9 +106,9 @@ def _plain(value: Any) -> Any:
 class _IllegalValueError(Exception):
     """Carries one problem from a nested value to the field that holds it."""
 
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(str(problem))
-        self.problem = problem
+    def __init__(self, field: str, value: object, rule: str, remedy: str) -> None:
+        super().__init__(field, rule)
+        self.problem = Problem(field, value, rule, remedy)
 
 
 class _Loader:
@@ -144,9 +144,7 @@ class _Loader:
         if given == NOT_GIVEN and not is_dataclass(hint):
             given = _plain_default(field)
         if requirement is not None and given in (NOT_GIVEN, "", None, []):
-            raise _IllegalValueError(
-                Problem(path, None, "missing, it has no default", f"set {path}=..., {requirement.hint}")
-            )
+            raise _IllegalValueError(path, None, "missing, it has no default", f"set {path}=..., {requirement.hint}")
         return self._value(hint, {} if given == NOT_GIVEN else given, path, _remedy(field))
 
     def _value(self, hint: Any, given: Any, path: str, remedy: str) -> Any:
@@ -178,23 +176,21 @@ class _Loader:
 
     def _list(self, arguments: tuple[Any, ...], given: Any, path: str, remedy: str) -> tuple[Any, ...]:
         if not isinstance(given, list | tuple):
-            raise _IllegalValueError(Problem(path, given, "must be a list", f"write [{show(given)}] for one entry"))
+            raise _IllegalValueError(path, given, "must be a list", f"write [{show(given)}] for one entry")
         if arguments[-1] is Ellipsis:
             hints = [arguments[0]] * len(given)
         elif len(given) == len(arguments):
             hints = list(arguments)
         else:
-            raise _IllegalValueError(Problem(path, given, f"must have {len(arguments)} entries", remedy))
-        entries = (
-            (hint, entry, f"{path}.{index}") for index, (hint, entry) in enumerate(zip(hints, given, strict=True))
-        )
-        return tuple(self._legal_entries(entries, remedy).values())
+            raise _IllegalValueError(path, given, f"must have {len(arguments)} entries", remedy)
+        paths = [f"{path}.{index}" for index in range(len(given))]
+        return tuple(self._legal_entries(zip(hints, given, paths, strict=True), remedy).values())
 
     def _mapping(self, hints: tuple[Any, Any], given: Any, path: str, remedy: str) -> Mapping[Any, Any]:
         if given is None:
             return {}
         if not isinstance(given, Mapping):
-            raise _IllegalValueError(Problem(path, given, "must map names to values", remedy))
+            raise _IllegalValueError(path, given, "must map names to values", remedy)
         names = {f"{path}.{key}": self._value(hints[0], str(key), f"{path}.{key}", remedy) for key in given}
         legal = self._legal_entries(((hints[1], entry, f"{path}.{key}") for key, entry in given.items()), remedy)
         return {names[entry_path]: entry for entry_path, entry in legal.items()}
@@ -256,7 +252,7 @@ def _remedy(field: DataclassField[Any]) -> str:
 def _check_folder_name(name: FolderName, value: str, path: str) -> None:
     if re.fullmatch(name.pattern, value) is None:
         nearest = re.sub(r"^\W+|[^\w.+-]", "", value)[:100] or "member"
-        raise _IllegalValueError(Problem(path, value, name.rule, f"nearest legal value is {nearest}"))
+        raise _IllegalValueError(path, value, name.rule, f"nearest legal value is {nearest}")
 
 
 def _check_range(limits: Range, value: Any, path: str, remedy: str) -> None:
@@ -265,11 +261,11 @@ def _check_range(limits: Range, value: Any, path: str, remedy: str) -> None:
     if low is not None and (size <= low if limits.open_low else size < low):
         least = f"must be {'above' if limits.open_low else 'at least'} {_plain_number(low)}"
         nearest = remedy if is_list or limits.open_low else f"nearest legal value is {_plain_number(low)}"
-        raise _IllegalValueError(Problem(path, value, "must not be empty" if is_list else least, nearest))
+        raise _IllegalValueError(path, value, "must not be empty" if is_list else least, nearest)
     if high is not None and (size >= high if limits.open_high else size > high):
         rule = f"must be {'below' if limits.open_high else 'at most'} {_plain_number(high)}"
         nearest = remedy if limits.open_high else f"nearest legal value is {_plain_number(high)}"
-        raise _IllegalValueError(Problem(path, value, rule, nearest))
+        raise _IllegalValueError(path, value, rule, nearest)
 
 
 def _plain_number(limit: float) -> str:
@@ -281,9 +277,7 @@ def _one_of(legal: tuple[Any, ...], given: Any, path: str) -> Any:
         return legal[legal.index(given)]
     names = [name if isinstance(name, str) else show(name) for name in legal]
     near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.0)
-    raise _IllegalValueError(
-        Problem(path, given, f"must be one of {', '.join(names)}", f"nearest legal value is {near[0]}")
-    )
+    raise _IllegalValueError(path, given, f"must be one of {', '.join(names)}", f"nearest legal value is {near[0]}")
 
 
 def _scalar(hint: Any, given: Any, path: str, remedy: str) -> Any:
@@ -303,4 +297,4 @@ def _scalar(hint: Any, given: Any, path: str, remedy: str) -> Any:
         remedy = f"nearest legal value is {round(given)}"
     if hint is str and isinstance(given, bool):
         remedy = f"write it in quotes inside quotes, {path}='\"{show(given)}\"'"
-    raise _IllegalValueError(Problem(path, given, f"must be {names[hint]}", remedy))
+    raise _IllegalValueError(path, given, f"must be {names[hint]}", remedy)
