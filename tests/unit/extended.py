@@ -24,7 +24,7 @@ from elastic.space.reach import sample_subnet, smallest_subnet
 from elastic.space.shape import ModelShape
 from elastic.space.space import AxisChoices, Space
 from tests.parity import test_executions as executions
-from tests.parity.model_factory import choices_to_test, one_process, relative_error, shape_of
+from tests.parity.model_factory import Outcome, choices_to_test, one_process, relative_error, shape_of
 
 
 def axis() -> None:
@@ -49,12 +49,19 @@ def axis() -> None:
     executions.SPACES["extended"] = space
     with one_process():
         for index in range(len(choices_to_test(space))):
-            sliced = executions._run_slice("extended", index)
-            for run in (executions._run_mask, executions._run_submodel, executions._run_hugging_face):
-                other = run("extended", index)
-                assert relative_error(other.logits, sliced.logits) < executions.LOGITS_TOLERANCE, run
-                for name, gradient in sliced.gradients.items():
-                    assert relative_error(other.gradients[name], gradient) < executions.GRADIENT_TOLERANCE, (run, name)
+            exact = executions._run_slice("extended", index)
+            for run in (executions._run_mask, executions._run_submodel):
+                assert all(error <= executions.BOUND for error in errors(run("extended", index), exact).values()), run
+            # Stock transformers runs in fp32: no further off than our own submodel there, beyond the order of sums.
+            noise = errors(executions._run_submodel("extended", index, torch.float32), exact)
+            for name, error in errors(executions._run_hugging_face("extended", index), exact).items():
+                assert error <= 10 * max(noise[name], torch.finfo(torch.float32).eps), name
+
+
+def errors(one: Outcome, exact: Outcome) -> dict[str, float]:
+    """Return relative errors of the logits and of every parameter's gradient."""
+    found = {name: relative_error(one.gradients[name], gradient) for name, gradient in exact.gradients.items()}
+    return found | {"logits": relative_error(one.logits, exact.logits)}
 
 
 def layer_kind() -> None:
