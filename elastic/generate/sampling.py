@@ -11,7 +11,8 @@ from torch import Tensor
 class Sampling:
     """How tokens are chosen. Temperature 0 takes the most likely one; top_k and top_p narrow a draw, null does not.
 
-    `text` numbers the texts of one run, so that the same prompt given twice is answered twice.
+    `suppressed` tokens are never chosen, as those that only fill up the vocabulary. `text` numbers the texts of one
+    run, so that the same prompt given twice is answered twice.
     """
 
     temperature: float = 0.0
@@ -19,11 +20,12 @@ class Sampling:
     top_p: float | None = None
     seed: int = 0
     text: int = 0
+    suppressed: tuple[int, ...] = ()
 
     def choose(self, logits: Tensor, position: int) -> int:
         """Return the token for `position`, counted from the start of the prompt; of equal logits the first one."""
         if self.temperature == 0:
-            return int(logits.argmax())
+            return int(self._allowed(logits).argmax())
         probabilities = self.probabilities(logits)
         return int(torch.multinomial(probabilities, 1, generator=self._generator(position)))
 
@@ -32,7 +34,7 @@ class Sampling:
 
         In this order as in stock transformers. top_p keeps the fewest likeliest tokens that reach it together.
         """
-        logits = logits.float().cpu()
+        logits = self._allowed(logits).float().cpu()
         # The largest one leaves first, in fp64, so that no temperature, however small, divides to inf.
         scaled = ((logits - logits.max()).double() / self.temperature).float()
         if self.top_k is not None and self.top_k < scaled.numel():
@@ -45,6 +47,11 @@ class Sampling:
             dropped = torch.zeros_like(scaled, dtype=torch.bool).scatter(0, order, above >= self.top_p)
             scaled = scaled.masked_fill(dropped, float("-inf"))
         return scaled.softmax(-1)
+
+    def _allowed(self, logits: Tensor) -> Tensor:
+        if not self.suppressed:
+            return logits
+        return logits.index_fill(0, torch.tensor(self.suppressed, device=logits.device), float("-inf"))
 
     def _generator(self, position: int) -> torch.Generator:
         digest = hashlib.blake2b(f"{self.seed}:{self.text}:{position}".encode(), digest_size=8).digest()

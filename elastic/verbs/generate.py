@@ -50,6 +50,7 @@ class Served:
     subnets: dict[str, Subnet]
     tokenizer: LoadedTokenizer
     eos_ids: frozenset[int]
+    suppressed: tuple[int, ...] = ()
 
     def encode(self, text: str) -> list[int]:
         """Turn a prompt into tokens as stock transformers does: special tokens are read, and added if it adds any."""
@@ -76,7 +77,8 @@ def run_generate(config: GenerateConfig, console: Console) -> list[dict[str, Any
         limits, rows = Limits(config.max_new_tokens, served.eos_ids), []
         for number, prompt in enumerate(prompts):
             tokens = served.encode(prompt)
-            sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed, text=number)
+            narrowed = (config.temperature, config.top_k, config.top_p, config.seed)
+            sampling = Sampling(*narrowed, text=number, suppressed=served.suppressed)
             if here.is_main:
                 console.rule(f"prompt {number + 1} of {len(prompts)}, {len(tokens)} tokens", align="left")
                 console.out(prompt, style="bold", end="", highlight=False)
@@ -119,7 +121,8 @@ def open_served(config: GenerateConfig, here: World, console: Console) -> Served
     tokenizer = load_tokenizer(Path(path), parse_special_tokens=True)
     whole = Subnet.full(model.decoder.masks.space.parent)
     ends = settings.end_tokens() or frozenset((tokenizer.eos_id,))
-    return Served(source, model.eval(), {WHOLE: whole, **named}, tokenizer, ends)
+    suppressed = tuple((settings.generation or {}).get("suppress_tokens") or ())
+    return Served(source, model.eval(), {WHOLE: whole, **named}, tokenizer, ends, suppressed)
 
 
 def _budgets(config: GenerateConfig) -> list[str]:

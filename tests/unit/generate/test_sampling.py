@@ -20,3 +20,11 @@ def test_the_smallest_temperatures_take_the_most_likely_token(temperature: float
 def test_others_give_the_softmax_of_the_divided_logits(temperature: float) -> None:
     expected = (LOGITS.double() / temperature).softmax(-1)
     assert torch.allclose(Sampling(temperature=temperature).probabilities(LOGITS).double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-40, 1.0])
+def test_suppressed_tokens_are_never_chosen(temperature: float) -> None:
+    sampling = Sampling(temperature=temperature, suppressed=(1, 3))
+    assert {sampling.choose(LOGITS, position) for position in range(50)} <= {0, 2, 4}
+    if temperature:
+        assert sampling.probabilities(LOGITS)[[1, 3]].tolist() == [0.0, 0.0]
