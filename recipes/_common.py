@@ -46,6 +46,11 @@ def run(main: Callable[[], Any]) -> None:
             main()
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         leave(str(error))
+    except RecursionError as error:
+        keys = re.findall(r"full_key: (\w[\w.]*)", str(error))  # what OmegaConf was filling in, the outermost last
+        if not keys:
+            raise
+        leave(f"{keys[-1]}: the YAML file gives it an alias of itself, which has no end; write the value out")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from omegaconf import OmegaConf
 
 from elastic.config.sections import ComputeConfig
@@ -102,3 +103,18 @@ def test_recipe_through_nemo_is_quiet_and_leaves_no_files(tmp_path: Path) -> Non
         "sequence_length",
     ]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("plain_command_line")
+def test_an_alias_that_holds_itself_is_named_without_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    values = yaml.safe_load("prompts: &itself [*itself]")
+    with pytest.raises(SystemExit) as left:
+        _common.run(lambda: OmegaConf.create(values))
+    assert left.value.code == 2 and "prompts: the YAML file gives it an alias of itself" in capsys.readouterr().err
+    with pytest.raises(RecursionError):
+        _common.run(endless)
+
+
+def endless() -> None:
+    """Recurse without end, as a fault of ours would."""
+    endless()
