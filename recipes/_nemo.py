@@ -3,43 +3,12 @@
 Every recipe imports this module first; nothing else does.
 """
 
-import os
-import sys
-import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from elastic.world.agent import end_with_agent
+from recipes._quiet import held_back_output
 
 __all__ = ["hydra_runner"]
-
-
-@contextmanager
-def held_back_output() -> Iterator[None]:
-    """Keep everything written to stdout and stderr away from the screen; show it after all if the block raises.
-
-    File descriptors are redirected, not sys.stderr: log handlers made inside the block must keep the real stream.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as held:
-        saved = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
-        failed = True
-        try:
-            for descriptor in saved:
-                os.dup2(held.fileno(), descriptor)
-            yield
-            failed = False
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for descriptor, original in saved.items():
-                os.dup2(original, descriptor)
-                os.close(original)
-            if failed:
-                held.seek(0)
-                os.write(2, held.read())
 
 
 end_with_agent()  # the imports below take seconds, in which torchrun's agent may die

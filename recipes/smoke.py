@@ -20,6 +20,8 @@ from typing import Any
 from rich.console import Console
 from rich.rule import Rule
 
+from recipes._quiet import held_back_output
+
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB_TOKENS = 2048
 # Libraries announce missing GPU kernels and deprecations in every process of the chain.
@@ -106,7 +108,8 @@ def chain(smoke: Smoke) -> dict[str, Any]:
             row["name"]: pool.submit(evaluate, f"evaluation_submodel_{row['name']}", Path(row["megatron"]))
             for row in extraction
         }
-    from recipes._smoke_report import build_summary
+    with held_back_output():
+        from recipes._smoke_report import build_summary
 
     return build_summary(
         parent_rows.result()[0],

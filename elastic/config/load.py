@@ -46,12 +46,13 @@ class ConfigError(ValueError):
 
 
 def show(value: object) -> str:
-    """Write a value the way a YAML file would, at most 60 characters."""
+    """Write a value the way a YAML file would, at most 60 characters; of a text, its end too, where paths differ."""
     try:
         text = json.dumps(value)
     except (TypeError, ValueError, RecursionError):  # no JSON, or a list that holds itself
         text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    end = text[-37:] if isinstance(value, str) else ""
+    return text if len(text) <= 60 else f"{text[: 57 - len(end)]}...{end}"
 
 
 def config_dict(config: Any) -> dict[str, Any]:
@@ -284,10 +285,8 @@ def _scalar(hint: Any, given: Any, path: str, remedy: str) -> Any:
     """Convert one scalar: an int also takes 65e9, a float an int, a text any number; a bool is no number."""
     is_number = isinstance(given, int | float) and not isinstance(given, bool)
     is_finite = is_number and abs(given) <= sys.float_info.max  # compares whole numbers beyond every float, too
-    if hint is int and is_finite and given == int(given):
-        return int(given)
-    if hint is float and is_finite:
-        return float(given)
+    if is_finite and (hint is float or (hint is int and given == int(given))):
+        return hint(given)
     if hint is str and is_number:
         return str(given)  # the shell takes quotes away: a name may look like a number
     if hint in (bool, str) and isinstance(given, hint):

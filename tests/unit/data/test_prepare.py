@@ -227,7 +227,7 @@ def test_all_illegal_settings_are_named_in_one_error(tmp_path: Path) -> None:
         prepare(wrong)
     for problem in [
         "output_dir = null: missing",
-        ": must exist; give a file, a folder",
+        'nowhere": must exist; give a file, a folder',
         'document_format = "parquet": must be one of text, lines, jsonl',
         "text_field = null: missing",
         "suffixes = []",
