@@ -46,12 +46,12 @@ class ConfigError(ValueError):
 
 
 def show(value: object) -> str:
-    """Write a value the way a YAML file would, at most 60 characters; of a text, its end too, where paths differ."""
+    """Write a value the way a YAML file would, at most 60 characters; of a path, its end too."""
     try:
         text = json.dumps(value)
     except (TypeError, ValueError, RecursionError):  # no JSON, or a list that holds itself
         text = str(value)
-    end = text[-37:] if isinstance(value, str) else ""
+    end = text[-37:] if isinstance(value, str) and "/" in value else ""
     return text if len(text) <= 60 else f"{text[: 57 - len(end)]}...{end}"
 
 

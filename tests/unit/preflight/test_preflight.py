@@ -170,10 +170,13 @@ def test_damaged_data(start: Path, tmp_path: Path) -> None:
     assert problem.field == "data.path" and "train.bin has 10 bytes" in problem.rule
 
 
-def test_disk_too_small_for_the_checkpoints(start: Path, tmp_path: Path) -> None:
-    many = "exp_manager.keep_last_checkpoints=1000000000000"
-    problem = only(problems_of(*tiny_overrides(start, tmp_path, "disk", (3, 2), many)))
-    assert problem.field == f"free disk at {tmp_path}" and "checkpoints of" in problem.rule
+def test_disk_too_small_for_the_checkpoints(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = tiny_overrides(start, tmp_path, "disk", (3, 2), "exp_manager.keep_last_checkpoints=1000")
+    assert problems_of(*arguments) == []
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
+    problem = only(problems_of(*arguments))
+    assert problem.field == f"free disk at {tmp_path}" and "for 1001 checkpoints of" in problem.rule
 
 
 def test_a_job_may_not_remove_its_own_earlier_tries(start: Path, tmp_path: Path) -> None:
