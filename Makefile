@@ -5,7 +5,7 @@ override VENV := $(patsubst ~/%,$(HOME)/%,$(VENV))
 PY = $(VENV)/bin/python
 TESTS ?= tests
 MARKERS ?= not gpu and not slow
-JOBS ?= 2
+JOBS ?= 3
 IMAGE ?= elastic
 
 export VENV
