@@ -1,10 +1,8 @@
 """Preflight: each kind of trouble, really there or handed in as a fact, has its own message and ends in code 2."""
 
 import argparse
-import os
 import shutil
 import socket
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +26,6 @@ from elastic.verbs.parent import fill_from_parent
 from recipes.preflight import check_run, compose_run, requirements
 from tests.cluster.overrides import tiny_overrides
 
-ROOT = Path(__file__).parents[3]
 H100 = Gpu("H100", total_bytes=80 << 30, free_bytes=79 << 30)
 GOOD = Node((3, 12), {}, {}, (H100,) * 8, "13.0", has_nccl=True)
 
@@ -230,37 +227,3 @@ def test_plan_ends_with_the_phase_and_knows_a_finished_run(start: Path, tmp_path
     assert not plan_run(config, None)[0].finished  # the second phase is still to come
     (run / FINISHED_FILE).write_text("{")
     assert not plan_run(config, "short_context")[0].finished
-
-
-# As a program
-
-
-def run_module(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a Python program of this project."""
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", **environment}
-    for name in ("SLURM_NODEID", "NODE_RANK"):
-        variables.pop(name, None)
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, env=variables, capture_output=True, text=True, check=False, timeout=240)
-
-
-def test_the_program_prints_every_problem_and_leaves_with_2(tmp_path: Path) -> None:
-    wrong = ["--config-name=elastic_12b", "data.path=nowhere", "trainer.max_stepz=1"]
-    ended = run_module(str(ROOT / "recipes" / "preflight.py"), "--processes=3", "train_elastic", *wrong)
-    assert ended.returncode == 2, ended.stderr
-    heading, *lines = ended.stdout.splitlines()
-    assert heading == f"{len(lines)} problems:"
-    fields = {line.strip().partition(" = ")[0] for line in lines}
-    assert {"trainer.max_stepz", "data.path", "parallel.tensor x pipeline x context"} <= fields
-
-
-def test_rank_that_does_not_come_fails_the_all_reduce_in_time(tmp_path: Path) -> None:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        port = str(listener.getsockname()[1])
-    meeting = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    program = ["-m", "elastic.preflight.collective", f"--folder={tmp_path}", "--timeout=3"]
-    ended = run_module(*program, **meeting)
-    assert ended.returncode == 2, ended.stderr
-    assert ended.stdout.startswith("  all-reduce = ") and "rank 0 of 2 failed" in ended.stdout
-    assert ended.stdout.count("\n") == 1 and list(tmp_path.iterdir()) == []

@@ -1,9 +1,6 @@
 """How a recipe ends: user errors in plain words with code 2, our bugs with a traceback, nothing left lying about."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +11,6 @@ from elastic.config.sections import ComputeConfig
 from elastic.config.serving import EvaluateConfig
 from elastic.space.pattern import LayerPattern
 from recipes import _common
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -77,32 +72,6 @@ def test_process_is_set_up_as_the_trainer_section_says() -> None:
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
-
-
-def test_recipe_through_nemo_is_quiet_and_leaves_no_files(tmp_path: Path) -> None:
-    """The whole way in: NeMo's hydra_runner, all overrides, one message, an empty working directory."""
-    arguments = ["--config-name=evaluate", "trainer.num_thread=1", "sequence_length=0"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "1"}
-    environment.pop("RANK", None)
-    ended = subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / "evaluate.py"), *arguments],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 2, ended.stderr
-    assert ended.stdout == ""
-    heading, *lines = ended.stderr.splitlines()
-    assert heading == "4 problems in the configuration:"
-    assert [line.strip().partition(" = ")[0] for line in lines] == [
-        "trainer.num_thread",
-        "init_from.checkpoint",
-        "data.path",
-        "sequence_length",
-    ]
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("plain_command_line")

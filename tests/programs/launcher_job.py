@@ -4,7 +4,7 @@ import os
 import subprocess
 from pathlib import Path
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 LAUNCHERS = {
     "elastic_12b": "train_elastic",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.launch.launcher_job import LAUNCH, LAUNCHERS, ROOT, Job
+from tests.programs.launcher_job import LAUNCH, LAUNCHERS, ROOT, Job
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 TOOLS = ("bash", "cat", "cksum", "dirname", "ls", "mkdir", "rm", "mv")
 FAKE_COMPILER = "#!/bin/sh\nexit 0\n"
 FAKE_UV = """#!/bin/sh

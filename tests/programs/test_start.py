@@ -1,0 +1,122 @@
+"""Recipes as a user starts them: what is on the screen, the exit code, and the files that are left."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipes._start import split_processes
+
+ROOT = Path(__file__).parents[2]
+
+
+def started(folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run this project's Python on `arguments` (a recipe's name, or Python's own) in `folder`, on one node."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "1"}
+    for name in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "COLUMNS", "SLURM_NODEID", "NODE_RANK"):
+        environment.pop(name, None)
+    program, *rest = arguments
+    own = [program] if program.startswith("-") else [str(ROOT / "recipes" / f"{program}.py")]
+    return subprocess.run(
+        [sys.executable, *own, *rest], cwd=folder, env=environment | more, capture_output=True, text=True, check=False,
+        timeout=240,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "processes", "rest"),
+    [
+        (["seed=1"], None, ["seed=1"]),
+        (["--nproc-per-node=2", "seed=1"], "2", ["seed=1"]),
+        (["-cn", "smoke_elastic", "--nproc_per_node", "gpu", "seed=1"], "gpu", ["-cn", "smoke_elastic", "seed=1"]),
+    ],
+)
+def test_number_of_processes_is_told_apart_from_what_hydra_reads(
+    arguments: list[str], processes: str | None, rest: list[str]
+) -> None:
+    assert split_processes(arguments) == (processes, rest)
+
+
+def test_through_nemo_all_mistakes_are_one_message_and_no_file_is_left(tmp_path: Path) -> None:
+    ended = started(tmp_path, "evaluate", "--config-name=evaluate", "trainer.num_thread=1", "sequence_length=0")
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stdout == ""
+    heading, *lines = ended.stderr.splitlines()
+    assert heading == "4 problems in the configuration:"
+    assert [line.strip().partition(" = ")[0] for line in lines] == [
+        "trainer.num_thread",
+        "init_from.checkpoint",
+        "data.path",
+        "sequence_length",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_in_two_processes_a_mistake_is_said_once_and_nothing_else(tmp_path: Path) -> None:
+    mistakes = ["parallel.tensor=3", "data.path=d", "init_from.checkpoint=c"]
+    ended = started(tmp_path, "evaluate", "--nproc-per-node=2", *mistakes)
+    assert ended.returncode == 2 and ended.stdout == ""
+    heading, *lines = ended.stderr.splitlines()
+    assert heading == "3 problems in the configuration:" and len(lines) == 3, ended.stderr
+    assert "must divide the number of processes = 2" in lines[0]
+
+
+def test_a_mistake_found_in_the_files_comes_without_a_line_of_hydras(tmp_path: Path) -> None:
+    """The body refuses what no check of the config can see: here a folder that is no model."""
+    (tmp_path / "model").mkdir()
+    ended = started(tmp_path, "import_hf", "source=model")
+    assert ended.returncode == 2 and "model cannot be read as a nemotron_h model" in ended.stderr
+    assert "Error executing job" not in ended.stderr and "Traceback" not in ended.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_start_is_free_of_other_packages_warnings_and_of_those_alone(tmp_path: Path) -> None:
+    lines = [
+        "import recipes._nemo, warnings",
+        "from megatron.core.transformer import TransformerConfig",
+        "import megatron.core.models.mimo.config.base_configs",
+        "warnings.warn('The argument order of load has been changed. Please check the document')",
+        "warnings.warn('torch.distributed is disabled, unavailable or uninitialized, assuming')",
+        "TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)",
+        "warnings.warn('something of our own')",
+    ]
+    ended = started(tmp_path, "-c", "\n".join(lines))
+    assert ended.returncode == 0 and ended.stdout == ""
+    said = [line for line in ended.stderr.splitlines() if "Warning" in line]
+    assert len(said) == 1 and "something of our own" in said[0], ended.stderr
+
+
+def test_cost_prints_and_writes_only_what_is_asked_for(tmp_path: Path) -> None:
+    ended = started(tmp_path, "cost", "--config-name=elastic_12b", "output=out/cost.json")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == "" and "12.310B" in ended.stdout and "…" not in ended.stdout
+    assert [path.relative_to(tmp_path) for path in sorted(tmp_path.rglob("*"))] == [Path("out"), Path("out/cost.json")]
+    report = json.loads((tmp_path / "out" / "cost.json").read_text())
+    assert [row["name"] for row in report["budgets"]] == ["12b", "9b", "6b"]
+    assert report["parent"]["params"] == 12_310_001_152
+
+
+def test_preflight_prints_every_problem_and_leaves_with_2(tmp_path: Path) -> None:
+    wrong = ["--config-name=elastic_12b", "data.path=nowhere", "trainer.max_stepz=1"]
+    ended = started(tmp_path, "preflight", "--processes=3", "train_elastic", *wrong, PYTHONWARNINGS="ignore")
+    assert ended.returncode == 2, ended.stderr
+    heading, *lines = ended.stdout.splitlines()
+    assert heading == f"{len(lines)} problems:"
+    fields = {line.strip().partition(" = ")[0] for line in lines}
+    assert {"trainer.max_stepz", "data.path", "parallel.tensor x pipeline x context"} <= fields
+
+
+def test_rank_that_does_not_come_fails_the_all_reduce_in_time(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        port = str(listener.getsockname()[1])
+    meeting = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    program = ["-m", "elastic.preflight.collective", f"--folder={tmp_path}", "--timeout=3"]
+    ended = started(tmp_path, *program, **meeting, PYTHONWARNINGS="ignore")
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stdout.startswith("  all-reduce = ") and "rank 0 of 2 failed" in ended.stdout
+    assert ended.stdout.count("\n") == 1 and list(tmp_path.iterdir()) == []
