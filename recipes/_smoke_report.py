@@ -10,8 +10,7 @@ from rich.table import Table
 from elastic.checkpoint.find import list_checkpoints
 from elastic.checkpoint.record import Record
 from elastic.data.stream import HeldOut, TokenStream, validation_batches
-from elastic.space.axes import AXES, INNER_AXIS
-from elastic.space.pattern import LayerKind
+from elastic.space.axes import AXES, INNER_AXIS, LayerKind
 from elastic.space.shape import ModelShape
 
 UNITS = {LayerKind.MAMBA: "Mamba\nheads", LayerKind.MLP: "FFN\nneurons", LayerKind.ATTENTION: "query\nheads"}

@@ -8,11 +8,9 @@ from typing import Any
 
 from elastic.config.load import load
 from elastic.space.axes import Axis
-from elastic.space.budget import Budget
-from elastic.space.cost import Deployment
-from elastic.space.pattern import LayerPattern
+from elastic.space.cost import Budget, Deployment
 from elastic.space.ranges import Size
-from elastic.space.shape import ModelShape
+from elastic.space.shape import LayerPattern, ModelShape
 from elastic.space.space import AxisChoices, KeepAtLeast, Space
 
 RECORD_FILE = "record.json"

@@ -18,10 +18,9 @@ from elastic.config.serving import ExtractConfig, MembersConfig
 from elastic.config.training import ElasticConfig, ElasticRunConfig, PretrainConfig
 from elastic.router.phases import Curriculum, Phase
 from elastic.router.schedules import LearningRate
-from elastic.space.axes import Axis
-from elastic.space.budget import Budget, BudgetError, check_reachable
+from elastic.space.axes import Axis, LayerKind
+from elastic.space.cost import Budget, BudgetError, check_reachable
 from elastic.space.gates import Execution
-from elastic.space.pattern import LayerKind
 from elastic.space.ranges import MOST_STEPS
 from elastic.space.reach import smallest_subnet
 from elastic.space.shape import ModelShape

@@ -18,9 +18,9 @@ from elastic.config.training import (
     TrainConfig,
     VerbConfig,
 )
-from elastic.space.pattern import LayerKind, LayerPattern, PatternError
+from elastic.space.axes import LayerKind
 from elastic.space.ranges import MOST_LAYERS
-from elastic.space.shape import ModelShape
+from elastic.space.shape import LayerPattern, ModelShape, PatternError
 from elastic.world.files import first_few
 
 

@@ -11,8 +11,7 @@ from typing import Annotated, Literal
 from elastic.router.draw import RouterSettings
 from elastic.space import ranges
 from elastic.space.axes import Axis
-from elastic.space.budget import Budget
-from elastic.space.cost import Deployment
+from elastic.space.cost import Budget, Deployment
 from elastic.space.ranges import Range, Required
 from elastic.space.shape import ModelShape
 from elastic.space.space import AxisChoices, KeepAtLeast, Space

@@ -9,8 +9,7 @@ from elastic.space import ranges
 from elastic.space.axes import AXES
 from elastic.space.gates import Execution
 from elastic.space.ranges import Range, Required
-from elastic.space.shape import ModelShape
-from elastic.space.subnet import Subnet
+from elastic.space.shape import ModelShape, Subnet
 
 Widths = Annotated[tuple[ranges.Size, ...], Range(low=1)]
 

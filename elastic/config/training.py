@@ -23,7 +23,7 @@ from elastic.config.sections import (
     Verification,
 )
 from elastic.router.phases import ElasticPhase, Phase
-from elastic.space.budget import Budget
+from elastic.space.cost import Budget
 from elastic.space.ranges import Range, Required, Seed, Size
 from elastic.space.shape import ModelShape
 from elastic.space.space import Space

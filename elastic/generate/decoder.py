@@ -13,7 +13,7 @@ from elastic.model.cache import empty_cache
 from elastic.model.head import gathered_logits
 from elastic.model.model import ElasticModel
 from elastic.space.gates import Gates
-from elastic.space.subnet import Subnet
+from elastic.space.shape import Subnet
 
 
 class Decoder:

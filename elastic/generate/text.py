@@ -11,7 +11,7 @@ from enum import StrEnum
 from elastic.generate.decoder import Decoder
 from elastic.generate.sampling import Sampling
 from elastic.model.model import ElasticModel
-from elastic.space.subnet import Subnet
+from elastic.space.shape import Subnet
 
 # A decoder of tokens may drop white space where a text begins, so a little more than the marker is decoded.
 _MARGIN_TOKENS = 4

@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from elastic.hf.config import export_shape, export_warnings, stock_notes, stock_versions
-from elastic.space.budget import Budget
-from elastic.space.cost import Deployment, shape_cost, subnet_cost
-from elastic.space.shape import ModelShape
-from elastic.space.subnet import Subnet
+from elastic.space.cost import Budget, Deployment, shape_cost, subnet_cost
+from elastic.space.shape import ModelShape, Subnet
 
 
 @dataclass(frozen=True)

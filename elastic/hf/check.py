@@ -13,8 +13,7 @@ from elastic.hf.nested_values import NestedValueError, check_values, nested_orig
 from elastic.hf.reload import LogitDifference, probe_tokens, reload_logits
 from elastic.rank.slicing import TensorSource, reader
 from elastic.space.cost import shape_cost
-from elastic.space.shape import ModelShape
-from elastic.space.subnet import Subnet
+from elastic.space.shape import ModelShape, Subnet
 
 
 class Verification(StrEnum):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from elastic.hf.safe_files import shown
-from elastic.space.pattern import LayerKind
+from elastic.space.axes import LayerKind
 from elastic.space.shape import ModelShape
 
 # The first stock transformers that is right, by running one set of exports under each (300 tokens, logits against this

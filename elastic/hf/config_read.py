@@ -21,8 +21,8 @@ from elastic.hf.config import (
 )
 from elastic.hf.pattern import read_pattern
 from elastic.hf.safe_files import listed, quoted, shown
-from elastic.space.pattern import LayerKind, PatternError
-from elastic.space.shape import ModelShape, ShapeError
+from elastic.space.axes import LayerKind
+from elastic.space.shape import ModelShape, PatternError, ShapeError
 
 # Other names that stock code of some release reads, and the name used here.
 _ALIASES = {

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elastic.space.pattern import LayerKind
-from elastic.space.shape import ModelShape
-from elastic.space.subnet import Subnet
+from elastic.space.axes import LayerKind
+from elastic.space.shape import ModelShape, Subnet
 
 _ROWS_AT_ONCE = 4096
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from elastic.hf.safe_files import listed, quoted, shown
-from elastic.space.pattern import LayerPattern, PatternError
+from elastic.space.shape import LayerPattern, PatternError
 
 _MOST_LAYERS = 1000
 _PATTERN_CHARACTER = {

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from elastic.space.axes import LayerKind
 from elastic.space.layers import DimKind
 from elastic.space.nesting import Cut
-from elastic.space.pattern import LayerKind
-from elastic.space.shape import ModelShape
-from elastic.space.subnet import Subnet
+from elastic.space.shape import ModelShape, Subnet
 
 
 @dataclass

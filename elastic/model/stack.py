@@ -19,9 +19,8 @@ from elastic.model.cache import ModelCache
 from elastic.model.masks import LayerGates, Masks
 from elastic.model.norm import ElasticRMSNorm
 from elastic.model.observe import Observer
-from elastic.space.axes import Axis
+from elastic.space.axes import Axis, LayerKind
 from elastic.space.gates import Gates
-from elastic.space.pattern import LayerKind
 from elastic.space.shape import ModelShape
 from elastic.space.space import Space
 

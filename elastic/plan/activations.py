@@ -9,10 +9,9 @@ from functools import cache
 import torch
 
 from elastic.plan.work import FP32_BYTES, KernelSet, LayerWork, MicroBatchWork, ScanSizes
-from elastic.space.axes import Axis
+from elastic.space.axes import Axis, LayerKind
 from elastic.space.layers import DimKind
 from elastic.space.nesting import Cut, take
-from elastic.space.pattern import LayerKind
 
 TORCH_CHUNK_TOKENS = 64  # TorchStateSpace
 FUSED_CHUNK_TOKENS = 256  # MambaSsmStateSpace

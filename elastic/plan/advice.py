@@ -10,7 +10,7 @@ from elastic.plan.phases import PhasePlan
 from elastic.plan.search import Candidate
 from elastic.plan.timing import StepTime
 from elastic.plan.work import FP32_BYTES, distinct
-from elastic.space.pattern import LayerKind
+from elastic.space.axes import LayerKind
 
 MAX_BUBBLE, MAX_IMBALANCE, MAX_EXPOSED = 0.10, 0.15, 0.25
 MIN_LOCAL_COLUMNS, MIN_LOCAL_TOKENS, MAX_CHUNK_BYTES = 512, 1024, 1 << 30

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 from elastic.plan.activations import FUSED_CHUNK_TOKENS, TORCH_CHUNK_TOKENS
 from elastic.plan.work import KernelSet, LayerWork, MicroBatchWork, ScanSizes, distinct
+from elastic.space.axes import LayerKind
 from elastic.space.gates import Execution
-from elastic.space.pattern import LayerKind
-from elastic.space.subnet import Subnet
+from elastic.space.shape import Subnet
 
 
 @dataclass(frozen=True)

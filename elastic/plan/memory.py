@@ -12,10 +12,9 @@ from elastic.model.model import Layout
 from elastic.model.sharding import sharded_dim
 from elastic.plan.activations import fused_scan_workspace_bytes, saved_bytes
 from elastic.plan.work import FP32_BYTES, KernelSet, LayerWork, MicroBatchWork, distinct, stage_layers
-from elastic.space.axes import Axis
+from elastic.space.axes import Axis, LayerKind
 from elastic.space.layers import FP32_PARAMETERS, LAYER_PREFIX, LAYERS
 from elastic.space.nesting import parameter_size
-from elastic.space.pattern import LayerKind
 from elastic.space.shape import ModelShape
 
 

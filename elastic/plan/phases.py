@@ -13,8 +13,8 @@ from elastic.plan.work import KernelSet, MicroBatchWork
 from elastic.router.phases import ElasticPhase
 from elastic.space.gates import Execution
 from elastic.space.reach import Sample, sample_subnet
+from elastic.space.shape import Subnet
 from elastic.space.space import Space
-from elastic.space.subnet import Subnet
 from elastic.world.groups import model_layout
 
 

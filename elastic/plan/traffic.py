@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from elastic.plan.flops import whole_parent
 from elastic.plan.memory import parameter_bytes, rank_parameters
 from elastic.plan.work import FP32_BYTES, KernelSet, LayerWork, MicroBatchWork, distinct
-from elastic.space.pattern import LayerKind
+from elastic.space.axes import LayerKind
 
 Traffic = Mapping[tuple[str, str], int]  # (group, operation) -> payload bytes of one rank
 

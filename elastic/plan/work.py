@@ -12,11 +12,9 @@ from functools import cache
 
 from elastic.model.model import Layout
 from elastic.model.segments import balanced_segments
-from elastic.space.axes import Axis
+from elastic.space.axes import Axis, LayerKind
 from elastic.space.gates import Execution
-from elastic.space.pattern import LayerKind
-from elastic.space.shape import ModelShape
-from elastic.space.subnet import Subnet
+from elastic.space.shape import ModelShape, Subnet
 
 FP32_BYTES = 4
 

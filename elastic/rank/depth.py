@@ -15,8 +15,8 @@ from elastic.model.forward import context_parallel_slice, forward_hidden, sees_o
 from elastic.model.model import ElasticModel
 from elastic.space.axes import Axis
 from elastic.space.gates import Gates
+from elastic.space.shape import Subnet
 from elastic.space.space import Space
-from elastic.space.subnet import Subnet
 
 # Token rows multiplied at once in fp64: 1024 x 5120 channels are 40 MiB.
 CHUNK_TOKENS = 1024

@@ -17,8 +17,7 @@ from elastic.model.forward import context_parallel_slice, forward_hidden, sees_o
 from elastic.model.model import ElasticModel
 from elastic.rank.depth import DepthScores
 from elastic.rank.permutation import Order, Ranking
-from elastic.space.axes import Axis
-from elastic.space.pattern import LayerKind
+from elastic.space.axes import Axis, LayerKind
 from elastic.space.shape import ModelShape
 from elastic.space.space import Space
 

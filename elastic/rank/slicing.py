@@ -8,8 +8,7 @@ from torch import Tensor
 from elastic.space.axes import AXES, LANES
 from elastic.space.layers import LAYER_PREFIX, parameter_dims, parameter_names, split_parameter_name
 from elastic.space.nesting import Cut, take
-from elastic.space.shape import ModelShape
-from elastic.space.subnet import Subnet, SubnetError
+from elastic.space.shape import ModelShape, Subnet, SubnetError
 
 # Where full tensors come from: a dict, or a function that reads one tensor by name from disk.
 TensorSource = Mapping[str, Tensor] | Callable[[str], Tensor]

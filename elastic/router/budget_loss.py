@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from elastic.space.axes import Axis
-from elastic.space.budget import Budget
-from elastic.space.cost import Deployment, Widths, cost, subnet_cost
+from elastic.space.cost import Budget, Deployment, Widths, cost, subnet_cost
+from elastic.space.shape import Subnet
 from elastic.space.space import Space
-from elastic.space.subnet import Subnet
 
 
 def budget_loss(

@@ -13,12 +13,11 @@ from elastic.router.phases import Moment
 from elastic.router.router import Router
 from elastic.router.sampler import budget_of, check_draws, draw_budgets
 from elastic.space.axes import Axis
-from elastic.space.budget import Budget
-from elastic.space.cost import Deployment
+from elastic.space.cost import Budget, Deployment
 from elastic.space.gates import Execution, Gates
 from elastic.space.ranges import Sequences, Size, Weight
+from elastic.space.shape import Subnet
 from elastic.space.space import Space
-from elastic.space.subnet import Subnet
 
 NUM_COST_DRAWS = 16  # ours; with 8, about one toy run in forty misses a budget by more than 3%
 COST_STREAM = -1  # where a micro-batch's number stands in the noise streams of the gates

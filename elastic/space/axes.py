@@ -1,9 +1,15 @@
-"""The table of axes: what each one narrows. Adding one: docs/extending.md."""
+"""Layer kinds, and the table of axes: what each one narrows. Adding one: docs/extending.md."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
-from elastic.space.pattern import LayerKind
+
+class LayerKind(StrEnum):
+    """One character of a hybrid layer pattern."""
+
+    MAMBA = "M"
+    MLP = "-"
+    ATTENTION = "*"
 
 
 class Axis(StrEnum):

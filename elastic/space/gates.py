@@ -7,7 +7,7 @@ from enum import StrEnum
 from torch import Tensor
 
 from elastic.space.axes import Axis
-from elastic.space.subnet import Subnet
+from elastic.space.shape import Subnet
 
 
 class Execution(StrEnum):

@@ -15,8 +15,7 @@ from enum import StrEnum
 
 from torch import Tensor
 
-from elastic.space.axes import Axis
-from elastic.space.pattern import LayerKind
+from elastic.space.axes import Axis, LayerKind
 from elastic.space.shape import ModelShape
 
 Number = int | float | Tensor

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from elastic.space.axes import AXES, Axis
-from elastic.space.budget import Budget
-from elastic.space.cost import Cost, Deployment, Widths, cost, subnet_cost
+from elastic.space.cost import Budget, Cost, Deployment, Widths, cost, subnet_cost
+from elastic.space.shape import Subnet
 from elastic.space.space import AxisChoices, Space, SpaceError
-from elastic.space.subnet import Subnet
 
 TOLERANCE = 0.01  # of the target; ours, as near as a budget should be met
 _GOLDEN_RATIO = 0.6180339887498949  # multiples of it, modulo 1, fall evenly

@@ -1,14 +1,66 @@
-"""Sizes of one hybrid model, parent or submodel: every width of every layer in one frozen object."""
+"""Sizes of hybrid models: the layer pattern, parsed here and nowhere else, a model, and a subnet inside a parent."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from elastic.space.axes import AXES, INNER_AXIS, LANES, Axis
-from elastic.space.pattern import LayerKind, LayerPattern
+from elastic.space.axes import AXES, INNER_AXIS, LANES, Axis, LayerKind
+
+
+class PatternError(ValueError):
+    """A layer pattern holds a character this project does not know, or no layer at all."""
 
 
 class ShapeError(ValueError):
     """Sizes that cannot form a model."""
+
+
+class SubnetError(ValueError):
+    """A subnet that does not fit in its parent."""
+
+
+@dataclass(frozen=True)
+class LayerPattern:
+    """Order of the layers, for example ``M-M*-``.
+
+    ``|`` marks a pipeline boundary in Megatron-Core's notation; it is not a layer and is kept only in `segments`.
+    """
+
+    kinds: tuple[LayerKind, ...]
+    segments: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "LayerPattern":
+        """Read `text`; raises PatternError for an unknown character, an empty pattern or an empty segment."""
+        known = {kind.value: kind for kind in LayerKind}
+        for position, character in enumerate(text):
+            if character not in known and character != "|":
+                raise PatternError(
+                    f"layer pattern {text!r}: character {character!r} at position {position} is not one of "
+                    f"{' '.join(known)} (and | between pipeline stages). Mixture-of-experts and "
+                    f"multi-token-prediction layers are not supported."
+                )
+        segments = tuple(len(segment) for segment in text.split("|"))
+        if 0 in segments:
+            raise PatternError(f"layer pattern {text!r} is empty or has an empty pipeline segment")
+        return cls(tuple(known[character] for character in text if character != "|"), segments)
+
+    def __str__(self) -> str:
+        return "".join(self.kinds)
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    def layers_of(self, kind: LayerKind) -> tuple[int, ...]:
+        """List the global layer indices of one kind, ascending."""
+        return tuple(index for index, other in enumerate(self.kinds) if other is kind)
+
+    def ordinal(self, layer_index: int) -> int:
+        """Return the position of `layer_index` among the layers of its own kind."""
+        return self.kinds[:layer_index].count(self.kinds[layer_index])
+
+    def select(self, kept_layers: tuple[int, ...]) -> "LayerPattern":
+        """Return the pattern of the kept layers in their original order, without pipeline boundaries."""
+        return LayerPattern(tuple(self.kinds[index] for index in kept_layers), (len(kept_layers),))
 
 
 @dataclass(frozen=True)
@@ -87,3 +139,70 @@ def layer_widths(sizes: object, pattern: LayerPattern, layer_index: int | None) 
         for axis, entry in AXES.items()
         if entry.kind is None or entry.kind is kind
     }
+
+
+@dataclass(frozen=True)
+class Subnet:
+    """The parent run at a choice.
+
+    `ffn`, `mamba_heads` and `attention_heads` hold one width per **parent** layer of that kind; the entry of a
+    skipped layer is ignored. `kept_layers` are global layer indices, ascending.
+    """
+
+    hidden: int
+    ffn: tuple[int, ...]
+    mamba_heads: tuple[int, ...]
+    head_channels: int
+    attention_heads: tuple[int, ...]
+    kept_layers: tuple[int, ...]
+
+    @classmethod
+    def full(cls, parent: ModelShape) -> "Subnet":
+        """Return the subnet that is the whole parent."""
+        sizes: dict[str, Any] = {entry.size: getattr(parent, entry.size) for entry in AXES.values()}
+        return cls(**sizes, kept_layers=tuple(range(len(parent.pattern))))
+
+    def shape(self, parent: ModelShape) -> ModelShape:
+        """Return the shape of the submodel cut from `parent`; raises SubnetError if it does not fit inside."""
+        self._check(parent)
+        sizes: dict[str, Any] = {}
+        for entry in AXES.values():
+            chosen = getattr(self, entry.size)
+            if entry.own and entry.kind is not None:
+                layers = zip(parent.pattern.layers_of(entry.kind), chosen, strict=True)
+                chosen = tuple(width for layer_index, width in layers if layer_index in self.kept_layers)
+            sizes[entry.size] = chosen
+        return replace(parent, pattern=parent.pattern.select(self.kept_layers), **sizes)
+
+    def width(self, parent: ModelShape, layer_index: int) -> int:
+        """Return the inner width chosen for one parent layer: Mamba heads, FFN neurons or query heads."""
+        return self.layer_widths(parent, layer_index)[INNER_AXIS[parent.pattern.kinds[layer_index]]]
+
+    def layer_widths(self, parent: ModelShape, layer_index: int | None) -> dict[Axis, int]:
+        """Return the width chosen along every axis that one parent layer has; None: outside the layers."""
+        return layer_widths(self, parent.pattern, layer_index)
+
+    def axis_widths(self, axis: Axis) -> tuple[int, ...]:
+        """Return what is chosen on one axis: one width, one per layer of its kind, or the number of kept layers."""
+        if axis is Axis.DEPTH:
+            return (len(self.kept_layers),)
+        chosen = getattr(self, AXES[axis].size)
+        return tuple(chosen) if AXES[axis].own else (chosen,)
+
+    def _check(self, parent: ModelShape) -> None:
+        problems = []
+        for entry in AXES.values():
+            chosen, full, name = getattr(self, entry.size), getattr(parent, entry.size), entry.size
+            if not entry.own and not 0 < chosen <= full:
+                problems.append(f"{name} = {chosen} is not within 1..{full}")
+            elif entry.own and entry.kind is not None and len(chosen) != len(full):
+                problems.append(f"{name} has {len(chosen)} widths, the parent has {len(full)} {entry.kind.name} layers")
+            elif entry.own and any(not 0 < width <= limit for width, limit in zip(chosen, full, strict=True)):
+                problems.append(f"{name} = {chosen} is not within the parent's {full}")
+        ascending = tuple(sorted(set(self.kept_layers)))
+        if not ascending or self.kept_layers != ascending or ascending[-1] >= len(parent.pattern) or ascending[0] < 0:
+            problems.append(
+                f"kept_layers = {self.kept_layers} must be ascending, not empty and below {len(parent.pattern)}"
+            )
+        if problems:
+            raise SubnetError("subnet: " + "; ".join(problems))

@@ -9,11 +9,9 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from elastic.space.axes import AXES, LANES, Axis
-from elastic.space.pattern import LayerKind
+from elastic.space.axes import AXES, LANES, Axis, LayerKind
 from elastic.space.ranges import Layers, Required, Size
-from elastic.space.shape import ModelShape
-from elastic.space.subnet import Subnet
+from elastic.space.shape import ModelShape, Subnet
 
 # How many layers of a kind every depth keeps: the best-ranked ones, or all where the parent has fewer.
 KeepAtLeast = Mapping[Literal["mamba", "mlp", "attention"], Layers]

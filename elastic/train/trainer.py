@@ -16,7 +16,7 @@ from elastic.checkpoint.state import Trainable, TrainingState
 from elastic.data.phases import PhaseData
 from elastic.router.draw import Chooser, Draw, decide
 from elastic.router.phases import Curriculum, Moment
-from elastic.space.subnet import Subnet
+from elastic.space.shape import Subnet
 from elastic.train.gate_gradients import sum_gate_gradients, sum_router_gradients
 from elastic.train.nonfinite import SkippedSteps, StepParts, finite_on_all_ranks
 from elastic.train.optimizer import apply_gradients, gradient_norm, largest_gradients, set_learning_rate

@@ -12,12 +12,10 @@ from elastic.checkpoint.record import Record, check_same_shape
 from elastic.config.training import CostConfig
 from elastic.hf.config import ExportError, export_warnings, stock_notes
 from elastic.space.axes import AXES, INNER_AXIS
-from elastic.space.budget import Budget
-from elastic.space.cost import Cost, Deployment, Metric, Widths, cost, subnet_cost
+from elastic.space.cost import Budget, Cost, Deployment, Metric, Widths, cost, subnet_cost
 from elastic.space.reach import TOLERANCE, Sample, sample_subnet, smallest_subnet
-from elastic.space.shape import ModelShape
+from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import Space
-from elastic.space.subnet import Subnet
 from elastic.verbs.members import subnet_summary
 from elastic.verbs.report_file import check_output, write_output
 

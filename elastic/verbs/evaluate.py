@@ -16,8 +16,8 @@ from elastic.data.stream import HeldOut, TokenStream, source_labels
 from elastic.run.folder import open_run_folder
 from elastic.space.cost import subnet_cost
 from elastic.space.gates import Gates
+from elastic.space.shape import Subnet
 from elastic.space.space import Space
-from elastic.space.subnet import Subnet
 from elastic.train.evaluation import HeldOutLoss, evaluate_subnets
 from elastic.train.pipeline import PipelineRunner
 from elastic.verbs.members import (

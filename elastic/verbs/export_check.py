@@ -24,7 +24,7 @@ from elastic.model.initialize import named_global_parameters
 from elastic.model.model import Layout, build_model
 from elastic.space.cost import shape_cost
 from elastic.space.gates import Gates
-from elastic.space.subnet import Subnet
+from elastic.space.shape import Subnet
 from elastic.verbs.members import Member, OpenCheckpoint
 from elastic.world.groups import world
 

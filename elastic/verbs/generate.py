@@ -27,8 +27,7 @@ from elastic.hf.config import HfSettings
 from elastic.hf.export_settings import ExportSettingsError, read_export_settings
 from elastic.hf.folder import HfFolderError, open_hf_folder
 from elastic.model.model import ElasticModel
-from elastic.space.shape import ModelShape
-from elastic.space.subnet import Subnet
+from elastic.space.shape import ModelShape, Subnet
 from elastic.verbs.hf_model import load_hf_model
 from elastic.verbs.members import members_problems, open_checkpoint, source_problems, subnet_summary
 from elastic.verbs.report_file import check_output, write_output

@@ -20,12 +20,10 @@ from elastic.model.model import ElasticModel, Layout, build_model
 from elastic.router.draw import decide
 from elastic.router.router import Router
 from elastic.space.axes import Axis
-from elastic.space.budget import Budget, BudgetError, check_reachable
-from elastic.space.cost import Deployment, Metric, subnet_cost
+from elastic.space.cost import Budget, BudgetError, Deployment, Metric, check_reachable, subnet_cost
 from elastic.space.reach import choice_indices, smallest_subnet, subnet_between
-from elastic.space.shape import ShapeError
+from elastic.space.shape import ShapeError, Subnet, SubnetError
 from elastic.space.space import Space, SpaceError
-from elastic.space.subnet import Subnet, SubnetError
 from elastic.world.groups import World
 
 CHECKPOINT_REMEDY = "give a run folder of an earlier verb, or one checkpoint in it"

@@ -13,8 +13,7 @@ from elastic.config.load import NOT_GIVEN, Problem, load_with_problems
 from elastic.config.sections import ModelConfig, ParallelConfig
 from elastic.config.training import CostConfig, ElasticRunConfig
 from elastic.hf.config import export_warnings
-from elastic.space.axes import AXES, INNER_AXIS, Axis
-from elastic.space.pattern import LayerKind
+from elastic.space.axes import AXES, INNER_AXIS, Axis, LayerKind
 from elastic.space.shape import ModelShape, ShapeError
 from elastic.space.space import AxisChoices, Space
 

@@ -21,7 +21,7 @@ from elastic.router.phases import Curriculum
 from elastic.router.router import Router
 from elastic.run.folder import FINISHED_FILE, write_finished
 from elastic.run.resume import RunStart, load_run_state, open_training_run
-from elastic.space.budget import Budget
+from elastic.space.cost import Budget
 from elastic.space.reach import smallest_subnet
 from elastic.space.space import Space
 from elastic.train.callbacks import Validate

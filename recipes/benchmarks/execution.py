@@ -14,9 +14,8 @@ from elastic.model.specs import Kernels, plain_stack_spec
 from elastic.space.axes import Axis
 from elastic.space.cost import shape_cost, subnet_cost
 from elastic.space.gates import Gates
-from elastic.space.shape import ModelShape
+from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import AxisChoices, Space
-from elastic.space.subnet import Subnet
 from recipes.benchmarks._timing import alternate, median_ratio
 
 

@@ -16,9 +16,8 @@ import torch
 from elastic.generate.sampling import Sampling
 from elastic.generate.text import Limits, generate
 from elastic.model.model import ElasticModel, Layout, build_model
-from elastic.space.shape import ModelShape
+from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import Space
-from elastic.space.subnet import Subnet
 from elastic.world.groups import world
 from recipes.benchmarks.conversion import PATTERNS, ROOT, WIDTHS
 

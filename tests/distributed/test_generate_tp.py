@@ -11,7 +11,7 @@ from elastic.generate.sampling import Sampling
 from elastic.generate.text import Limits, Marker, ThinkPlan, generate
 from elastic.model.cpu_backend import use_cpu_backend
 from elastic.model.model import Layout
-from elastic.space.subnet import Subnet
+from elastic.space.shape import Subnet
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_same_heads_any_tp import CHOICES, SPACE
 from tests.parity.model_factory import build_lively, relative_error

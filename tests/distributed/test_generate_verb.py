@@ -22,8 +22,7 @@ from elastic.config.serving import ExtractConfig, GenerateConfig
 from elastic.model.model import Layout
 from elastic.model.specs import Kernels
 from elastic.router.router import Router
-from elastic.space.budget import Budget
-from elastic.space.cost import Deployment, Metric
+from elastic.space.cost import Budget, Deployment, Metric
 from elastic.verbs.extract import run_extract
 from elastic.verbs.generate import CONTROL_CODES, run_generate
 from elastic.verbs.inputs import load_run

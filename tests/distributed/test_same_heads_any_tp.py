@@ -16,8 +16,8 @@ from elastic.space.axes import Axis
 from elastic.space.gates import Gates
 from elastic.space.layers import DimKind
 from elastic.space.nesting import Cut, parameter_size, take
+from elastic.space.shape import Subnet
 from elastic.space.space import AxisChoices, Space
-from elastic.space.subnet import Subnet
 from tests.distributed.harness import run_distributed
 from tests.parity.model_factory import (
     build_lively,

@@ -10,7 +10,7 @@ from elastic.model.cache import ModelCache, empty_cache
 from elastic.model.model import ElasticModel
 from elastic.space.cost import Deployment, subnet_cost
 from elastic.space.gates import Gates
-from elastic.space.subnet import Subnet
+from elastic.space.shape import Subnet
 from tests.parity.model_factory import (
     EVERY_AXIS,
     SPACES,

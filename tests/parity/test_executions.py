@@ -19,11 +19,10 @@ from elastic.hf.config import HfSettings, hf_config
 from elastic.hf.names import to_hf
 from elastic.model.model import ElasticModel, Layout, build_model
 from elastic.rank.slicing import submodel_tensors
-from elastic.space.axes import Axis
+from elastic.space.axes import Axis, LayerKind
 from elastic.space.cost import Deployment, shape_cost, subnet_cost
 from elastic.space.gates import Gates
-from elastic.space.pattern import LayerKind
-from elastic.space.subnet import Subnet
+from elastic.space.shape import Subnet
 from tests.parity.model_factory import (
     SPACES,
     Outcome,

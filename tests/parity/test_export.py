@@ -21,10 +21,8 @@ from elastic.hf.folder import HfFolderError, open_hf_folder
 from elastic.hf.names import from_hf
 from elastic.hf.reload import ReloadError, stock_logits
 from elastic.rank.slicing import TensorSource, submodel_tensors
-from elastic.space.budget import Budget
-from elastic.space.cost import Metric, shape_cost, subnet_cost
-from elastic.space.shape import ModelShape
-from elastic.space.subnet import Subnet
+from elastic.space.cost import Budget, Metric, shape_cost, subnet_cost
+from elastic.space.shape import ModelShape, Subnet
 from tests.parity.hf_models import SHAPES, logits, stock_model, tiny
 
 FP32 = ExportOptions(dtype=torch.float32)

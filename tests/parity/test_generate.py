@@ -20,8 +20,8 @@ from elastic.hf.export import ExportOptions, export_folder
 from elastic.model.initialize import named_global_parameters
 from elastic.model.model import ElasticModel, Layout
 from elastic.rank.slicing import submodel_source
+from elastic.space.shape import Subnet
 from elastic.space.space import Space
-from elastic.space.subnet import Subnet
 from elastic.verbs.hf_model import load_hf_model
 from tests.parity.model_factory import SPACES, build_lively, one_process, smallest_choice
 

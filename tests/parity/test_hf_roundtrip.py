@@ -14,12 +14,11 @@ from elastic.hf.folder import open_hf_folder
 from elastic.hf.names import HfTensorError, from_hf, hf_sizes, to_hf
 from elastic.rank.permutation import Ranking, permute_tensors
 from elastic.rank.slicing import submodel_tensors
+from elastic.space.axes import LayerKind
 from elastic.space.cost import shape_cost
 from elastic.space.layers import parameter_names
 from elastic.space.nesting import parameter_size
-from elastic.space.pattern import LayerKind
-from elastic.space.shape import ModelShape
-from elastic.space.subnet import Subnet
+from elastic.space.shape import ModelShape, Subnet
 from tests.parity.hf_models import SHAPES, logits, relative_error, stock_model, stock_model_of, tiny
 
 LANES = 4

@@ -10,8 +10,8 @@ from elastic.hf.nested_values import NestedValueError, check_values, nested_orig
 from elastic.rank.slicing import submodel_source
 from elastic.space.layers import parameter_names
 from elastic.space.nesting import parameter_size
+from elastic.space.shape import Subnet
 from elastic.space.space import Space
-from elastic.space.subnet import Subnet
 from tests.parity.model_factory import SPACES, choices_to_test
 
 DISTINCT = torch.Generator().manual_seed(11)

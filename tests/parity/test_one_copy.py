@@ -9,8 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 from elastic.generate.decoder import Decoder
 from elastic.generate.sampling import Sampling
 from elastic.generate.text import Limits, generate
+from elastic.space.shape import Subnet
 from elastic.space.space import Space
-from elastic.space.subnet import Subnet
 from tests.parity.model_factory import A, C, build_lively, one_process, shape_of, smallest_choice
 
 # As many layers as the published parent, and of its kinds: what one layer needs for itself is a small share of all.

@@ -14,8 +14,7 @@ from elastic.hf.export import ExportOptions, ExportReport, export_folder
 from elastic.hf.names import from_hf
 from elastic.hf.reload import ReloadError, stock_logits
 from elastic.rank.slicing import submodel_tensors
-from elastic.space.shape import ModelShape
-from elastic.space.subnet import Subnet
+from elastic.space.shape import ModelShape, Subnet
 from tests.parity.hf_models import logits, stock_model, stock_model_of, tiny
 
 LANES = 2

@@ -23,8 +23,7 @@ from elastic.hf.export import ExportOptions, export_folder
 from elastic.hf.export_settings import ExportSettings, read_export_settings, write_export_settings
 from elastic.hf.folder import HfFolderError, open_hf_folder
 from elastic.hf.names import from_hf
-from elastic.space.shape import ModelShape
-from elastic.space.subnet import Subnet
+from elastic.space.shape import ModelShape, Subnet
 from tests.parity.hf_models import SHAPES, stock_model, tiny
 from tests.unit.hf.hf_folders import PUBLISHED
 

@@ -15,13 +15,11 @@ from elastic.rank.slicing import submodel_tensors
 from elastic.router.budget_loss import budget_loss
 from elastic.router.router import Router
 from elastic.space.axes import Axis
-from elastic.space.budget import Budget, check_reachable
-from elastic.space.cost import Deployment, Metric, shape_cost, subnet_cost
+from elastic.space.cost import Budget, Deployment, Metric, check_reachable, shape_cost, subnet_cost
 from elastic.space.layers import parameter_names
 from elastic.space.nesting import parameter_size
-from elastic.space.pattern import LayerPattern
 from elastic.space.reach import sample_subnet, smallest_subnet
-from elastic.space.shape import ModelShape
+from elastic.space.shape import LayerPattern, ModelShape
 from elastic.space.space import AxisChoices, Space
 from tests.parity import test_executions as executions
 from tests.parity.model_factory import Outcome, choices_to_test, one_process, relative_error, shape_of

@@ -17,8 +17,7 @@ from elastic.config.training import ElasticConfig, PretrainConfig, with_vocab
 from elastic.router.draw import RouterSettings
 from elastic.router.phases import Curriculum, ElasticPhase, Phase
 from elastic.space.axes import Axis
-from elastic.space.budget import Budget
-from elastic.space.cost import Metric, shape_cost
+from elastic.space.cost import Budget, Metric, shape_cost
 from elastic.space.gates import Execution
 from tests.unit.config.configs import VERBS, values_of
 

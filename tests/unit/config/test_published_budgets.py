@@ -9,10 +9,9 @@ from elastic.router.draw import Chooser, decide
 from elastic.router.phases import Curriculum
 from elastic.router.router import Router
 from elastic.space.axes import Axis
-from elastic.space.budget import Budget
-from elastic.space.cost import Metric, subnet_cost
+from elastic.space.cost import Budget, Metric, subnet_cost
 from elastic.space.reach import sample_subnet, smallest_subnet
-from elastic.space.subnet import Subnet
+from elastic.space.shape import Subnet
 from elastic.verbs.cost import start_cost
 from recipes._common import CONF
 from tests.unit.config.test_published_run import NANO_4B, priced

@@ -11,13 +11,11 @@ from elastic.config.rules_layout import Cluster
 from elastic.config.training import CostConfig, ElasticConfig
 from elastic.hf.config import export_warnings
 from elastic.router.phases import Curriculum
-from elastic.space.axes import Axis
+from elastic.space.axes import Axis, LayerKind
 from elastic.space.cost import Metric, shape_cost
 from elastic.space.gates import Execution
-from elastic.space.pattern import LayerKind
-from elastic.space.shape import ModelShape
+from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import Space
-from elastic.space.subnet import Subnet
 from recipes._common import CONF
 from tests.unit.config.test_conf_files import STARTED_ON, composed
 

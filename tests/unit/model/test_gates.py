@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from elastic.model.masks import GatesError, LayerGates, Masks, Width, residual
-from elastic.space.axes import INNER_AXIS, Axis
+from elastic.space.axes import INNER_AXIS, Axis, LayerKind
 from elastic.space.gates import Execution, Gates
 from elastic.space.layers import DimKind
 from elastic.space.nesting import kept_indices
-from elastic.space.pattern import LayerKind
-from elastic.space.shape import ModelShape, ShapeError
+from elastic.space.shape import ModelShape, ShapeError, Subnet, SubnetError
 from elastic.space.space import AxisChoices, Space
-from elastic.space.subnet import Subnet, SubnetError
 
 SHAPE = ModelShape.uniform(
     "M-M*-", vocab=40, hidden=16, ffn=32, mamba_heads=8, head_channels=6, mamba_groups=2, mamba_state=4,

@@ -7,8 +7,7 @@ import pytest
 
 from elastic.model.segments import PipelineError, balanced_segments, pipeline_pattern
 from elastic.space.cost import layer_flops_per_token
-from elastic.space.pattern import LayerPattern
-from elastic.space.shape import ModelShape
+from elastic.space.shape import LayerPattern, ModelShape
 
 
 def shape(pattern: str, vocab: int = 64) -> ModelShape:

@@ -30,9 +30,8 @@ from elastic.plan.work import KernelSet, LayerWork, MicroBatchWork
 from elastic.space.axes import Axis
 from elastic.space.cost import layer_flops_per_token, shape_cost
 from elastic.space.gates import Execution, Gates
-from elastic.space.shape import ModelShape
+from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import AxisChoices, Space
-from elastic.space.subnet import Subnet
 from elastic.verbs.inputs import load_run
 from elastic.world.groups import world
 from tests.unit.config.test_conf_files import compose_once

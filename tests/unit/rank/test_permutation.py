@@ -18,8 +18,7 @@ from elastic.rank.permutation import (
 from elastic.rank.slicing import submodel_tensors
 from elastic.space.layers import LAYER_PARAMETERS, parameter_names
 from elastic.space.nesting import parameter_size
-from elastic.space.shape import ModelShape
-from elastic.space.subnet import Subnet
+from elastic.space.shape import ModelShape, Subnet
 
 PARENT = ModelShape.uniform(
     "M-*-M*",

@@ -4,14 +4,12 @@ import pytest
 import torch
 
 from elastic.rank.slicing import cut_parameter, layer_cut, submodel_source, submodel_tensors
-from elastic.space.axes import Axis
+from elastic.space.axes import Axis, LayerKind
 from elastic.space.cost import shape_cost, subnet_cost
 from elastic.space.layers import LAYER_PARAMETERS, LAYERS, MODEL_PARAMETERS, parameter_names
 from elastic.space.nesting import parameter_size
-from elastic.space.pattern import LayerKind
-from elastic.space.shape import ModelShape, ShapeError
+from elastic.space.shape import ModelShape, ShapeError, Subnet, SubnetError
 from elastic.space.space import AxisChoices, Space
-from elastic.space.subnet import Subnet, SubnetError
 
 LANES = 4
 

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from elastic.config.sections import ComputeConfig
 from elastic.config.serving import EvaluateConfig
-from elastic.space.pattern import LayerPattern
+from elastic.space.shape import LayerPattern
 from recipes import _common
 
 

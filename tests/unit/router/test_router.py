@@ -12,8 +12,7 @@ from elastic.router.phases import Curriculum, ElasticPhase
 from elastic.router.router import Router
 from elastic.router.schedules import LearningRate
 from elastic.space.axes import Axis
-from elastic.space.budget import Budget
-from elastic.space.cost import Deployment, Metric, Widths, shape_cost, subnet_cost
+from elastic.space.cost import Budget, Deployment, Metric, Widths, shape_cost, subnet_cost
 from elastic.space.gates import Execution
 from elastic.space.shape import ModelShape
 from elastic.space.space import AxisChoices, Space

@@ -17,8 +17,7 @@ from elastic.config.sections import ExpManagerConfig
 from elastic.config.serving import ExtractConfig, ImportConfig
 from elastic.config.training import ElasticConfig
 from elastic.run.folder import RunFolderError, is_unfinished, prepare_run_folder
-from elastic.space.budget import Budget
-from elastic.space.cost import Metric
+from elastic.space.cost import Budget, Metric
 from elastic.train.log import LogError, RunLog, WandbWriter
 from elastic.verbs.inputs import load_run
 from elastic.world.groups import SharedFileError, decided_by_rank_0

@@ -11,16 +11,13 @@ from transformers import DynamicCache, NemotronHConfig, NemotronHForCausalLM
 from elastic.config.load import ConfigError, load
 from elastic.hf.config import HfSettings, hf_config
 from elastic.hf.names import hf_sizes
-from elastic.space.axes import AXES, INNER_AXIS, Axis
-from elastic.space.budget import Budget
-from elastic.space.cost import Deployment, Metric, Widths, cost, layer_params, shape_cost, subnet_cost
+from elastic.space.axes import AXES, INNER_AXIS, Axis, LayerKind
+from elastic.space.cost import Budget, Deployment, Metric, Widths, cost, layer_params, shape_cost, subnet_cost
 from elastic.space.layers import LAYER_PARAMETERS, LAYER_PREFIX, parameter_dims
 from elastic.space.nesting import Cut, parameter_size
-from elastic.space.pattern import LayerKind
 from elastic.space.reach import sample_subnet
-from elastic.space.shape import ModelShape
+from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import AxisChoices, Space
-from elastic.space.subnet import Subnet
 from tests.shapes import NANO_12B
 
 NANO_9B_PATTERN = "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"

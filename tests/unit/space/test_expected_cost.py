@@ -4,10 +4,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from elastic.space.axes import Axis
-from elastic.space.budget import Budget, BudgetError, check_reachable
-from elastic.space.cost import Deployment, Metric, Widths, cost, shape_cost, subnet_cost
-from elastic.space.pattern import LayerKind
+from elastic.space.axes import Axis, LayerKind
+from elastic.space.cost import (
+    Budget,
+    BudgetError,
+    Deployment,
+    Metric,
+    Widths,
+    check_reachable,
+    cost,
+    shape_cost,
+    subnet_cost,
+)
 from elastic.space.shape import ModelShape
 from elastic.space.space import AxisChoices, Space
 

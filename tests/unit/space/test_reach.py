@@ -7,12 +7,10 @@ import pytest
 import torch
 
 from elastic.space.axes import Axis
-from elastic.space.budget import Budget
-from elastic.space.cost import Deployment, Metric, subnet_cost
+from elastic.space.cost import Budget, Deployment, Metric, subnet_cost
 from elastic.space.reach import TOLERANCE, sample_subnet, smallest_subnet
-from elastic.space.shape import ModelShape
+from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import AxisChoices, Space
-from elastic.space.subnet import Subnet
 
 PARENT = ModelShape.uniform(
     "M-M*-M-M*-M-", vocab=512, hidden=128, ffn=512, mamba_heads=16, head_channels=16, mamba_groups=4,

@@ -6,13 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from elastic.space.axes import Axis
+from elastic.space.axes import Axis, LayerKind
 from elastic.space.cost import Widths
-from elastic.space.pattern import LayerKind, LayerPattern, PatternError
 from elastic.space.reach import smallest_subnet
-from elastic.space.shape import ModelShape, ShapeError
+from elastic.space.shape import LayerPattern, ModelShape, PatternError, ShapeError, Subnet, SubnetError
 from elastic.space.space import AxisChoices, Space, SpaceError
-from elastic.space.subnet import Subnet, SubnetError
 
 # Pattern, layers, Mamba, FFN, attention: Nemotron Nano v2 12B and 9B, Nemotron 3 Nano 4B, Nemotron-H 8B and 47B.
 PUBLISHED = [

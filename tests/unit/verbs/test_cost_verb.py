@@ -14,7 +14,7 @@ from elastic.config.load import ConfigError
 from elastic.config.rules_layout import Cluster
 from elastic.config.training import CostConfig
 from elastic.space.cost import Deployment, Metric, subnet_cost
-from elastic.space.subnet import Subnet
+from elastic.space.shape import Subnet
 from elastic.verbs.cost import quantity, run_cost
 from elastic.verbs.inputs import load_run
 from tests.unit.config.test_conf_files import compose_once

@@ -5,9 +5,8 @@ import torch
 
 from elastic.config.serving import SubnetConfig
 from elastic.space.axes import Axis
-from elastic.space.shape import ModelShape
+from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import AxisChoices, Space
-from elastic.space.subnet import Subnet
 from elastic.verbs.members import MembersError, one_hot_weights
 
 PARENT = ModelShape.uniform(

@@ -14,8 +14,8 @@ from elastic.config.sections import ModelConfig, ParallelConfig
 from elastic.config.training import ElasticConfig
 from elastic.hf.config import export_warnings
 from elastic.space.axes import Axis
+from elastic.space.shape import Subnet
 from elastic.space.space import AxisChoices, Space
-from elastic.space.subnet import Subnet
 from elastic.verbs.inputs import load_run
 from elastic.verbs.parent import choices_by_share
 from tests.unit.config.configs import put
