@@ -15,17 +15,8 @@ from elastic.world.files import write_json
 from elastic.world.groups import World, decided_by_rank_0
 
 CONFIG_FILE, FINISHED_FILE, WANDB_FILE = "config.json", "finished.json", "wandb.json"
-OF_A_START = (
-    CONFIG_FILE,
-    WANDB_FILE,
-    "metrics.jsonl",
-    "events.jsonl",
-    "tensorboard",
-    "wandb",
-    "checkpoints",
-    "nonfinite",
-    "watchdog",
-)
+LOGS = ("metrics.jsonl", "events.jsonl", "tensorboard", "wandb", "nonfinite", "watchdog")
+OF_A_START = (CONFIG_FILE, WANDB_FILE, *LOGS, "checkpoints")
 LOCK_WAIT_S = 60.0  # what is left of a killed attempt may take that long to be gone
 
 
@@ -33,34 +24,32 @@ class RunFolderError(ValueError):
     """A run folder that exists and may be neither resumed nor replaced."""
 
 
+@contextmanager
 def open_run_folder(
-    settings: ExpManagerConfig, config: Mapping[str, Any], world: World, *, resume: bool = False
-) -> tuple[Path, Path | None]:
-    """Create exp_dir/name/version with the resolved config; return it and its newest checkpoint, if it goes on.
+    settings: ExpManagerConfig, config: Mapping[str, Any], world: World | None, *, resume: bool = False
+) -> Iterator[Path]:
+    """Prepare the run folder for these processes alone (`world` None: this one), and keep others out of it meanwhile.
 
-    Rank 0 decides, all ranks learn the same answer. Which checkpoint a run goes on from, and whether it may, is for
-    resume.py to say. Raises RunFolderError for a folder that holds something unless `resume` (and that is a checkpoint
-    or nothing worth keeping) or exp_manager.overwrite.
+    Raises RunFolderError, on all ranks, where `run_lock` or `prepare_run_folder` does.
     """
+    folder = Path(settings.run_dir)
+    with run_lock(folder, world):
+        decided_by_rank_0(lambda: prepare_run_folder(settings, config, resume=resume), world)
+        yield folder
 
-    def decide() -> Path | None:
-        return prepare_run_folder(settings, config, resume=resume)[1]
 
-    return Path(settings.run_dir), decided_by_rank_0(decide, world)
+def prepare_run_folder(settings: ExpManagerConfig, config: Mapping[str, Any], *, resume: bool = False) -> None:
+    """Create exp_dir/name/version with the resolved config; call under `run_lock`.
 
-
-def prepare_run_folder(
-    settings: ExpManagerConfig, config: Mapping[str, Any], *, resume: bool = False
-) -> tuple[Path, Path | None]:
-    """Do what `open_run_folder` says for a verb that runs in one process."""
-    folder, newest = Path(settings.run_dir), None
+    Raises RunFolderError for a folder that holds something, unless exp_manager.overwrite or `resume`, and then what it
+    holds is a checkpoint or nothing worth keeping. Whether a run may go on from a checkpoint is for resume.py to say.
+    """
+    folder = Path(settings.run_dir)
     if folder.exists() and any(folder.iterdir()):
         checkpoints = list_checkpoints(folder)
         if settings.overwrite:
             shutil.rmtree(folder)
-        elif resume and checkpoints:
-            newest = checkpoints[-1]
-        elif not (resume and is_unfinished(folder)) and not is_untouched(folder):
+        elif not (resume and (checkpoints or is_unfinished(folder))) and not is_untouched(folder):
             raise RunFolderError(
                 f"{folder} exists already. Choose another exp_manager.name or exp_manager.version, or set "
                 f"exp_manager.overwrite=true to replace it"
@@ -68,7 +57,6 @@ def prepare_run_folder(
             )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG_FILE, config)
-    return folder, newest
 
 
 def is_untouched(folder: Path) -> bool:
@@ -88,8 +76,8 @@ def _is_partial(path: Path) -> bool:
 
 
 @contextmanager
-def run_lock(folder: Path, world: World, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
-    """Keep two process groups from training into one folder at a time: a lock beside it, which a kill releases.
+def run_lock(folder: Path, world: World | None) -> Iterator[None]:
+    """Keep two process groups from writing into one folder at a time: a lock beside it, which a kill releases.
 
     Waits a while for another holder to end, then raises RunFolderError on all ranks. Where the file system knows no
     locks, there is none.
@@ -99,7 +87,7 @@ def run_lock(folder: Path, world: World, wait_s: float = LOCK_WAIT_S) -> Iterato
     def take() -> int:
         folder.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        deadline_s = time.monotonic() + wait_s
+        deadline_s = time.monotonic() + LOCK_WAIT_S
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -123,7 +111,7 @@ def run_lock(folder: Path, world: World, wait_s: float = LOCK_WAIT_S) -> Iterato
     try:
         yield
     finally:
-        if world.is_main:
+        if world is None or world.is_main:
             os.close(descriptor)
 
 

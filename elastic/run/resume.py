@@ -28,7 +28,7 @@ from elastic.run.changes import (
     refusal,
     rule_of,
 )
-from elastic.run.folder import RunFolderError, open_run_folder, run_lock
+from elastic.run.folder import RunFolderError, prepare_run_folder, run_lock
 from elastic.space.axes import Axis
 from elastic.world.groups import World, decided_by_rank_0
 
@@ -90,7 +90,8 @@ def open_training_run(
             checkpoint = newest_whole(folder, full=manager.verify_on_resume == "full", world=here, say=say)
             decided_by_rank_0(lambda: check(checkpoint), here)
             decided_by_rank_0(lambda: set_aside_newer(checkpoint, say), here)
-        open_run_folder(manager, config_dict(config), here, resume=manager.resume_if_exists)
+        resume = manager.resume_if_exists
+        decided_by_rank_0(lambda: prepare_run_folder(manager, config_dict(config), resume=resume), here)
         yield RunStart(folder, checkpoint, origin, tuple(accepted))
 
 

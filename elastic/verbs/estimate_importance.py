@@ -50,32 +50,32 @@ def run_importance(config: ImportanceConfig, console: Console) -> Path:
         start = resolve_checkpoint(config.init_from.parent, full=full, world=here, say=console.print)
         record = Record.read(start)
         space = Space(record.shape, {}, lanes=config.lanes)
-        folder, _ = open_run_folder(config.exp_manager, asdict(config), here)
-        model = build_model(space, here.layout)
-        load_checkpoint(start, Trainable(model))
-        model.eval()
-        scores = collect_scores(model, space, _calibration(config, stream, here, config.importance.num_sequences))
-        depth = _rank_layers(config, model, space, stream, here, console)
-        ranking = make_ranking(scores, space, depth)
-        before = _probe_logits(model, record, here)
-        _permute_in_place(model, ranking, space, here)
-        _check_unmoved(before, _probe_logits(model, record, here), here)
-        origin = {"parent": str(start), "data": config.data.path, "tokens": str(scores.num_tokens)}
-        if here.is_main:
-            save_ranking(folder / RANKING_FILE, ranking, _score_tensors(scores, depth, space), origin)
-        permuted = Record(
-            "permuted_parent",
-            record.shape,
-            config.lanes,
-            ranking.depth,
-            config.data.path,
-            provenance=origin | {key: value for key, value in record.provenance.items() if key == LONGEST},
-        )
-        target = checkpoint_folder(folder, 0)
-        begin_save(target, Trainable(model), permuted, None, here, start).finish()
-        if here.is_main:
-            console.print(f"layers, best first: {' '.join(map(str, ranking.depth))}")
-            console.print(f"permuted parent, logits unmoved -> {target}", soft_wrap=True)
+        with open_run_folder(config.exp_manager, asdict(config), here) as folder:
+            model = build_model(space, here.layout)
+            load_checkpoint(start, Trainable(model))
+            model.eval()
+            scores = collect_scores(model, space, _calibration(config, stream, here, config.importance.num_sequences))
+            depth = _rank_layers(config, model, space, stream, here, console)
+            ranking = make_ranking(scores, space, depth)
+            before = _probe_logits(model, record, here)
+            _permute_in_place(model, ranking, space, here)
+            _check_unmoved(before, _probe_logits(model, record, here), here)
+            origin = {"parent": str(start), "data": config.data.path, "tokens": str(scores.num_tokens)}
+            if here.is_main:
+                save_ranking(folder / RANKING_FILE, ranking, _score_tensors(scores, depth, space), origin)
+            permuted = Record(
+                "permuted_parent",
+                record.shape,
+                config.lanes,
+                ranking.depth,
+                config.data.path,
+                provenance=origin | {key: value for key, value in record.provenance.items() if key == LONGEST},
+            )
+            target = checkpoint_folder(folder, 0)
+            begin_save(target, Trainable(model), permuted, None, here, start).finish()
+            if here.is_main:
+                console.print(f"layers, best first: {' '.join(map(str, ranking.depth))}")
+                console.print(f"permuted parent, logits unmoved -> {target}", soft_wrap=True)
     return folder
 
 

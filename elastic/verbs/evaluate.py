@@ -44,19 +44,19 @@ def run_evaluate(config: EvaluateConfig, console: Console) -> Path:
             member.name: member_gates(member.subnet, opened.space, config.execution, here.device)
             for member in opened.members
         }
-        folder, _ = open_run_folder(config.exp_manager, asdict(config), here)
-        losses = evaluate_subnets(
-            PipelineRunner(here, opened.load_model(here.layout), DistillConfig(kl_weight=0.0)),
-            gates,
-            HeldOut(held_out, config.sequence_length),
-            num_sequences=config.data.validation_sequences,
-            micro_batch_size=config.data.micro_batch,
-            world=here,
-        )
-        rows = [_row(opened, member, losses[member.name]) for member in opened.members]
-        if here.is_main:
-            write_json(folder / EVALUATION_FILE, {"checkpoint": str(opened.checkpoint), "members": rows})
-            console.print(evaluation_table(rows))
+        with open_run_folder(config.exp_manager, asdict(config), here) as folder:
+            losses = evaluate_subnets(
+                PipelineRunner(here, opened.load_model(here.layout), DistillConfig(kl_weight=0.0)),
+                gates,
+                HeldOut(held_out, config.sequence_length),
+                num_sequences=config.data.validation_sequences,
+                micro_batch_size=config.data.micro_batch,
+                world=here,
+            )
+            rows = [_row(opened, member, losses[member.name]) for member in opened.members]
+            if here.is_main:
+                write_json(folder / EVALUATION_FILE, {"checkpoint": str(opened.checkpoint), "members": rows})
+                console.print(evaluation_table(rows))
     return folder
 
 

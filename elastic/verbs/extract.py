@@ -22,7 +22,7 @@ from elastic.hf.export_settings import ExportSettings, write_export_settings
 from elastic.hf.names import hf_names
 from elastic.hf.tokenizer_files import find_tokenizer
 from elastic.rank.slicing import parent_parameter, submodel_source
-from elastic.run.folder import prepare_run_folder
+from elastic.run.folder import open_run_folder
 from elastic.space.layers import parameter_names
 from elastic.space.shape import ModelShape
 from elastic.verbs.export_check import choose_check
@@ -30,7 +30,7 @@ from elastic.verbs.import_hf import transfer_progress
 from elastic.verbs.members import Member, OpenCheckpoint, open_configured, subnet_summary
 from elastic.verbs.text import text_settings
 from elastic.world.files import write_json
-from elastic.world.groups import DTYPES, decided_by_rank_0
+from elastic.world.groups import DTYPES
 
 EXTRACTION_FILE = "extraction.json"
 
@@ -43,27 +43,27 @@ def run_extract(config: ExtractConfig, console: Console) -> Path:
     """
     opened = open_configured(config, say=console.print)
     carried = _carried(opened, config)
-    folder, _ = decided_by_rank_0(lambda: prepare_run_folder(config.exp_manager, asdict(config)), None)
     rows = []
-    for member in opened.members:
-        row: dict[str, Any] = {"name": member.name, "subnet": subnet_summary(member.subnet)}
-        if config.export.hugging_face:
-            report = _export_hugging_face(opened, member, folder / member.name, carried, config, console)
-            row |= {
-                "hugging_face": str(report.folder),
-                "params": report.params,
-                "stored_params": report.stored_params,
-                "verification": str(report.outcome.verification),
-                "max_abs_logit_diff": report.outcome.max_abs_logit_diff,
-            }
-            console.print(_line(member, member.subnet.shape(opened.space.parent), report))
-        if config.export.megatron:
-            row["megatron"] = str(_export_megatron(opened, member, folder / f"{member.name}_megatron", carried))
-        if member.untrained is not None:
-            row["untrained"] = member.untrained
-            console.print(f"note: {member.name} is {member.untrained}", highlight=False)
-        rows.append(row)
-    write_json(folder / EXTRACTION_FILE, {"checkpoint": str(opened.checkpoint), "members": rows})
+    with open_run_folder(config.exp_manager, asdict(config), None) as folder:
+        for member in opened.members:
+            row: dict[str, Any] = {"name": member.name, "subnet": subnet_summary(member.subnet)}
+            if config.export.hugging_face:
+                report = _export_hugging_face(opened, member, folder / member.name, carried, config, console)
+                row |= {
+                    "hugging_face": str(report.folder),
+                    "params": report.params,
+                    "stored_params": report.stored_params,
+                    "verification": str(report.outcome.verification),
+                    "max_abs_logit_diff": report.outcome.max_abs_logit_diff,
+                }
+                console.print(_line(member, member.subnet.shape(opened.space.parent), report))
+            if config.export.megatron:
+                row["megatron"] = str(_export_megatron(opened, member, folder / f"{member.name}_megatron", carried))
+            if member.untrained is not None:
+                row["untrained"] = member.untrained
+                console.print(f"note: {member.name} is {member.untrained}", highlight=False)
+            rows.append(row)
+        write_json(folder / EXTRACTION_FILE, {"checkpoint": str(opened.checkpoint), "members": rows})
     return folder
 
 

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from torch import Tensor
 
 from elastic.checkpoint.contents import writing_folder
-from elastic.checkpoint.find import checkpoint_folder
+from elastic.checkpoint.find import checkpoint_folder, list_checkpoints
 from elastic.checkpoint.record import Record
 from elastic.checkpoint.stream import save_streamed, stored_bytes
 from elastic.config.rules_layout import nearest_divisor
@@ -21,13 +21,12 @@ from elastic.hf.export_settings import ExportSettings, write_export_settings
 from elastic.hf.folder import CONFIG_FILE, GENERATION_FILE, HfFolder, open_hf_folder
 from elastic.hf.names import HF_HEAD, HfTensorError, check_tied_head, hf_names, megatron_source
 from elastic.hf.tensor_index import INDEX_FILE
-from elastic.run.folder import RunFolderError, prepare_run_folder
+from elastic.run.folder import RunFolderError, open_run_folder
 from elastic.space.layers import parameter_names
 from elastic.space.nesting import parameter_size
 from elastic.space.shape import ModelShape
 from elastic.verbs.parent import DEFAULT_LANES
 from elastic.world.files import check_free_space, remove
-from elastic.world.groups import decided_by_rank_0
 
 
 def run_import(config: ImportConfig, console: Console) -> Path:
@@ -50,29 +49,27 @@ def run_import(config: ImportConfig, console: Console) -> Path:
     check_free_space(checkpoint, total - _bytes_below(writing_folder(checkpoint)), "the checkpoint")
     if shape.tied_embeddings and HF_HEAD in source.tensors:
         check_tied_head(source.tensors.__getitem__)
-    folder, finished = decided_by_rank_0(
-        lambda: prepare_run_folder(config.exp_manager, asdict(config), resume=True), None
-    )
-    if finished is not None:
-        raise RunFolderError(
-            f"{folder} holds a whole checkpoint already. Choose another exp_manager.version, or set "
-            f"exp_manager.overwrite=true to replace it"
-        )
-    try:
-        with transfer_progress(console) as bar:
-            task = bar.add_task("importing", total=total)
-            save_streamed(
-                checkpoint,
-                Record("parent", shape, provenance={"imported from": str(source.path)}),
-                dtypes,
-                _filled_up(megatron_source(source.tensors.__getitem__, source.shape), shape),
-                identity=f"{_identity(source)}, vocabulary of {rows} rows",
-                add_files=lambda into: write_export_settings(exports, into),
-                progress=lambda num_bytes: bar.advance(task, num_bytes),
+    with open_run_folder(config.exp_manager, asdict(config), None, resume=True) as folder:
+        if list_checkpoints(folder):
+            raise RunFolderError(
+                f"{folder} holds a whole checkpoint already. Choose another exp_manager.version, or set "
+                f"exp_manager.overwrite=true to replace it"
             )
-    except HfTensorError:
-        remove(writing_folder(checkpoint))  # nobody goes on with a damaged folder
-        raise
+        try:
+            with transfer_progress(console) as bar:
+                task = bar.add_task("importing", total=total)
+                save_streamed(
+                    checkpoint,
+                    Record("parent", shape, provenance={"imported from": str(source.path)}),
+                    dtypes,
+                    _filled_up(megatron_source(source.tensors.__getitem__, source.shape), shape),
+                    identity=f"{_identity(source)}, vocabulary of {rows} rows",
+                    add_files=lambda into: write_export_settings(exports, into),
+                    progress=lambda num_bytes: bar.advance(task, num_bytes),
+                )
+        except HfTensorError:
+            remove(writing_folder(checkpoint))  # nobody goes on with a damaged folder
+            raise
     console.print(f"{source.path} -> {checkpoint}", soft_wrap=True)
     console.print("\n".join(next_commands(source, folder)), soft_wrap=True, markup=False, highlight=False)
     return folder

@@ -19,6 +19,7 @@ from elastic.data import phases as phase_data
 from elastic.data.stream import PackedSequences, TokenStream, read_batch
 from elastic.model.model import Layout, build_model
 from elastic.router.router import Router
+from elastic.run import folder as folder_module
 from elastic.run.folder import RunFolderError, run_lock
 from elastic.run.resume import ResumeError
 from elastic.space.gates import Gates
@@ -187,7 +188,7 @@ def hold_twice(folder):
     here = join_world(Layout(), torch.device("cpu"))
     with run_lock(folder, here):
         refused = pytest.raises(RunFolderError, match=rf"another run writes there \(process {os.getpid()} on ")
-        with refused, run_lock(folder, here, wait_s=0.1):
+        with mock.patch.object(folder_module, "LOCK_WAIT_S", 0.1), refused, run_lock(folder, here):
             pass
     with run_lock(folder, here):
         return True

@@ -1,6 +1,7 @@
 """The run folder and its logs: what may be gone on with, what is never removed, and disks that refuse."""
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,8 @@ from elastic.config.rules_layout import Cluster, check_exp_manager
 from elastic.config.sections import ExpManagerConfig
 from elastic.config.serving import ExtractConfig, ImportConfig
 from elastic.config.training import ElasticConfig
-from elastic.run.folder import RunFolderError, is_unfinished, prepare_run_folder
+from elastic.run import folder as folder_module
+from elastic.run.folder import RunFolderError, is_unfinished, open_run_folder, prepare_run_folder
 from elastic.space.cost import Budget, Metric
 from elastic.train.log import LogError, RunLog, WandbWriter
 from elastic.verbs.inputs import load_run
@@ -131,13 +133,31 @@ def test_a_run_does_not_leave_its_exp_dir(field: str, version: str) -> None:
 
 def test_what_a_refused_start_left_does_not_block_the_corrected_command(tmp_path: Path) -> None:
     settings = replace(ExpManagerConfig(), exp_dir=str(tmp_path))
-    folder, _ = prepare_run_folder(settings, {"budget_names": ["nope"]})
+    with open_run_folder(settings, {"budget_names": ["nope"]}, None) as folder:
+        pass
     (folder / ".config.json.partial-0123").touch()  # of a kill
-    assert prepare_run_folder(settings, {"budget_names": ["half"]}) == (folder, None)
+    prepare_run_folder(settings, {"budget_names": ["half"]})
     assert json.loads((folder / "config.json").read_text()) == {"budget_names": ["half"]}
     (folder / "evaluation.json").touch()
     with pytest.raises(RunFolderError, match="exists already"):
         prepare_run_folder(settings, {})
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_of_two_starts_at_once_the_second_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    """Also while the first has written no more than a refused start leaves."""
+    monkeypatch.setattr(folder_module, "LOCK_WAIT_S", 0.1)
+    settings = replace(ExpManagerConfig(), exp_dir=str(tmp_path))
+    with open_run_folder(settings, {"of": "first"}, None) as folder:
+        second = replace(settings, overwrite=overwrite)
+        refused = pytest.raises(RunFolderError, match=rf"another run writes there \(process {os.getpid()} on ")
+        with refused, open_run_folder(second, {"of": "second"}, None):
+            pass
+        assert json.loads((folder / "config.json").read_text()) == {"of": "first"}
+    with open_run_folder(settings, {"of": "second"}, None):
+        assert json.loads((folder / "config.json").read_text()) == {"of": "second"}
 
 
 def logged(folder: Path, name: str = "metrics.jsonl") -> list[int]:
