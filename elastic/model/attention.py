@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from elastic.model.cache import AttentionCache
-from elastic.model.masks import LayerGates, residual
+from elastic.model.masks import ElasticLayer, LayerGates
 from elastic.model.observe import LayerObserver
 from elastic.space.axes import Axis
 
@@ -49,10 +49,7 @@ class SdpaCoreAttention(MegatronModule):
         if self.cp_group.size() > 1:
             mask = self._causal_mask(query.shape[0], query.device)
             key, value = (self._gather(t) for t in (key, value))
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        grouped = q.shape[1] != k.shape[1]
-        context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
-        return context.permute(2, 0, 1, 3).flatten(2)
+        return _attended(query, key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), mask, is_causal=mask is None)
 
     def _gather(self, t: Tensor) -> Tensor:
         gathered = gather_from_sequence_parallel_region(t, group=self.cp_group)
@@ -76,9 +73,14 @@ def cached_attention(query: Tensor, key: Tensor, value: Tensor, cache: Attention
     if before and length > 1:
         position = torch.arange(before, before + length, device=query.device)
         mask = position[:, None] >= torch.arange(before + length, device=query.device)[None]
+    return _attended(query, keys, values, mask, is_causal=before == 0)
+
+
+def _attended(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Attend [S, B, h, A] over [B, kv, T, A]; returns [S, B, h*A]."""
     q = query.permute(1, 2, 0, 3)
     context = F.scaled_dot_product_attention(
-        q, keys, values, attn_mask=mask, is_causal=before == 0, enable_gqa=q.shape[1] != keys.shape[1]
+        q, keys, values, attn_mask=mask, is_causal=is_causal, enable_gqa=q.shape[1] != keys.shape[1]
     )
     return context.permute(2, 0, 1, 3).flatten(2)
 
@@ -87,21 +89,15 @@ class ElasticSelfAttention(SelfAttention):
     """Query heads are elastic inside each KV group; keys and values stay."""
 
     def forward_gated(
-        self,
-        x: Tensor,
-        gates: LayerGates,
-        observer: LayerObserver | None = None,
-        cache: AttentionCache | None = None,
+        self, x: Tensor, gates: LayerGates, observer: LayerObserver | None = None, cache: AttentionCache | None = None
     ) -> Tensor:
         """Map [S, B, D] to [S, B, D] under the layer's head gate; x goes on where a cache ends."""
         kv, a = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         qkv = self.linear_qkv.forward_cut(x, gates.cut)
         qkv = qkv.view(*qkv.shape[:2], kv, -1, a)  # [S, B, kv, h/kv + 2, A]
-        query, key, value = qkv.split([qkv.shape[3] - 2, 1, 1], dim=3)
-        query = query.reshape(*query.shape[:2], -1, a)
+        query, key, value = (t.flatten(2, 3) for t in qkv.split([qkv.shape[3] - 2, 1, 1], dim=3))
         if observer is not None:
             observer.query(query)
-        key, value = key.squeeze(3), value.squeeze(3)
         if cache is None:
             context = self.core_attention(query, key, value, None, attn_mask_type=self.attn_mask_type)  # [S, B, h*A]
         else:
@@ -112,18 +108,7 @@ class ElasticSelfAttention(SelfAttention):
         return self.linear_proj.forward_cut(context, gates.cut)
 
 
-class ElasticAttentionLayer(TransformerLayer):
+class ElasticAttentionLayer(ElasticLayer, TransformerLayer):
     """x + g_depth g_hidden Attention(norm(x))."""
 
-    def forward(
-        self,
-        x: Tensor,
-        gates: LayerGates,
-        observer: LayerObserver | None = None,
-        cache: AttentionCache | None = None,
-    ) -> Tensor:
-        """Map the stream [S, B, D] to the stream."""
-        normalised = self.input_layernorm(x, gates.hidden)
-        if observer is not None:
-            observer.normalised(normalised)
-        return residual(x, self.self_attention.forward_gated(normalised, gates, observer, cache), gates)
+    norm_and_function = ("input_layernorm", "self_attention")

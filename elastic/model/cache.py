@@ -47,13 +47,9 @@ LayerCache = AttentionCache | MambaCache
 
 @dataclass(frozen=True)
 class ModelCache:
-    """The caches of the layers that a subnet keeps, by global layer index."""
+    """The caches of the layers that a subnet keeps, by global layer index; an MLP remembers nothing and has none."""
 
     layers: Mapping[int, LayerCache]
-
-    def layer(self, layer_index: int) -> LayerCache | None:
-        """Return the cache of one kept layer; None for an MLP, which remembers nothing."""
-        return self.layers.get(layer_index)
 
     @property
     def num_bytes(self) -> int:
@@ -81,12 +77,8 @@ def empty_cache(
             keys, values = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
             layers[layer_index] = AttentionCache(keys, values)
         elif kind is LayerKind.MAMBA:
-            cut = Cut.of_layer(
-                parent,
-                layer_index,
-                subnet.layer_widths(parent, layer_index),
-                tensor_parallel=tensor_parallel,
-            )
+            widths = subnet.layer_widths(parent, layer_index)
+            cut = Cut.of_layer(parent, layer_index, widths, tensor_parallel=tensor_parallel)
             conv_channels, heads = (cut.grid(dim).kept_size for dim in (DimKind.CONV, DimKind.MAMBA_HEAD))
             wide = torch.promote_types(dtype, torch.float32)  # the state sums over the whole sequence
             layers[layer_index] = MambaCache(

@@ -15,12 +15,6 @@ from torch.overrides import TorchFunctionMode
 CPU = torch.device("cpu")
 
 
-def _is_cuda(device: Any) -> bool:
-    return (isinstance(device, str) and device.startswith("cuda")) or (
-        isinstance(device, torch.device) and device.type == "cuda"
-    )
-
-
 class _CudaLiteralsOnCpu(TorchFunctionMode):
     """Turns ``device="cuda"`` and ``.cuda()`` into the CPU (gradient clipping, token counts, a tied head's copy).
 
@@ -32,47 +26,43 @@ class _CudaLiteralsOnCpu(TorchFunctionMode):
             return args[0]
         if not kwargs:
             return func(*args)
-        if "device" in kwargs and _is_cuda(kwargs["device"]):
+        if str(kwargs.get("device")).startswith("cuda"):
             kwargs = kwargs | {"device": CPU}
         return func(*args, **kwargs)
 
 
-def _adapt_current_device() -> None:
-    """Asked by DistributedDataParallel and the schedules when they allocate."""
-    torch.cuda.current_device = _Installed()  # type: ignore[assignment]
+def _current_device() -> torch.device:
+    """Return the CPU: asked by DistributedDataParallel and the schedules when they allocate."""
+    return CPU
 
 
-def _adapt_current_stream() -> None:
-    """Asked by the gradient reduction, which only waits on it for CUDA graphs."""
-    torch.cuda.current_stream = lambda device=None: None  # type: ignore[assignment,return-value]
+def _no_stream(device: Any = None) -> None:
+    """Return nothing: the gradient reduction asks for the current stream, to wait on it for CUDA graphs alone."""
 
 
-def _adapt_synchronize() -> None:
-    """Asked by pipeline communication after each exchange, and before a checkpoint is written."""
-    torch.cuda.synchronize = lambda device=None: None
+def _nothing_to_wait_for(device: Any = None) -> None:
+    """Do nothing: asked by pipeline communication after each exchange, and before a checkpoint is written."""
 
 
-def _adapt_cuda_literals() -> None:
-    _CudaLiteralsOnCpu().__enter__()
+_type = torch.Tensor.type
 
 
-def _adapt_type_names() -> None:
-    """Answer ``Tensor.type()`` with the CUDA name, the only ones the optimizer's parameter check accepts."""
-    original = torch.Tensor.type
-
-    def named(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = original(tensor, *args, **kwargs)  # inside a function mode torch looks `type` up again: this function
-        return f"torch.cuda.{result.split('.')[-1]}" if isinstance(result, str) else result
-
-    torch.Tensor.type = named  # type: ignore[method-assign,assignment]
+def _cuda_type(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Answer with the CUDA name of a type, the only ones the optimizer's parameter check accepts."""
+    result = _type(tensor, *args, **kwargs)  # inside a function mode torch looks `type` up again: this function
+    return f"torch.cuda.{result.split('.')[-1]}" if isinstance(result, str) else result
 
 
-ADAPTATIONS: dict[str, Callable[[], None]] = {
-    "current_device": _adapt_current_device,
-    "current_stream": _adapt_current_stream,
-    "synchronize": _adapt_synchronize,
-    "cuda_literals": _adapt_cuda_literals,
-    "type_names": _adapt_type_names,
+def _replace(owner: Any, name: str, by: Callable[..., Any]) -> Callable[[], None]:
+    return lambda: setattr(owner, name, by)
+
+
+ADAPTATIONS: dict[str, Callable[[], object]] = {
+    "current_device": _replace(torch.cuda, "current_device", _current_device),
+    "current_stream": _replace(torch.cuda, "current_stream", _no_stream),
+    "synchronize": _replace(torch.cuda, "synchronize", _nothing_to_wait_for),
+    "cuda_literals": _CudaLiteralsOnCpu().__enter__,
+    "type_names": _replace(torch.Tensor, "type", _cuda_type),
 }
 
 
@@ -83,15 +73,6 @@ def use_cpu_backend(without: Iterable[str] = ()) -> None:
     """
     left_out = set(without)
     assert left_out <= ADAPTATIONS.keys(), f"unknown adaptations: {left_out - ADAPTATIONS.keys()}"
-    if torch.cuda.is_available() or isinstance(torch.cuda.current_device, _Installed):
-        return
-    for name, adapt in ADAPTATIONS.items():
-        if name not in left_out:
-            adapt()
-
-
-class _Installed:
-    """The replaced `current_device`, recognisable so that a second installation is not stacked on the first."""
-
-    def __call__(self) -> torch.device:
-        return CPU
+    if not torch.cuda.is_available() and torch.cuda.current_device is not _current_device:
+        for name in ADAPTATIONS.keys() - left_out:
+            ADAPTATIONS[name]()

@@ -25,13 +25,14 @@ def forward_hidden(
     The stages run one after another. Every rank of a replica calls this with the tokens of its context-parallel rank
     (`context_parallel_slice`), in the same order; the stages before the last read only their size.
     """
-    # 1. Take the stream of the stage before.
+    # 1. Take the stream of the stage before: [S(/tp), B, D].
     tokens = tokens.to(next(model.parameters()).device)
-    stages = model.pg_collection.pp
-    ranks = [0] if stages.size() == 1 else dist.get_process_group_ranks(stages)
+    stages, config = model.pg_collection.pp, model.config
     if not model.pre_process:
-        stream = _empty_stream(model, tokens)
-        dist.recv(stream, src=ranks[stages.rank() - 1], group=stages)
+        batch, length = tokens.shape
+        length //= model.pg_collection.tp.size() if config.sequence_parallel else 1
+        stream = torch.empty(length, batch, config.hidden_size, dtype=config.params_dtype, device=tokens.device)
+        dist.recv(stream, group=stages, group_src=stages.rank() - 1)
         model.set_input_tensor(stream)
     # 2. Run this stage.
     output = model(tokens, gates, observer)
@@ -40,16 +41,8 @@ def forward_hidden(
     # 3. Hand it on.
     if model.post_process:
         return output
-    dist.send(output.contiguous(), dst=ranks[stages.rank() + 1], group=stages)
+    dist.send(output.contiguous(), group=stages, group_dst=stages.rank() + 1)
     return None
-
-
-def _empty_stream(model: ElasticModel, tokens: Tensor) -> Tensor:
-    """Return room for the stream between two stages [S(/tp), B, D]."""
-    batch, length = tokens.shape
-    if model.config.sequence_parallel:
-        length //= model.pg_collection.tp.size()
-    return torch.empty(length, batch, model.config.hidden_size, dtype=model.config.params_dtype, device=tokens.device)
 
 
 def context_parallel_slice(tokens: Tensor, cp_rank: int, cp_size: int) -> Tensor:

@@ -24,22 +24,35 @@ def _is_short_inference(x: Tensor) -> bool:
     return x.shape[0] * x.shape[1] <= FEW_TOKENS and not torch.is_grad_enabled()
 
 
-class ElasticColumnParallelLinear(ColumnParallelLinear):
-    """Y = X W^T, rows of W sharded. `rows` and `columns` say what the two dimensions of W mean."""
+class _NestedWeight:
+    """A weight of which a layer uses a part: `hidden_dim` is the stream, `inner` says what its other dimension is."""
 
-    def __init__(self, *args: Any, rows: DimKind, columns: DimKind, **kwargs: Any) -> None:
+    hidden_dim: int
+    weight: Tensor
+
+    def __init__(self, *args: Any, inner: DimKind, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.rows, self.columns = rows, columns
+        self.inner = inner
+
+    def stream_part(self, cut: Cut) -> Tensor:
+        """Return this rank's weight cut to the stream's width: a view."""
+        return take(self.weight, self.hidden_dim, cut.grid(DimKind.HIDDEN))
 
     def kept_weight(self, cut: Cut) -> Tensor:
         """Return the part of this rank's weight that a cut computes with: [kept rows, kept columns]."""
-        return take(take(self.weight, 1, cut.grid(self.columns)), 0, cut.grid(self.rows))
+        return take(self.stream_part(cut), 1 - self.hidden_dim, cut.grid(self.inner))
+
+
+class ElasticColumnParallelLinear(_NestedWeight, ColumnParallelLinear):
+    """Y = X W^T from the stream, rows of W sharded."""
+
+    hidden_dim = 1
 
     def forward_cut(self, x: Tensor, cut: Cut) -> Tensor:
         """Map [S(/tp), B, kept columns] to [S, B, kept rows of this rank]."""
         if _is_short_inference(x) and not self.sequence_parallel:
-            weight = take(self.weight, 1, cut.grid(self.columns))  # a view: columns are hidden channels
-            return product_with_rows(x.flatten(0, 1), weight, cut.grid(self.rows)).unflatten(0, x.shape[:2])
+            y = product_with_rows(x.flatten(0, 1), self.stream_part(cut), cut.grid(self.inner))
+            return y.unflatten(0, x.shape[:2])
         return self._forward_impl(
             input=x,
             weight=self.kept_weight(cut),
@@ -51,23 +64,16 @@ class ElasticColumnParallelLinear(ColumnParallelLinear):
         )
 
 
-class ElasticRowParallelLinear(RowParallelLinear):
-    """Y = X W^T, columns of W sharded; the sum over ranks is part of it."""
+class ElasticRowParallelLinear(_NestedWeight, RowParallelLinear):
+    """Y = X W^T to the stream, columns of W sharded; the sum over ranks is part of it."""
 
-    def __init__(self, *args: Any, rows: DimKind, columns: DimKind, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.rows, self.columns = rows, columns
-
-    def kept_weight(self, cut: Cut) -> Tensor:
-        """Return the part of this rank's weight that a cut computes with: [kept rows, kept columns]."""
-        return take(take(self.weight, 0, cut.grid(self.rows)), 1, cut.grid(self.columns))
+    hidden_dim = 0
 
     def forward_cut(self, x: Tensor, cut: Cut) -> Tensor:
         """Map [S, B, kept columns of this rank] to [S(/tp), B, kept rows]."""
         if _is_short_inference(x):
-            weight = take(self.weight, 0, cut.grid(self.rows))  # a view: rows are hidden channels
-            flat = product_with_columns(x.flatten(0, 1), weight, cut.grid(self.columns))
-            partial = flat.unflatten(0, x.shape[:2])
+            y = product_with_columns(x.flatten(0, 1), self.stream_part(cut), cut.grid(self.inner))
+            partial = y.unflatten(0, x.shape[:2])
         else:
             partial = self._forward_impl(
                 input=x,

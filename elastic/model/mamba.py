@@ -4,7 +4,6 @@ Shapes: S sequence, B batch, D hidden, G groups, H heads, P head channels, N sta
 The input projection packs its rows as [z, x, B, C, dt]; the convolution runs over [x, B, C].
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from elastic.model.cache import MambaCache
-from elastic.model.masks import LayerGates, residual
-from elastic.model.norm import GatedGroupNorm
+from elastic.model.masks import ElasticLayer, LayerGates
+from elastic.model.norm import GatedGroupNorm, parameter_device
 from elastic.model.observe import LayerObserver
 from elastic.model.state_space import StateSpaceBackend
 from elastic.space.axes import Axis
@@ -48,12 +47,8 @@ class PortableMambaMixer(MambaMixer):
     ) -> None:
         MegatronModule.__init__(self, config)
         self.state_space = state_space
-        self.d_model, self.d_conv, self.layer_number, self.pp_layer_offset = (
-            d_model,
-            d_conv,
-            layer_number,
-            pp_layer_offset,
-        )
+        self.d_model, self.d_conv = d_model, d_conv
+        self.layer_number, self.pp_layer_offset = layer_number, pp_layer_offset
         self.pg_collection, self.tp_group = pg_collection, pg_collection.tp
         self.D_has_hdim, self.rmsnorm, self.norm_before_gate, self.use_mem_eff_path = False, True, False, True
         self.d_state, self.headdim = config.mamba_state_dim, config.mamba_head_dim
@@ -92,10 +87,9 @@ class PortableMambaMixer(MambaMixer):
 
     def _build_parameters(self, conv_channels: int, conv_blocks: list[int]) -> None:
         config = self.config
-        device = None if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
 
         def sharded(*shape: int, dtype: torch.dtype = config.params_dtype) -> nn.Parameter:
-            parameter = nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device))
+            parameter = nn.Parameter(torch.zeros(*shape, dtype=dtype, device=parameter_device(config)))
             parameter.tensor_model_parallel, parameter.partition_dim = True, 0  # type: ignore[attr-defined]
             return parameter
 
@@ -106,7 +100,7 @@ class PortableMambaMixer(MambaMixer):
         wide = torch.promote_types(config.params_dtype, torch.float32)
         for name in ("dt_bias", "A_log", "D"):
             dtype = wide if f"mixer.{name}" in FP32_PARAMETERS else config.params_dtype
-            setattr(self, name, sharded(self.nheads_local_tp, dtype=dtype))
+            self.register_parameter(name, sharded(self.nheads_local_tp, dtype=dtype))
 
     def _context_parallel(self, cut: Cut | None) -> MambaContextParallel:
         """Bundle the (cut) convolution and per-head parameters with Megatron-Core's context-parallel exchange."""
@@ -114,18 +108,17 @@ class PortableMambaMixer(MambaMixer):
         def kept(parameter: Tensor, kind: DimKind) -> Tensor:
             return parameter if cut is None else take(parameter, 0, cut.grid(kind))
 
-        heads = self.nheads_local_tp if cut is None else cut.grid(DimKind.MAMBA_HEAD).kept_size
-        inner = self.d_inner_local_tp if cut is None else cut.grid(DimKind.INNER).kept_size
+        dt_bias = kept(self.dt_bias, DimKind.MAMBA_HEAD)
         return MambaContextParallel(
             cp_group=self.pg_collection.cp,
-            d_inner_local_tp=inner,
-            nheads_local_tp=heads,
+            d_inner_local_tp=self.d_inner_local_tp if cut is None else cut.grid(DimKind.INNER).kept_size,
+            nheads_local_tp=len(dt_bias),
             ngroups_local_tp=self.ngroups_local_tp,
             d_state=self.d_state,
             conv1d_weight_cp1=kept(self.conv1d_weight, DimKind.CONV),
             conv1d_bias_cp1=kept(self.conv1d_bias, DimKind.CONV),
             conv1d_padding=self.d_conv - 1,
-            dt_bias_cp1=kept(self.dt_bias, DimKind.MAMBA_HEAD),
+            dt_bias_cp1=dt_bias,
             A_log_cp1=kept(self.A_log, DimKind.MAMBA_HEAD),
             D_cp1=kept(self.D, DimKind.MAMBA_HEAD),
             D_has_hdim=False,
@@ -143,20 +136,18 @@ class PortableMambaMixer(MambaMixer):
         state = cp.ngroups_local_tpcp * cp.d_state
         inner, heads = cp.d_inner_local_tpcp, cp.nheads_local_tpcp
         z, conv_in, dt = zxBCdt.transpose(0, 1).split([inner, inner + 2 * state, heads], dim=-1)
-        conv_weight, conv_bias = cp.get_conv1d_weight().squeeze(1), cp.get_conv1d_bias()
-        conv, scan = self.state_space.causal_conv, self.state_space.scan
-        if cache is not None:
-            conv = partial(self.state_space.continued_conv, before=cache.conv_inputs)
-            scan = partial(self.state_space.continued_scan, state=cache.state)
-        x, b, c = conv(conv_in, conv_weight, conv_bias).split([inner, state, state], dim=-1)
+        before, last_state = (None, None) if cache is None else (cache.conv_inputs, cache.state)
+        xbc = self.state_space.causal_conv(conv_in, cp.get_conv1d_weight().squeeze(1), cp.get_conv1d_bias(), before)
+        x, b, c = xbc.split([inner, state, state], dim=-1)
         wide = torch.promote_types(dt.dtype, torch.float32)
-        y = scan(
+        y = self.state_space.scan(
             x.unflatten(-1, (heads, -1)),
             F.softplus(dt.to(wide) + cp.get_dt_bias().to(wide)),
             -torch.exp(cp.get_A_log().to(wide)),
             b.unflatten(-1, (cp.ngroups_local_tpcp, -1)),
             c.unflatten(-1, (cp.ngroups_local_tpcp, -1)),
             cp.get_D(),
+            last_state,
         )
         return (y.flatten(-2) * F.silu(z)).transpose(0, 1).contiguous()
 
@@ -187,14 +178,7 @@ class ElasticMambaMixer(PortableMambaMixer):
         return self.out_proj.forward_cut(y, cut)
 
 
-class ElasticMambaLayer(MambaLayer):
+class ElasticMambaLayer(ElasticLayer, MambaLayer):
     """x + g_depth g_hidden Mamba(norm(x))."""
 
-    def forward(
-        self, x: Tensor, gates: LayerGates, observer: LayerObserver | None = None, cache: MambaCache | None = None
-    ) -> Tensor:
-        """Map the stream [S, B, D] to the stream."""
-        normalised = self.norm(x, gates.hidden)
-        if observer is not None:
-            observer.normalised(normalised)
-        return residual(x, self.mixer.forward_gated(normalised, gates, observer, cache), gates)
+    norm_and_function = ("norm", "mixer")

@@ -5,10 +5,13 @@ Shapes: D hidden, K choices, L layers; lower case = this tensor-parallel rank's 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
+from elastic.model.cache import LayerCache
+from elastic.model.observe import LayerObserver
 from elastic.space.axes import AXES, LANES, Axis
 from elastic.space.gates import Execution, Gates
 from elastic.space.nesting import Cut, mask_table
@@ -48,18 +51,28 @@ class LayerGates:
         """Return the width of the residual stream."""
         return self.widths[Axis.HIDDEN]
 
-    @property
-    def residual_scale(self) -> Tensor | None:
-        """Return depth gate times hidden gate, what multiplies a layer's output, or None for all ones."""
-        if self.depth is None or self.hidden.vector is None:
-            return self.hidden.vector if self.depth is None else self.depth
-        return self.depth * self.hidden.vector
-
 
 def residual(x: Tensor, y: Tensor, gates: LayerGates) -> Tensor:
-    """Add a layer's gated output to the stream: x + depth * hidden * y."""
-    scale = gates.residual_scale
+    """Add a layer's gated output to the stream: x + g_depth g_hidden y, where a gate that is None is all ones."""
+    depth, hidden = gates.depth, gates.hidden.vector
+    scale = hidden if depth is None else depth if hidden is None else depth * hidden
     return x + y if scale is None else torch.addcmul(x, y, scale.to(y.dtype))
+
+
+class ElasticLayer(nn.Module):
+    """x + g_depth g_hidden F(norm(x)): norm and F are the submodules `norm_and_function` of Megatron-Core's layer."""
+
+    norm_and_function: tuple[str, str]
+
+    def forward(
+        self, x: Tensor, gates: LayerGates, observer: LayerObserver | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """Map the stream [S, B, D] to the stream; `cache` is this layer's own."""
+        norm, function = (getattr(self, name) for name in self.norm_and_function)
+        normalised = norm(x, gates.hidden)
+        if observer is not None:
+            observer.normalised(normalised)
+        return residual(x, function.forward_gated(normalised, gates, observer, cache), gates)
 
 
 class Masks(nn.Module):
@@ -82,29 +95,25 @@ class Masks(nn.Module):
             widths = torch.tensor([float(choice) for choice in choices], device=device)
             self.register_buffer(f"{axis}_widths", widths, persistent=False)
 
-    def full(self) -> tuple[LayerGates, ...]:
-        """Return the gates of the whole parent, all ones."""
-        return self.layers(Gates(Execution.MASK))
+    def layers(self, gates: Gates | None) -> tuple[LayerGates, ...]:
+        """Return what each layer sees (None: the whole parent, all ones).
 
-    def layers(self, gates: Gates) -> tuple[LayerGates, ...]:
-        """Return what each layer sees; raises GatesError for an axis without choices or a wrong weight shape."""
+        Raises GatesError for an axis without choices or a wrong weight shape, ShapeError or SubnetError for a subnet
+        that the parent does not have.
+        """
+        gates = Gates.mask({}) if gates is None else gates
         self._check(gates)
         shape, subnet = self.space.parent, gates.subnet
-        mixed: dict[tuple[Axis, int], Width] = {}
+        mixed = cache(lambda axis, slot: self._mix(axis, gates.weights[axis][slot]))  # layers may share a slot
         layers = []
         for layer_index in self.layer_indices:
             full, ordinal = shape.layer_widths(layer_index), shape.pattern.ordinal(layer_index)
             kept = full if subnet is None else subnet.layer_widths(shape, layer_index)
             cut = Cut.of_layer(shape, layer_index, kept, lanes=self.space.lanes, tensor_parallel=self.tensor_parallel)
-            widths = {}
-            for axis, width in kept.items():
-                if axis not in gates.weights:
-                    widths[axis] = Width(width)
-                    continue
-                slot = self.space.slot(axis, ordinal)
-                if (axis, slot) not in mixed:
-                    mixed[axis, slot] = self._mix(axis, gates.weights[axis][slot])
-                widths[axis] = mixed[axis, slot]
+            widths = {
+                axis: mixed(axis, self.space.slot(axis, ordinal)) if axis in gates.weights else Width(width)
+                for axis, width in kept.items()
+            }
             depth = None
             if Axis.DEPTH in gates.weights:
                 depth = (gates.weights[Axis.DEPTH][0] * self.get_buffer("depth_table")[:, layer_index]).sum()
@@ -123,11 +132,11 @@ class Masks(nn.Module):
             if gates.subnet is None or gates.weights:
                 raise GatesError("slice execution takes a subnet and no weights; use Gates.slice(subnet)")
             gates.subnet.shape(self.space.parent)
-            for axis, entry in AXES.items():
+            lanes = self.space.lanes
+            for axis in (axis for axis, entry in AXES.items() if entry.parts == LANES):
                 widths = gates.subnet.axis_widths(axis)
-                if entry.parts == LANES and any(width % self.space.lanes for width in widths):
-                    rule = f"must be multiples of {self.space.lanes}, the number of lanes"
-                    raise GatesError(f"{axis}: widths {widths} {rule}")
+                if any(width % lanes for width in widths):
+                    raise GatesError(f"{axis}: widths {widths} must be multiples of {lanes}, the number of lanes")
             return
         if gates.subnet is not None:
             raise GatesError("mask execution takes weights and no subnet; use Gates.mask(weights)")

@@ -4,7 +4,7 @@ from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
-from elastic.model.masks import LayerGates, residual
+from elastic.model.masks import ElasticLayer, LayerGates
 from elastic.model.observe import LayerObserver
 from elastic.space.axes import Axis
 
@@ -12,8 +12,10 @@ from elastic.space.axes import Axis
 class ElasticMLP(MLP):
     """W2 (g_ffn * relu(W1 x)^2)."""
 
-    def forward_gated(self, x: Tensor, gates: LayerGates, observer: LayerObserver | None = None) -> Tensor:
-        """Map [S, B, D] to [S, B, D] under the layer's ffn gates."""
+    def forward_gated(
+        self, x: Tensor, gates: LayerGates, observer: LayerObserver | None = None, cache: None = None
+    ) -> Tensor:
+        """Map [S, B, D] to [S, B, D] under the layer's ffn gates; what remembers nothing has no cache."""
         pre_activation = self.linear_fc1.forward_cut(x, gates.cut)  # [S, B, f]
         if observer is not None:
             observer.ffn(pre_activation)
@@ -21,14 +23,7 @@ class ElasticMLP(MLP):
         return self.linear_fc2.forward_cut(neurons, gates.cut)
 
 
-class ElasticMLPLayer(MLPLayer):
+class ElasticMLPLayer(ElasticLayer, MLPLayer):
     """x + g_depth g_hidden MLP(norm(x))."""
 
-    def forward(
-        self, x: Tensor, gates: LayerGates, observer: LayerObserver | None = None, cache: None = None
-    ) -> Tensor:
-        """Map the stream [S, B, D] to the stream; a layer that remembers nothing has no cache."""
-        normalised = self.pre_mlp_layernorm(x, gates.hidden)
-        if observer is not None:
-            observer.normalised(normalised)
-        return residual(x, self.mlp.forward_gated(normalised, gates, observer), gates)
+    norm_and_function = ("pre_mlp_layernorm", "mlp")

@@ -16,7 +16,7 @@ from elastic.model.initialize import initialize_parameters
 from elastic.model.observe import Observer
 from elastic.model.segments import pipeline_pattern
 from elastic.model.specs import Kernels, elastic_stack_spec
-from elastic.space.gates import Execution, Gates
+from elastic.space.gates import Gates
 from elastic.space.shape import ModelShape
 from elastic.space.space import Space
 
@@ -54,15 +54,9 @@ class ElasticModel(HybridModel):
 
     def head_weight(self, gates: Gates | None = None) -> Tensor:
         """Return this rank's rows of the head, cut to the stream's width: [v, d]."""
-        weight = (
-            self.shared_embedding_or_output_weight()
-            if self.share_embeddings_and_output_weights
-            else self.output_layer.weight
-        )
-        if gates is not None and gates.execution is Execution.SLICE:
-            assert gates.subnet is not None
-            return weight[:, : gates.subnet.hidden]
-        return weight
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        return weight if gates is None or gates.subnet is None else weight[:, : gates.subnet.hidden]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

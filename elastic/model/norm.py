@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from elastic.model.masks import Width
 
 
+def parameter_device(config: TransformerConfig) -> torch.device | None:
+    """Return where this rank's parameters are made; None: on the CPU."""
+    return None if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
+
+
 def gated_rms(x: Tensor, active: Tensor | int, epsilon: float) -> Tensor:
     """Divide `x` [..., n] by sqrt(sum(x^2) / active + epsilon), statistics in at least fp32; returns x's dtype."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -26,8 +31,7 @@ class ElasticRMSNorm(nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_kwargs: Any) -> None:
         super().__init__()
         self.epsilon = eps
-        device = None if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=parameter_device(config)))
         # Under sequence parallelism each rank sees some tokens only; Megatron-Core then sums this gradient.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
@@ -44,10 +48,8 @@ class GatedGroupNorm(nn.Module):
     def __init__(self, size: int, config: TransformerConfig, tp_group: Any, eps: float = 1e-5) -> None:
         super().__init__()
         self.epsilon, self.tp_group = eps, tp_group
-        device = None if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
-        self.weight = nn.Parameter(torch.ones(size, dtype=config.params_dtype, device=device))
-        self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
-        self.weight.partition_dim = 0  # type: ignore[attr-defined]
+        self.weight = nn.Parameter(torch.ones(size, dtype=config.params_dtype, device=parameter_device(config)))
+        self.weight.tensor_model_parallel, self.weight.partition_dim = True, 0  # type: ignore[attr-defined]
 
     def forward(self, y: Tensor, groups: int, active: Tensor | int, weight: Tensor | None = None) -> Tensor:
         """Normalise `y` [..., i] in `groups` equal groups of which `active` channels each count."""

@@ -1,5 +1,8 @@
 """Where the pipeline is cut: as the pattern says, else into stages of about equal work."""
 
+from itertools import accumulate, islice
+from operator import itemgetter
+
 from elastic.space.cost import layer_flops_per_token
 from elastic.space.shape import ModelShape
 
@@ -24,11 +27,8 @@ def pipeline_pattern(shape: ModelShape, stages: int) -> str:
         sizes = list(pattern.segments)
     else:
         sizes = balanced_segments(shape, stages)
-    text, start, pieces = str(pattern), 0, []
-    for size in sizes:
-        pieces.append(text[start : start + size])
-        start += size
-    return "|".join(pieces)
+    layers = iter(str(pattern))
+    return "|".join("".join(islice(layers, size)) for size in sizes)
 
 
 def balanced_segments(shape: ModelShape, stages: int) -> list[int]:
@@ -37,27 +37,22 @@ def balanced_segments(shape: ModelShape, stages: int) -> list[int]:
         layer_flops_per_token(shape, kind, shape.layer_widths(index), length_tokens=8192)
         for index, kind in enumerate(shape.pattern.kinds)
     ]
-    layers = len(work)
-    if not 1 <= stages <= layers:
-        raise PipelineError(f"parallel.pipeline = {stages}: must be between 1 and the number of layers, {layers}")
-    head = 2 * shape.vocab * shape.hidden
-    total = [0]
-    for amount in work:
-        total.append(total[-1] + int(amount))
-    # best[s][n]: smallest possible maximum over the first s stages holding the first n layers.
-    best: list[list[float]] = [[float("inf")] * (layers + 1) for _ in range(stages + 1)]
-    cut = [[0] * (layers + 1) for _ in range(stages + 1)]
-    best[0][0] = 0.0
+    if not 1 <= stages <= len(work):
+        raise PipelineError(f"parallel.pipeline = {stages}: must be between 1 and the number of layers, {len(work)}")
+    total = [0, *accumulate(map(int, work))]
+    # By number of first layers: the smallest possible heaviest stage over them, and the layers of each stage.
+    best: dict[int, tuple[int, list[int]]] = {0: (0, [])}
     for stage in range(1, stages + 1):
-        extra = head if stage == stages else 0
-        for end in range(stage, layers + 1):
-            for start in range(stage - 1, end):
-                heaviest = max(best[stage - 1][start], total[end] - total[start] + extra)
-                if heaviest < best[stage][end]:
-                    best[stage][end], cut[stage][end] = heaviest, start
-    sizes, end = [], layers
-    for stage in range(stages, 0, -1):
-        start = cut[stage][end]
-        sizes.append(end - start)
-        end = start
-    return sizes[::-1]
+        head = 2 * shape.vocab * shape.hidden if stage == stages else 0
+        best = {
+            end: min(
+                (
+                    (max(heaviest, total[end] - total[start] + head), [*sizes, end - start])
+                    for start, (heaviest, sizes) in best.items()
+                    if start < end
+                ),
+                key=itemgetter(0),
+            )
+            for end in range(stage, len(work) + 1)
+        }
+    return best[len(work)][1]

@@ -1,5 +1,6 @@
 """Which module stands where: the elastic specs, and the plain ones of a stock HybridModel with the same kernels."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -48,33 +49,19 @@ class Kernels:
 def elastic_stack_spec(space: Space, kernels: Kernels) -> ModuleSpec:
     """Assemble the elastic stack: every module subclasses the Megatron-Core module of the same place."""
 
-    def column(rows: DimKind) -> Any:
-        return partial(ElasticColumnParallelLinear, rows=rows, columns=DimKind.HIDDEN)
+    def column(inner: DimKind) -> ModuleSpec:
+        return ModuleSpec(ElasticColumnParallelLinear, params={"inner": inner})
 
-    def row(columns: DimKind) -> Any:
-        return partial(ElasticRowParallelLinear, rows=DimKind.HIDDEN, columns=columns)
+    def row(inner: DimKind) -> ModuleSpec:
+        return ModuleSpec(ElasticRowParallelLinear, params={"inner": inner})
 
-    def as_spec(builder: Any) -> ModuleSpec:  # the mixer builds its linears from specs, the other layers by calling
-        return ModuleSpec(module=builder.func, params=builder.keywords)
-
-    mixer = ModuleSpec(
-        module=ElasticMambaMixer,
-        params={"state_space": kernels.state_space, "d_conv": space.parent.conv_kernel},
-        submodules=MambaMixerSubmodules(in_proj=as_spec(column(DimKind.IN_PROJ)), out_proj=as_spec(row(DimKind.INNER))),
-    )
-    attention = SelfAttentionSubmodules(
-        linear_qkv=column(DimKind.QKV), core_attention=kernels.core_attention, linear_proj=row(DimKind.CONTEXT)
-    )
-    mlp = MLPSubmodules(linear_fc1=column(DimKind.FFN), linear_fc2=row(DimKind.FFN))
     return _stack_spec(
-        ModuleSpec(module=ElasticStack, params={"space": space}),
+        ModuleSpec(ElasticStack, params={"space": space}),
+        kernels,
+        space.parent.conv_kernel,
         layers=(ElasticMambaLayer, ElasticAttentionLayer, ElasticMLPLayer),
-        norm=ElasticRMSNorm,
-        mixer=mixer,
-        attention=ModuleSpec(
-            module=ElasticSelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
-        ),
-        mlp=partial(ElasticMLP.as_mlp_submodule, submodules=mlp),
+        functions=(ElasticMambaMixer, ElasticSelfAttention, ElasticMLP),
+        linears=(column, row),
     )
 
 
@@ -83,24 +70,13 @@ def plain_stack_spec(kernels: Kernels, conv_kernel: int = 4) -> ModuleSpec:
 
     Build it with `post_layer_norm` False on a CPU; HybridStack's own final norm is Transformer Engine's.
     """
-    mixer = ModuleSpec(
-        module=PortableMambaMixer,
-        params={"state_space": kernels.state_space, "d_conv": conv_kernel},
-        submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear),
-    )
-    attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear, core_attention=kernels.core_attention, linear_proj=RowParallelLinear
-    )
-    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     return _stack_spec(
-        ModuleSpec(module=_PlainStack),
+        ModuleSpec(_PlainStack),
+        kernels,
+        conv_kernel,
         layers=(MambaLayer, TransformerLayer, MLPLayer),
-        norm=ElasticRMSNorm,
-        mixer=mixer,
-        attention=ModuleSpec(
-            module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
-        ),
-        mlp=partial(MLP.as_mlp_submodule, submodules=mlp),
+        functions=(PortableMambaMixer, SelfAttention, MLP),
+        linears=(lambda inner: ColumnParallelLinear, lambda inner: RowParallelLinear),
     )
 
 
@@ -114,22 +90,34 @@ class _PlainStack(HybridStack):
             self.post_layer_norm = True
 
 
-def _stack_spec(stack: ModuleSpec, *, layers: tuple, norm: type, mixer: Any, attention: Any, mlp: Any) -> ModuleSpec:
-    mamba_layer, attention_layer, mlp_layer = layers
+def _stack_spec(
+    stack: ModuleSpec,
+    kernels: Kernels,
+    conv_kernel: int,
+    *,
+    layers: tuple[type, type, type],
+    functions: tuple[type, type, Any],
+    linears: tuple[Callable[[DimKind], Any], Callable[[DimKind], Any]],
+) -> ModuleSpec:
+    """Fill in the Mamba, attention and MLP layers; `linears` give those from and to the stream by inner dimension."""
+    (mamba_layer, attention_layer, mlp_layer), (mamba, attention, mlp), (column, row) = layers, functions, linears
+    mixer = ModuleSpec(
+        mamba,
+        {"state_space": kernels.state_space, "d_conv": conv_kernel},
+        MambaMixerSubmodules(in_proj=column(DimKind.IN_PROJ), out_proj=row(DimKind.INNER)),
+    )
+    self_attention = ModuleSpec(
+        attention,
+        {"attn_mask_type": AttnMaskType.causal},
+        SelfAttentionSubmodules(column(DimKind.QKV), kernels.core_attention, row(DimKind.CONTEXT)),
+    )
+    neurons = MLPSubmodules(linear_fc1=column(DimKind.FFN), linear_fc2=row(DimKind.FFN))
+    built_mlp, norm, add = partial(mlp.as_mlp_submodule, submodules=neurons), ElasticRMSNorm, get_bias_dropout_add
+    attention_parts = TransformerLayerSubmodules(input_layernorm=norm, self_attention=self_attention, self_attn_bda=add)
+    mlp_parts = TransformerLayerSubmodules(pre_mlp_layernorm=norm, mlp=built_mlp, mlp_bda=add)
     stack.submodules = HybridStackSubmodules(
-        mamba_layer=ModuleSpec(
-            module=mamba_layer,
-            submodules=MambaLayerSubmodules(norm=norm, mixer=mixer, mamba_bda=get_bias_dropout_add),
-        ),
-        attention_layer=ModuleSpec(
-            module=attention_layer,
-            submodules=TransformerLayerSubmodules(
-                input_layernorm=norm, self_attention=attention, self_attn_bda=get_bias_dropout_add
-            ),
-        ),
-        mlp_layer=ModuleSpec(
-            module=mlp_layer,
-            submodules=TransformerLayerSubmodules(pre_mlp_layernorm=norm, mlp=mlp, mlp_bda=get_bias_dropout_add),
-        ),
+        mamba_layer=ModuleSpec(mamba_layer, submodules=MambaLayerSubmodules(norm=norm, mixer=mixer, mamba_bda=add)),
+        attention_layer=ModuleSpec(attention_layer, submodules=attention_parts),
+        mlp_layer=ModuleSpec(mlp_layer, submodules=mlp_parts),
     )
     return stack

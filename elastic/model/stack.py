@@ -17,18 +17,18 @@ from torch.utils.checkpoint import checkpoint
 
 from elastic.model.cache import ModelCache
 from elastic.model.masks import LayerGates, Masks
-from elastic.model.norm import ElasticRMSNorm
+from elastic.model.norm import ElasticRMSNorm, parameter_device
 from elastic.model.observe import Observer
 from elastic.space.axes import Axis, LayerKind
 from elastic.space.gates import Gates
-from elastic.space.shape import ModelShape
 from elastic.space.space import Space
 
-# Megatron-Core's names: the config's field of the inner width, which a submodel's layers may differ in, and the spec.
+# Megatron-Core's names: the config's field of the inner width, which a submodel's layers may differ in, the spec, and
+# the offsets its constructor takes.
 _KINDS = {
-    LayerKind.MAMBA: ("mamba_num_heads", "mamba_layer", {"pp_layer_offset"}),
-    LayerKind.MLP: ("ffn_hidden_size", "mlp_layer", {"add_layer_offset"}),
-    LayerKind.ATTENTION: ("num_attention_heads", "attention_layer", {"add_layer_offset", "pp_layer_offset"}),
+    LayerKind.MAMBA: ("mamba_num_heads", "mamba_layer", ("pp_layer_offset",)),
+    LayerKind.MLP: ("ffn_hidden_size", "mlp_layer", ("add_layer_offset",)),
+    LayerKind.ATTENTION: ("num_attention_heads", "attention_layer", ("add_layer_offset", "pp_layer_offset")),
 }
 
 
@@ -56,13 +56,13 @@ class ElasticStack(HybridStack):
         self.layers = nn.ModuleList()
         layer_indices = tuple(range(pp_layer_offset, pp_layer_offset + len(layer_type_list)))
         for layer_index in layer_indices:
-            own, spec, takes = _built(space.parent, layer_index, config)
-            offsets = {"add_layer_offset": False, "pp_layer_offset": pp_layer_offset}
-            extra = {name: value for name, value in offsets.items() if name in takes}
+            width_field, spec, takes = _KINDS[space.parent.pattern.kinds[layer_index]]
+            own, offsets = copy.copy(config), {"add_layer_offset": False, "pp_layer_offset": pp_layer_offset}
+            setattr(own, width_field, space.parent.width(layer_index))
             common = dict(config=own, layer_number=layer_index + 1, pg_collection=pg_collection)
-            self.layers.append(build_module(getattr(submodules, spec), **common, **extra))
-        device = None if config.use_cpu_initialization else _current_cuda_device()
-        self.masks = Masks(space, layer_indices, self.tp_group.size(), device)
+            taken = {name: offsets[name] for name in takes}
+            self.layers.append(build_module(getattr(submodules, spec), **common, **taken))
+        self.masks = Masks(space, layer_indices, self.tp_group.size(), parameter_device(config))
         if post_process:
             self.final_norm = ElasticRMSNorm(config, config.hidden_size, eps=config.layernorm_epsilon)
 
@@ -80,7 +80,7 @@ class ElasticStack(HybridStack):
         schedule exchanges. `observer` sees what the layers compute. With a `cache`, made for the subnet that `gates`
         run, the S tokens are the next ones of its sequences, and it is moved on.
         """
-        layers = self.masks.full() if gates is None else self.masks.layers(gates)
+        layers = self.masks.layers(gates)
         hidden, width = layers[0].hidden, layers[0].cut.kept(Axis.HIDDEN)
         x = hidden_states if self.pre_process else self.input_tensor
         assert x is not None
@@ -103,7 +103,7 @@ class ElasticStack(HybridStack):
                 continue
             seen_by = None if observer is None else observer.layer(layer_index)
             if cache is not None:
-                x = layer(x, own, seen_by, cache.layer(layer_index))
+                x = layer(x, own, seen_by, cache.layers.get(layer_index))
             elif recompute:
                 # The gates travel inside the call, so the recomputed forward sees its own micro-batch's choice.
                 x = checkpoint(layer, x, own, use_reentrant=False, preserve_rng_state=False)
@@ -117,15 +117,3 @@ class ElasticStack(HybridStack):
         """Shard like HybridStack; the masks are no parameters and are left out."""
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return {name: entry for name, entry in sharded.items() if not name.startswith(f"{prefix}masks.")}
-
-
-def _built(shape: ModelShape, layer_index: int, config: TransformerConfig) -> tuple[TransformerConfig, str, set[str]]:
-    """Return a layer's config, with its own width, the name of its spec, and the offsets its constructor takes."""
-    width_field, spec, takes = _KINDS[shape.pattern.kinds[layer_index]]
-    own = copy.copy(config)
-    setattr(own, width_field, shape.width(layer_index))
-    return own, spec, takes
-
-
-def _current_cuda_device() -> Any:
-    return torch.device("cuda", torch.cuda.current_device())

@@ -4,6 +4,7 @@ Shapes: B batch, L length, C chunks of Q tokens, G groups, R heads of a group, H
 The scan ("Transformers are SSMs", arXiv 2405.21060): S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t + D x_t.
 """
 
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -12,70 +13,53 @@ from torch import Tensor
 
 
 class StateSpaceBackend(Protocol):
-    """The two operations of a Mamba-2 mixer that need a kernel on a GPU."""
+    """The two operations of a Mamba-2 mixer that need a kernel on a GPU.
 
-    name: str
+    Both start a sequence, or go on with one where `before` and `state` end, which are moved on in place: for inference,
+    nothing is differentiated then.
+    """
 
-    def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Convolve `x` [B, L, I] with depthwise taps `weight` [I, k], add `bias` [I], apply SiLU."""
+    def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None = None) -> Tensor:
+        """Convolve `x` [B, L, I] with depthwise taps `weight` [I, k], add `bias` [I], apply SiLU.
 
-    def scan(self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-        """Run the recurrence: x [B,L,H,P], dt [B,L,H] after softplus, a [H] < 0, b and c [B,L,G,N], d [H]."""
-
-    def continued_conv(self, x: Tensor, weight: Tensor, bias: Tensor, before: Tensor) -> Tensor:
-        """Convolve the next tokens of a sequence whose last k-1 inputs were `before` [B, k-1, I].
-
-        `before` is moved on in place. For inference: nothing is differentiated.
+        `before` [B, k-1, I] are the inputs before `x`; None: zeros.
         """
 
-    def continued_scan(
-        self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor
+    def scan(
+        self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor | None = None
     ) -> Tensor:
-        """Run the recurrence on from `state` [B,H,P,N], at least fp32, which is moved on in place.
+        """Run the recurrence: x [B,L,H,P], dt [B,L,H] after softplus, a [H] < 0, b and c [B,L,G,N], d [H].
 
-        One token takes one step of the recurrence, without filling up a chunk. For inference.
+        `state` [B,H,P,N], at least fp32, is that before `x`; None: zeros. One token takes one step from it, without
+        filling up a chunk.
         """
 
 
 class TorchStateSpace:
     """Chunked scan and shifted multiply-adds in PyTorch; runs anywhere, any dtype."""
 
-    name = "torch"
-
     def __init__(self, chunk_tokens: int = 64) -> None:
         self.chunk_tokens = chunk_tokens
 
-    def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None = None) -> Tensor:
         """Convolve as k shifted multiply-adds, faster on a CPU than conv1d."""
-        return _shifted_sum(F.pad(x, (0, 0, weight.shape[1] - 1, 0)), weight, bias)
+        length, taps = x.shape[1], weight.shape[1]
+        padded = F.pad(x, (0, 0, taps - 1, 0)) if before is None else _joined(before, x)
+        y = torch.addcmul(bias, padded[:, :length], weight[:, 0])
+        for tap in range(1, taps):
+            y = torch.addcmul(y, padded[:, tap : tap + length], weight[:, tap])
+        return F.silu(y)
 
-    def continued_conv(self, x: Tensor, weight: Tensor, bias: Tensor, before: Tensor) -> Tensor:
-        """Convolve with the inputs before in place of zeros."""
-        return _shifted_sum(_joined(before, x), weight, bias)
-
-    def scan(self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-        """Scan in chunks: matrix products inside a chunk, a short recurrence between chunks."""
-        return self._scan_chunks(x, dt, a, b, c, d, None, self.chunk_tokens)[0]
-
-    def continued_scan(
-        self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor
+    def scan(
+        self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor | None = None
     ) -> Tensor:
-        """Scan on from a state; one token is one step."""
+        """Scan in chunks of Q tokens: matrix products inside a chunk, a short recurrence between chunks."""
         length = x.shape[1]
-        if length == 1:
+        if state is not None and length == 1:
             return _step(x, dt, a, b, c, d, state)
-        y, final = self._scan_chunks(x, dt, a, b, c, d, state, min(self.chunk_tokens, length))
-        state.copy_(final)
-        return y
-
-    def _scan_chunks(
-        self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, initial: Tensor | None, q: int
-    ) -> tuple[Tensor, Tensor]:
-        """Scan in chunks of `q` tokens from `initial` [B,H,P,N] (None: zeros); returns y and the last state."""
-        length = x.shape[1]
-        padding = -length % q
-        x_padded, dt, b, c = (_pad_length(t, padding) for t in (x, dt, b, c))
-        groups, state = b.shape[2:]
+        q = self.chunk_tokens if state is None else min(self.chunk_tokens, length)
+        x_padded, dt, b, c = (_pad_length(t, -length % q) for t in (x, dt, b, c))
+        groups = b.shape[2]
         wide = torch.promote_types(dt.dtype, torch.float32)
         dt, a = dt.to(wide), a.to(wide)
 
@@ -87,8 +71,7 @@ class TorchStateSpace:
         # 1. Cumulative log-decay inside each chunk [B,C,G,R,Q], and inputs scaled by dt.
         decay = chunked(dt * a).cumsum(-1)
         x_dt = chunked(x_padded * dt.unsqueeze(-1).to(x.dtype), x.shape[-1])
-        b_chunk = b.view(b.shape[0], -1, q, groups, state).transpose(2, 3)  # [B,C,G,Q,N]
-        c_chunk = c.view(b.shape[0], -1, q, groups, state).transpose(2, 3)
+        b_chunk, c_chunk = (t.unflatten(1, (-1, q)).transpose(2, 3) for t in (b, c))  # [B,C,G,Q,N]
         # 2. Inside a chunk: y_i = sum_{j<=i} (C_i . B_j) exp(decay_i - decay_j) dt_j x_j.
         above = torch.ones(q, q, dtype=torch.bool, device=x.device).triu(1)
         between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill(above, float("-inf")).exp().to(x.dtype)
@@ -98,25 +81,24 @@ class TorchStateSpace:
         to_end = (decay[..., -1:] - decay).exp().to(x.dtype)
         added = (x_dt * to_end.unsqueeze(-1)).transpose(-1, -2) @ b_chunk.unsqueeze(3)
         chunk_decay = decay[..., -1].exp()[..., None, None]
-        if initial is None:
-            carried = torch.zeros_like(added[:, 0], dtype=wide)
-        else:
-            carried = initial.to(wide).unflatten(1, (groups, -1))
+        carried = torch.zeros_like(added[:, 0], dtype=wide)
+        if state is not None:
+            carried = state.to(wide).unflatten(1, (groups, -1))
         states = []
         for index in range(added.shape[1]):
             states.append(carried)
             carried = carried * chunk_decay[:, index] + added[:, index]
         before = torch.stack(states, dim=1).to(x.dtype)
+        if state is not None:
+            state.copy_(carried.flatten(1, 2))
         # 4. What earlier chunks contribute through the state.
         y = y + (c_chunk.unsqueeze(3) @ before.transpose(-1, -2)) * decay.exp().unsqueeze(-1).to(x.dtype)
         y = y.permute(0, 1, 4, 2, 3, 5).reshape(x_padded.shape)[:, :length]
-        return y + x * d.to(x.dtype).unsqueeze(-1), carried.flatten(1, 2)
+        return y + x * d.to(x.dtype).unsqueeze(-1)
 
 
 class MambaSsmStateSpace:
     """mamba-ssm's and causal-conv1d's Triton / CUDA kernels."""
-
-    name = "mamba_ssm"
 
     def __init__(self, chunk_tokens: int = 256) -> None:
         from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
@@ -126,37 +108,29 @@ class MambaSsmStateSpace:
         self.chunk_tokens, self._conv, self._scan = chunk_tokens, causal_conv1d_fn, mamba_chunk_scan_combined
         self._conv_step, self._scan_step = causal_conv1d_update, selective_state_update
 
-    def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Convolve with causal-conv1d, which wants channels before length."""
-        x = x.transpose(1, 2)
-        if any(size % 8 for size in (x.shape[1], x.stride(0), x.stride(2))):
-            # Its kernel for rows of channels moves 8 channels at a time; the other one wants rows of tokens.
-            x = x.contiguous()
-        return self._conv(x, weight.contiguous(), bias, activation="silu").transpose(1, 2)
-
-    def scan(self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-        """Scan with mamba-ssm's chunked kernel; dt is already positive, so its own softplus stays off."""
-        return self._scan(x, dt, a.float(), b, c, chunk_size=self.chunk_tokens, D=d.float(), dt_softplus=False)
-
-    def continued_conv(self, x: Tensor, weight: Tensor, bias: Tensor, before: Tensor) -> Tensor:
-        """Convolve one token with the update kernel (causal-conv1d 1.4); a longer piece with the inputs before it."""
-        if x.shape[1] == 1:
-            channels_first = before.transpose(1, 2)  # a view: the kernel moves the inputs on in place
+    def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None = None) -> Tensor:
+        """Convolve with causal-conv1d, which wants channels before length; a next token with its update kernel."""
+        if before is not None and x.shape[1] == 1:
+            channels_first = before.transpose(1, 2)  # a view: the kernel (1.4) moves the inputs on in place
             y = self._conv_step(x[:, 0].contiguous(), channels_first, weight.contiguous(), bias, activation="silu")
             return y.unsqueeze(1)
-        taps = before.shape[1]
-        return self.causal_conv(_joined(before, x), weight, bias)[:, taps:]
+        rows = (x if before is None else _joined(before, x)).transpose(1, 2)
+        if any(size % 8 for size in (rows.shape[1], rows.stride(0), rows.stride(2))):
+            # Its kernel for rows of channels moves 8 channels at a time; the other one wants rows of tokens.
+            rows = rows.contiguous()
+        y = self._conv(rows, weight.contiguous(), bias, activation="silu").transpose(1, 2)
+        return y if before is None else y[:, before.shape[1] :]
 
-    def continued_scan(
-        self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor
+    def scan(
+        self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor | None = None
     ) -> Tensor:
-        """Step one token with the update kernel; scan a longer piece from the state."""
+        """Scan with mamba-ssm's chunked kernel, one next token with its update kernel; both without their softplus."""
         a, d = a.float(), d.float()
+        in_chunks = partial(self._scan, chunk_size=self.chunk_tokens, D=d, dt_softplus=False)
+        if state is None:
+            return in_chunks(x, dt, a, b, c)
         if x.shape[1] > 1:
-            y, final = self._scan(
-                x, dt, a, b, c, chunk_size=self.chunk_tokens, D=d, dt_softplus=False, initial_states=state,
-                return_final_states=True,
-            )  # fmt: skip
+            y, final = in_chunks(x, dt, a, b, c, initial_states=state, return_final_states=True)
             state.copy_(final)
             return y
         channels, num_states = state.shape[2:]
@@ -174,16 +148,6 @@ class MambaSsmStateSpace:
             dt_softplus=False,
         )
         return y.unsqueeze(1)
-
-
-def _shifted_sum(padded: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Convolve [B, k-1 + L, I], whose first k-1 rows come before the L outputs, as k shifted multiply-adds."""
-    taps = weight.shape[1]
-    length = padded.shape[1] - taps + 1
-    y = torch.addcmul(bias, padded[:, :length], weight[:, 0])
-    for tap in range(1, taps):
-        y = torch.addcmul(y, padded[:, tap : tap + length], weight[:, tap])
-    return F.silu(y)
 
 
 def _joined(before: Tensor, x: Tensor) -> Tensor:

@@ -17,30 +17,20 @@ from elastic.plan.activations import FUSED_CHUNK_TOKENS
 
 
 class StandInStateSpace:
-    """What mamba-ssm's scan and causal-conv1d leave behind."""
+    """What mamba-ssm's scan and causal-conv1d leave behind in training: nothing is decoded here."""
 
-    name = "stand-in for mamba_ssm"
-
-    def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None = None) -> Tensor:
         """Keep the input [B, L, I], or a copy of it where the kernel wants one."""
         rows = x.transpose(1, 2)
         if any(size % 8 for size in (rows.shape[1], rows.stride(0), rows.stride(2))):
             x = rows.contiguous().transpose(1, 2)
         return _Convolution.apply(x, weight, bias)
 
-    def scan(self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    def scan(
+        self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor | None = None
+    ) -> Tensor:
         """Keep out, x, dt, dA_cumsum, a, b, c, d."""
         return _Scan.apply(x, dt, a.float(), b, c, d.float())
-
-    def continued_conv(self, x: Tensor, weight: Tensor, bias: Tensor, before: Tensor) -> Tensor:
-        """Refuse: a rehearsal of training decodes nothing."""
-        raise AssertionError("decoding is not rehearsed")
-
-    def continued_scan(
-        self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor
-    ) -> Tensor:
-        """Refuse: a rehearsal of training decodes nothing."""
-        raise AssertionError("decoding is not rehearsed")
 
 
 class StandInAttention(MegatronModule):

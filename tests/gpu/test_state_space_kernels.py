@@ -88,10 +88,10 @@ def test_scan_in_pieces(
     b, c = (draw(BATCH, length, groups, STATE, dtype=dtype) for _ in range(2))
     a, d, dt = -torch.exp(draw(heads)), draw(heads), F.softplus(raw_dt - 2)
     plain, expected_state = TorchStateSpace(64), torch.zeros(BATCH, heads, channels, STATE, device="cuda")
-    expected = plain.continued_scan(x, dt, a, b, c, d, expected_state)
+    expected = plain.scan(x, dt, a, b, c, d, expected_state)
     state = torch.zeros_like(expected_state)
     pieces = zip(*(t.split(sizes, dim=1) for t in (x, dt, b, c)), strict=True)
-    y = [kernels.continued_scan(x_, dt_, a, b_, c_, d, state) for x_, dt_, b_, c_ in pieces]
+    y = [kernels.scan(x_, dt_, a, b_, c_, d, state) for x_, dt_, b_, c_ in pieces]
     assert y[0].dtype is dtype
     assert relative_error(torch.cat(y, dim=1), expected) <= tolerance
     assert relative_error(state, expected_state) <= tolerance
@@ -110,6 +110,6 @@ def test_convolution_in_pieces(
     x = rows[..., channels : 2 * channels]
     weight, bias = draw(channels, taps, dtype=dtype), draw(channels, dtype=dtype)
     before = torch.zeros(BATCH, taps - 1, channels, device="cuda", dtype=dtype)
-    y = [kernels.continued_conv(piece, weight, bias, before) for piece in x.split(sizes, dim=1)]
+    y = [kernels.causal_conv(piece, weight, bias, before) for piece in x.split(sizes, dim=1)]
     assert relative_error(torch.cat(y, dim=1), TorchStateSpace().causal_conv(x, weight, bias)) <= tolerance
     assert torch.equal(before, x[:, sum(sizes) - (taps - 1) :])

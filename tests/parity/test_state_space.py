@@ -97,7 +97,7 @@ def test_a_scan_in_pieces_equals_the_recurrence_in_fp64(sizes: list[int], groups
     pieces = (t.detach().split(sizes, dim=1) for t in (inputs.x, F.softplus(inputs.raw_dt), inputs.b, inputs.c))
     with torch.no_grad():
         y = [
-            backend.continued_scan(x, dt, -torch.exp(inputs.a_log), b, c, inputs.d, state)
+            backend.scan(x, dt, -torch.exp(inputs.a_log), b, c, inputs.d, state)
             for x, dt, b, c in zip(*pieces, strict=True)
         ]
     torch.testing.assert_close(torch.cat(y, dim=1), expected.detach(), rtol=1e-10, atol=1e-10)
@@ -118,7 +118,7 @@ def test_a_step_in_bf16_keeps_its_state_in_fp32() -> None:
     with torch.no_grad():
         y = torch.cat(
             [
-                backend.continued_scan(x, dt, -torch.exp(inputs.a_log.float()), b, c, inputs.d, state)
+                backend.scan(x, dt, -torch.exp(inputs.a_log.float()), b, c, inputs.d, state)
                 for x, dt, b, c in zip(*pieces, strict=True)
             ],
             dim=1,
@@ -132,7 +132,7 @@ def test_a_step_in_bf16_keeps_its_state_in_fp32() -> None:
 def test_a_convolution_in_pieces_equals_the_whole(sizes: list[int], taps: int) -> None:
     x, weight, bias = torch.randn(BATCH, 12, 5).double(), torch.randn(5, taps).double(), torch.randn(5).double()
     before, backend = torch.zeros(BATCH, taps - 1, 5).double(), TorchStateSpace()
-    y = [backend.continued_conv(piece, weight, bias, before) for piece in x.split(sizes, dim=1)]
+    y = [backend.causal_conv(piece, weight, bias, before) for piece in x.split(sizes, dim=1)]
     torch.testing.assert_close(torch.cat(y, dim=1), F.silu(depthwise_causal_conv(x, weight, bias)))
     assert torch.equal(before, x[:, 12 - (taps - 1) :])
 

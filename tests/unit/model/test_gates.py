@@ -168,7 +168,7 @@ def test_pitfall_17_gate_gradients_are_finite_at_probability_zero(axis: Axis) ->
 
 
 def layer_gate(depth: Tensor | None, hidden: Tensor | None) -> LayerGates:
-    return LayerGates(masks().full()[0].cut, {Axis.HIDDEN: Width(3, hidden)}, depth)
+    return LayerGates(masks().layers(None)[0].cut, {Axis.HIDDEN: Width(3, hidden)}, depth)
 
 
 @pytest.mark.parametrize("depth", [None, torch.tensor(0.25), torch.tensor(0.0)])
@@ -182,10 +182,10 @@ def test_residual_adds_the_gated_output(depth: Tensor | None, hidden: Tensor | N
 
 
 def test_full_is_ungated() -> None:
-    layers = masks().full()
+    layers = masks().layers(None)
     assert layers[0].hidden == Width(16)
     for layer in layers:
-        assert layer.residual_scale is None and all(gate.vector is None for gate in layer.widths.values())
+        assert layer.depth is None and all(gate.vector is None for gate in layer.widths.values())
     x = torch.randn(4)
     assert layers[0].hidden.apply(x) is x
 

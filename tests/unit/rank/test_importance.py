@@ -47,7 +47,7 @@ def batches() -> list[Tensor]:
 
 def layer_inputs(model: ElasticModel, batches: list[Tensor]) -> list[Tensor]:
     """Return LN(X) of every layer, the tokens of all batches together [N, D]; the norm is written out."""
-    gates = model.decoder.masks.full()
+    gates = model.decoder.masks.layers(None)
     collected: list[list[Tensor]] = [[] for _ in gates]
     norms = {"M": "norm", "-": "pre_mlp_layernorm", "*": "input_layernorm"}
     with torch.no_grad():
