@@ -4,56 +4,17 @@ import codecs
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 from typing import Any
 
-from elastic.data.corpus_files import CorpusFile, FileChoice, SkipReason, Skips, find_files
+from elastic.data.corpus_files import Corpus, CorpusFile, SkipReason, Tally, find_files
 
 DRAIN_BYTES = 1 << 20
-# How files begin that would otherwise be counted as thousands of bad lines: gzip, zstd, xz, bzip2, zip; UTF-16 marks.
-SIGNATURES = {
-    b"\x1f\x8b\x08": SkipReason.COMPRESSED,
-    b"\x28\xb5\x2f\xfd": SkipReason.COMPRESSED,
-    b"\xfd7zXZ\x00": SkipReason.COMPRESSED,
-    b"PK\x03\x04": SkipReason.COMPRESSED,
-    **{b"BZh%d1AY&SY" % level: SkipReason.COMPRESSED for level in range(1, 10)},
-    b"\xff\xfe": SkipReason.UTF16,
-    b"\xfe\xff": SkipReason.UTF16,
-}
-SIGNATURE_BYTES = max(map(len, SIGNATURES))
+# How files begin that would otherwise be counted as thousands of bad lines: gzip, zstd, xz, zip, bzip2; UTF-16 marks.
+BZIP2 = [b"BZh%d1AY&SY" % level for level in range(1, 10)]
+COMPRESSED = (b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\x00", b"PK\x03\x04", *BZIP2)
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 POSITIONS = 1 << 64
-
-
-class DocumentFormat(StrEnum):
-    """How a file is cut into documents."""
-
-    TEXT = "text"
-    LINES = "lines"
-    JSONL = "jsonl"
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Where documents come from and which are refused.
-
-    `max_bytes` ends the corpus before the first document that would exceed it in sum, None takes all.
-    `max_document_bytes` bounds the raw bytes of one document (the whole line in lines and jsonl).
-    """
-
-    paths: tuple[str, ...]
-    document_format: DocumentFormat = DocumentFormat.TEXT
-    text_field: str = "text"
-    suffixes: tuple[str, ...] | None = None
-    exclude_folders: tuple[str, ...] | None = None
-    max_bytes: int | None = None
-    max_document_bytes: int = 16 << 20
-    skip_duplicates: bool = True
-
-    @property
-    def file_choice(self) -> FileChoice:
-        """Return which files of the folders are read."""
-        return FileChoice(self.suffixes, self.exclude_folders, self.document_format == DocumentFormat.JSONL)
 
 
 @dataclass(frozen=True)
@@ -79,29 +40,19 @@ class Document:
         return int.from_bytes(self.digest[8:])
 
 
-@dataclass
-class Tally:
-    """Count what reading met. `kept` and `kept_bytes` grow as documents are yielded."""
-
-    kept: int = 0
-    kept_bytes: int = 0
-    stopped_at_max_bytes: bool = False
-    skipped: Skips = field(default_factory=Skips)
-
-
 def read_documents(corpus: Corpus, tally: Tally) -> Iterator[Document]:
-    """Yield the usable documents of `corpus` in its order and count the others in `tally`.
+    """Yield the usable documents of `corpus` in its order and count them, and the others, in `tally`.
 
     Holds one document in memory, plus about 130 bytes per distinct document when duplicates are skipped.
     """
     seen: set[bytes] = set()
-    for file in find_files(corpus.paths, corpus.file_choice, tally.skipped):
+    for file in find_files(corpus, tally):
         for line, raw in _raw_documents(file, corpus):
             document = raw if isinstance(raw, SkipReason) else _document(raw, file.source, corpus)
             if isinstance(document, Document) and document.digest in seen:
                 document = SkipReason.DUPLICATE
             if isinstance(document, SkipReason):
-                tally.skipped.add(document, file.path, line)
+                tally.skip(document, file.path, line)
                 continue
             if corpus.max_bytes is not None and tally.kept_bytes + document.num_bytes > corpus.max_bytes:
                 tally.stopped_at_max_bytes = True
@@ -110,6 +61,7 @@ def read_documents(corpus: Corpus, tally: Tally) -> Iterator[Document]:
                 seen.add(document.digest)
             tally.kept += 1
             tally.kept_bytes += document.num_bytes
+            tally.digest.update(document.digest)
             yield document
 
 
@@ -117,7 +69,7 @@ def _raw_documents(file: CorpusFile, corpus: Corpus) -> Iterator[tuple[int | Non
     """Yield (line number from 1, raw bytes or why there are none); the number is None where it is about the file."""
     limit = corpus.max_document_bytes
     try:
-        if corpus.document_format == DocumentFormat.TEXT:
+        if corpus.document_format == "text":
             yield None, _whole_file(file, limit)
         else:
             yield from _lines(file, limit)
@@ -132,14 +84,13 @@ def _whole_file(file: CorpusFile, limit: int) -> bytes | SkipReason:
         content = stream.read(file.size_bytes + 1)  # one more, so that a file that grows is noticed
     if len(content) != file.size_bytes:
         return SkipReason.CHANGED
-    return _signature(content) or content
+    return _no_plain_text(content) or content
 
 
 def _lines(file: CorpusFile, limit: int) -> Iterator[tuple[int | None, bytes | SkipReason]]:
     with file.path.open("rb") as stream:
-        known = _signature(stream.peek(SIGNATURE_BYTES))
-        if known is not None:
-            yield None, known
+        if reason := _no_plain_text(stream.peek(max(map(len, COMPRESSED)))):
+            yield None, reason
             return
         number = 0
         while line := stream.readline(limit + 1):
@@ -153,35 +104,32 @@ def _lines(file: CorpusFile, limit: int) -> Iterator[tuple[int | None, bytes | S
             yield number, SkipReason.TOO_LARGE
 
 
-def _signature(start: bytes) -> SkipReason | None:
-    return next((reason for signature, reason in SIGNATURES.items() if start.startswith(signature)), None)
+def _no_plain_text(start: bytes) -> SkipReason | None:
+    """Say why a file that begins so is no plain text, None if it may be."""
+    if start.startswith(COMPRESSED):
+        return SkipReason.COMPRESSED
+    return SkipReason.UTF16 if start.startswith(UTF16) else None
 
 
 def _document(raw: bytes, source: str, corpus: Corpus) -> Document | SkipReason:
-    text = _decode(raw)
-    if isinstance(text, str) and corpus.document_format == DocumentFormat.JSONL and text.strip():
-        text = _text_in_json(text, corpus.text_field)
-    if isinstance(text, SkipReason):
-        return text
-    if not text.strip():
-        return SkipReason.EMPTY
-    if "\0" in text:
-        return SkipReason.BINARY
-    try:
-        content = text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
-        return SkipReason.INVALID_UTF8
-    digest = hashlib.blake2b(content, digest_size=16, person=b"elastic-document").digest()
-    return Document(source, text, len(content), digest)
-
-
-def _decode(raw: bytes) -> str | SkipReason:
     if b"\0" in raw:
         return SkipReason.BINARY
     try:
-        return raw.removeprefix(codecs.BOM_UTF8).decode()
-    except UnicodeDecodeError:
+        text = raw.removeprefix(codecs.BOM_UTF8).decode()
+        if corpus.document_format == "jsonl" and text.strip():
+            found = _text_in_json(text, corpus.text_field)
+            if isinstance(found, SkipReason):
+                return found
+            text = found
+        if not text.strip():
+            return SkipReason.EMPTY
+        if "\0" in text:
+            return SkipReason.BINARY
+        content = text.encode()
+    except UnicodeError:  # also half of a surrogate pair, which JSON can spell and UTF-8 cannot
         return SkipReason.INVALID_UTF8
+    digest = hashlib.blake2b(content, digest_size=16, person=b"elastic-document").digest()
+    return Document(source, text, len(content), digest)
 
 
 def _text_in_json(line: str, text_field: str) -> str | SkipReason:

@@ -5,20 +5,21 @@ import os
 import platform
 import stat
 import sysconfig
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from elastic.data.manifest import SkipRecord
+from elastic.space.ranges import Bytes, Range, Required
 
 STDLIB = "python:stdlib"
-STDLIB_SUFFIXES = (".py",)
 STDLIB_EXCLUDED = ("__pycache__", "site-packages", "test", "tests", "idle_test")
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 
-class SkipReason(Enum):
+class SkipReason(StrEnum):
     """Why a file or a document is left out."""
 
     EMPTY = "empty"
@@ -43,20 +44,70 @@ class SkipReason(Enum):
     HIDDEN = "hidden"
 
 
+@dataclass(frozen=True)
+class Corpus:
+    """Say which files are read, and which documents are taken from them.
+
+    paths: files and folders, read in order of their names; `python:stdlib` is the running Python's own library.
+    suffixes, exclude_folders: which files of folders are taken, and folders of which names are not looked into. None:
+        of the library its .py files without tests and installed packages; of any other folder .jsonl, .ndjson and .json
+        for jsonl, else every file not named like JSON lines. Hidden ones are never taken, a file named itself always.
+    document_format: `text` (a file is a document), `lines` (a line is), `jsonl` (field `text_field` of a line is).
+    max_bytes: ends the corpus before the first document that would exceed it in sum, None takes everything.
+    max_document_bytes: larger documents are skipped, counted raw (the whole line in lines and jsonl).
+    """
+
+    paths: Annotated[list[str], Range(low=1)] = field(default_factory=lambda: [STDLIB])
+    document_format: Literal["text", "lines", "jsonl"] = "text"
+    text_field: Annotated[str, Required("for example text")] = "text"
+    suffixes: Annotated[list[str], Range(low=1)] | None = None
+    exclude_folders: list[str] | None = None
+    max_bytes: Bytes | None = None
+    max_document_bytes: Bytes = 16 << 20
+    skip_duplicates: bool = True
+
+    def file_refusal(self, source: str, name: str) -> SkipReason | None:
+        """Say why a file in a folder of `source` is passed over, None if it is taken."""
+        is_json_lines = self.document_format == "jsonl"
+        if name.startswith("."):
+            return SkipReason.HIDDEN
+        if self.suffixes is not None:
+            suffixes = tuple(self.suffixes)
+        elif source == STDLIB:
+            suffixes = (".py",)
+        elif not is_json_lines and name.endswith(JSON_LINES[:2]):
+            return SkipReason.JSON_LINES
+        else:
+            suffixes = JSON_LINES if is_json_lines else ("",)
+        return None if name.endswith(suffixes) else SkipReason.OTHER_SUFFIX
+
+    def folder_refusal(self, source: str, name: str) -> SkipReason | None:
+        """Say why a folder inside one of `source` is not looked into, None if it is."""
+        standard = STDLIB_EXCLUDED if source == STDLIB else ()
+        if name in (standard if self.exclude_folders is None else self.exclude_folders):
+            return SkipReason.EXCLUDED_FOLDER
+        return SkipReason.HIDDEN if name.startswith(".") else None
+
+
 @dataclass
-class Skips:
-    """What was left out: how many by reason, and where the first of each stands, as `file` or `file:line`."""
+class Tally:
+    """Count what reading met: documents as they are yielded, and by reason what was left out.
 
-    counts: Counter[SkipReason] = field(default_factory=Counter)
-    examples: dict[SkipReason, str] = field(default_factory=dict)
+    `digest` runs over the kept documents in order.
+    """
 
-    def add(self, reason: SkipReason, path: Path, line: int | None = None, count: int = 1) -> None:
+    kept: int = 0
+    kept_bytes: int = 0
+    stopped_at_max_bytes: bool = False
+    skipped: dict[SkipReason, SkipRecord] = field(default_factory=dict)
+    digest: Any = field(default_factory=hashlib.sha256)
+
+    def skip(self, reason: SkipReason, path: Path, line: int | None = None, count: int = 1) -> None:
         """Count `count` files, or one document that begins in `line` (from 1) of a file."""
-        self.counts[reason] += count
-        if reason not in self.examples:
-            # A name need not be UTF-8; what a report shows must be.
-            name = os.fsencode(path).decode(errors="backslashreplace")
-            self.examples[reason] = name if line is None else f"{name}:{line}"
+        # A name need not be UTF-8; what a report shows must be.
+        name = os.fsencode(path).decode(errors="backslashreplace")
+        first = SkipRecord(0, name if line is None else f"{name}:{line}")
+        self.skipped.setdefault(reason, first).count += count
 
 
 @dataclass(frozen=True)
@@ -75,137 +126,76 @@ def resolve_path(path: str) -> Path:
     return Path(sysconfig.get_paths()["stdlib"]) if path == STDLIB else Path(path)
 
 
-@dataclass(frozen=True)
-class FileChoice:
-    """Which files of a folder are taken: those that end in one of `suffixes`, outside folders of `exclude_folders`.
-
-    None means what suits the source: of `python:stdlib` its .py files without tests and installed packages; of any
-    other folder every file if `json_lines` is false (but none that is named like JSON lines), else .jsonl, .ndjson and
-    .json. Hidden files and folders are never taken, a file named by itself always.
-    """
-
-    suffixes: tuple[str, ...] | None = None
-    exclude_folders: tuple[str, ...] | None = None
-    json_lines: bool = False
-
-    def suffixes_of(self, source: str) -> tuple[str, ...]:
-        """Return the endings taken from a source; the empty one is every file's."""
-        if self.suffixes is not None:
-            return self.suffixes
-        return STDLIB_SUFFIXES if source == STDLIB else JSON_LINES if self.json_lines else ("",)
-
-    def excluded_in(self, source: str) -> tuple[str, ...]:
-        """Return the names of the folders of a source that are passed over."""
-        if self.exclude_folders is not None:
-            return self.exclude_folders
-        return STDLIB_EXCLUDED if source == STDLIB else ()
-
-    def refusal(self, source: str, name: str) -> SkipReason | None:
-        """Say why a file of a folder is passed over, None if it is taken."""
-        if name.startswith("."):
-            return SkipReason.HIDDEN
-        if self.suffixes is None and not self.json_lines and source != STDLIB and name.endswith(JSON_LINES[:2]):
-            return SkipReason.JSON_LINES
-        return None if name.endswith(self.suffixes_of(source)) else SkipReason.OTHER_SUFFIX
-
-
-def find_files(paths: Sequence[str], choice: FileChoice, skipped: Skips) -> Iterator[CorpusFile]:
-    """Yield the files under `paths`, sources in order of their names whatever order they are given in, files likewise.
+def find_files(corpus: Corpus, tally: Tally) -> Iterator[CorpusFile]:
+    """Yield the files of `corpus`, sources in order of their names whatever order they are given in, files likewise.
 
     So the same sources give the same data. Folders are walked, symbolic links followed. Every file passed over is
-    counted in `skipped` with its reason: by `choice`, in a folder already walked (a link loop, or a second link), a
-    broken link, a pipe or device.
+    counted in `tally` with its reason: by the corpus' choice, in a folder already walked (a link loop, or a second
+    link), a broken link, a pipe or device.
     """
     seen_folders: set[tuple[int, int]] = set()
-    for source in sorted(paths):
-        walk = _Walk(source, choice, skipped, seen_folders)
-        path = resolve_path(source)
-        if path.is_dir():
-            yield from walk.folder(path)
-        else:
-            yield from walk.file(path, os.fsencode(path.name))
-
-
-@dataclass(frozen=True)
-class _Walk:
-    source: str
-    choice: FileChoice
-    skipped: Skips
-    seen_folders: set[tuple[int, int]]
-
-    def folder(self, top: Path) -> Iterator[CorpusFile]:
+    for source in sorted(corpus.paths):
+        top = resolve_path(source)
         # A stack and not a recursion: folders can be nested deeper than Python calls.
-        waiting = [(iter(self._entries(top)), b"")]
-        excluded = self.choice.excluded_in(self.source)
+        waiting = [iter([(top, os.fsencode(top.name))])]
         while waiting:
-            entries, name = waiting[-1]
-            entry = next(entries, None)
-            if entry is None:
+            path, name = next(waiting[-1], (None, b""))
+            if path is None:
                 waiting.pop()
                 continue
-            inner_name = name + os.fsencode(entry.name)
-            path = Path(entry.path)
-            if _is_folder(entry):
-                if entry.name in excluded or entry.name.startswith("."):
-                    reason = SkipReason.EXCLUDED_FOLDER if entry.name in excluded else SkipReason.HIDDEN
-                    num_files = sum(len(files) for _, _, files in os.walk(path))
-                    if num_files:
-                        self.skipped.add(reason, path, count=num_files)
-                else:
-                    waiting.append((iter(self._entries(path)), inner_name + b"/"))
-            elif refusal := self.choice.refusal(self.source, entry.name):
-                self.skipped.add(refusal, path)
+            is_inside, status = len(waiting) > 1, _status(path)
+            if status is not None and stat.S_ISDIR(status.st_mode):
+                if is_inside and (reason := corpus.folder_refusal(source, path.name)):
+                    if num_files := sum(len(files) for _, _, files in os.walk(path)):
+                        tally.skip(reason, path, count=num_files)
+                    continue
+                prefix = name + b"/" if is_inside else b""
+                children = _children(path, status, seen_folders, tally)
+                waiting.append(iter([(path / child, prefix + os.fsencode(child)) for child in children]))
+            elif is_inside and (reason := corpus.file_refusal(source, path.name)):
+                tally.skip(reason, path)
+            elif status is None:
+                tally.skip(SkipReason.UNREADABLE, path)
+            elif not stat.S_ISREG(status.st_mode):
+                tally.skip(SkipReason.NOT_A_FILE, path)  # opening a pipe would wait for its writer for ever
             else:
-                yield from self.file(path, inner_name)
-
-    def _entries(self, path: Path) -> list[os.DirEntry[str]]:
-        """Return what is in a folder, by name; nothing the second time, or when it cannot be listed."""
-        try:
-            status = path.stat()
-            with os.scandir(path) as found:
-                entries = sorted(found, key=lambda entry: os.fsencode(entry.name))
-        except OSError:
-            self.skipped.add(SkipReason.UNREADABLE, path)
-            return []
-        identity = (status.st_dev, status.st_ino)
-        if identity in self.seen_folders:
-            self.skipped.add(SkipReason.FOLDER_SEEN, path)
-            return []
-        self.seen_folders.add(identity)
-        return entries
-
-    def file(self, path: Path, name: bytes) -> Iterator[CorpusFile]:
-        try:
-            status = path.stat()
-        except OSError:
-            self.skipped.add(SkipReason.UNREADABLE, path)
-            return
-        if not stat.S_ISREG(status.st_mode):
-            # Opening a pipe would wait for its writer for ever.
-            self.skipped.add(SkipReason.NOT_A_FILE, path)
-            return
-        yield CorpusFile(self.source, path, name, status.st_size, status.st_mtime_ns)
+                yield CorpusFile(source, path, name, status.st_size, status.st_mtime_ns)
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def _status(path: Path) -> os.stat_result | None:
     try:
-        return entry.is_dir()
-    except OSError:  # a link that leads to itself
-        return False
+        return path.stat()
+    except OSError:  # a broken link, one that leads to itself, or no permission
+        return None
 
 
-def describe_files(paths: Sequence[str], choice: FileChoice) -> dict[str, Any]:
-    """Describe the files under `paths` without reading them: how many, their bytes, a checksum of the listing.
+def _children(path: Path, status: os.stat_result, seen: set[tuple[int, int]], tally: Tally) -> list[str]:
+    """Return what is in a folder, by name; nothing the second time, or when it cannot be listed."""
+    identity = (status.st_dev, status.st_ino)
+    try:
+        names = sorted(os.listdir(path), key=os.fsencode)
+    except OSError:
+        tally.skip(SkipReason.UNREADABLE, path)
+        return []
+    if identity in seen:
+        tally.skip(SkipReason.FOLDER_SEEN, path)
+        return []
+    seen.add(identity)
+    return names
+
+
+def describe_files(corpus: Corpus) -> dict[str, Any]:
+    """Describe the files of `corpus` without reading them: how many, their bytes, a checksum of the listing.
 
     The listing is names, sizes and times of change, so an edited file makes another description.
     """
     digest = hashlib.sha256()
     num_files = total_bytes = 0
-    for file in find_files(paths, choice, Skips()):
+    for file in find_files(corpus, Tally()):
         digest.update(b"%s\0%d\0%d\n" % (file.name, file.size_bytes, file.changed_ns))
         num_files += 1
         total_bytes += file.size_bytes
-    description: dict[str, Any] = {"paths": sorted(paths), "num_files": num_files, "total_bytes": total_bytes}
-    if STDLIB in paths:
+    description: dict[str, Any] = {"paths": sorted(corpus.paths), "num_files": num_files, "total_bytes": total_bytes}
+    if STDLIB in corpus.paths:
         description["python"] = platform.python_version()
     return {**description, "listing_sha256": digest.hexdigest()}

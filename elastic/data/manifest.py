@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class SplitRecord:
         return sum((num_tokens - 1) // length for num_tokens in (self.sources or {"": self.num_tokens}).values())
 
 
-@dataclass(frozen=True)
+@dataclass
 class SkipRecord:
     """How many documents or files were left out for one reason, and the first of them: `file` or `file:line`."""
 
@@ -108,18 +109,17 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(content, dict) or content.pop("format", None) not in READABLE_FORMATS:
         raise DataError(f"{path} is not in the format {FORMAT}; {REMEDY}")
     try:
-        splits = {name: _split_from(record) for name, record in content.pop("splits").items()}
-        tokenizer = TokenizerRecord(**content.pop("tokenizer"))
-        tokenizer = replace(tokenizer, bos_ids=tuple(tokenizer.bos_ids))
+        splits = {name: _split_from(**record) for name, record in content.pop("splits").items()}
+        tokenizer = content.pop("tokenizer")
+        tokenizer = TokenizerRecord(**tokenizer | {"bos_ids": tuple(tokenizer.get("bos_ids", ()))})
         skipped = {reason: SkipRecord(**record) for reason, record in content.pop("skipped").items()}
         return Manifest(**content, tokenizer=tokenizer, splits=splits, skipped=skipped)
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} lacks a field or has one too many ({error}); {REMEDY}") from error
 
 
-def _split_from(record: dict[str, Any]) -> SplitRecord:
-    files = {name: FileRecord(**fields) for name, fields in record.pop("files").items()}
-    return SplitRecord(**record, files=files)
+def _split_from(files: dict[str, Any], **others: Any) -> SplitRecord:
+    return SplitRecord(files={name: FileRecord(**record) for name, record in files.items()}, **others)
 
 
 def record_file(path: Path) -> FileRecord:
@@ -140,37 +140,27 @@ def sampled_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_folder(folder: Path, manifest: Manifest, *, full: bool = False) -> None:
-    """Raise DataError unless every split and the tokenizer are what the manifest says."""
-    for split in manifest.splits:
-        check_split_files(folder, manifest, split, full=full)
-    check_tokenizer(folder, manifest)
+def check_folder(folder: Path, manifest: Manifest, splits: Iterable[str] | None = None, *, full: bool = False) -> None:
+    """Raise DataError unless the splits (None: all) and the tokenizer are what the manifest says.
 
-
-def check_tokenizer(folder: Path, manifest: Manifest) -> None:
-    """Raise DataError unless the folder's tokenizer, settings and chat template included, is the one of its tokens."""
-    recorded = {"tokenizer.json": manifest.tokenizer.sha256, **manifest.tokenizer.files}
-    for name, sha256 in recorded.items():
+    Names every file that is missing, truncated, swapped or altered. Reads at most 4 MiB of each file of a split, `full`
+    all of it; of the tokenizer everything, settings and chat template included.
+    """
+    for split in manifest.splits if splits is None else splits:
+        if split not in manifest.splits:
+            held = ", ".join(manifest.splits)
+            raise DataError(f"{folder}: no split {split!r}, it holds {held}; prepare with another validation_ratio")
+        files = manifest.splits[split].files
+        sizes = {name: record.size_bytes for name, record in files.items()}
+        if problems := file_problems(folder, sizes, partial(_content_problem, files, full)):
+            raise DataError(f"{folder}: {'; '.join(problems)}; restore it or {REMEDY}")
+    for name, sha256 in {"tokenizer.json": manifest.tokenizer.sha256, **manifest.tokenizer.files}.items():
         if not (folder / name).is_file() or sha256_of(folder / name) != sha256:
             raise DataError(
                 f"{folder / name} is missing or is not the one the tokens were made with; restore it or {REMEDY}"
             )
 
 
-def check_split_files(folder: Path, manifest: Manifest, split: str, *, full: bool = False) -> None:
-    """Raise DataError naming every file of a split that is missing, truncated, swapped or altered.
-
-    Reads at most 4 MiB of each file; `full` reads and hashes all of it.
-    """
-    if split not in manifest.splits:
-        held = ", ".join(manifest.splits)
-        raise DataError(f"{folder}: no split {split!r}, it holds {held}; prepare with another validation_ratio")
-    files = manifest.splits[split].files
-
-    def content_problem(name: str, path: Path) -> str | None:
-        same = sampled_sha256(path) == files[name].sampled_sha256 and (not full or record_file(path) == files[name])
-        return None if same else "has the right size and another content"
-
-    problems = file_problems(folder, {name: record.size_bytes for name, record in files.items()}, content_problem)
-    if problems:
-        raise DataError(f"{folder}: {'; '.join(problems)}; restore it or {REMEDY}")
+def _content_problem(files: Mapping[str, FileRecord], full: bool, name: str, path: Path) -> str | None:
+    same = sampled_sha256(path) == files[name].sampled_sha256 and (not full or record_file(path) == files[name])
+    return None if same else "has the right size and another content"

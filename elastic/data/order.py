@@ -27,31 +27,19 @@ class SampleOrder:
     num_chunks: int
     seed: int
 
-    def __post_init__(self) -> None:
-        if self.num_chunks < 1:
-            raise ValueError(f"num_chunks = {self.num_chunks}: must be at least 1; give more data")
-
-    def epoch(self, sample_index: int) -> int:
-        """Return which epoch a sample index belongs to, counted from 0."""
-        return sample_index // self.num_chunks
-
     def chunk(self, sample_index: int) -> int:
         """Return the chunk, 0..num_chunks-1, that sample `sample_index` >= 0 reads."""
-        if sample_index < 0:
-            raise ValueError(f"sample_index = {sample_index}: must not be negative")
+        assert self.num_chunks >= 1 and sample_index >= 0
         epoch, index = divmod(sample_index, self.num_chunks)
+        text = f"{self.seed}:{epoch}:{self.num_chunks}"
+        digest = hashlib.blake2b(text.encode(), digest_size=8 * NUM_ROUNDS, person=b"elastic-order").digest()
+        keys = struct.unpack(f"<{NUM_ROUNDS}Q", digest)
         rows = math.isqrt(self.num_chunks - 1) + 1
         columns = -(-self.num_chunks // rows)
-        keys = self._keys(epoch)
         index = _permute(index, rows, columns, keys)
         while index >= self.num_chunks:
             index = _permute(index, rows, columns, keys)
         return index
-
-    def _keys(self, epoch: int) -> tuple[int, ...]:
-        text = f"{self.seed}:{epoch}:{self.num_chunks}"
-        digest = hashlib.blake2b(text.encode(), digest_size=8 * NUM_ROUNDS, person=b"elastic-order").digest()
-        return struct.unpack(f"<{NUM_ROUNDS}Q", digest)
 
 
 def _permute(index: int, rows: int, columns: int, keys: tuple[int, ...]) -> int:

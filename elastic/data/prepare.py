@@ -4,20 +4,22 @@ The corpus is read twice. The first reading counts, looks at the hashes that dec
 sample for the tokenizer; the second encodes and writes. No document list is ever held.
 """
 
-import hashlib
+import errno
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic.data.corpus import POSITIONS, Corpus, Document, Tally, read_documents
-from elastic.data.corpus_files import SkipReason, describe_files
-from elastic.data.indexed import IndexedWriter
+import numpy as np
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+from elastic.data.corpus import POSITIONS, Document, read_documents
+from elastic.data.corpus_files import SkipReason, Tally, describe_files
 from elastic.data.manifest import (
     MANIFEST_NAME,
     DataError,
-    FileRecord,
     Manifest,
     SkipRecord,
     SplitRecord,
@@ -27,23 +29,23 @@ from elastic.data.manifest import (
     record_file,
 )
 from elastic.data.prepare_config import PrepareConfig
-from elastic.data.publish import written_aside
 from elastic.data.tokenizer import (
     TOKENIZER_FILES,
+    TOKENIZER_JSON,
     LoadedTokenizer,
     copy_tokenizer,
     load_tokenizer,
+    tokenizer_files,
     train_tokenizer,
 )
-from elastic.world.files import sha256_of
-
-__all__ = ["PrepareConfig", "Prepared", "prepare", "skip_lines"]
+from elastic.world.files import REMEDIES, written_aside
 
 TRAIN = "train"
 VALIDATION = "validation"
 BATCH_BYTES = 4 << 20
 BATCH_DOCUMENTS = 4096
 SAMPLE_DOCUMENT_CHARACTERS = 1 << 20
+CANNOT_WRITE = {*REMEDIES, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY}
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,6 @@ class Prepared:
     folder: Path
     manifest: Manifest
     already_prepared: bool
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What the first reading found. A document whose split position is below `threshold` goes to validation."""
-
-    tally: Tally
-    threshold: int
-    documents_sha256: str
-    sample: list[str]
 
 
 def prepare(config: PrepareConfig) -> Prepared:
@@ -75,18 +67,24 @@ def prepare(config: PrepareConfig) -> Prepared:
     problems = config.problems()
     if problems:
         raise DataError("data: " + "; ".join(map(str, problems)))
-    folder = Path(config.output_dir)
-    settings = config.settings()
-    source = describe_files(config.paths, config.corpus().file_choice)
-    existing = _existing(folder, settings, source, config.overwrite)
+    folder, source = Path(config.output_dir), describe_files(config)
+    existing = _existing(folder, config, source)
     if existing is not None:
         return Prepared(folder, existing, already_prepared=True)
-    with written_aside(folder, replace=config.overwrite) as aside:
-        manifest = _build(config, settings, source, aside)
+    try:
+        with written_aside(folder, replace=config.overwrite) as aside:
+            aside.mkdir()
+            manifest = _build(config, source, aside)
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        raise DataError(
+            f"output_dir = {folder}: cannot be written ({error.strerror}); free the space or choose another place"
+        ) from error
     return Prepared(folder, manifest, already_prepared=False)
 
 
-def _existing(folder: Path, settings: dict[str, Any], source: dict[str, Any], overwrite: bool) -> Manifest | None:
+def _existing(folder: Path, config: PrepareConfig, source: dict[str, Any]) -> Manifest | None:
     """Return the manifest when `folder` already holds what is asked for, None when it may be (re)written."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
@@ -99,20 +97,18 @@ def _existing(folder: Path, settings: dict[str, Any], source: dict[str, Any], ov
     try:
         manifest = read_manifest(folder)
         # Told to overwrite, look at every byte before deciding that nothing needs to be done.
-        check_folder(folder, manifest, full=overwrite)
-        differences = _differences(manifest.settings, settings) + _differences(manifest.source, source)
+        check_folder(folder, manifest, full=config.overwrite)
+        differences = _differences(manifest.settings, config.settings()) + _differences(manifest.source, source)
+        if differences:
+            raise DataError(
+                f"output_dir = {folder}: was prepared differently: {'; '.join(differences)}; "
+                "choose another folder or set overwrite=true"
+            )
     except DataError:
-        if overwrite:
+        if config.overwrite:
             return None
         raise
-    if not differences:
-        return manifest
-    if overwrite:
-        return None
-    raise DataError(
-        f"output_dir = {folder}: was prepared differently: {'; '.join(differences)}; "
-        "choose another folder or set overwrite=true"
-    )
+    return manifest
 
 
 def _strangers(folder: Path) -> set[str]:
@@ -125,50 +121,53 @@ def _differences(old: Any, new: Any) -> list[str]:
     return [f"{name} was {old.get(name)}, now {new.get(name)}" for name in names if old.get(name) != new.get(name)]
 
 
-def _build(config: PrepareConfig, settings: dict[str, Any], source: dict[str, Any], aside: Path) -> Manifest:
-    corpus = config.corpus()
-    scan = _scan(corpus, config, source["total_bytes"])
+def _build(config: PrepareConfig, source: dict[str, Any], aside: Path) -> Manifest:
+    tally = Tally()
+    threshold, sample = _scan(config, source["total_bytes"], tally)
     if config.tokenizer_path is None:
-        train_tokenizer(scan.sample, config.vocab_size, aside)
+        train_tokenizer(sample, config.vocab_size, aside)
     else:
         copy_tokenizer(Path(config.tokenizer_path), aside)
     tokenizer = load_tokenizer(aside, parse_special_tokens=config.parse_special_tokens, add_bos=config.add_bos)
-    splits, dtype = _write_splits(corpus, scan, tokenizer, aside)
+    dtype: np.dtype = np.dtype(DType.optimal_dtype(tokenizer.vocab_size))  # 2 bytes below 65,500 ids, else 4
+    splits = _write_splits(config, threshold, tally.digest.digest(), tokenizer, dtype, aside)
+    files = tokenizer_files(aside)
     manifest = Manifest(
-        settings=settings,
+        settings=config.settings(),
         source=source,
-        num_documents=scan.tally.kept,
-        skipped=_by_name(scan.tally),
-        stopped_at_max_bytes=scan.tally.stopped_at_max_bytes,
-        documents_sha256=scan.documents_sha256,
+        num_documents=tally.kept,
+        skipped=_by_name(tally),
+        stopped_at_max_bytes=tally.stopped_at_max_bytes,
+        documents_sha256=tally.digest.hexdigest(),
         tokenizer=TokenizerRecord(
             vocab_size=tokenizer.vocab_size,
             eos_token=tokenizer.eos_token,
             eos_id=tokenizer.eos_id,
             trained=config.tokenizer_path is None,
-            sha256=tokenizer.sha256,
+            sha256=files[TOKENIZER_JSON],
             bos_ids=tokenizer.bos_ids,
-            files={name: sha256_of(aside / name) for name in TOKENIZER_FILES if (aside / name).is_file()},
+            files=files,
         ),
-        dtype=dtype,
+        dtype=str(dtype),
         splits=splits,
     )
     manifest.write(aside)
     return manifest
 
 
-def _scan(corpus: Corpus, config: PrepareConfig, source_bytes: int) -> Scan:
-    """Read everything once: tally, split threshold, a checksum of all documents, the tokenizer's sample."""
-    tally, digest = Tally(), hashlib.sha256()
+def _scan(config: PrepareConfig, source_bytes: int, tally: Tally) -> tuple[int, list[str]]:
+    """Read everything once into `tally`; returns the split's threshold and the sample the tokenizer is trained on.
+
+    A document whose split position is below the threshold goes to validation.
+    """
     lowest, highest, surely_training = POSITIONS, -1, ""
     sample: list[str] = []
     sample_bytes = 0
     nominal = int(config.validation_ratio * POSITIONS)
-    total_bytes = max(1, min(source_bytes, corpus.max_bytes or source_bytes))
+    total_bytes = max(1, min(source_bytes, config.max_bytes or source_bytes))
     # Sampled by content and not from the front, so that the tokenizer sees the whole corpus whatever its order.
     sampled_below = POSITIONS * config.tokenizer_sample_bytes // total_bytes
-    for document in read_documents(corpus, tally):
-        digest.update(document.digest)
+    for document in read_documents(config, tally):
         lowest = min(lowest, document.split_position)
         if document.split_position > highest:
             highest, surely_training = document.split_position, document.text[:SAMPLE_DOCUMENT_CHARACTERS]
@@ -178,10 +177,9 @@ def _scan(corpus: Corpus, config: PrepareConfig, source_bytes: int) -> Scan:
             sample_bytes += min(document.num_bytes, 4 * SAMPLE_DOCUMENT_CHARACTERS)
     if not tally.kept:
         skipped = ", ".join(skip_lines(_by_name(tally))) or "nothing"
-        raise DataError(f"data: no usable document in {', '.join(corpus.paths)}; skipped: {skipped}{_advice(tally)}")
-    threshold = _split_threshold(nominal, lowest, highest)
+        raise DataError(f"data: no usable document in {', '.join(config.paths)}; skipped: {skipped}{_advice(tally)}")
     # Few large documents may all miss the sample; the tokenizer still needs one that is not validation.
-    return Scan(tally, threshold, digest.hexdigest(), sample or [surely_training])
+    return _split_threshold(nominal, lowest, highest), sample or [surely_training]
 
 
 def _split_threshold(nominal: int, lowest: int, highest: int) -> int:
@@ -199,32 +197,40 @@ def _split_threshold(nominal: int, lowest: int, highest: int) -> int:
 
 
 def _write_splits(
-    corpus: Corpus, scan: Scan, tokenizer: LoadedTokenizer, aside: Path
-) -> tuple[dict[str, SplitRecord], str]:
-    """Read everything again, encode in bounded batches and write each document into its split."""
-    names = [TRAIN, VALIDATION] if scan.threshold else [TRAIN]
-    digest = hashlib.sha256()
+    config: PrepareConfig, threshold: int, digest: bytes, tokenizer: LoadedTokenizer, dtype: np.dtype, aside: Path
+) -> dict[str, SplitRecord]:
+    """Read everything again, encode in bounded batches and write each document into its split.
+
+    Writes Megatron indexed datasets, whose lengths are kept in memory until the end: about 150 bytes per document.
+    Raises DataError if the documents are not those of the `digest` of the first reading.
+    """
+    names, tally = (TRAIN, VALIDATION) if threshold else (TRAIN,), Tally()
+    text_bytes, sources = Counter[str](), {name: Counter[str]() for name in names}
     with ExitStack() as stack:
-        writers = {name: stack.enter_context(IndexedWriter(aside / name, tokenizer.vocab_size)) for name in names}
-        for batch in _batches(read_documents(corpus, Tally())):
+        writers = {name: IndexedDatasetBuilder(f"{aside / name}.bin", dtype.type) for name in names}
+        for writer in writers.values():
+            stack.enter_context(writer.data_file)
+        for batch in _batches(read_documents(config, tally)):
             ids_of_documents = tokenizer.encode_documents([document.text for document in batch])
             for document, ids in zip(batch, ids_of_documents, strict=True):
-                digest.update(document.digest)
-                split = VALIDATION if document.split_position < scan.threshold else TRAIN
-                writers[split].add(ids, document.num_bytes, document.source)
-    if digest.hexdigest() != scan.documents_sha256:
-        raise DataError(f"data: {', '.join(corpus.paths)} changed while it was read; start again when it is at rest")
-    splits = {
+                split = VALIDATION if document.split_position < threshold else TRAIN
+                writers[split].add_document(ids, [len(ids)])
+                text_bytes[split] += document.num_bytes
+                sources[split][document.source] += len(ids)
+        for name, writer in writers.items():
+            writer.finalize(f"{aside / name}.idx")
+    if tally.digest.digest() != digest:
+        raise DataError(f"data: {', '.join(config.paths)} changed while it was read; start again when it is at rest")
+    return {
         name: SplitRecord(
-            writer.num_documents, writer.num_tokens, writer.text_bytes, _records(aside, name), writer.source_tokens
+            num_documents=len(writer.sequence_lengths),
+            num_tokens=sources[name].total(),
+            text_bytes=text_bytes[name],
+            files={file: record_file(aside / file) for file in (f"{name}.bin", f"{name}.idx")},
+            sources=dict(sources[name]),
         )
         for name, writer in writers.items()
     }
-    return splits, str(writers[TRAIN].dtype)
-
-
-def _records(folder: Path, split: str) -> dict[str, FileRecord]:
-    return {name: record_file(folder / name) for name in (f"{split}.bin", f"{split}.idx")}
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
@@ -241,11 +247,7 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 def _by_name(tally: Tally) -> dict[str, SkipRecord]:
-    skipped = tally.skipped
-    return {
-        reason.value: SkipRecord(count, skipped.examples[reason])
-        for reason, count in sorted(skipped.counts.items(), key=lambda item: item[0].value)
-    }
+    return {reason.value: tally.skipped[reason] for reason in sorted(tally.skipped)}
 
 
 def _advice(tally: Tally) -> str:
@@ -257,7 +259,7 @@ def _advice(tally: Tally) -> str:
         SkipReason.OTHER_SUFFIX: "name the endings of the files with suffixes=[...]",
         SkipReason.COMPRESSED: "unpack the files",
     }
-    return "".join(f"; {remedy}" for reason, remedy in remedies.items() if tally.skipped.counts[reason])
+    return "".join(f"; {remedy}" for reason, remedy in remedies.items() if reason in tally.skipped)
 
 
 def skip_lines(skipped: Mapping[str, SkipRecord]) -> list[str]:

@@ -1,28 +1,22 @@
 """Settings of data preparation and their rules."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from elastic.config.load import Problem, load_with_problems
-from elastic.data.corpus import Corpus, DocumentFormat
-from elastic.data.corpus_files import STDLIB, resolve_path
+from elastic.data.corpus_files import STDLIB, Corpus, resolve_path
 from elastic.data.tokenizer import SMALLEST_VOCAB, TOKENIZER_JSON, AddBos, tokenizer_fingerprint
 from elastic.space.ranges import Bytes, Range, Required
 
 MOST_TRAINED = 2**20  # the trainer takes memory for every token before it reads a text
 
 
-@dataclass(frozen=True)
-class PrepareConfig:
-    """Say what to read, how to tokenize and split it, and where the prepared folder goes.
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig(Corpus):
+    """Say what to read (see Corpus), how to tokenize and split it, and where the prepared folder goes.
 
-    paths: files and folders, read in order of their names; `python:stdlib` is the running Python's own library.
-    suffixes, exclude_folders: which files of folders are taken, and folders of which names are not looked into. None:
-        every file of an own folder (.jsonl, .ndjson and .json for jsonl), of the library .py without tests.
-    document_format: `text` (a file is a document), `lines` (a line is), `jsonl` (field `text_field` of a line is).
-    max_bytes: text to take in all, None takes everything; max_document_bytes: larger documents are skipped.
     validation_ratio: share of the documents, chosen by a hash of their content, that goes to validation.
     tokenizer_path: folder of a tokenizer to use; None trains one of at most `vocab_size` tokens on a sample of
         `tokenizer_sample_bytes` of the training documents, spread over the corpus.
@@ -32,14 +26,6 @@ class PrepareConfig:
     """
 
     output_dir: Annotated[str, Required("for example runs/data")] = "runs/data"
-    paths: Annotated[list[str], Range(low=1)] = field(default_factory=lambda: [STDLIB])
-    document_format: DocumentFormat = DocumentFormat.TEXT
-    text_field: Annotated[str, Required("for example text")] = "text"
-    suffixes: Annotated[list[str], Range(low=1)] | None = None
-    exclude_folders: list[str] | None = None
-    max_bytes: Bytes | None = None
-    max_document_bytes: Bytes = 16 << 20
-    skip_duplicates: bool = True
     validation_ratio: Annotated[float, Range(0, 0.5)] = 0.05
     tokenizer_path: str | None = None
     vocab_size: Annotated[int, Range(SMALLEST_VOCAB, MOST_TRAINED)] = 8192
@@ -72,37 +58,22 @@ class PrepareConfig:
             rule, remedy = f"must be a folder with {TOKENIZER_JSON}", "null trains a tokenizer"
             yield Problem("tokenizer_path", self.tokenizer_path, rule, remedy)
 
-    def corpus(self) -> Corpus:
-        """Return the part that says which documents are read."""
-        return Corpus(
-            paths=tuple(self.paths),
-            document_format=DocumentFormat(self.document_format),
-            text_field=self.text_field,
-            suffixes=None if self.suffixes is None else tuple(self.suffixes),
-            exclude_folders=None if self.exclude_folders is None else tuple(self.exclude_folders),
-            max_bytes=self.max_bytes,
-            max_document_bytes=self.max_document_bytes,
-            skip_duplicates=self.skip_duplicates,
-        )
-
     def settings(self) -> dict[str, Any]:
         """Return what decides the prepared content, as it stands in the manifest.
 
         A given tokenizer counts by its content; the settings of training one count only where one is trained.
         """
-        settings: dict[str, Any] = {
-            "document_format": self.document_format,
-            "text_field": self.text_field,
-            "suffixes": self.suffixes,
-            "exclude_folders": None if self.exclude_folders is None else sorted(self.exclude_folders),
-            "max_bytes": self.max_bytes,
-            "max_document_bytes": self.max_document_bytes,
-            "skip_duplicates": self.skip_duplicates,
-            "validation_ratio": self.validation_ratio,
-            "add_bos": self.add_bos,
-            "parse_special_tokens": self.parse_special_tokens,
-        }
-        if self.tokenizer_path is None:
-            trained = {"vocab_size": self.vocab_size, "tokenizer_sample_bytes": self.tokenizer_sample_bytes}
-            return settings | trained
-        return settings | {"tokenizer_fingerprint": tokenizer_fingerprint(Path(self.tokenizer_path))}
+        elsewhere = {
+            "output_dir",
+            "paths",
+            "overwrite",
+            "tokenizer_path",
+        }  # paths stand in the description of the source
+        if self.tokenizer_path is not None:
+            elsewhere |= {"vocab_size", "tokenizer_sample_bytes"}
+        settings = {name: value for name, value in asdict(self).items() if name not in elsewhere}
+        if self.exclude_folders is not None:
+            settings["exclude_folders"] = sorted(self.exclude_folders)
+        if self.tokenizer_path is not None:
+            settings["tokenizer_fingerprint"] = tokenizer_fingerprint(Path(self.tokenizer_path))
+        return settings

@@ -3,7 +3,6 @@
 Legend: S sequence length, B micro-batch size.
 """
 
-import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,20 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from elastic.data.manifest import (
-    REMEDY,
-    DataError,
-    Manifest,
-    check_split_files,
-    check_tokenizer,
-    read_manifest,
-)
+from elastic.data.manifest import REMEDY, DataError, check_folder, read_manifest
 from elastic.data.order import SampleOrder, mixed_seed
+from elastic.router.phases import Curriculum, Moment
+from elastic.world.groups import World
 
-INDEX_MAGIC = b"MMIDIDX\x00\x00"
-INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
-INDEX_DTYPES: dict[int, np.dtype] = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
-INDEX_CHUNK = 1 << 20
+DTYPES = ("uint16", "int32")
 PADDING_SAMPLE = -1
 
 
@@ -32,24 +23,17 @@ class TokenStream:
     """The tokens of one split as a single memory-mapped stream, documents in file order, each ending in end-of-text.
 
     `prefix` is `<prepared folder>/train` or `.../validation`. Raises DataError when a file is missing, truncated,
-    swapped or altered, or the tokenizer is another: sizes and sampled checksums against data.json, and the index
-    against the size of the data. `require_manifest=False` takes a Megatron indexed dataset without data.json, with
-    only the last check, then of every entry.
+    swapped or altered, or the tokenizer is another: sizes and sampled checksums against data.json.
     """
 
-    def __init__(self, prefix: str | Path, *, require_manifest: bool = True) -> None:
+    def __init__(self, prefix: str | Path) -> None:
         self.prefix = Path(prefix)
-        self.manifest: Manifest | None = None
-        if require_manifest:
-            self.manifest = read_manifest(self.prefix.parent)
-            check_split_files(self.prefix.parent, self.manifest, self.prefix.name)
-            check_tokenizer(self.prefix.parent, self.manifest)
-        # With checksums the entries, which reading does not need, cannot be foreign; without, all are looked at.
-        dtype, self.num_documents = _read_index(self.prefix, every_entry=self.manifest is None)
-        if self.manifest is not None and str(dtype) != self.manifest.dtype:
-            raise DataError(f"{self.prefix}.idx: says {dtype}, data.json {self.manifest.dtype}; {REMEDY}")
-        self._tokens = np.asarray(np.memmap(f"{self.prefix}.bin", dtype=dtype, mode="r"))
-        if self.manifest is not None and self.num_tokens != self.manifest.splits[self.prefix.name].num_tokens:
+        self.manifest = read_manifest(self.prefix.parent)
+        check_folder(self.prefix.parent, self.manifest, [self.prefix.name])
+        if self.manifest.dtype not in DTYPES:
+            raise DataError(f"{self.prefix}.bin: data.json says {self.manifest.dtype}, no type of token ids; {REMEDY}")
+        self._tokens = np.asarray(np.memmap(f"{self.prefix}.bin", dtype=self.manifest.dtype, mode="r"))
+        if self.num_tokens != self.manifest.splits[self.prefix.name].num_tokens:
             raise DataError(f"{self.prefix}.bin: holds {self.num_tokens:,} tokens, data.json says otherwise; {REMEDY}")
 
     @property
@@ -57,66 +41,10 @@ class TokenStream:
         """Return how many tokens the stream holds."""
         return len(self._tokens)
 
-    @property
-    def vocab_size(self) -> int:
-        """Return the size of the vocabulary that wrote the tokens, before any padding of the model."""
-        assert self.manifest is not None, "a stream without data.json does not know its tokenizer"
-        return self.manifest.tokenizer.vocab_size
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Return tokens [count] from position `start`, in the dtype of the file."""
+    def read(self, start: int, count: int) -> torch.Tensor:
+        """Return tokens [count] from position `start`, int64."""
         assert start >= 0 and start + count <= self.num_tokens, f"tokens {start}..{start + count} are not in the stream"
-        return self._tokens[start : start + count]
-
-
-def _read_index(prefix: Path, *, every_entry: bool) -> tuple[np.dtype, int]:
-    """Return the dtype and the number of documents of an indexed dataset after checking .idx against .bin."""
-    index_path, data_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    for path in (index_path, data_path):
-        if not path.is_file():
-            raise DataError(f"{path}: not there; {REMEDY}")
-    with index_path.open("rb") as stream:
-        header = stream.read(INDEX_HEADER.size)
-    if len(header) < INDEX_HEADER.size or not header.startswith(INDEX_MAGIC):
-        raise DataError(f"{index_path}: not the index of a Megatron dataset; {REMEDY}")
-    _, version, code, num_sequences, num_boundaries = INDEX_HEADER.unpack(header)
-    if version != 1 or code not in INDEX_DTYPES or num_sequences < 1 or num_boundaries < 2:
-        raise DataError(
-            f"{index_path}: version {version}, dtype {code}, {num_sequences} documents is not legal; {REMEDY}"
-        )
-    dtype = INDEX_DTYPES[code]
-    # Lengths (int32) and byte offsets (int64) per sequence, then the document boundaries (int64).
-    if index_path.stat().st_size != INDEX_HEADER.size + num_sequences * 12 + num_boundaries * 8:
-        raise DataError(f"{index_path}: its size does not fit its {num_sequences:,} documents; {REMEDY}")
-    lengths = np.memmap(index_path, np.int32, "r", INDEX_HEADER.size, (num_sequences,))
-    offsets = np.memmap(index_path, np.int64, "r", INDEX_HEADER.size + 4 * num_sequences, (num_sequences,))
-    if int(offsets[-1]) + int(lengths[-1]) * dtype.itemsize != data_path.stat().st_size:
-        raise DataError(
-            f"{data_path}: its size does not fit {index_path.name}: truncated, or of another index; {REMEDY}"
-        )
-    if every_entry and not _entries_fit(index_path, num_sequences, num_boundaries, dtype):
-        raise DataError(f"{index_path}: some entries point outside {data_path.name} or into each other; {REMEDY}")
-    return dtype, num_boundaries - 1
-
-
-def _entries_fit(index_path: Path, num_sequences: int, num_boundaries: int, dtype: np.dtype) -> bool:
-    """Tell whether the sequences of an index lie one behind the other, from 0, and the documents hold them all."""
-    start = INDEX_HEADER.size
-    lengths = np.memmap(index_path, np.int32, "r", start, (num_sequences,))
-    offsets = np.memmap(index_path, np.int64, "r", start + 4 * num_sequences, (num_sequences,))
-    boundaries = np.memmap(index_path, np.int64, "r", start + 12 * num_sequences, (num_boundaries,))
-    expected = 0
-    for first in range(0, num_sequences, INDEX_CHUNK):
-        sizes = lengths[first : first + INDEX_CHUNK].astype(np.int64) * dtype.itemsize
-        ends = expected + np.cumsum(sizes)
-        if (sizes < 0).any() or not np.array_equal(offsets[first : first + INDEX_CHUNK], ends - sizes):
-            return False
-        expected = int(ends[-1])
-    rising = all(
-        bool((np.diff(boundaries[first : first + INDEX_CHUNK + 1]) >= 0).all())
-        for first in range(0, num_boundaries, INDEX_CHUNK)
-    )
-    return rising and int(boundaries[0]) == 0 and int(boundaries[-1]) == num_sequences
+        return torch.from_numpy(self._tokens[start : start + count].astype(np.int64))
 
 
 class PackedSequences:
@@ -145,12 +73,7 @@ class PackedSequences:
 
     def sample(self, sample_index: int) -> torch.Tensor:
         """Return tokens [S+1] int64 of a sample; indices run on through the epochs without end."""
-        return self.chunk(self.order.chunk(sample_index))
-
-    def chunk(self, chunk_index: int) -> torch.Tensor:
-        """Return tokens [S+1] int64 of a chunk by its number in the stream, unshuffled."""
-        tokens = self.stream.read(chunk_index * self.sequence_length, self.sequence_length + 1)
-        return torch.from_numpy(tokens.astype(np.int64))
+        return self.stream.read(self.order.chunk(sample_index) * self.sequence_length, self.sequence_length + 1)
 
 
 @dataclass(frozen=True)
@@ -202,6 +125,31 @@ def read_batch(
     return _batch([dataset.sample(index) for index in sample_ids], sample_ids)
 
 
+class PhaseData:
+    """This replica's micro-batches at any step of the curriculum: a pure function of (seed, step).
+
+    Every phase reads the stream at its own length and in its own order.
+    """
+
+    def __init__(
+        self, stream: TokenStream, curriculum: Curriculum, *, micro_batch_size: int, seed: int, world: World
+    ) -> None:
+        self.micro_batch_size, self.world = micro_batch_size, world
+        self.datasets = [
+            PackedSequences(stream, phase.sequence_length, seed, salt=index)
+            for index, phase in enumerate(curriculum.phases)
+        ]
+
+    def batches(self, moment: Moment) -> list[Batch]:
+        """Return the micro-batches of one step, in the order they run."""
+        rank, replicas, size = self.world.data_rank, self.world.data_size, self.micro_batch_size
+        dataset = self.datasets[moment.phase_index]
+        return [
+            read_batch(dataset, moment.consumed_samples, index, rank, replicas, size)
+            for index in range(moment.phase.global_batch // (size * replicas))
+        ]
+
+
 class HeldOut:
     """The held-out split as sequences [S + 1] of one source each: S tokens and the one that follows the last.
 
@@ -211,12 +159,11 @@ class HeldOut:
 
     def __init__(self, stream: TokenStream, sequence_length: int) -> None:
         self.stream, self.sequence_length = stream, sequence_length
-        recorded = stream.manifest and stream.manifest.splits[stream.prefix.name].sources
-        self.sources = dict(recorded or {str(stream.prefix): stream.num_tokens})
+        self.split = stream.manifest.splits[stream.prefix.name]
 
     def __len__(self) -> int:
         """Return how many sequences there are."""
-        return sum((num_tokens - 1) // self.sequence_length for num_tokens in self.sources.values())
+        return self.split.num_sequences(self.sequence_length)
 
     def spread(self, num_sequences: int) -> dict[str, list[int]]:
         """Return the first token of each of `num_sequences` sequences, by source; sources without any are left out.
@@ -231,7 +178,7 @@ class HeldOut:
         wanted = [index * len(self) // num_sequences for index in range(num_sequences)]
         chosen: dict[str, list[int]] = {}
         first_sequence = first_token = 0
-        for source, num_tokens in self.sources.items():
+        for source, num_tokens in (self.split.sources or {str(self.stream.prefix): self.stream.num_tokens}).items():
             end = first_sequence + (num_tokens - 1) // self.sequence_length
             inside = [index - first_sequence for index in wanted if first_sequence <= index < end]
             if inside:
@@ -241,7 +188,7 @@ class HeldOut:
 
     def row(self, start: int) -> torch.Tensor:
         """Return tokens [S + 1] from position `start`, int64."""
-        return torch.from_numpy(self.stream.read(start, self.sequence_length + 1).astype(np.int64))
+        return self.stream.read(start, self.sequence_length + 1)
 
 
 def source_labels(sources: Iterable[str]) -> dict[str, str]:
@@ -249,11 +196,6 @@ def source_labels(sources: Iterable[str]) -> dict[str, str]:
     paths = list(sources)
     parts = [Path(path).name or path for path in paths]
     return {path: part if parts.count(part) == 1 else path for path, part in zip(paths, parts, strict=True)}
-
-
-def num_validation_batches(num_sequences: int, data_parallel_size: int, micro_batch_size: int) -> int:
-    """Return how many micro-batches every rank gets for one source of `validation_batches`; the same on all ranks."""
-    return -(-num_sequences // (data_parallel_size * micro_batch_size))
 
 
 def validation_batches(
@@ -270,8 +212,8 @@ def validation_batches(
     of the first token. Raises DataError when the split is shorter than `num_sequences`.
     """
     for source, starts in held_out.spread(num_sequences).items():
-        for index in range(num_validation_batches(len(starts), data_parallel_size, micro_batch_size)):
-            first = (index * data_parallel_size + data_parallel_rank) * micro_batch_size
+        for first_of_all in range(0, len(starts), data_parallel_size * micro_batch_size):
+            first = first_of_all + data_parallel_rank * micro_batch_size
             mine = starts[first : first + micro_batch_size]
             fill = micro_batch_size - len(mine)
             rows = [held_out.row(start) for start in [*mine, *starts[:1] * fill]]

@@ -12,6 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from elastic.data.manifest import DataError
+from elastic.world.files import sha256_of
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCAB = 257  # every byte and the end-of-text token
@@ -26,7 +27,7 @@ _LONG_RUN = re.compile(rf"(\S{{{LONGEST_RUN}}})\S+|(\s{{{LONGEST_RUN}}})\s+")
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
-    """A tokenizer with its end-of-text token. `vocab_size` is the largest id + 1, `sha256` that of tokenizer.json.
+    """A tokenizer with its end-of-text token; `vocab_size` is the largest id + 1.
 
     `bos_ids` stand in front of every document and every prompt.
     """
@@ -35,7 +36,6 @@ class LoadedTokenizer:
     eos_token: str
     eos_id: int
     vocab_size: int
-    sha256: str
     bos_ids: tuple[int, ...]
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -67,7 +67,7 @@ class LoadedTokenizer:
         for piece in _pieces(text):
             ids = self.tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0].ids
             pieces.append(np.array(ids if pieces else self._begun(ids), dtype=np.int32))
-        return np.concatenate([*pieces, np.array([self.eos_id], dtype=np.int32)])
+        return np.append(np.concatenate(pieces), np.int32(self.eos_id))
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -139,10 +139,8 @@ def load_tokenizer(folder: Path, *, parse_special_tokens: bool = False, add_bos:
     Without `parse_special_tokens` a document that contains the letters of a special token is encoded as those
     letters, so no text can forge the end of a document; with it, chat templates and the like become their ids.
     """
-    path = folder / TOKENIZER_JSON
     try:
-        content = path.read_bytes()
-        tokenizer = Tokenizer.from_buffer(content)
+        tokenizer = Tokenizer.from_buffer((folder / TOKENIZER_JSON).read_bytes())
     except OSError as error:
         raise DataError(f"tokenizer {folder}: {TOKENIZER_JSON} cannot be read ({error.strerror})") from error
     except ValueError as error:
@@ -151,14 +149,17 @@ def load_tokenizer(folder: Path, *, parse_special_tokens: bool = False, add_bos:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = not parse_special_tokens
-    eos_token = _eos_token(folder)
+    eos_token = _special_token(folder, "eos_token")
+    if eos_token is None:
+        raise DataError(
+            f"tokenizer {folder}: no eos_token in {TOKENIZER_CONFIG}; name the token that ends a document there"
+        )
     eos_id = tokenizer.token_to_id(eos_token)
     if eos_id is None:
         raise DataError(f"tokenizer {folder}: its end-of-text token {eos_token!r} is not in the vocabulary")
     # Ids may have holes, so the number of tokens is not the number of rows an embedding needs.
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    bos_ids = _bos_ids(tokenizer, folder, add_bos)
-    return LoadedTokenizer(tokenizer, eos_token, eos_id, vocab_size, hashlib.sha256(content).hexdigest(), bos_ids)
+    return LoadedTokenizer(tokenizer, eos_token, eos_id, vocab_size, _bos_ids(tokenizer, folder, add_bos))
 
 
 def _bos_ids(tokenizer: Tokenizer, folder: Path, add_bos: AddBos) -> tuple[int, ...]:
@@ -176,15 +177,6 @@ def _bos_ids(tokenizer: Tokenizer, folder: Path, add_bos: AddBos) -> tuple[int, 
             f"name it in {TOKENIZER_CONFIG} or set add_bos=false"
         )
     return (bos_id,)
-
-
-def _eos_token(folder: Path) -> str:
-    token = _special_token(folder, "eos_token")
-    if token is None:
-        raise DataError(
-            f"tokenizer {folder}: no eos_token in {TOKENIZER_CONFIG}; name the token that ends a document there"
-        )
-    return token
 
 
 def _special_token(folder: Path, role: str) -> str | None:
@@ -208,30 +200,23 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def tokenizer_files(folder: Path) -> dict[str, str]:
+    """Return the names of the tokenizer files that are in `folder`, and the sha256 of each."""
+    return {name: sha256_of(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
+
+
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy the tokenizer files of `source` into `folder`, never code and no pointer to code (`auto_map`)."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        path = source / name
-        if not path.is_file():
-            continue
+    for name in tokenizer_files(source):
+        content = (source / name).read_bytes()
         if name == TOKENIZER_CONFIG:
-            config = {key: value for key, value in _read_json(path).items() if key != "auto_map"}
-            (folder / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        else:
-            (folder / name).write_bytes(path.read_bytes())
+            config = {key: value for key, value in _read_json(source / name).items() if key != "auto_map"}
+            content = json.dumps(config, indent=2).encode() + b"\n"
+        (folder / name).write_bytes(content)
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
     """Return the sha256 over the names and contents of all tokenizer files of `folder`."""
-    digest = hashlib.sha256()
-    for name in TOKENIZER_FILES:
-        path = folder / name
-        if path.is_file():
-            digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
-
-
-def padded_vocab_size(vocab_size: int, multiple: int) -> int:
-    """Round a vocabulary up to a multiple (tensor parallel ranks times a friendly size); the added ids never occur."""
-    return -(-vocab_size // multiple) * multiple
+    parts = [name.encode() + b"\0" + bytes.fromhex(sha256) for name, sha256 in tokenizer_files(folder).items()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()

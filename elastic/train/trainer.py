@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from elastic.checkpoint.record import Record
 from elastic.checkpoint.state import Trainable, TrainingState
-from elastic.data.phases import PhaseData
+from elastic.data.stream import PhaseData
 from elastic.router.draw import Chooser, Draw, decide
 from elastic.router.phases import Curriculum, Moment
 from elastic.space.shape import Subnet

@@ -16,7 +16,6 @@ from elastic.checkpoint.record import Record
 from elastic.checkpoint.stream import save_streamed, stored_bytes
 from elastic.config.rules_layout import nearest_divisor
 from elastic.config.serving import ImportConfig
-from elastic.data.tokenizer import padded_vocab_size
 from elastic.hf.export_settings import ExportSettings, write_export_settings
 from elastic.hf.folder import CONFIG_FILE, GENERATION_FILE, HfFolder, open_hf_folder
 from elastic.hf.names import HF_HEAD, HfTensorError, check_tied_head, hf_names, megatron_source
@@ -38,7 +37,7 @@ def run_import(config: ImportConfig, console: Console) -> Path:
     source = open_hf_folder(Path(config.source))
     for warning in source.warnings:
         console.print(f"note: {warning}")
-    rows = padded_vocab_size(source.shape.vocab, config.vocab_multiple)
+    rows = math.ceil(source.shape.vocab / config.vocab_multiple) * config.vocab_multiple
     shape, checkpoint = source.shape.with_vocab(rows), checkpoint_folder(Path(config.exp_manager.run_dir), 0)
     exports = ExportSettings.of(source)
     if rows > source.shape.vocab:

@@ -11,9 +11,7 @@ from elastic.checkpoint.state import Trainable, load_checkpoint
 from elastic.config.load import config_dict
 from elastic.config.sections import DistillConfig
 from elastic.config.training import ElasticConfig, PretrainConfig, TrainConfig
-from elastic.data.manifest import Manifest
-from elastic.data.phases import PhaseData
-from elastic.data.stream import HeldOut, TokenStream
+from elastic.data.stream import HeldOut, PhaseData, TokenStream
 from elastic.hf.config import stock_notes
 from elastic.model.model import ElasticModel, build_model
 from elastic.router.draw import Chooser
@@ -48,7 +46,7 @@ def run_pretrain(config: PretrainConfig, console: Console) -> Path:
     record = Record("parent", space.parent, data=config.data.path, provenance=_longest(config))
     with (
         world(model_layout(config.parallel, config.trainer), config.trainer.collective_timeout_s) as here,
-        open_training_run(config, _manifest(stream), record, here, console.print) as opened,
+        open_training_run(config, stream.manifest, record, here, console.print) as opened,
     ):
         model = build_model(space, here.layout, seed=config.seed, init_std=config.model.init_std)
         loss = DistillConfig(kl_weight=0.0, cross_entropy_weight=1.0, num_chunks=1)
@@ -72,7 +70,7 @@ def run_elastic(config: ElasticConfig, console: Console, callbacks: Sequence[Cal
         family = Family(space.axes, config.budgets(), config.elastic.deployment, router_width, space.keep_at_least)
         provenance = {"permuted parent": str(start), "data": config.data.path, **_longest(config)}
         record = Record("elastic", space.parent, space.lanes, space.depth_ranking, config.data.path, family, provenance)
-        with open_training_run(config, _manifest(stream), record, here, console.print, start) as opened:
+        with open_training_run(config, stream.manifest, record, here, console.print, start) as opened:
             trainer = _elastic_trainer(config, opened, stream, here, space, record, start)
             trainer.callbacks = list(callbacks)
             if here.is_main:
@@ -122,11 +120,6 @@ def _elastic_trainer(
     trainer = _trainer(config, opened, stream, here, student, teacher, record, config.distill, chooser)
     trainer.carried_from = start
     return trainer
-
-
-def _manifest(stream: TokenStream) -> Manifest:
-    assert stream.manifest is not None, "prepared data always has a manifest"
-    return stream.manifest
 
 
 def _trainer(

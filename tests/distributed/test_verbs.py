@@ -67,7 +67,7 @@ def test_the_held_out_loss_is_the_same_for_any_order_of_sources_and_known_for_ea
     rows = []
     for order, processes in ((("prose", "code"), 1), (("code", "prose"), 1), (("code", "prose"), 2)):
         paths, output = [str(start / name) for name in order], f"{'_'.join(order)}_{processes}"
-        prepare(PrepareConfig(str(start / output), paths, "lines", tokenizer_path=str(start / "data")))
+        prepare(PrepareConfig(paths, "lines", output_dir=str(start / output), tokenizer_path=str(start / "data")))
         rows.append(evaluate(start, f"on_{output}", family, processes, data=output))
     assert rows[0] == rows[1]
     for one, two in zip(rows[0].values(), rows[2].values(), strict=True):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from elastic.data.corpus import Corpus, DocumentFormat, Tally, read_documents
-from elastic.data.corpus_files import STDLIB, FileChoice, SkipReason, Skips, describe_files, find_files
+from elastic.data.corpus import read_documents
+from elastic.data.corpus_files import STDLIB, Corpus, SkipReason, Tally, describe_files, find_files
 
 MIB = 1 << 20
 LIMIT = 100
@@ -17,8 +17,12 @@ LIMIT = 100
 
 def read(path: Path, document_format: str = "text", **settings: object) -> tuple[list[str], Tally]:
     tally = Tally()
-    corpus = Corpus(paths=(str(path),), document_format=DocumentFormat(document_format), **settings)  # type: ignore[arg-type]
+    corpus = Corpus([str(path)], document_format, **settings)  # type: ignore[arg-type]
     return [document.text for document in read_documents(corpus, tally)], tally
+
+
+def counts(tally: Tally) -> dict[SkipReason, int]:
+    return {reason: record.count for reason, record in tally.skipped.items()}
 
 
 @pytest.mark.parametrize(
@@ -39,7 +43,7 @@ def test_unusable_file_is_counted_by_reason(tmp_path: Path, content: bytes, reas
     (tmp_path / "good.py").write_bytes(b"x" * LIMIT)
     texts, tally = read(tmp_path, max_document_bytes=LIMIT)
     assert texts == ["x" * LIMIT]
-    assert tally.skipped.counts == {reason: 1}
+    assert counts(tally) == {reason: 1}
     assert (tally.kept, tally.kept_bytes) == (1, LIMIT)
 
 
@@ -70,14 +74,14 @@ def test_unusable_line_of_jsonl_is_counted_and_reading_goes_on(tmp_path: Path, l
     path.write_bytes(b'{"text": "first"}\n' + line + b'\n{"id": 1, "text": "last", "more": {"a": [1]}}')
     texts, tally = read(path, "jsonl", max_document_bytes=LIMIT)
     assert texts == ["first", "last"]
-    assert tally.skipped.counts == {reason: 1}
+    assert counts(tally) == {reason: 1}
 
 
 def test_json_nested_beyond_the_recursion_limit_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "deep.jsonl"
     path.write_bytes(b"[" * 200_000 + b'\n{"text": "kept"}\n')
     texts, tally = read(path, "jsonl")
-    assert (texts, tally.skipped.counts) == (["kept"], {SkipReason.INVALID_JSON: 1})
+    assert (texts, counts(tally)) == (["kept"], {SkipReason.INVALID_JSON: 1})
 
 
 def test_same_id_with_other_text_is_another_document_and_another_field_can_be_read(tmp_path: Path) -> None:
@@ -93,7 +97,7 @@ def test_lines_keep_their_content_and_lose_only_the_line_end(tmp_path: Path) -> 
     path.write_bytes("\ufeff  indented\r\n\nlast café".encode())
     texts, tally = read(path, "lines")
     assert texts == ["  indented", "last café"]
-    assert tally.skipped.counts == {SkipReason.EMPTY: 1}
+    assert counts(tally) == {SkipReason.EMPTY: 1}
 
 
 @pytest.mark.parametrize("document_format", ["text", "lines", "jsonl"])
@@ -104,10 +108,10 @@ def test_document_of_200_mb_is_skipped_in_little_memory(tmp_path: Path, document
         stream.write(b'\n{"text": "after it"}\n')
     (tmp_path / "b.py").write_text('{"text": "next file"}')
     tracemalloc.start()
-    texts, tally = read(tmp_path, document_format, max_document_bytes=MIB, suffixes=(".py",))
+    texts, tally = read(tmp_path, document_format, max_document_bytes=MIB, suffixes=[".py"])
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert tally.skipped.counts == {SkipReason.TOO_LARGE: 1}
+    assert counts(tally) == {SkipReason.TOO_LARGE: 1}
     assert len(texts) == (1 if document_format == "text" else 2)
     assert peak_bytes < 8 * MIB
 
@@ -120,7 +124,7 @@ def test_many_empty_documents_are_counted_in_little_memory(tmp_path: Path) -> No
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert texts == ["the only one"]
-    assert tally.skipped.counts == {SkipReason.EMPTY: 200_000}
+    assert counts(tally) == {SkipReason.EMPTY: 200_000}
     assert peak_bytes < MIB
 
 
@@ -128,7 +132,7 @@ def test_documents_are_read_one_at_a_time(tmp_path: Path) -> None:
     for number in range(50):
         (tmp_path / f"{number:02}.py").write_text(f"{number}" * MIB)
     tracemalloc.start()
-    for _ in read_documents(Corpus(paths=(str(tmp_path),)), Tally()):
+    for _ in read_documents(Corpus([str(tmp_path)]), Tally()):
         pass
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -150,11 +154,11 @@ def test_folder_is_walked_in_name_order_without_excluded_and_hidden_folders(tmp_
     for name in ["b.py", "a/z.py", "c/a.py", "a.py", "test/t.py", "c/test/t.py", ".git/x.py", "notes.txt", "B.py"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    texts, tally = read(tmp_path, exclude_folders=("test",), suffixes=(".py",))
+    texts, tally = read(tmp_path, exclude_folders=["test"], suffixes=[".py"])
     assert texts == ["B.py", "a/z.py", "a.py", "b.py", "c/a.py"]
     passed_over = {SkipReason.EXCLUDED_FOLDER: 2, SkipReason.HIDDEN: 1, SkipReason.OTHER_SUFFIX: 1}
-    assert tally.skipped.counts == passed_over
-    assert read(tmp_path / "notes.txt", suffixes=(".py",))[0] == ["notes.txt"]  # named itself: its suffix is no matter
+    assert counts(tally) == passed_over
+    assert read(tmp_path / "notes.txt", suffixes=[".py"])[0] == ["notes.txt"]  # named itself: its suffix is no matter
 
 
 def test_every_file_of_an_own_folder_is_read_or_counted(tmp_path: Path) -> None:
@@ -164,8 +168,8 @@ def test_every_file_of_an_own_folder_is_read_or_counted(tmp_path: Path) -> None:
         (tmp_path / name).write_text(name)
     texts, tally = read(tmp_path)
     assert texts == ["a.txt", "b", "g.PY", "site-packages/v.rst", "test/t.py", "tests/u.md"]
-    assert tally.skipped.counts == {SkipReason.JSON_LINES: 1, SkipReason.HIDDEN: 2}
-    assert len(texts) + tally.skipped.counts.total() == len(names)
+    assert counts(tally) == {SkipReason.JSON_LINES: 1, SkipReason.HIDDEN: 2}
+    assert len(texts) + sum(counts(tally).values()) == len(names)
 
 
 def test_a_folder_of_json_lines_is_read_without_naming_their_endings(tmp_path: Path) -> None:
@@ -173,7 +177,7 @@ def test_a_folder_of_json_lines_is_read_without_naming_their_endings(tmp_path: P
         (tmp_path / name).write_text(json.dumps({"text": name}))
     (tmp_path / "README.md").write_text("not JSON")
     texts, tally = read(tmp_path, "jsonl")
-    assert (texts, tally.skipped.counts) == (["a.jsonl", "b.ndjson", "c.json"], {SkipReason.OTHER_SUFFIX: 1})
+    assert (texts, counts(tally)) == (["a.jsonl", "b.ndjson", "c.json"], {SkipReason.OTHER_SUFFIX: 1})
 
 
 def to_itself(folder: Path) -> None:
@@ -217,7 +221,7 @@ def test_links_that_loop_and_things_that_are_no_files_are_counted(
     make(tmp_path)
     texts, tally = read(tmp_path)
     assert texts == ["good"]
-    assert tally.skipped.counts == skipped
+    assert counts(tally) == skipped
 
 
 def test_linked_folder_is_read_once(tmp_path: Path) -> None:
@@ -225,12 +229,12 @@ def test_linked_folder_is_read_once(tmp_path: Path) -> None:
     (tmp_path / "real" / "a.py").write_text("a")
     (tmp_path / "also").symlink_to(tmp_path / "real")
     texts, tally = read(tmp_path, skip_duplicates=False)
-    assert (texts, tally.skipped.counts) == (["a"], {SkipReason.FOLDER_SEEN: 1})
+    assert (texts, counts(tally)) == (["a"], {SkipReason.FOLDER_SEEN: 1})
 
 
 def test_description_follows_names_sizes_and_times_but_not_the_place(tmp_path: Path) -> None:
     def described(folder: str) -> dict[str, object]:
-        description = describe_files([str(tmp_path / folder)], FileChoice())
+        description = describe_files(Corpus([str(tmp_path / folder)]))
         del description["paths"]
         return description
 
@@ -248,7 +252,7 @@ def test_description_follows_names_sizes_and_times_but_not_the_place(tmp_path: P
 
 
 def test_standard_library_is_a_corpus_of_its_own_without_tests() -> None:
-    files = list(find_files([STDLIB], FileChoice(), Skips()))
+    files = list(find_files(Corpus([STDLIB]), Tally()))
     names = [os.fsdecode(file.name) for file in files]
     assert {"os.py", "json/decoder.py", "asyncio/base_events.py"} <= set(names)
     assert not any(name.startswith(("test/", "site-packages/")) or "/tests/" in name for name in names)

@@ -1,5 +1,6 @@
 """Reading prepared tokens: every token once per epoch, the same samples at every layout."""
 
+import math
 from collections import Counter
 from itertools import permutations
 from pathlib import Path
@@ -17,7 +18,6 @@ from elastic.data.stream import (
     HeldOut,
     PackedSequences,
     TokenStream,
-    num_validation_batches,
     read_batch,
     source_labels,
     validation_batches,
@@ -62,7 +62,6 @@ def test_every_epoch_visits_every_chunk_once(num_chunks: int) -> None:
     for epoch in range(3):
         visited = [order.chunk(epoch * num_chunks + place) for place in range(num_chunks)]
         assert sorted(visited) == list(range(num_chunks))
-        assert order.epoch(epoch * num_chunks + num_chunks - 1) == epoch
 
 
 def test_epochs_seeds_and_salts_have_unrelated_orders() -> None:
@@ -103,7 +102,7 @@ def test_order_of_a_huge_corpus_needs_no_table_and_never_changes() -> None:
 
 def test_every_token_but_the_first_is_a_label_once_an_epoch(stream: TokenStream) -> None:
     dataset = PackedSequences(stream, S, seed=1)
-    whole = torch.from_numpy(stream.read(0, stream.num_tokens).astype(np.int64))
+    whole = stream.read(0, stream.num_tokens)
     chunk_of = {dataset.order.chunk(index): dataset.sample(index) for index in range(len(dataset))}
     assert len(dataset) == (stream.num_tokens - 1) // S
     labels = torch.cat([chunk_of[chunk][1:] for chunk in range(len(dataset))])
@@ -195,7 +194,7 @@ def test_validation_is_the_same_set_with_equal_steps_at_every_layout(
         [batch for _, batch in validation_batches(held_out, 13, rank, data_parallel_size, micro_batch_size)]
         for rank in range(data_parallel_size)
     ]
-    expected_steps = num_validation_batches(13, data_parallel_size, micro_batch_size)
+    expected_steps = math.ceil(13 / (data_parallel_size * micro_batch_size))
     assert [len(batches) for batches in ranks] == [expected_steps] * data_parallel_size
     batches = [batch for batches in ranks for batch in batches]
     (starts,) = held_out.spread(13).values()
@@ -239,11 +238,10 @@ def test_sources_in_any_order_give_the_same_data_and_the_same_held_out_sequences
     for order in permutations(("prose", "code", "notes")):
         output = tmp_path / "-".join(order)
         paths = [str(tmp_path / name) for name in order]
-        prepare(PrepareConfig(str(output), paths, "lines", vocab_size=300, validation_ratio=0.4))
+        prepare(PrepareConfig(paths, "lines", output_dir=str(output), vocab_size=300, validation_ratio=0.4))
         outputs.append({path.name: path.read_bytes() for path in output.iterdir()})
     assert all(found == outputs[0] for found in outputs)
     stream = TokenStream(output / "validation")
-    assert stream.manifest is not None
     split = stream.manifest.splits["validation"]
     assert [Path(source).name for source in split.sources] == ["code", "notes", "prose"]
     assert sum(split.sources.values()) == split.num_tokens

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from elastic.data import prepare as prepare_module
-from elastic.data.corpus import Corpus, DocumentFormat, Tally, read_documents
+from elastic.data.corpus import read_documents
+from elastic.data.corpus_files import Corpus, Tally
 from elastic.data.manifest import DataError, SkipRecord
 from elastic.data.prepare import prepare
 from tests.unit.data.preparing import config, texts, write_jsonl
@@ -54,11 +55,9 @@ LINES: tuple[tuple[str, bytes], ...] = (
 def read(path: Path, document_format: str = "text", **settings: object) -> tuple[list[str], dict[str, SkipRecord]]:
     """Read a corpus: the texts, and what was left out by reason."""
     tally = Tally()
-    corpus = Corpus(paths=(str(path),), document_format=DocumentFormat(document_format), **settings)  # type: ignore[arg-type]
+    corpus = Corpus([str(path)], document_format, **settings)  # type: ignore[arg-type]
     found = [document.text for document in read_documents(corpus, tally)]
-    counts, examples = tally.skipped.counts, tally.skipped.examples
-    assert counts.keys() == examples.keys()
-    return found, {reason.value: SkipRecord(counts[reason], examples[reason]) for reason in counts}
+    return found, {reason.value: record for reason, record in tally.skipped.items()}
 
 
 def test_every_bad_line_of_a_mixed_jsonl_is_counted_with_its_first_line(
@@ -193,7 +192,7 @@ def test_compressed_or_utf16_jsonl_is_one_file_and_not_a_thousand_bad_lines(tmp_
     (tmp_path / "a.jsonl").write_bytes(gzip.compress(lines.encode()))
     (tmp_path / "b.jsonl").write_bytes(lines.encode("utf-16"))
     (tmp_path / "c.jsonl").write_text('{"text": "good"}\n')
-    found, left_out = read(tmp_path, "jsonl", suffixes=(".jsonl",))
+    found, left_out = read(tmp_path, "jsonl", suffixes=[".jsonl"])
     assert found == ["good"]
     assert left_out == {
         "compressed": SkipRecord(1, str(tmp_path / "a.jsonl")),
@@ -213,13 +212,11 @@ def test_file_that_goes_while_others_are_read_is_counted(tmp_path: Path) -> None
     for name in "abc":
         (tmp_path / f"{name}.py").write_text(name)
     tally, found = Tally(), []
-    for document in read_documents(Corpus(paths=(str(tmp_path),)), tally):
+    for document in read_documents(Corpus([str(tmp_path)]), tally):
         found.append(document.text)
         (tmp_path / "b.py").unlink(missing_ok=True)
     assert found == ["a", "c"]
-    assert {reason.value: example for reason, example in tally.skipped.examples.items()} == {
-        "unreadable": str(tmp_path / "b.py")
-    }
+    assert tally.skipped == {"unreadable": SkipRecord(1, str(tmp_path / "b.py"))}
 
 
 def test_file_that_grows_between_the_two_readings_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,13 +15,14 @@ MIB = 1 << 20
 
 MEASURE = """
 import resource, sys
-from elastic.data.corpus import Corpus, DocumentFormat, Tally, read_documents
+from elastic.data.corpus import read_documents
+from elastic.data.corpus_files import Corpus, Tally
 kind, path, limit = sys.argv[1:]
 tally, before = Tally(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-corpus = Corpus((path,), DocumentFormat(kind), max_document_bytes=int(limit))
+corpus = Corpus([path], kind, max_document_bytes=int(limit))
 kept = sum(1 for _ in read_documents(corpus, tally))
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-print(kept, grown // 1024, *(f"{reason.value}={count}" for reason, count in tally.skipped.counts.items()))
+print(kept, grown // 1024, *(f"{reason}={record.count}" for reason, record in tally.skipped.items()))
 """
 
 

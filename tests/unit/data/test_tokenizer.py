@@ -8,13 +8,13 @@ import pytest
 from tokenizers import Tokenizer, models, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from elastic.config.sections import ModelConfig
 from elastic.data import tokenizer as tokenizer_module
 from elastic.data.manifest import DataError
 from elastic.data.tokenizer import (
     END_OF_TEXT,
     copy_tokenizer,
     load_tokenizer,
-    padded_vocab_size,
     tokenizer_fingerprint,
     train_tokenizer,
 )
@@ -91,7 +91,7 @@ def test_vocabulary_counts_the_largest_id_when_ids_have_holes(tmp_path: Path) ->
 
 @pytest.mark.parametrize(("vocab_size", "multiple", "padded"), [(2048, 128, 2048), (2049, 128, 2176), (257, 1, 257)])
 def test_padded_vocabulary_is_the_next_multiple(vocab_size: int, multiple: int, padded: int) -> None:
-    assert padded_vocab_size(vocab_size, multiple) == padded
+    assert ModelConfig(vocab_multiple=multiple).padded_vocab(vocab_size) == padded
 
 
 def test_document_cannot_forge_its_end_unless_special_tokens_are_asked_for(folder: Path) -> None:
