@@ -4,39 +4,41 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from elastic.hf.config import export_shape, export_warnings, stock_notes, stock_versions
+from elastic.hf.export_settings import DTYPE_NAMES, ExportSettings
 from elastic.space.cost import Budget, Deployment, shape_cost, subnet_cost
 from elastic.space.shape import ModelShape, Subnet
 
 
 @dataclass(frozen=True)
 class CardInfo:
-    """What the card says beside the sizes. `provenance` is free text: parent checkpoint, tokens trained, data.
+    """What the card says beside the sizes: the cut, and where it comes from (free text).
 
-    `parent` and `subnet` describe the cut; leave both out for a model that was not cut. `license` holds license fields
-    of the front matter.
+    A model that was not cut is the full subnet of itself.
     """
 
     title: str
-    parent: ModelShape | None = None
-    subnet: Subnet | None = None
+    parent: ModelShape
+    subnet: Subnet
     budget: Budget | None = None
     deployment: Deployment = field(default_factory=Deployment)
     provenance: Mapping[str, str] = field(default_factory=dict)
-    license: Mapping[str, str] = field(default_factory=dict)
 
 
-def model_card(info: CardInfo, shape: ModelShape, dtype: str, verification: str) -> str:
+def model_card(info: CardInfo, shape: ModelShape, exports: ExportSettings, verification: str) -> str:
     """Return the card as Markdown with front matter."""
+    tags = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- nemotron_h", "- elastic"]
+    front = ["---", *(f"{key}: {value}" for key, value in exports.settings.license.items()), *tags, "---"]
+    notes = "".join(f" {note[0].upper()}{note[1:]}." for note in stock_notes(shape))
     sections = [
-        _front_matter(info),
+        "\n".join(front),
         f"# {info.title}\n\nA hybrid of Mamba-2, attention and MLP layers, loadable with stock transformers.",
-        "## Sizes\n\n" + _table(("what", "value"), _size_rows(info, shape, dtype)),
-        "## Cost\n\n" + _table(("what", "value"), _cost_rows(info, shape)),
+        "## Sizes\n\n" + _table(_size_rows(info, shape, DTYPE_NAMES[exports.dtypes.main])),
+        "## Cost\n\n" + _table(_cost_rows(info, shape)),
         _padding(shape),
-        _warnings(shape),
-        "## Provenance\n\n" + (_table(("what", "value"), list(info.provenance.items())) or "Not given."),
+        "\n- ".join(["## Kernel notes\n", *warnings]) if (warnings := export_warnings(shape)) else "",
+        "## Provenance\n\n" + (_table(list(info.provenance.items())) if info.provenance else "Not given."),
         f"## Verification\n\n{verification}",
-        f"## Use\n\n{stock_versions()}{_notes(shape)}\n\n"
+        f"## Use\n\n{stock_versions()}{notes}\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")\n'
         'tokenizer = AutoTokenizer.from_pretrained(".")\n```',
@@ -44,14 +46,8 @@ def model_card(info: CardInfo, shape: ModelShape, dtype: str, verification: str)
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _front_matter(info: CardInfo) -> str:
-    lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- nemotron_h", "- elastic"]
-    return "\n".join(["---", *(f"{key}: {value}" for key, value in info.license.items()), *lines, "---"])
-
-
-def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
-    lines = [f"| {left} | {right} |" for left, right in [head, ("---", "---"), *rows]]
-    return "\n".join(lines) if rows else ""
+def _table(rows: list[tuple[str, str]], head: tuple[str, str] = ("what", "value")) -> str:
+    return "\n".join(f"| {left} | {right} |" for left, right in [head, ("---", "---"), *rows])
 
 
 def _widths(widths: tuple[int, ...]) -> str:
@@ -75,17 +71,16 @@ def _sizes(shape: ModelShape) -> dict[str, str]:
 
 def _size_rows(info: CardInfo, shape: ModelShape, dtype: str) -> list[tuple[str, str]]:
     """Return one row per size; a size that was cut also shows the parent's."""
-    ours = _sizes(shape)
-    parents = _sizes(info.parent) if info.parent is not None else ours
-    rows = [
-        (name, size if size == parents[name] else f"{size} (parent {parents[name]})") for name, size in ours.items()
+    parents, kept = _sizes(info.parent), info.subnet.kept_layers
+    dropped = [str(layer) for layer in range(len(info.parent.pattern)) if layer not in kept]
+    return [
+        *(
+            (name, size if size == parents[name] else f"{size} (parent {parents[name]})")
+            for name, size in _sizes(shape).items()
+        ),
+        ("number format", dtype),
+        ("parent layers left out", ", ".join(dropped) or "none"),
     ]
-    rows.append(("number format", dtype))
-    if info.subnet is not None and info.parent is not None:
-        kept = set(info.subnet.kept_layers)
-        dropped = [str(layer) for layer in range(len(info.parent.pattern)) if layer not in kept]
-        rows.append(("parent layers left out", ", ".join(dropped) or "none"))
-    return rows
 
 
 def _cost_rows(info: CardInfo, shape: ModelShape) -> list[tuple[str, str]]:
@@ -100,9 +95,7 @@ def _cost_rows(info: CardInfo, shape: ModelShape) -> list[tuple[str, str]]:
     if info.budget is not None:
         budget = info.budget
         # The budget was met by the subnet as trained; its vocabulary may hold rows that the export leaves out.
-        if info.parent is not None and info.subnet is not None:
-            cost = subnet_cost(info.parent, info.subnet, deployment)
-        share = cost[budget.metric] / budget.limit
+        share = subnet_cost(info.parent, info.subnet, deployment)[budget.metric] / budget.limit
         rows.insert(0, (f"budget {budget.name}", f"{budget.limit:,.0f} {budget.metric}, used {share:.1%}"))
     return rows
 
@@ -120,13 +113,4 @@ def _padding(shape: ModelShape) -> str:
         "neurons and query heads whose output is exactly 0): the function is the subnet's, the stored size that of "
         "the padded layers."
     )
-    return f"## Padding\n\n{text}\n\n" + _table(("width", "layers as chosen -> as stored"), rows)
-
-
-def _notes(shape: ModelShape) -> str:
-    return "".join(f" {note[0].upper()}{note[1:]}." for note in stock_notes(shape))
-
-
-def _warnings(shape: ModelShape) -> str:
-    warnings = export_warnings(shape)
-    return "## Kernel notes\n\n" + "\n".join(f"- {warning}" for warning in warnings) if warnings else ""
+    return f"## Padding\n\n{text}\n\n" + _table(rows, ("width", "layers as chosen -> as stored"))

@@ -3,14 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
 
 from torch import Tensor
 
 from elastic.hf.config import ExportError, export_shape
 from elastic.hf.folder import HfFolder
-from elastic.hf.nested_values import NestedValueError, check_values, nested_origins
-from elastic.hf.reload import LogitDifference, probe_tokens, reload_logits
+from elastic.hf.nested_values import check_values, nested_origins
+from elastic.hf.reload import logit_difference, probe_tokens, reload_logits
 from elastic.rank.slicing import TensorSource, reader
 from elastic.space.cost import shape_cost
 from elastic.space.shape import ModelShape, Subnet
@@ -44,52 +43,38 @@ class CheckOutcome:
         )
 
 
-class FolderCheck(Protocol):
-    """Judges a folder that has been written but not yet put in its place."""
-
-    def __call__(self, written: HfFolder, shape: ModelShape) -> CheckOutcome:
-        """Check the folder of a model of `shape`; raises ExportError if it is not what was meant to be written."""
+# Judges the folder of a model of a shape when it has been written but is not yet in its place; raises ExportError.
+FolderCheck = Callable[[HfFolder, ModelShape], CheckOutcome]
 
 
-@dataclass(frozen=True)
-class LogitCheck:
-    """Reload the folder in stock transformers; its logits must equal `reference_logits` [B, S] -> [B, S, V].
+def logit_check(reference_logits: Callable[[Tensor], Tensor], tolerance: float = 1e-4) -> FolderCheck:
+    """Return the check that reloads in stock transformers: logits must equal `reference_logits` [B, S] -> [B, S, V].
 
-    `tolerance` is relative to the largest logit. Needs memory for the reloaded model in fp32.
+    `tolerance` is relative to the largest logit of the probe. Needs memory for the reloaded model in fp32.
     """
 
-    reference_logits: Callable[[Tensor], Tensor]
-    tolerance: float = 1e-4
-
-    def __call__(self, written: HfFolder, shape: ModelShape) -> CheckOutcome:
-        """Compare on the fixed probe tokens."""
+    def check(written: HfFolder, shape: ModelShape) -> CheckOutcome:
         tokens, expected = probe_tokens(shape.vocab), shape_cost(shape).stored_params
-        reloaded = reload_logits(written.path, tokens)
-        if reloaded.params != expected:
-            raise ExportError(f"the reloaded model has {reloaded.params} parameters, expected {expected}")
-        difference = LogitDifference.between(reloaded.logits, self.reference_logits(tokens)[..., : shape.vocab])
-        if not difference.within(self.tolerance):
+        logits, params = reload_logits(written.path, tokens)
+        if params != expected:
+            raise ExportError(f"the reloaded model has {params} parameters, expected {expected}")
+        max_abs, relative = logit_difference(logits, reference_logits(tokens)[..., : shape.vocab])
+        if not relative <= tolerance:  # NaN never is
             raise ExportError(
-                f"logits of the reloaded folder differ by {difference.max_abs:.3e} (relative "
-                f"{difference.relative:.3e}, tolerance {self.tolerance:.1e}); nothing was written"
+                f"logits of the reloaded folder differ by {max_abs:.3e} (relative {relative:.3e}, tolerance "
+                f"{tolerance:.1e}); nothing was written"
             )
-        return CheckOutcome(Verification.LOGITS, difference.max_abs, difference.relative)
+        return CheckOutcome(Verification.LOGITS, max_abs, relative)
+
+    return check
 
 
-@dataclass(frozen=True)
-class ValueCheck:
-    """Compare every value of the folder with the parent's tensors, one tensor in memory at a time."""
+def value_check(parent_tensors: TensorSource, parent: ModelShape, subnet: Subnet, lanes: int) -> FolderCheck:
+    """Return the check that compares every value with the parent's tensors, one tensor in memory at a time."""
 
-    parent_tensors: TensorSource
-    parent: ModelShape
-    subnet: Subnet
-    lanes: int
-
-    def __call__(self, written: HfFolder, shape: ModelShape) -> CheckOutcome:
-        """Compare all tensors."""
-        origins = nested_origins(self.parent, self.subnet, self.lanes, export_shape(shape))
-        try:
-            count = check_values(written.tensors.__getitem__, reader(self.parent_tensors), origins)
-        except NestedValueError as error:
-            raise ExportError(f"{error}; nothing was written") from error
+    def check(written: HfFolder, shape: ModelShape) -> CheckOutcome:
+        origins = nested_origins(parent, subnet, lanes, export_shape(shape))
+        count = check_values(written.tensors.__getitem__, reader(parent_tensors), origins)
         return CheckOutcome(Verification.VALUES, num_values=count)
+
+    return check

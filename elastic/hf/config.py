@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from elastic.hf.safe_files import shown
+from elastic.hf.export_settings import DTYPE_NAMES, HfSettings
 from elastic.space.axes import LayerKind
 from elastic.space.shape import ModelShape
 
@@ -52,82 +52,28 @@ TIME_STEPS: dict[str, Any] = {"time_step_min": 1e-20, "time_step_limit": [0.0, m
 CARRIED_IF_GIVEN: dict[str, type] = {"mamba_ssm_cache_dtype": str, "time_step_rank": int, "use_mamba_kernels": bool}
 # What the exports of a pattern without an attention layer say: stock code cannot hold their cache.
 NO_CACHE = {"use_cache": False}
-# Widths of layer kinds that the pattern does not have: they size nothing, and travel so that a config stays equal.
-WIDTH_KEYS = {
-    LayerKind.MLP: "intermediate_size",
-    LayerKind.MAMBA: "mamba_num_heads",
-    LayerKind.ATTENTION: "num_attention_heads",
+# Sizes: stock key -> field of ModelShape.
+SIZES = {
+    "vocab_size": "vocab",
+    "hidden_size": "hidden",
+    "mamba_head_dim": "head_channels",
+    "n_groups": "mamba_groups",
+    "ssm_state_size": "mamba_state",
+    "conv_kernel": "conv_kernel",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "attention_channels",
 }
-
-
-class HfConfigError(ValueError):
-    """A config.json this project cannot read as a hybrid of Mamba-2, attention and MLP layers."""
+# Widths, one for all layers of a kind: stock key, field of ModelShape, and the size that stands for the width of a kind
+# without layers ("": 0). Other such widths size nothing, and travel so that a config stays equal.
+WIDTHS = {
+    LayerKind.MLP: ("intermediate_size", "ffn", ""),
+    LayerKind.MAMBA: ("mamba_num_heads", "mamba_heads", "n_groups"),
+    LayerKind.ATTENTION: ("num_attention_heads", "attention_heads", "num_key_value_heads"),
+}
 
 
 class ExportError(ValueError):
     """A model or folder that cannot be exported; the message says what to change."""
-
-
-@dataclass(frozen=True)
-class HfSettings:
-    """What a folder says beside the sizes.
-
-    `carried` holds what a source's config says of the keys of CARRIED, CARRIED_IF_GIVEN and of widths no layer has,
-    where that is not the default. Other keys are not kept: nobody can tell whether they stay true of a submodel.
-    `generation` is the source's generation_config.json as it is; None: written from the special tokens. `license` holds
-    the license fields of the source's card. `num_tokens` is the vocabulary before an import filled it up (None: it did
-    not); an export leaves the rows behind it out again.
-    """
-
-    bos_token_id: int | None = 1
-    eos_token_id: int | tuple[int, ...] | None = 2
-    pad_token_id: int | None = 0
-    max_position_embeddings: int = 4096
-    chunk_size: int = 128
-    carried: Mapping[str, Any] = field(default_factory=dict)
-    generation: Mapping[str, Any] | None = None
-    license: Mapping[str, str] = field(default_factory=dict)
-    num_tokens: int | None = None
-
-    def exported(self, shape: ModelShape) -> ModelShape:
-        """Return the shape without rows that only fill the vocabulary up."""
-        return shape.with_vocab(min(shape.vocab, self.num_tokens or shape.vocab))
-
-    def token_ids(self) -> dict[str, int | list[int] | None]:
-        """Return the special tokens in JSON form. None is said, for stock code has other defaults than none."""
-        eos = self.eos_token_id
-        return {
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
-            "pad_token_id": self.pad_token_id,
-        }
-
-    def end_tokens(self) -> frozenset[int]:
-        """Return the tokens that end a text: the generation config's, as in stock `generate`, else the config's."""
-        stated = None if self.generation is None else self.generation.get("eos_token_id")
-        ends = self.eos_token_id if stated is None else stated
-        return frozenset(() if ends is None else (ends,) if isinstance(ends, int) else ends)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON object from which `from_json` makes an equal value."""
-        return {
-            **self.token_ids(),
-            "max_position_embeddings": self.max_position_embeddings,
-            "chunk_size": self.chunk_size,
-            "carried": dict(self.carried),
-            "generation": None if self.generation is None else dict(self.generation),
-            "license": dict(self.license),
-            "num_tokens": self.num_tokens,
-        }
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "HfSettings":
-        """Undo `to_json`; raises HfConfigError for another set of keys. Older checkpoints lack the two last ones."""
-        known = cls().to_json().keys()
-        if content.keys() - known or known - content.keys() - {"license", "num_tokens"}:
-            raise HfConfigError(f"Hugging Face settings have other keys than expected: {shown(sorted(content))}")
-        eos = content["eos_token_id"]
-        return cls(**{**content, "eos_token_id": tuple(eos) if isinstance(eos, list) else eos})
 
 
 def export_shape(shape: ModelShape) -> ModelShape:
@@ -155,21 +101,19 @@ def export_warnings(shape: ModelShape, tensor_parallel: int = 1) -> list[str]:
     Whole dimensions fill tiles of 64; of one rank's share, convolution channels and rows of in_proj are multiples of 8
     (or the latter are copied), and what FP8 kernels multiply of 16.
     """
-    padded, ranks = export_shape(shape), tensor_parallel
+    padded, ranks, warnings = export_shape(shape), tensor_parallel, []
     on_each = f" on each of {ranks} tensor-parallel ranks" if ranks > 1 else ""
-    warnings = []
     split = {"ffn": padded.ffn[0]} if padded.ffn else {}
     if padded.mamba_heads:
         d_inner, state = padded.mamba_heads[0] * padded.head_channels, padded.mamba_groups * padded.mamba_state
         split["mamba heads x channels"] = d_inner
         channels, rows = d_inner + 2 * state, 2 * (d_inner + state) + padded.mamba_heads[0]
-        if channels % (8 * ranks):
-            rule = f"is not a multiple of 8{on_each}, which the causal convolution kernel needs"
-            warnings.append(f"convolution channels = {channels} {rule}")
-        if rows % (8 * ranks):
-            warnings.append(
-                f"in_proj rows = {rows} is not a multiple of 8{on_each}, so the convolution's input is copied"
-            )
+        for what, size, so in (
+            ("convolution channels", channels, ", which the causal convolution kernel needs"),
+            ("in_proj rows", rows, ", so the convolution's input is copied"),
+        ):
+            if size % (8 * ranks):
+                warnings.append(f"{what} = {size} is not a multiple of 8{on_each}{so}")
         if padded.mamba_groups % ranks:
             warnings.append(f"mamba groups = {padded.mamba_groups} do not split over {ranks} tensor-parallel ranks")
     for name, size in {"hidden": padded.hidden, **split}.items():
@@ -186,10 +130,10 @@ def hf_config(shape: ModelShape, settings: HfSettings, dtype: torch.dtype) -> di
     No mixture-of-experts, multi-token or `auto_map` keys: converters take their mere presence for another model.
     Raises ExportError if Mamba widths differ or a special token lies outside the vocabulary.
     """
-    padded, token_ids = export_shape(shape), settings.token_ids()
+    padded, token_ids, carried = export_shape(shape), settings.token_ids(), settings.carried
     if problems := token_problems(token_ids, shape.vocab):
         raise ExportError("; ".join(problems))
-    carried = settings.carried
+    sizes: dict[str, int] = {key: getattr(padded, field) for key, field in SIZES.items()}
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
@@ -198,26 +142,20 @@ def hf_config(shape: ModelShape, settings: HfSettings, dtype: torch.dtype) -> di
         **{key: carried[key] for key in CARRIED_IF_GIVEN if key in carried},
         **({} if runs_with_cache(padded) else NO_CACHE),
         **token_ids,
+        **sizes,
+        **{
+            key: max(getattr(padded, field), default=carried.get(key, sizes.get(unused, 0)))
+            for key, field, unused in WIDTHS.values()
+        },
         "chunk_size": settings.chunk_size,
-        "conv_kernel": padded.conv_kernel,
-        "head_dim": padded.attention_channels,
-        "hidden_size": padded.hidden,
         "hybrid_override_pattern": str(padded.pattern),
-        "intermediate_size": max(padded.ffn, default=carried.get("intermediate_size", 0)),
         "layer_norm_epsilon": padded.norm_epsilon,
-        "mamba_head_dim": padded.head_channels,
-        "mamba_num_heads": max(padded.mamba_heads, default=carried.get("mamba_num_heads", padded.mamba_groups)),
         "max_position_embeddings": settings.max_position_embeddings,
-        "n_groups": padded.mamba_groups,
-        "num_attention_heads": max(padded.attention_heads, default=carried.get("num_attention_heads", padded.kv_heads)),
         "num_hidden_layers": len(padded.pattern),
-        "num_key_value_heads": padded.kv_heads,
         "rms_norm_eps": padded.norm_epsilon,
-        "ssm_state_size": padded.mamba_state,
         "tie_word_embeddings": padded.tied_embeddings,
         **TIME_STEPS,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "vocab_size": padded.vocab,
+        "torch_dtype": DTYPE_NAMES[dtype],
     }
 
 

@@ -5,7 +5,7 @@ type, or of a size, that a model could have.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from elastic.hf.config import (
@@ -14,15 +14,15 @@ from elastic.hf.config import (
     CARRIED_IF_GIVEN,
     FIXED,
     MODEL_TYPE,
+    SIZES,
     TIME_STEPS,
-    WIDTH_KEYS,
-    HfSettings,
+    WIDTHS,
     token_problems,
 )
-from elastic.hf.pattern import read_pattern
+from elastic.hf.export_settings import HfSettings
 from elastic.hf.safe_files import listed, quoted, shown
 from elastic.space.axes import LayerKind
-from elastic.space.shape import ModelShape, PatternError, ShapeError
+from elastic.space.shape import LayerPattern, ModelShape, PatternError, ShapeError
 
 # Other names that stock code of some release reads, and the name used here.
 _ALIASES = {
@@ -39,38 +39,25 @@ _ALIASES = {
     "mamba_expand": "expand",
     "mamba_n_groups": "n_groups",
 }
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "mamba_num_heads",
-    "mamba_head_dim",
-    "n_groups",
-    "ssm_state_size",
-    "conv_kernel",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
+_PATTERN_CHARACTER = dict(mamba="M", linear_attention="M", mlp="-", attention="*", full_attention="*", moe="E")
 # Keys of other models that say the same; whoever reads them must not find another value.
 _EPSILONS = ("rms_norm_eps", "norm_eps", "norm_epsilon", "rms_norm_epsilon", "layer_norm_eps")
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation")
 # Far beyond any model, and small enough that no product of sizes surprises anybody.
-_LARGEST_SIZE = 2**24
+_LARGEST_SIZE, _MOST_LAYERS = 2**24, 1000
 # Keys whose mere presence (unless null) means another model.
 _FORBIDDEN = {
-    "rope_scaling": "layers have no position embedding",
-    "rope_parameters": "layers have no position embedding",
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), "layers have no position embedding"),
+    **dict.fromkeys(("llm_config", "text_config"), "this is a multimodal model"),
     "quantization_config": "weights must be plain; dequantise the folder first",
-    "llm_config": "this is a multimodal model",
-    "text_config": "this is a multimodal model",
     "block_configs": "layers of one kind must share their sizes",
 }
+_WIDTHS = tuple(key for key, _, _ in WIDTHS.values())
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Keys that are read, or that stock code writes into every config and that mean nothing without experts or
 # multi-token layers.
 _KNOWN = {
-    *_SIZES, *_FORBIDDEN, *_TOKENS, *FIXED, *CARRIED, *CARRIED_IF_GIVEN, *_EPSILONS, *_ACTIVATIONS,
+    *SIZES, *_WIDTHS, *_FORBIDDEN, *_TOKENS, *FIXED, *CARRIED, *CARRIED_IF_GIVEN, *_EPSILONS, *_ACTIVATIONS,
     "_name_or_path", "architectures",
     "auto_map", "chunk_size", "hybrid_override_pattern", "layer_norm_epsilon", "layers_block_type",
     "max_position_embeddings", "model_type", "moe_intermediate_size", "moe_latent_size",
@@ -86,7 +73,7 @@ def checked_shape(raw: Mapping[str, Any]) -> tuple[ModelShape | None, list[str]]
     """Return the shape that a stock config describes, or None, and every problem there is."""
     config, problems = _canonical(raw)
     problems += _model_problems(config)
-    sizes = {key: _size(config, key, problems) for key in _SIZES}
+    sizes = {key: _size(config, key, problems) for key in (*SIZES, *_WIDTHS)}
     epsilon = config.get("layer_norm_epsilon", 1e-5)
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
         problems.append(f"layer_norm_epsilon = {epsilon!r} must be a float between 0 and 1")
@@ -95,33 +82,17 @@ def checked_shape(raw: Mapping[str, Any]) -> tuple[ModelShape | None, list[str]]
         for key in _EPSILONS
         if config.get(key) not in (None, epsilon)
     ]
-    pattern = read_pattern(config, problems)
+    pattern = _pattern(config, problems)
     problems += _settings_problems(config, sizes["vocab_size"])
     if problems:
         return None, problems
+    fields = SIZES | {key: field for key, field, _ in WIDTHS.values()}
+    given = {fields[key]: size for key, size in sizes.items()}
+    tied = config.get("tie_word_embeddings", False)
     try:
-        return _shape(pattern, sizes, config, epsilon), []
+        return ModelShape.uniform(pattern, **given, tied_embeddings=tied, norm_epsilon=epsilon), []
     except (PatternError, ShapeError) as error:
         return None, [str(error)]
-
-
-def _shape(pattern: str, sizes: Mapping[str, int], config: Mapping[str, Any], epsilon: float) -> ModelShape:
-    return ModelShape.uniform(
-        pattern,
-        ffn=sizes["intermediate_size"],
-        mamba_heads=sizes["mamba_num_heads"],
-        attention_heads=sizes["num_attention_heads"],
-        vocab=sizes["vocab_size"],
-        hidden=sizes["hidden_size"],
-        head_channels=sizes["mamba_head_dim"],
-        mamba_groups=sizes["n_groups"],
-        mamba_state=sizes["ssm_state_size"],
-        conv_kernel=sizes["conv_kernel"],
-        kv_heads=sizes["num_key_value_heads"],
-        attention_channels=sizes["head_dim"],
-        tied_embeddings=config.get("tie_word_embeddings", False),
-        norm_epsilon=epsilon,
-    )
 
 
 def settings_from_hf_config(
@@ -129,43 +100,25 @@ def settings_from_hf_config(
 ) -> HfSettings:
     """Read special tokens, limits and what else travels, of a config without problems; the others as they are."""
     config, _ = _canonical(raw)
-    eos = config.get("eos_token_id", 2)
-    kinds = set(read_pattern(config, []))
+    kinds = set(_pattern(config, []))
     kept = {key: config[key] for key, default in CARRIED.items() if config.get(key, default) != default}
     kept |= {key: config[key] for key in CARRIED_IF_GIVEN if key in config}
-    # What an export writes by itself: no cache without attention, 0 neurons, one head for each group.
+    # What an export writes by itself: no cache without attention, the width of layers that are not there.
     if LayerKind.ATTENTION not in kinds:
         kept.pop("use_cache", None)
-    unused = {key: config[key] for kind, key in WIDTH_KEYS.items() if kind not in kinds}
-    implied = {"intermediate_size": 0, "mamba_num_heads": config["n_groups"]}
-    implied["num_attention_heads"] = config["num_key_value_heads"]
-    return HfSettings(
-        bos_token_id=config.get("bos_token_id", 1),
-        eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
-        pad_token_id=config.get("pad_token_id", 0),
-        max_position_embeddings=config.get("max_position_embeddings", 4096),
-        chunk_size=config.get("chunk_size", 128),
-        carried=kept | {key: width for key, width in unused.items() if width != implied[key]},
-        generation=generation,
-        license=license or {},
-    )
+    for kind, (key, _, unused) in WIDTHS.items():
+        if kind not in kinds and config[key] != config.get(unused, 0):
+            kept[key] = config[key]
+    read = (*_TOKENS, "max_position_embeddings", "chunk_size")
+    given: dict[str, Any] = {key: config[key] for key in read if key in config}
+    if isinstance(ends := given.get("eos_token_id"), list):
+        given["eos_token_id"] = tuple(ends)
+    return HfSettings(**given, carried=kept, generation=generation, license=license or {})
 
 
 def generation_problems(generation: Mapping[str, Any], vocab: int) -> list[str]:
     """List what is wrong with the special tokens of a generation_config.json."""
-    tokens = {key: generation[key] for key in _TOKENS if key in generation}
-    problems = [
-        f"{key} = {shown(value)} must be an integer, a list of them or null"
-        for key, value in tokens.items()
-        if not _is_token(value, several=True)
-    ]
-    return problems or token_problems(tokens, vocab)
-
-
-def declared_dtype(config: Mapping[str, Any]) -> str | None:
-    """Return the number format that a config states, e.g. bfloat16."""
-    stated = config.get("dtype", config.get("torch_dtype"))
-    return stated.removeprefix("torch.") if isinstance(stated, str) else None
+    return _special_token_problems(generation, vocab, _TOKENS, "an integer, a list of them or null")
 
 
 def import_warnings(config: Mapping[str, Any]) -> list[str]:
@@ -205,27 +158,70 @@ def _canonical(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _model_problems(config: Mapping[str, Any]) -> list[str]:
-    problems = []
+    problems, predicted = [], config.get("num_nextn_predict_layers")
     if config.get("model_type") != MODEL_TYPE:
         problems.append(f"model_type = {quoted(config.get('model_type'))} must be {MODEL_TYPE!r}")
     architectures = config.get("architectures")
     if architectures is not None and architectures != [ARCHITECTURE]:
         problems.append(f"architectures = {shown(architectures)} must be ['{ARCHITECTURE}']")
-    for key, value in FIXED.items():
-        if config.get(key, value) != value:
-            problems.append(f"{key} = {quoted(config[key])} is not supported, only {value!r}")
+    problems += [
+        f"{key} = {quoted(config[key])} is not supported, only {value!r}"
+        for key, value in FIXED.items()
+        if config.get(key, value) != value
+    ]
     problems += [
         f"{key} = {quoted(config[key])} must equal mlp_hidden_act = 'relu2', the only one there is"
         for key in _ACTIVATIONS
         if config.get(key) not in (None, FIXED["mlp_hidden_act"])
     ]
     problems += [f"{key} is set: {why}" for key, why in _FORBIDDEN.items() if config.get(key) is not None]
-    if config.get("num_nextn_predict_layers") not in (None, 0):
+    if predicted not in (None, 0):
         problems.append(
-            f"num_nextn_predict_layers = {shown(config['num_nextn_predict_layers'])}: multi-token-prediction layers "
-            f"are not supported; save the model without them (0) and without their mtp tensors"
+            f"num_nextn_predict_layers = {shown(predicted)}: multi-token-prediction layers are not supported; save the "
+            f"model without them (0) and without their mtp tensors"
         )
     return problems
+
+
+def _pattern(config: Mapping[str, Any], problems: list[str]) -> str:
+    """Return the layers, by the classic text or the newer list of kinds, or "" with what is wrong in `problems`."""
+    text, types = config.get("hybrid_override_pattern"), config.get("layers_block_type")
+    found, key = len(problems), "layers_block_type" if text is None else "hybrid_override_pattern"
+    spelled = None  # what the list says
+    if types is not None and not (isinstance(types, list) and types and all(isinstance(kind, str) for kind in types)):
+        problems.append(f"layers_block_type = {shown(types)} must be a list of layer kinds")
+    elif types is not None and (unknown := set(types) - _PATTERN_CHARACTER.keys()):
+        first = next(layer for layer, kind in enumerate(types) if kind in unknown)
+        problems.append(f"layers_block_type holds unknown kinds {listed(unknown)}, first at layer {first}")
+    elif types is not None:
+        spelled = "".join(_PATTERN_CHARACTER[kind] for kind in types)
+    if text is not None and (not isinstance(text, str) or not text):
+        problems.append(f"hybrid_override_pattern = {quoted(text)} must be text of M, - and *")
+    elif text is None and types is None:
+        problems.append("hybrid_override_pattern (or layers_block_type) is missing")
+    elif text is not None and spelled not in (None, text):
+        problems.append(f"hybrid_override_pattern = {quoted(text)} and layers_block_type ({spelled}) disagree")
+    if len(problems) > found:
+        return ""
+    pattern = str(spelled if text is None else text)
+    experts = [str(layer) for layer, character in enumerate(pattern) if character == "E"]
+    if len(pattern) > _MOST_LAYERS:
+        problems.append(f"{key} has {len(pattern):,} layers, more than any model's ({_MOST_LAYERS:,})")
+    elif experts:
+        problems.append(
+            f"{key}: layers {', '.join(experts[:8] + ['...'] * (len(experts) > 8))} (character 'E') are "
+            f"Mixture-of-experts layers, which are not supported; use a dense parent, whose layers are all M, - or *"
+        )
+    else:
+        try:
+            # A boundary between pipeline stages is Megatron-Core's notation, stock code does not know it.
+            LayerPattern.parse(pattern.replace("|", "?"))
+        except PatternError as error:
+            problems.append(f"{key}: {error}")
+    length = config.get("num_hidden_layers")
+    if length is not None and (type(length) is not int or length != len(pattern)):
+        problems.append(f"num_hidden_layers = {shown(length)}, but the pattern has {len(pattern)} layers")
+    return pattern
 
 
 def _settings_problems(config: Mapping[str, Any], vocab: int) -> list[str]:
@@ -248,15 +244,19 @@ def _settings_problems(config: Mapping[str, Any], vocab: int) -> list[str]:
         problems.append(f"time_step_min = {shown(floor)} must be a number of at least 0")
     if limit is not None and not _is_range(limit):
         problems.append(f"time_step_limit = {shown(limit)} must be two numbers, the smaller one first")
+    return problems + _special_token_problems(config, vocab, ("eos_token_id",), "an integer or null")
+
+
+def _special_token_problems(config: Mapping[str, Any], vocab: int, lists: Collection[str], rule: str) -> list[str]:
+    """List the special tokens that break the `rule`, or lie outside the vocabulary; those of `lists` may be several."""
     tokens = {key: config[key] for key in _TOKENS if key in config}
-    wrong = [key for key, value in tokens.items() if not _is_token(value, several=key == "eos_token_id")]
-    problems += [f"{key} = {shown(tokens[key])} must be an integer or null" for key in wrong]
-    return problems if wrong else problems + token_problems(tokens, vocab)
-
-
-def _is_token(value: Any, several: bool) -> bool:
-    many = several and isinstance(value, list) and all(type(token) is int for token in value)
-    return value is None or type(value) is int or many
+    wrong = [
+        f"{key} = {shown(value)} must be {rule}"
+        for key, value in tokens.items()
+        if value is not None
+        and not all(type(each) is int for each in (value if isinstance(value, list) and key in lists else [value]))
+    ]
+    return wrong or token_problems(tokens, vocab)
 
 
 def _size(config: Mapping[str, Any], key: str, problems: list[str]) -> int:

@@ -1,50 +1,27 @@
 """Write a model as a Hugging Face folder, reload it, compare, and only then call it done."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from elastic.hf.card import CardInfo, model_card
 from elastic.hf.check import CheckOutcome, FolderCheck
-from elastic.hf.config import ExportError, HfSettings, generation_config, hf_config
-from elastic.hf.dtypes import DtypeRule
+from elastic.hf.config import ExportError, generation_config, hf_config
+from elastic.hf.export_settings import ExportSettings
 from elastic.hf.folder import CARD_FILE, CONFIG_FILE, GENERATION_FILE, HfFolderError, open_hf_folder
 from elastic.hf.names import HfTensorError, hf_sizes, to_hf
-from elastic.hf.reload import ReloadError
-from elastic.hf.tensor_files import TensorSpec, write_tensors
-from elastic.hf.tensor_index import TensorFileError
-from elastic.hf.tokenizer_files import TokenizerFileError, copy_tokenizer
+from elastic.hf.safe_files import UnsafeFileError
+from elastic.hf.tensor_files import planned, write_tensors
+from elastic.hf.tokenizer_files import copy_tokenizer_files, tokenizer_problems
 from elastic.rank.slicing import TensorSource, reader
 from elastic.space.cost import shape_cost
-from elastic.space.layers import parameter_names
-from elastic.space.nesting import parameter_size
+from elastic.space.layers import DimKind, parameter_dims
 from elastic.space.shape import ModelShape
 from elastic.world.files import DiskSpaceError, check_free_space, remove, written_aside
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """How a folder is written.
-
-    `dtype` is fp32 or bf16 for everything but A_log and D, which stay in fp32, or a rule: that of a source's folder
-    gives every tensor back as it came. `shard_bytes` bounds one weights file.
-    """
-
-    dtype: torch.dtype | DtypeRule = torch.bfloat16
-    settings: HfSettings = field(default_factory=HfSettings)
-    tokenizer_folder: Path | None = None
-    shard_bytes: int = 5_000_000_000
-    overwrite: bool = False
-
-    @property
-    def rule(self) -> DtypeRule:
-        """Return the format of every tensor; raises DtypeError for other formats than fp32 and bf16."""
-        return self.dtype if isinstance(self.dtype, DtypeRule) else DtypeRule.trained(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -62,63 +39,48 @@ def export_folder(
     shape: ModelShape,
     folder: Path,
     card: CardInfo,
-    options: ExportOptions,
+    exports: ExportSettings,
     check: FolderCheck,
+    shard_bytes: int = 5_000_000_000,
     progress: Callable[[int, int], None] = lambda num_bytes, total: None,
 ) -> ExportReport:
     """Write `shape`'s tensors, given under Megatron-Core names, as a stock `nemotron_h` folder.
 
     Streams: one tensor in memory. Written aside and renamed once `check` has passed; a failed export leaves nothing
-    behind. Rows that only fill the vocabulary up are left out. `progress` is told the bytes of each tensor that is
-    written, and of all. Raises ExportError.
+    behind. Rows that only fill the vocabulary up are left out. `shard_bytes` bounds one weights file; `progress` is
+    told the bytes of each tensor that is written, and of all. Raises ExportError.
     """
-    folder, rule = Path(folder), options.rule
-    source, shape = _without_fillers(source, shape, options.settings.exported(shape)), options.settings.exported(shape)
-    specs = {name: TensorSpec(size, rule.of(name)) for name, size in hf_sizes(shape).items()}
-    total = sum(spec.num_bytes for spec in specs.values())
-    _check_target(folder, total, options.overwrite)
-    for left in folder.parent.glob(f".{folder.name}.partial-*"):  # by a killed export
-        remove(left)
+    read, exported = reader(source), exports.settings.exported(shape)
+
+    def without_fillers(name: str) -> Tensor:
+        return read(name)[: exported.vocab] if parameter_dims(name)[0] is DimKind.VOCAB else read(name)
+
     try:
+        config = hf_config(exported, exports.settings, exports.dtypes.main)
+        plan = {name: planned(size, exports.dtypes.of(name)) for name, size in hf_sizes(exported).items()}
+        _check_target(folder, sum(tensor.nbytes for tensor in plan.values()))
+        if problems := tokenizer_problems(exports.tokenizer_files, exported.vocab):
+            raise ExportError("; ".join(problems))
+        for left in folder.parent.glob(f".{folder.name}.partial-*"):  # by a killed export
+            remove(left)
         with written_aside(folder) as aside:
             aside.mkdir()
-            write_tensors(aside, specs, _reported(to_hf(source, shape), specs, total, progress), options.shard_bytes)
-            _write_json(aside / CONFIG_FILE, hf_config(shape, options.settings, rule.main))
-            _write_json(aside / GENERATION_FILE, generation_config(options.settings, shape))
-            copy_tokenizer(options.tokenizer_folder, aside, shape.vocab)
-            outcome = check(open_hf_folder(aside), shape)  # and the folder is held to the rules of any other
-            text = model_card(card, shape, str(rule.main).removeprefix("torch."), str(outcome))
-            (aside / CARD_FILE).write_text(text)
-    except (TensorFileError, TokenizerFileError, HfFolderError, HfTensorError, ReloadError, ExportError) as error:
+            write_tensors(aside, plan, to_hf(without_fillers, exported), shard_bytes, progress)
+            _write_json(aside / CONFIG_FILE, config)
+            _write_json(aside / GENERATION_FILE, generation_config(exports.settings, exported))
+            copy_tokenizer_files(exports.tokenizer_files, aside)
+            outcome = check(open_hf_folder(aside), exported)  # and the folder is held to the rules of any other
+            (aside / CARD_FILE).write_text(model_card(card, exported, exports, str(outcome)))
+    except (UnsafeFileError, HfFolderError, HfTensorError, ExportError) as error:
         raise ExportError(f"export to {folder}: {error}") from error
-    cost = shape_cost(shape)
+    cost = shape_cost(exported)
     return ExportReport(folder, int(cost.params), int(cost.stored_params), outcome)
 
 
-def _without_fillers(source: TensorSource, shape: ModelShape, exported: ModelShape) -> TensorSource:
-    """Return the source of the exported shape, which has fewer rows of the vocabulary or equally many."""
-    read = reader(source)
-    sizes = {name: parameter_size(name, exported) for name in parameter_names(shape)}
-    return lambda name: read(name)[: exported.vocab] if sizes[name] != parameter_size(name, shape) else read(name)
-
-
-def _reported(
-    tensors: Iterator[tuple[str, Tensor]],
-    specs: Mapping[str, TensorSpec],
-    total: int,
-    progress: Callable[[int, int], None],
-) -> Iterator[tuple[str, Tensor]]:
-    """Hand each tensor on, and report it when the next is asked for: it is written then."""
-    for name, tensor in tensors:
-        yield name, tensor
-        del tensor  # before the next one is read
-        progress(specs[name].num_bytes, total)
-
-
-def _check_target(folder: Path, num_bytes: int, overwrite: bool) -> None:
+def _check_target(folder: Path, num_bytes: int) -> None:
     if folder.exists() and not folder.is_dir():
         raise ExportError(f"{folder} is a file")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    if folder.is_dir() and any(folder.iterdir()):
         raise ExportError(f"folder {folder} is not empty; choose another one or set overwrite")
     try:
         check_free_space(folder, num_bytes, "the exported weights")

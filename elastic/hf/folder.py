@@ -4,6 +4,7 @@ The folder comes from somebody else. Nothing of it is run: JSON and safetensors 
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,8 @@ from typing import Any
 
 import torch
 
-from elastic.hf.config import HfSettings
-from elastic.hf.config_read import (
-    checked_shape,
-    declared_dtype,
-    generation_problems,
-    import_warnings,
-    settings_from_hf_config,
-)
-from elastic.hf.dtypes import DtypeRule, checked_dtypes
+from elastic.hf.config_read import checked_shape, generation_problems, import_warnings, settings_from_hf_config
+from elastic.hf.export_settings import DTYPE_NAMES, DtypeRule, ExportSettings, kind_of_tensor
 from elastic.hf.names import HF_HEAD, hf_sizes, stored_names
 from elastic.hf.safe_files import UnsafeFileError, listed, open_regular, read_json, shown
 from elastic.hf.tensor_files import TensorFolder
@@ -33,12 +27,14 @@ CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 _MAX_CONFIG_BYTES = 1_000_000
 _MOST_SHOWN = 20
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+_QUANTISED = ("F8_", "F6_", "F4", "I", "U", "BOOL")
 # What the name of a tensor that does not belong says about the model it comes from.
 _FOREIGN = {
     "mtp": "multi-token prediction, which is not supported; save the model without it",
-    ".experts.": "mixture of experts, which is not supported; use a dense parent",
-    "shared_experts": "mixture of experts, which is not supported; use a dense parent",
-    ".gate.": "mixture of experts, which is not supported; use a dense parent",
+    **dict.fromkeys(
+        (".experts.", "shared_experts", ".gate."), "mixture of experts, which is not supported; use a dense parent"
+    ),
     "_scale": "quantisation; dequantise the folder to bf16 first",
 }
 
@@ -54,23 +50,15 @@ class HfFolderError(ValueError):
 
 @dataclass(frozen=True)
 class HfFolder:
-    """A checked folder. `config` and `generation` are the files as they are, None: there is none.
+    """A checked folder: its sizes, what it gives to its exports, and `tensors`, read one by one by `backbone.` name.
 
-    `tensors` reads one tensor at a time, by its `backbone.` name; `dtypes` gives each one's format and `dtype_rule`
-    the same in short; `num_bytes` counts all values. `warnings` are for the user to see: what is computed otherwise
-    here, not kept, or left alone.
+    `warnings` are for the user to see: what is computed otherwise here, not kept, or left alone.
     """
 
     path: Path
     shape: ModelShape
-    settings: HfSettings
-    config: Mapping[str, Any]
-    generation: Mapping[str, Any] | None
+    exports: ExportSettings
     tensors: TensorFolder
-    dtypes: Mapping[str, torch.dtype]
-    dtype_rule: DtypeRule
-    num_bytes: int
-    tokenizer_files: tuple[Path, ...]
     warnings: tuple[str, ...]
 
 
@@ -91,12 +79,10 @@ def open_hf_folder(folder: Path) -> HfFolder:
 
 def _open(folder: Path) -> HfFolder:
     problems: list[str] = []
-    config = _read(folder / CONFIG_FILE, problems, infinity_in=("time_step_limit",))
-    shape = None
+    config, shape, generation = _read(folder / CONFIG_FILE, problems, infinity_in=("time_step_limit",)), None, None
     if config is not None:
         shape, found = checked_shape(config)
         problems += [f"{CONFIG_FILE}: {problem}" for problem in found]
-    generation = None
     if (folder / GENERATION_FILE).exists(follow_symlinks=False):
         generation = _read(folder / GENERATION_FILE, problems)
         if generation is not None and shape is not None:
@@ -106,25 +92,14 @@ def _open(folder: Path) -> HfFolder:
     scan = scan_tensors(folder)
     problems += scan.problems
     stored = _by_file_name(scan, problems)
-    rule, found = checked_dtypes(stored)
-    problems += found
+    rule = _checked_dtypes(stored, problems)
     if shape is not None and (stored or scan.unread):
         problems += _size_problems(stored, set(stored_names(scan.unread)), shape)
     if problems or config is None or shape is None or rule is None:
         raise HfFolderError(folder, problems or ["it holds no tensors"])
-    return HfFolder(
-        path=folder,
-        shape=shape,
-        settings=settings_from_hf_config(config, generation, read_license(folder)),
-        config=config,
-        generation=generation,
-        tensors=TensorFolder(stored),
-        dtypes={name: rule.of(name) for name in stored},
-        dtype_rule=rule,
-        num_bytes=sum(tensor.num_bytes for tensor in stored.values()),
-        tokenizer_files=tokenizer,
-        warnings=(*import_warnings(config), *_warnings(folder, config, rule, shape, stored), *scan.warnings),
-    )
+    exports = ExportSettings(rule, settings_from_hf_config(config, generation, read_license(folder)), tokenizer)
+    warnings = (*import_warnings(config), *_warnings(folder, config, exports, shape, stored), *scan.warnings)
+    return HfFolder(folder, shape, exports, TensorFolder(stored), warnings)
 
 
 def read_license(folder: Path) -> dict[str, str]:
@@ -156,6 +131,49 @@ def _by_file_name(scan: TensorScan, problems: list[str]) -> dict[str, StoredTens
     return {name: scan.tensors[stored] for name, stored in names.items()}
 
 
+def _checked_dtypes(stored: Mapping[str, StoredTensor], problems: list[str]) -> DtypeRule | None:
+    """Return the rule that the tensors of a folder follow, or None; what is wrong is added to `problems`.
+
+    All matrices must have one format, fp32 or bf16; vectors (norms, biases, A_log, D, dt_bias) may be fp32 beside
+    bf16, each kind in all layers alike.
+    """
+    foreign, matrices, kinds = defaultdict(set), defaultdict(set), defaultdict(set)
+    for name, tensor in stored.items():
+        if tensor.dtype not in _DTYPES:
+            foreign[tensor.dtype].add(name)
+            continue
+        kinds[kind_of_tensor(name)].add(tensor.dtype)
+        if len(tensor.size) > 1:
+            matrices[tensor.dtype].add(name)
+    found = [
+        f"{len(names)} tensors are {dtype} ({listed(names, 2)}), which {_remedy(dtype)}"
+        for dtype, names in sorted(foreign.items())
+    ]
+    if len(matrices) > 1:
+        mixed = "; ".join(f"{dtype}: {listed(names, 2)}" for dtype, names in sorted(matrices.items()))
+        found.append(f"matrices have two number formats ({mixed}); save the model again in one")
+    main = next(iter(matrices), None)
+    if main is not None and not found:
+        for kind, formats in kinds.items():
+            if len(formats) > 1:
+                found.append(f"{shown(kind)} is F32 in some layers, BF16 in others; save the model again in one format")
+            elif main == "F32" and formats != {main}:
+                found.append(f"{shown(kind)} is BF16 beside matrices in F32; save the model again in one format")
+    problems += found
+    if main is None or found:
+        return None
+    return DtypeRule(_DTYPES[main], {kind: _DTYPES[dtype] for kind, (dtype,) in kinds.items() if dtype != main})
+
+
+def _remedy(dtype: str) -> str:
+    if dtype == "F16":
+        # Kept in bf16 they would lose bits, and checkpoints here are fp32 or bf16.
+        return "checkpoints of this project cannot keep; load the model with dtype=torch.float32 and save it again"
+    if dtype.startswith(_QUANTISED):
+        return "is quantised; dequantise the folder to bf16 first"
+    return "is not supported; save the model in F32 or BF16"
+
+
 def _size_problems(stored: Mapping[str, StoredTensor], unread: set[str], shape: ModelShape) -> list[str]:
     """Compare names and sizes with the config's; tensors of shards that could not be read are not missed again."""
     sizes = hf_sizes(shape)
@@ -177,25 +195,29 @@ def _size_problems(stored: Mapping[str, StoredTensor], unread: set[str], shape: 
 
 
 def _warnings(
-    folder: Path, config: Mapping[str, Any], rule: DtypeRule, shape: ModelShape, stored: Mapping[str, StoredTensor]
+    folder: Path,
+    config: Mapping[str, Any],
+    exports: ExportSettings,
+    shape: ModelShape,
+    stored: Mapping[str, StoredTensor],
 ) -> list[str]:
-    warnings = []
-    held, said = str(rule.main).removeprefix("torch."), declared_dtype(config)
-    if said not in (None, held):
+    warnings, paths = [], list(folder.iterdir())
+    held, said = DTYPE_NAMES[exports.dtypes.main], config.get("dtype", config.get("torch_dtype"))
+    if isinstance(said, str) and (said := said.removeprefix("torch.")) != held:
         warnings.append(f"torch_dtype = {shown(said)}, but the tensors are {held}; exports say {held}")
     if shape.tied_embeddings and HF_HEAD not in stored:
         warnings.append(
             f"tie_word_embeddings without {HF_HEAD}: stock transformers 5 does not tie nemotron_h and would start "
             f"from a random head; exports carry the embedding as the head"
         )
-    if code := [path.name for path in folder.iterdir() if path.suffix in (".py", ".so", ".pyc")]:
+    if code := [path.name for path in paths if path.suffix in (".py", ".so", ".pyc")]:
         warnings.append(f"code is never run or copied: {listed(code)}")
-    if strays := [path.name for path in folder.iterdir() if path.is_symlink() and _leads_away(path)]:
+    if strays := [path.name for path in paths if path.is_symlink() and _leads_away(path)]:
         warnings.append(
             f"links to files outside the folder: {listed(strays)}; what they lead to is read as part of the model, and "
             f"tokenizer files are copied into checkpoints and exports"
         )
-    if not find_tokenizer(folder):
+    if not exports.tokenizer_files:
         warnings.append("no tokenizer files: exports will have none either")
     return warnings
 

@@ -6,6 +6,7 @@ than the widest of their kind (zero-padded, because the stock config knows one i
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -15,10 +16,8 @@ from elastic.rank.slicing import TensorSource, cut_parameter, reader
 from elastic.space.layers import parameter_dims, parameter_names, split_parameter_name
 from elastic.space.nesting import Cut, kept_indices, parameter_size
 from elastic.space.shape import ModelShape
-from elastic.world.files import first_few
 
-PREFIX = "backbone."
-_MEMORY_PREFIX = "model."  # what a loaded stock model's state_dict uses instead
+PREFIX, _MEMORY_PREFIX = "backbone.", "model."  # in a file; in a loaded stock model's state_dict
 HF_HEAD = "lm_head.weight"
 _EMBEDDING = "embedding.word_embeddings.weight"
 _HEAD = "output_layer.weight"
@@ -67,15 +66,12 @@ def hf_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     Raises ExportError if the shape has no stock form.
     """
     padded = export_shape(shape)
+    key = padded.kv_heads * padded.attention_channels
     sizes: dict[str, tuple[int, ...]] = {}
     for name in parameter_names(padded):
-        names, size = hf_names(name), parameter_size(name, padded)
-        if len(names) == 1:
-            sizes[names[0]] = size
-        else:
-            query = padded.width(_layer(name)) * padded.attention_channels
-            key = padded.kv_heads * padded.attention_channels
-            sizes |= {hf_name: (rows, size[1]) for hf_name, rows in zip(names, (query, key, key), strict=True)}
+        names, (rows, *columns) = hf_names(name), parameter_size(name, padded)
+        parts = (rows,) if len(names) == 1 else (rows - 2 * key, key, key)
+        sizes |= {hf_name: (part, *columns) for hf_name, part in zip(names, parts, strict=True)}
     return sizes | {HF_HEAD: (shape.vocab, shape.hidden)}
 
 
@@ -87,44 +83,38 @@ def to_hf(source: TensorSource, shape: ModelShape) -> Iterator[tuple[str, Tensor
     tensor has the wrong size.
     """
     padded, read = export_shape(shape), reader(source)
-    return _to_hf(read, shape, padded)
+    written = [(name, hf_names(name)) for name in parameter_names(shape)]
+    written += [(_EMBEDDING, (HF_HEAD,))] if shape.tied_embeddings else []
 
-
-def _to_hf(read: Callable[[str], Tensor], shape: ModelShape, padded: ModelShape) -> Iterator[tuple[str, Tensor]]:
-    def stored(name: str) -> tuple[Tensor, ...]:
+    def stored(name: str, names: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
         tensor = pad_parameter(read(name), name, shape, padded)
-        return split_qkv(tensor, padded.kv_heads, padded.attention_channels) if _is_qkv(name) else (tensor,)
+        parts = split_qkv(tensor, padded.kv_heads, padded.attention_channels) if len(names) == 3 else (tensor,)
+        return zip(names, parts, strict=True)
 
-    for name in parameter_names(shape):
-        # No local variable holds a tensor here, so that one is gone before the next is read.
-        yield from zip(hf_names(name), stored(name), strict=True)
-    if shape.tied_embeddings:
-        yield HF_HEAD, read(_EMBEDDING)
+    # Nothing holds a tensor here, so that one is gone before the next is read.
+    return chain.from_iterable(stored(*entry) for entry in written)
 
 
-def from_hf(source: TensorSource, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
+def from_hf(tensors: Mapping[str, Tensor], shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
     """Yield (Megatron-Core name, tensor) for a stock model, one tensor at a time; undoes `to_hf` bit for bit.
 
-    A mapping may use the file's names (`backbone.`) or a loaded model's (`model.`); a function is asked for the
-    file's. Raises HfTensorError for a missing, unexpected or wrongly sized tensor, for padding that is not zero, and
-    for a tied model whose head differs from its embedding.
+    Raises HfTensorError as `megatron_source` does.
     """
-    if not isinstance(source, Mapping):
-        return _from_hf(source, shape, has_head=not shape.tied_embeddings)
-    tensors, stored = source, stored_names(source)
-    check_names(stored, shape)
-    return _from_hf(lambda hf_name: tensors[stored[hf_name]], shape, has_head=HF_HEAD in stored)
+    read = megatron_source(tensors, shape)
+    return ((name, read(name)) for name in parameter_names(shape))
 
 
-def megatron_source(read: Callable[[str], Tensor], shape: ModelShape) -> Callable[[str], Tensor]:
-    """Return a function that gives one Megatron-Core tensor of a stock model, `read` by the file's names, by its name.
+def megatron_source(tensors: Mapping[str, Tensor], shape: ModelShape) -> Callable[[str], Tensor]:
+    """Return a function that gives one Megatron-Core tensor of a stock model by its name.
 
-    Raises HfTensorError as `from_hf` does, when a tensor is asked for.
+    `tensors` has all names of a file (`backbone.`) or of a loaded model (`model.`). Raises HfTensorError for a tied
+    model whose stored head is not its embedding, and, when a tensor is asked for, for a wrong size, values that are not
+    finite, or padding that is not zero.
     """
-    padded, sizes = export_shape(shape), hf_sizes(shape)
+    padded, sizes, stored = export_shape(shape), hf_sizes(shape), stored_names(tensors)
 
     def checked(hf_name: str) -> Tensor:
-        tensor = read(hf_name)
+        tensor = tensors[stored[hf_name]]
         if tuple(tensor.shape) != sizes[hf_name]:
             raise HfTensorError(f"{hf_name} is {tuple(tensor.shape)}, the config says {sizes[hf_name]}")
         if not tensor.isfinite().all():
@@ -134,27 +124,16 @@ def megatron_source(read: Callable[[str], Tensor], shape: ModelShape) -> Callabl
 
     def ours(name: str) -> Tensor:
         parts = [checked(hf_name) for hf_name in hf_names(name)]
-        tensor = merge_qkv(parts, padded.kv_heads, padded.attention_channels) if _is_qkv(name) else parts[0]
+        tensor = parts[0] if len(parts) == 1 else merge_qkv(parts, padded.kv_heads, padded.attention_channels)
         return unpad_parameter(tensor, name, shape, padded)
 
+    if shape.tied_embeddings and HF_HEAD in stored:
+        if not torch.equal(*(tensors[stored[hf_name]] for hf_name in (HF_HEAD, *MODEL_NAMES[_EMBEDDING]))):
+            raise HfTensorError(
+                f"config says tie_word_embeddings, but {HF_HEAD} differs from the embedding, and stock transformers "
+                f"uses the two as they are; set tie_word_embeddings to false"
+            )
     return ours
-
-
-def check_tied_head(read: Callable[[str], Tensor]) -> None:
-    """Raise HfTensorError if a tied model's stored head is not its embedding."""
-    if not torch.equal(read(HF_HEAD), read(MODEL_NAMES[_EMBEDDING][0])):
-        raise HfTensorError(
-            f"config says tie_word_embeddings, but {HF_HEAD} differs from the embedding, and stock transformers "
-            f"uses the two as they are; set tie_word_embeddings to false"
-        )
-
-
-def _from_hf(read: Callable[[str], Tensor], shape: ModelShape, has_head: bool) -> Iterator[tuple[str, Tensor]]:
-    ours = megatron_source(read, shape)
-    for name in parameter_names(shape):
-        yield name, ours(name)
-    if shape.tied_embeddings and has_head:
-        check_tied_head(read)
 
 
 def stored_names(names: Iterable[str]) -> dict[str, str]:
@@ -164,26 +143,11 @@ def stored_names(names: Iterable[str]) -> dict[str, str]:
     }
 
 
-def check_names(names: Iterable[str], shape: ModelShape) -> None:
-    """Raise HfTensorError, listing the file's names, if a tensor of `shape` is missing or one is left over."""
-    expected, given = hf_sizes(shape).keys(), set(names)
-    optional = {HF_HEAD} if shape.tied_embeddings else set()
-    missing, unexpected = sorted(expected - given - optional), sorted(given - expected)
-    problems = [f"missing {', '.join(first_few(missing))}"] if missing else []
-    problems += [f"unexpected {', '.join(first_few(unexpected))}"] if unexpected else []
-    if problems:
-        raise HfTensorError("Hugging Face tensors do not match the config: " + "; ".join(problems))
-
-
 def split_qkv(fused: Tensor, kv_heads: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
     """Split [KV * (q/KV + 2) * a, D], per KV group (q.., k, v), into q, k and v of all groups."""
     rows = fused.reshape(kv_heads, -1, channels, fused.shape[-1])
-    queries, keys, values = rows.split([rows.shape[1] - 2, 1, 1], dim=1)
-    return (
-        queries.reshape(-1, fused.shape[-1]),
-        keys.reshape(-1, fused.shape[-1]),
-        values.reshape(-1, fused.shape[-1]),
-    )
+    query, key, value = (part.reshape(-1, fused.shape[-1]) for part in rows.split([rows.shape[1] - 2, 1, 1], dim=1))
+    return query, key, value
 
 
 def merge_qkv(parts: Sequence[Tensor], kv_heads: int, channels: int) -> Tensor:
@@ -213,12 +177,12 @@ def pad_parameter(tensor: Tensor, name: str, shape: ModelShape, padded: ModelSha
 
 def unpad_parameter(tensor: Tensor, name: str, shape: ModelShape, padded: ModelShape) -> Tensor:
     """Undo `pad_parameter`; raises HfTensorError if a value that would be dropped is not zero."""
-    cut = _padding_cut(name, shape, padded)
-    if cut is None:
+    layer_index, cut = split_parameter_name(name)[0], _padding_cut(name, shape, padded)
+    if layer_index is None or cut is None:
         return tensor
     kept = cut_parameter(tensor, name, cut)
     if torch.count_nonzero(tensor) != torch.count_nonzero(kept):
-        raise HfTensorError(f"{name}: the padding beyond width {shape.width(_layer(name))} is not zero")
+        raise HfTensorError(f"{name}: the padding beyond width {shape.width(layer_index)} is not zero")
     return kept.clone()
 
 
@@ -228,13 +192,3 @@ def _padding_cut(name: str, shape: ModelShape, padded: ModelShape) -> Cut | None
     if layer_index is None or shape.width(layer_index) == padded.width(layer_index):
         return None
     return Cut.of_layer(padded, layer_index, shape.layer_widths(layer_index))
-
-
-def _is_qkv(name: str) -> bool:
-    return len(hf_names(name)) == 3
-
-
-def _layer(name: str) -> int:
-    layer_index, _ = split_parameter_name(name)
-    assert layer_index is not None, f"{name} is not inside a layer"
-    return layer_index

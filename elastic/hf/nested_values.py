@@ -13,14 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from elastic.hf.config import ExportError
 from elastic.space.axes import LayerKind
 from elastic.space.shape import ModelShape, Subnet
 
 _ROWS_AT_ONCE = 4096
-
-
-class NestedValueError(ValueError):
-    """An exported value that is not the parent's value at its nested index."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ def check_values(
 ) -> int:
     """Compare every exported value with the parent's, converted to the exported number format; return their count.
 
-    Raises NestedValueError naming the tensor, and the first row that differs.
+    Raises ExportError naming the tensor, and the first row that differs.
     """
     count = 0
     for name, origin in origins:
@@ -52,9 +49,8 @@ def _check_tensor(name: str, tensor: Tensor, parent: Tensor, origin: Origin) -> 
     values = parent.reshape(parent.shape[0], -1)
     columns = torch.arange(values.shape[1]) if origin.columns is None else origin.columns
     if tuple(rows.shape) != (origin.rows.numel(), columns.numel()):
-        raise NestedValueError(
-            f"{name} is {tuple(rows.shape)}, the subnet keeps {origin.rows.numel()} x {columns.numel()}"
-        )
+        kept = f"{origin.rows.numel()} x {columns.numel()}; nothing was written"
+        raise ExportError(f"{name} is {tuple(rows.shape)}, the subnet keeps {kept}")
     for start in range(0, rows.shape[0], _ROWS_AT_ONCE):
         from_rows = origin.rows[start : start + _ROWS_AT_ONCE]
         expected = values[from_rows.clamp(min=0)][:, columns.clamp(min=0)].to(tensor.dtype)
@@ -63,7 +59,9 @@ def _check_tensor(name: str, tensor: Tensor, parent: Tensor, origin: Origin) -> 
         differs = (rows[start : start + _ROWS_AT_ONCE] != expected).any(dim=1).nonzero()
         if differs.numel():
             row = start + int(differs[0])
-            raise NestedValueError(f"{name}: row {row} is not row {int(origin.rows[row])} of {origin.parameter}")
+            raise ExportError(
+                f"{name}: row {row} is not row {int(origin.rows[row])} of {origin.parameter}; nothing was written"
+            )
 
 
 def nested_origins(parent: ModelShape, subnet: Subnet, lanes: int, stored: ModelShape) -> Iterator[tuple[str, Origin]]:

@@ -3,9 +3,8 @@
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,94 +12,86 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from elastic.hf.safe_files import shown
-from elastic.hf.tensor_index import INDEX_FILE, SINGLE_FILE, StoredTensor, TensorFileError
+from elastic.hf.names import HfTensorError
+from elastic.hf.safe_files import UnsafeFileError, shown
+from elastic.hf.tensor_index import INDEX_FILE, SINGLE_FILE, StoredTensor
 
 _TYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """What a tensor will be before it exists."""
-
-    size: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the values."""
-        return torch.Size(self.size).numel() * self.dtype.itemsize
+def planned(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return what a tensor will be before it exists: size and number format, without values."""
+    return torch.empty(size, dtype=dtype, device="meta")
 
 
-def plan_shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[dict[str, TensorSpec]]:
-    """Deal tensors, in order, into files of at most `shard_bytes`; a larger tensor gets a file of its own."""
-    shards: list[dict[str, TensorSpec]] = [{}]
+def plan_shards(plan: Mapping[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]]:
+    """Deal planned tensors, in order, into files of at most `shard_bytes`; a larger tensor gets a file of its own."""
+    shards: list[dict[str, Tensor]] = [{}]
     filled = 0
-    for name, spec in specs.items():
-        if shards[-1] and filled + spec.num_bytes > shard_bytes:
+    for name, tensor in plan.items():
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
             shards.append({})
             filled = 0
-        shards[-1][name] = spec
-        filled += spec.num_bytes
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
     return shards
 
 
 def write_tensors(
-    folder: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, Tensor]], shard_bytes: int
+    folder: Path,
+    plan: Mapping[str, Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
+    shard_bytes: int,
+    progress: Callable[[int, int], None] = lambda num_bytes, total: None,
 ) -> int:
-    """Write `tensors` as they come, converted to their spec's dtype, into one file or several with an index.
+    """Write `tensors` as they come, in the number formats of the plan, into one file or several with an index.
 
-    Returns the bytes of all values. Raises TensorFileError unless exactly the announced tensors come, each once.
+    Returns the bytes of all values; `progress` is told those of each written tensor and of all. Raises HfTensorError
+    unless exactly the planned tensors come, each once.
     """
-    shards = plan_shards(specs, shard_bytes)
-    count = len(shards)
-    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    names = [SINGLE_FILE] if count == 1 else names
-    pending = dict(specs)
+    shards, total = plan_shards(plan, shard_bytes), sum(tensor.nbytes for tensor in plan.values())
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    names = [SINGLE_FILE] if len(shards) == 1 else names
+    pending = dict(plan)
     with ExitStack() as stack:
         places: dict[str, tuple[Any, int]] = {}
-        files = []
-        for file_name, shard in zip(names, shards, strict=True):
-            files.append(stack.enter_context(open(folder / file_name, "wb")))
+        files = [stack.enter_context(open(folder / name, "wb")) for name in names]
+        for file, shard in zip(files, shards, strict=True):
             header, offsets = _header(shard)
-            files[-1].write(header)
-            places |= {name: (files[-1], len(header) + offset) for name, offset in offsets.items()}
+            file.write(header)
+            places |= {name: (file, len(header) + offset) for name, offset in offsets.items()}
         for name, tensor in tensors:
-            spec = pending.pop(name, None)
-            if spec is None or tuple(tensor.shape) != spec.size:
-                raise TensorFileError(f"tensor {name} {tuple(tensor.shape)} was not announced, or came twice: {spec}")
+            wanted = pending.pop(name, None)
+            if wanted is None or tensor.shape != wanted.shape:
+                raise HfTensorError(f"tensor {name} {tuple(tensor.shape)} was not announced, or came twice")
             file, position = places[name]
             file.seek(position)
-            values = tensor.detach().to("cpu", spec.dtype).contiguous()
+            values = tensor.detach().to("cpu", wanted.dtype).contiguous()
             file.write(values.reshape(-1).view(torch.uint8).numpy().data)
             del tensor, values  # before the next one is read
+            progress(wanted.nbytes, total)
         if pending:
-            raise TensorFileError(f"{len(pending)} announced tensors never came: {', '.join(list(pending)[:4])}")
+            raise HfTensorError(f"{len(pending)} announced tensors never came: {', '.join(list(pending)[:4])}")
         for file in files:
             file.flush()
             os.fsync(file.fileno())
-    total = sum(spec.num_bytes for spec in specs.values())
-    if count > 1:
-        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+    if len(shards) > 1:
+        weight_map = {name: file_name for file_name, shard in zip(names, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
     return total
 
 
-def _header(shard: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
+def _header(shard: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:
     """Return a file's header and each tensor's offset behind it."""
     offsets: dict[str, int] = {}
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     # Wide types first: an fp32 tensor behind an odd number of bf16 values would not be aligned.
-    for name in sorted(shard, key=lambda name: -shard[name].dtype.itemsize):
-        spec = shard[name]
-        offsets[name], end = end, end + spec.num_bytes
-        entries[name] = {
-            "dtype": _TYPE_NAMES[spec.dtype],
-            "shape": list(spec.size),
-            "data_offsets": [offsets[name], end],
-        }
+    for name, tensor in sorted(shard.items(), key=lambda entry: -entry[1].dtype.itemsize):
+        offsets[name], end = end, end + tensor.nbytes
+        place = {"shape": list(tensor.shape), "data_offsets": [offsets[name], end]}
+        entries[name] = {"dtype": _TYPE_NAMES[tensor.dtype], **place}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text, offsets
@@ -122,7 +113,7 @@ class TensorFolder(Mapping[str, Tensor]):
             with safe_open(stored.path, framework="pt") as file:
                 return file.get_tensor(stored.name)
         except (SafetensorError, OSError) as error:
-            raise TensorFileError(f"{shown(stored.path.name)} was sound, but cannot be read now: {error}") from error
+            raise UnsafeFileError(f"{shown(stored.path.name)} was sound, but cannot be read now: {error}") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
@@ -137,7 +128,3 @@ class TensorFolder(Mapping[str, Tensor]):
     def files(self) -> tuple[Path, ...]:
         """The files that hold the tensors, in order."""
         return tuple(sorted({stored.path for stored in self._stored.values()}))
-
-    def size(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's size without reading its values."""
-        return self._stored[name].size

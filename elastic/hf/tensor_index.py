@@ -8,7 +8,7 @@ import math
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,25 +28,27 @@ _BITS = {
 }
 
 
-class TensorFileError(ValueError):
-    """A folder of tensors that is incomplete, damaged, unsafe to read, or not what was announced."""
-
-
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor as its file's header says: where it is, under which name, and what it will be."""
+    """One tensor as its file's header says: where its values begin and end, under which name, and what it will be."""
 
     path: Path
     name: str
     dtype: str
     size: tuple[int, ...]
-    num_bytes: int
+    begin: int
+    end: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the values."""
+        return self.end - self.begin
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file by name, without reading a value.
 
-    Raises TensorFileError if the file is missing, not regular, truncated, longer than its header says, or if its
+    Raises UnsafeFileError if the file is missing, not regular, truncated, longer than its header says, or if its
     header is damaged: absurd length, not JSON, unknown type, tensors that overlap or leave holes.
     """
     file_name = shown(path.name)
@@ -55,81 +57,77 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             file_bytes = os.fstat(file.fileno()).st_size
             header_bytes = _header_length(file.read(_LENGTH_BYTES), file_bytes, file_name)
             entries = parse_json(file.read(header_bytes), f"header of {path.name}")
-    except UnsafeFileError as error:
-        raise TensorFileError(str(error)) from error
     except OSError as error:
-        raise TensorFileError(f"{file_name} cannot be read: {error.strerror}") from error
+        raise UnsafeFileError(f"{file_name} cannot be read: {error.strerror}") from error
     metadata = entries.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise TensorFileError(f"header of {file_name} is damaged: __metadata__ must map text to text")
-    places = {name: _entry(name, entry, path) for name, entry in entries.items()}
-    end = _contiguous_end(places, file_name)
-    needed = _LENGTH_BYTES + header_bytes + end
+        raise UnsafeFileError(f"header of {file_name} is damaged: __metadata__ must map text to text")
+    tensors = {name: _entry(name, entry, path) for name, entry in entries.items()}
+    needed = _LENGTH_BYTES + header_bytes + _contiguous_end(tensors.values(), file_name)
     if file_bytes < needed:
-        raise TensorFileError(
+        raise UnsafeFileError(
             f"{file_name} is truncated: {file_bytes:,} bytes are there, its header promises {needed:,}; download or "
             f"copy it again"
         )
     if file_bytes > needed:
-        raise TensorFileError(f"{file_name} has {file_bytes:,} bytes, but its header describes only {needed:,}")
-    return {name: tensor for name, (tensor, _, _) in places.items()}
+        raise UnsafeFileError(f"{file_name} has {file_bytes:,} bytes, but its header describes only {needed:,}")
+    return tensors
 
 
 def _header_length(prefix: bytes, file_bytes: int, file_name: str) -> int:
     if len(prefix) < _LENGTH_BYTES:
-        raise TensorFileError(f"{file_name} is truncated: {file_bytes} bytes are too few for a safetensors file")
+        raise UnsafeFileError(f"{file_name} is truncated: {file_bytes} bytes are too few for a safetensors file")
     length = struct.unpack("<Q", prefix)[0]
     if length > _MAX_HEADER_BYTES:
-        raise TensorFileError(
+        raise UnsafeFileError(
             f"{file_name} is not a safetensors file, or damaged: it announces a header of {length:,} bytes, more than "
             f"{_MAX_HEADER_BYTES:,}"
         )
     if _LENGTH_BYTES + length > file_bytes:
-        raise TensorFileError(
+        raise UnsafeFileError(
             f"{file_name} is truncated: {file_bytes:,} bytes are there, its header alone ends at "
             f"{_LENGTH_BYTES + length:,}; download or copy it again"
         )
     return length
 
 
-def _entry(name: str, entry: Any, path: Path) -> tuple[StoredTensor, int, int]:
-    """Return one tensor with the begin and end of its values; raises TensorFileError if they do not fit together."""
+def _entry(name: str, entry: Any, path: Path) -> StoredTensor:
+    """Return one tensor; raises UnsafeFileError if type, size and place of its values do not fit together."""
     where = f"header of {shown(path.name)} is damaged: {shown(name)}"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise TensorFileError(f"{where} has no dtype, shape and data_offsets")
+        raise UnsafeFileError(f"{where} has no dtype, shape and data_offsets")
     dtype, size, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise TensorFileError(f"{where} has the unknown type {shown(dtype)}")
+        raise UnsafeFileError(f"{where} has the unknown type {shown(dtype)}")
     if not _counts(size) or not _counts(offsets) or len(offsets) != 2:
-        raise TensorFileError(f"{where} has shape {shown(size)} and data_offsets {shown(offsets)}")
-    begin, end = offsets
+        raise UnsafeFileError(f"{where} has shape {shown(size)} and data_offsets {shown(offsets)}")
+    tensor = StoredTensor(path, name, dtype, tuple(size), *offsets)
     bits = math.prod(size) * _BITS[dtype]
-    if end < begin or bits != 8 * (end - begin):
-        raise TensorFileError(
-            f"{where} has {end - begin:,} bytes (data_offsets {shown(offsets)}), but {dtype} of shape {shown(size)} "
-            f"takes {shown(-(-bits // 8))}"
+    if tensor.num_bytes < 0 or bits != 8 * tensor.num_bytes:
+        raise UnsafeFileError(
+            f"{where} has {tensor.num_bytes:,} bytes (data_offsets {shown(offsets)}), but {dtype} of shape "
+            f"{shown(size)} takes {shown(-(-bits // 8))}"
         )
-    return StoredTensor(path, name, dtype, tuple(size), end - begin), begin, end
+    return tensor
 
 
 def _counts(value: Any) -> bool:
     """Tell whether a value is a short list of integers that fit an address."""
-    return (
-        isinstance(value, list) and len(value) <= 8 and all(type(item) is int and 0 <= item < 2**63 for item in value)
-    )
+    fits = isinstance(value, list) and len(value) <= 8
+    return fits and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
-def _contiguous_end(places: dict[str, tuple[StoredTensor, int, int]], file_name: str) -> int:
-    """Return where the values end; raises TensorFileError if two tensors overlap or bytes belong to none."""
+def _contiguous_end(tensors: Iterable[StoredTensor], file_name: str) -> int:
+    """Return where the values end; raises UnsafeFileError if two tensors overlap or bytes belong to none."""
     filled, before = 0, "the header"
-    for name, (_, begin, end) in sorted(places.items(), key=lambda place: place[1][1:]):
-        if begin != filled:
-            what = "overlaps" if begin < filled else "leaves a hole behind"
-            raise TensorFileError(
-                f"header of {file_name} is damaged: {shown(name)} begins at {begin:,}, it {what} {shown(before)}, "
-                f"which ends at {filled:,}"
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):
+        if tensor.begin != filled:
+            what = "overlaps" if tensor.begin < filled else "leaves a hole behind"
+            raise UnsafeFileError(
+                f"header of {file_name} is damaged: {shown(tensor.name)} begins at {tensor.begin:,}, it {what} "
+                f"{shown(before)}, which ends at {filled:,}"
             )
-        filled, before = end, name
+        filled, before = tensor.end, tensor.name
     return filled
 
 
@@ -151,47 +149,45 @@ class TensorScan:
 
 
 def scan_tensors(folder: Path) -> TensorScan:
-    """Read the index and every header below `folder`, never a value; problems are collected, not raised.
+    """Read the index and every header of a folder, never a value; problems are collected, not raised.
 
     Only safetensors are read, because loading a pickle runs code from the file; only files that lie, or are linked,
     directly in the folder, whatever the index says.
     """
     scan = TensorScan()
-    if not folder.is_dir():
-        scan.problems.append(f"{folder} is not a folder")
-        return scan
     has_single, has_index = (os.path.lexists(folder / name) for name in (SINGLE_FILE, INDEX_FILE))
-    if has_single and has_index:
-        scan.problems.append(
-            f"{folder} holds both {SINGLE_FILE} and {INDEX_FILE}, two models at once; remove the one that is stale"
-        )
-    elif has_single:
-        _scan_single(folder / SINGLE_FILE, scan)
-    elif has_index:
-        _scan_shards(folder, scan)
-    else:
-        scan.problems.append(_nothing_found(folder))
-    _warn_of_others(folder, scan)
+    try:
+        if has_single and has_index:
+            both = f"{folder} holds both {SINGLE_FILE} and {INDEX_FILE}"
+            scan.problems.append(f"{both}, two models at once; remove the one that is stale")
+        elif has_single:
+            scan.tensors = read_header(folder / SINGLE_FILE)
+        elif has_index:
+            _scan_shards(folder, _read_index(folder), scan)
+        else:
+            scan.problems.append(_nothing_found(folder))
+    except UnsafeFileError as error:
+        scan.problems.append(str(error))
+    read = {tensor.path.name for tensor in scan.tensors.values()} | {SINGLE_FILE}
+    others = {path.name for path in folder.iterdir() if path.name.endswith((_SUFFIX, *_PICKLE_SUFFIXES))}
+    if (unread := others - read) and not scan.problems:
+        scan.warnings.append(f"not read, because no index names it: {listed(unread)}")
     return scan
 
 
-def _scan_single(path: Path, scan: TensorScan) -> None:
-    try:
-        scan.tensors = read_header(path)
-    except TensorFileError as error:
-        scan.problems.append(str(error))
-
-
-def _scan_shards(folder: Path, scan: TensorScan) -> None:
+def _read_index(folder: Path) -> dict[str, Any]:
+    """Return the index, which has a map from tensors to files; raises UnsafeFileError."""
     try:
         index = read_json(folder / INDEX_FILE, _MAX_INDEX_BYTES)
+        if not isinstance(index.get("weight_map"), dict):
+            raise UnsafeFileError("it has no weight_map from tensors to files")
     except UnsafeFileError as error:
-        scan.problems.append(f"{INDEX_FILE} is not a valid index: {error}")
-        return
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict):
-        scan.problems.append(f"{INDEX_FILE} is not a valid index: it has no weight_map from tensors to files")
-        return
+        raise UnsafeFileError(f"{INDEX_FILE} is not a valid index: {error}") from error
+    return index
+
+
+def _scan_shards(folder: Path, index: Mapping[str, Any], scan: TensorScan) -> None:
+    weight_map = index["weight_map"]
     if not weight_map:
         scan.problems.append(f"{INDEX_FILE} names no tensors")
     wanted: dict[str, set[str]] = defaultdict(set)
@@ -208,43 +204,41 @@ def _scan_shards(folder: Path, scan: TensorScan) -> None:
     ]
     held: dict[str, list[str]] = defaultdict(list)
     for file in sorted(wanted):
-        _scan_shard(folder / file, wanted[file], weight_map.keys(), held, scan)
+        for name in _scan_shard(folder / file, wanted[file], weight_map.keys(), scan):
+            held[name].append(file)
     scan.problems += [
         f"{shown(name)} is stored twice, in {' and '.join(map(shown, files))}; one model cannot have both"
         for name, files in held.items()
         if len(files) > 1
     ]
-    if not scan.problems:
-        _check_total(index, scan)
+    metadata = index.get("metadata")
+    said = metadata.get("total_size") if isinstance(metadata, dict) else None
+    there = sum(tensor.num_bytes for tensor in scan.tensors.values())
+    if said not in (None, there) and not scan.problems:  # only a warning, for every shard was checked by itself
+        scan.warnings.append(
+            f"{INDEX_FILE} says total_size = {shown(said)}, the shards hold {there} bytes of values; the shards are "
+            f"complete by their own headers, so the index is ignored in this"
+        )
 
 
-def _scan_shard(
-    path: Path, wanted: set[str], indexed: Iterable[str], held: dict[str, list[str]], scan: TensorScan
-) -> None:
-    """Add one shard's tensors to the scan; `held` collects the files in which each name was found."""
+def _scan_shard(path: Path, wanted: set[str], indexed: Set[str], scan: TensorScan) -> Set[str]:
+    """Add one shard's tensors to the scan; returns the names of all that it holds."""
     try:
         found = read_header(path)
-    except TensorFileError as error:
+    except UnsafeFileError as error:
         scan.unread |= wanted
-        missing = not os.path.lexists(path)
-        why = f"is missing from {path.parent}" if missing else f"cannot be used: {error}"
+        why = f"cannot be used: {error}" if os.path.lexists(path) else f"is missing from {path.parent}"
         scan.problems.append(f"shard {shown(path.name)} {why} ({len(wanted)} tensors: {listed(wanted)})")
-        return
-    for name in found:
-        held[name].append(path.name)
-    if absent := wanted - found.keys():
-        scan.unread |= absent
-        scan.problems.append(
-            f"{INDEX_FILE} and {shown(path.name)} disagree about: {listed(absent)}; the index says the file holds "
-            f"it, the file does not"
-        )
-    known = set(indexed)
-    if surplus := found.keys() - known:
-        scan.problems.append(
-            f"{INDEX_FILE} and {shown(path.name)} disagree about: {listed(surplus)}; the file holds it, the index "
-            f"does not name it"
-        )
+        return set()
+    disagree, absent = f"{INDEX_FILE} and {shown(path.name)} disagree about", wanted - found.keys()
+    if absent:
+        why = "the index says the file holds it, the file does not"
+        scan.problems.append(f"{disagree}: {listed(absent)}; {why}")
+    if surplus := found.keys() - indexed:
+        scan.problems.append(f"{disagree}: {listed(surplus)}; the file holds it, the index does not name it")
+    scan.unread |= absent
     scan.tensors |= {name: found[name] for name in wanted & found.keys()}
+    return found.keys()
 
 
 def _is_plain_file_name(file: object) -> bool:
@@ -259,18 +253,6 @@ def _is_plain_file_name(file: object) -> bool:
     )
 
 
-def _check_total(index: dict, scan: TensorScan) -> None:
-    """Compare the index's total with the headers': only a warning, for every shard was checked by itself."""
-    metadata = index.get("metadata")
-    said = metadata.get("total_size") if isinstance(metadata, dict) else None
-    there = sum(tensor.num_bytes for tensor in scan.tensors.values())
-    if said is not None and said != there:
-        scan.warnings.append(
-            f"{INDEX_FILE} says total_size = {shown(said)}, the shards hold {there} bytes of values; the shards are "
-            f"complete by their own headers, so the index is ignored in this"
-        )
-
-
 def _nothing_found(folder: Path) -> str:
     text = f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}"
     names = sorted(path.name for path in folder.iterdir())
@@ -281,11 +263,3 @@ def _nothing_found(folder: Path) -> str:
     if pickles:
         return f"{text}; {pickles[0]} is a pickle, which can run code when loaded; convert it to safetensors"
     return text
-
-
-def _warn_of_others(folder: Path, scan: TensorScan) -> None:
-    """Say which files beside the tensors that were read look like weights and are left alone."""
-    read = {tensor.path.name for tensor in scan.tensors.values()} | {SINGLE_FILE}
-    others = [path.name for path in folder.iterdir() if path.name.endswith((_SUFFIX, *_PICKLE_SUFFIXES))]
-    if (unread := set(others) - read) and not scan.problems:
-        scan.warnings.append(f"not read, because no index names it: {listed(unread)}")

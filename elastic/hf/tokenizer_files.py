@@ -24,10 +24,6 @@ _TOKENIZER, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _MAX_BYTES = 128_000_000
 
 
-class TokenizerFileError(ValueError):
-    """Tokenizer files that are missing, damaged, or of another vocabulary than the model's."""
-
-
 def find_tokenizer(folder: Path) -> tuple[Path, ...]:
     """Return the tokenizer files of `folder`, links included; empty if there are none."""
     return tuple(folder / name for name in TOKENIZER_FILES if (folder / name).exists(follow_symlinks=False))
@@ -43,30 +39,13 @@ def tokenizer_problems(files: Iterable[Path], vocab: int | None) -> list[str]:
                 continue
             content = read_json(path, _MAX_BYTES)
             largest = _largest_token(content) if path.name == _TOKENIZER else -1
+            if vocab is not None and largest >= vocab:
+                problems.append(f"tokenizer {path.parent} has token {largest}, the model's vocabulary is {vocab}")
         except UnsafeFileError as error:
             problems.append(str(error))
-            continue
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             problems.append(f"{path.name} is not a tokenizer's: {shown(str(error))}")
-            continue
-        if vocab is not None and largest >= vocab:
-            problems.append(f"tokenizer {path.parent} has token {largest}, the model's vocabulary is {vocab}")
     return problems
-
-
-def copy_tokenizer(source: Path | None, folder: Path, vocab: int | None) -> None:
-    """Copy tokenizer files from `source` (None: nothing to do) into `folder`.
-
-    Raises TokenizerFileError if there are none, one is not sound, or a token lies beyond `vocab`.
-    """
-    if source is None:
-        return
-    files = find_tokenizer(source)
-    if not files:
-        raise TokenizerFileError(f"tokenizer folder {source} holds none of {', '.join(TOKENIZER_FILES[:3])}, ...")
-    if problems := tokenizer_problems(files, vocab):
-        raise TokenizerFileError("; ".join(problems))
-    copy_tokenizer_files(files, folder)
 
 
 def copy_tokenizer_files(files: Iterable[Path], folder: Path) -> None:
@@ -76,19 +55,22 @@ def copy_tokenizer_files(files: Iterable[Path], folder: Path) -> None:
         if "auto_map" in settings:
             del settings["auto_map"]
             (folder / path.name).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            continue
-        with open_regular(path) as given, open(folder / path.name, "wb") as copy:
-            shutil.copyfileobj(given, copy)
+        else:
+            with open_regular(path) as given, open(folder / path.name, "wb") as copy:
+                shutil.copyfileobj(given, copy)
 
 
 def _largest_token(tokenizer: dict[str, Any]) -> int:
-    added = [token["id"] for token in tokenizer.get("added_tokens") or []]
-    entries = (tokenizer.get("model") or {}).get("vocab") or {}
-    # A unigram model lists its entries; the others map text to number.
-    own = list(entries.values()) if isinstance(entries, dict) else [len(entries) - 1]
-    if not all(type(token) is int for token in (*added, *own)):
+    numbers = [*_entries(tokenizer).values(), *(token["id"] for token in tokenizer.get("added_tokens") or [])]
+    if not all(type(number) is int for number in numbers):
         raise TypeError("token numbers must be integers")
-    return max([*added, *own], default=0)
+    return max(numbers, default=0)
+
+
+def _entries(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """Return the number of each text of a tokenizer's model, whose file may list them in order (unigrams do)."""
+    entries = (tokenizer.get("model") or {}).get("vocab") or {}
+    return entries if isinstance(entries, dict) else {text: number for number, (text, *_) in enumerate(entries)}
 
 
 def special_tokens(folder: Path) -> dict[str, int | None]:
@@ -100,11 +82,6 @@ def special_tokens(folder: Path) -> dict[str, int | None]:
     settings, tokenizer = (
         read_json(folder / name, _MAX_BYTES) if name in names else {} for name in (_SETTINGS, _TOKENIZER)
     )
-    entries = (tokenizer.get("model") or {}).get("vocab") or {}
-    listed_entries = entries if isinstance(entries, dict) else {text: n for n, (text, *_) in enumerate(entries)}
-    numbers = listed_entries | {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
-    found = {}
-    for name in ("bos", "eos", "pad"):
-        named = settings.get(f"{name}_token")
-        found[name] = numbers.get(named.get("content") if isinstance(named, dict) else named)
-    return found
+    numbers = _entries(tokenizer) | {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
+    named = {name: settings.get(f"{name}_token") for name in ("bos", "eos", "pad")}
+    return {name: numbers.get(of.get("content") if isinstance(of, dict) else of) for name, of in named.items()}

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from elastic.checkpoint.read import StoredTensors
 from elastic.checkpoint.record import Record
-from elastic.hf.check import FolderCheck, LogitCheck, ValueCheck
-from elastic.hf.config import ExportError
-from elastic.hf.dtypes import DtypeRule
+from elastic.hf.check import FolderCheck, logit_check, value_check
+from elastic.hf.export_settings import DtypeRule
 from elastic.hf.names import hf_names
-from elastic.hf.reload import ChildError, run_without_gpu
+from elastic.hf.reload import run_without_gpu
 from elastic.model.initialize import named_global_parameters
 from elastic.model.model import Layout, build_model
 from elastic.space.cost import shape_cost
@@ -47,8 +46,8 @@ def choose_check(
         needed = logit_check_bytes(opened, member)
         wanted = "logits" if needed <= available_memory_bytes() else "values"
     if wanted == "logits":
-        return LogitCheck(subnet_logits(opened.checkpoint, member.subnet, dtypes), tolerance)
-    return ValueCheck(opened.tensors(), parent, member.subnet, opened.space.lanes)
+        return logit_check(subnet_logits(opened.checkpoint, member.subnet, dtypes), tolerance)
+    return value_check(opened.tensors(), parent, member.subnet, opened.space.lanes)
 
 
 def logit_check_bytes(opened: OpenCheckpoint, member: Member) -> int:
@@ -82,10 +81,8 @@ def subnet_logits(checkpoint: Path, subnet: Subnet, dtypes: DtypeRule) -> Callab
 def logits_in_child(checkpoint: Path, subnet: Subnet, dtypes: DtypeRule, tokens: Tensor) -> Tensor:
     """Compute `nested_logits` in a process that sees no GPU; raises ExportError if it fails."""
     told = json.dumps({"subnet": asdict(subnet), "dtypes": dtypes.to_json()})
-    try:
-        return run_without_gpu("elastic.verbs.export_check", [str(checkpoint), told], {"tokens": tokens})["logits"]
-    except ChildError as error:
-        raise ExportError(f"the logits to compare with were not computed: {error}") from error
+    failed = "the logits to compare with were not computed"
+    return run_without_gpu("elastic.verbs.export_check", [str(checkpoint), told], {"tokens": tokens}, failed)["logits"]
 
 
 @torch.no_grad()

@@ -16,9 +16,8 @@ from elastic.checkpoint.stream import save_streamed
 from elastic.config.serving import ExtractConfig
 from elastic.hf.card import CardInfo
 from elastic.hf.config import stock_notes
-from elastic.hf.dtypes import DtypeRule, kind_of_tensor
-from elastic.hf.export import ExportOptions, ExportReport, export_folder
-from elastic.hf.export_settings import ExportSettings, write_export_settings
+from elastic.hf.export import ExportReport, export_folder
+from elastic.hf.export_settings import DtypeRule, ExportSettings, kind_of_tensor, write_export_settings
 from elastic.hf.names import hf_names
 from elastic.hf.tokenizer_files import find_tokenizer
 from elastic.rank.slicing import parent_parameter, submodel_source
@@ -72,7 +71,7 @@ def _carried(opened: OpenCheckpoint, config: ExtractConfig) -> ExportSettings:
     settings, tokenizer = text_settings(opened.checkpoint, opened.record, config.data.path)
     precision = config.export.precision
     dtypes = _stored_formats(opened) if precision is None else DtypeRule.trained(DTYPES[precision])
-    return ExportSettings(settings, dtypes, () if tokenizer is None else find_tokenizer(tokenizer))
+    return ExportSettings(dtypes, settings, () if tokenizer is None else find_tokenizer(tokenizer))
 
 
 def _stored_formats(opened: OpenCheckpoint) -> DtypeRule:
@@ -101,18 +100,11 @@ def _export_hugging_face(
         subnet=member.subnet,
         budget=member.budget,
         deployment=opened.deployment,
-        license=carried.settings.license,
         provenance={
             "nested checkpoint": opened.checkpoint.name,
             **{k: str(v) for k, v in opened.record.provenance.items()},
             **({} if member.untrained is None else {"training": member.untrained}),
         },
-    )
-    options = ExportOptions(
-        dtype=carried.dtypes,
-        settings=carried.settings,
-        tokenizer_folder=carried.tokenizer_folder,
-        shard_bytes=config.export.shard_bytes,
     )
     check = choose_check(opened, member, carried.dtypes, config.export.check, config.export.max_logit_difference)
     with transfer_progress(console) as bar:
@@ -122,8 +114,9 @@ def _export_hugging_face(
             member.subnet.shape(parent),
             folder,
             card,
-            options,
+            carried,
             check,
+            config.export.shard_bytes,
             lambda num_bytes, total: bar.update(task, advance=num_bytes, total=total),
         )
 

@@ -23,8 +23,7 @@ from elastic.data.manifest import DataError
 from elastic.data.tokenizer import LoadedTokenizer, load_tokenizer
 from elastic.generate.sampling import Sampling
 from elastic.generate.text import End, Generation, Limits, Marker, Part, ThinkPlan, generate, ignore
-from elastic.hf.config import HfSettings
-from elastic.hf.export_settings import ExportSettingsError, read_export_settings
+from elastic.hf.export_settings import ExportSettingsError, HfSettings, read_export_settings
 from elastic.hf.folder import HfFolderError, open_hf_folder
 from elastic.model.model import ElasticModel
 from elastic.space.shape import ModelShape, Subnet
@@ -100,7 +99,7 @@ def unescaped(prompt: str) -> str:
 def open_served(config: GenerateConfig, here: World, console: Console) -> Served:
     """Load the checkpoint or the folder, and find the subnets that `config` names."""
     if config.folder is not None:
-        settings, own = open_hf_folder(Path(config.folder)).settings, Path(config.folder)
+        settings, own = open_hf_folder(Path(config.folder)).exports.settings, Path(config.folder)
         model, source = load_hf_model(Path(config.folder), here.layout), config.folder
         named: dict[str, Subnet] = {}
     else:

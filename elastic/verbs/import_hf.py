@@ -16,9 +16,9 @@ from elastic.checkpoint.record import Record
 from elastic.checkpoint.stream import save_streamed, stored_bytes
 from elastic.config.rules_layout import nearest_divisor
 from elastic.config.serving import ImportConfig
-from elastic.hf.export_settings import ExportSettings, write_export_settings
+from elastic.hf.export_settings import write_export_settings
 from elastic.hf.folder import CONFIG_FILE, GENERATION_FILE, HfFolder, open_hf_folder
-from elastic.hf.names import HF_HEAD, HfTensorError, check_tied_head, hf_names, megatron_source
+from elastic.hf.names import HfTensorError, hf_names, megatron_source
 from elastic.hf.tensor_index import INDEX_FILE
 from elastic.run.folder import RunFolderError, open_run_folder
 from elastic.space.layers import parameter_names
@@ -39,15 +39,14 @@ def run_import(config: ImportConfig, console: Console) -> Path:
         console.print(f"note: {warning}")
     rows = math.ceil(source.shape.vocab / config.vocab_multiple) * config.vocab_multiple
     shape, checkpoint = source.shape.with_vocab(rows), checkpoint_folder(Path(config.exp_manager.run_dir), 0)
-    exports = ExportSettings.of(source)
+    exports = source.exports
     if rows > source.shape.vocab:
         console.print(f"note: vocabulary {source.shape.vocab} -> {rows}: rows of zeros, left out again by exports")
         exports = replace(exports, settings=replace(exports.settings, num_tokens=source.shape.vocab))
-    dtypes = {name: source.dtypes[hf_names(name)[0]] for name in parameter_names(shape)}
+    dtypes = {name: exports.dtypes.of(hf_names(name)[0]) for name in parameter_names(shape)}
     total = stored_bytes(shape, dtypes)
     check_free_space(checkpoint, total - _bytes_below(writing_folder(checkpoint)), "the checkpoint")
-    if shape.tied_embeddings and HF_HEAD in source.tensors:
-        check_tied_head(source.tensors.__getitem__)
+    read = megatron_source(source.tensors, source.shape)
     with open_run_folder(config.exp_manager, asdict(config), None, resume=True) as folder:
         if list_checkpoints(folder):
             raise RunFolderError(
@@ -61,7 +60,7 @@ def run_import(config: ImportConfig, console: Console) -> Path:
                     checkpoint,
                     Record("parent", shape, provenance={"imported from": str(source.path)}),
                     dtypes,
-                    _filled_up(megatron_source(source.tensors.__getitem__, source.shape), shape),
+                    _filled_up(read, shape),
                     identity=f"{_identity(source)}, vocabulary of {rows} rows",
                     add_files=lambda into: write_export_settings(exports, into),
                     progress=lambda num_bytes: bar.advance(task, num_bytes),
@@ -107,8 +106,9 @@ def transfer_progress(console: Console) -> Progress:
 
 def _identity(source: HfFolder) -> str:
     """Say which files a checkpoint is made from, so that an interrupted import never goes on with others."""
-    described = [source.path / name for name in (CONFIG_FILE, GENERATION_FILE, INDEX_FILE)]
-    files = sorted({*source.tensors.files, *source.tokenizer_files, *(path for path in described if path.exists())})
+    named = (source.path / name for name in (CONFIG_FILE, GENERATION_FILE, INDEX_FILE))
+    described = [path for path in named if path.exists()]
+    files = sorted({*source.tensors.files, *source.exports.tokenizer_files, *described})
     return f"import of {source.path.resolve()}: " + ", ".join(
         f"{path.name} {path.stat().st_size} bytes of {path.stat().st_mtime_ns}" for path in files
     )

@@ -13,8 +13,7 @@ from elastic.config.serving import EvaluateConfig
 from elastic.config.training import ElasticConfig, ImportanceConfig, PretrainConfig, TrainConfig
 from elastic.data.manifest import DataError, Manifest, read_manifest
 from elastic.data.tokenizer import TOKENIZER_JSON
-from elastic.hf.config import HfSettings
-from elastic.hf.export_settings import EXPORT_SETTINGS_FOLDER, read_export_settings
+from elastic.hf.export_settings import EXPORT_SETTINGS_FOLDER, HfSettings, read_export_settings
 from elastic.hf.tokenizer_files import special_tokens
 
 LONGEST = "longest sequence trained, tokens"  # in the provenance of a record

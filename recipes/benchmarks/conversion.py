@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic.hf.config import HfSettings, hf_config
-from elastic.hf.dtypes import DtypeRule
+from elastic.hf.config import hf_config
+from elastic.hf.export_settings import DtypeRule, HfSettings
 from elastic.hf.names import hf_sizes
-from elastic.hf.tensor_files import TensorSpec, write_tensors
+from elastic.hf.tensor_files import planned, write_tensors
 from elastic.space.shape import ModelShape
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,15 +33,15 @@ GIB = 2**30
 def random_folder(folder: Path, shape: ModelShape) -> int:
     """Write a stock folder of random bf16 weights, tensor by tensor; returns its bytes."""
     rule = DtypeRule(torch.bfloat16)
-    specs = {name: TensorSpec(size, rule.of(name)) for name, size in hf_sizes(shape).items()}
+    plan = {name: planned(size, rule.of(name)) for name, size in hf_sizes(shape).items()}
 
     def values() -> Iterator[tuple[str, Tensor]]:
-        for name, spec in specs.items():
-            yield name, torch.empty(spec.size, dtype=spec.dtype).normal_(0.0, 0.02)
+        for name, tensor in plan.items():
+            yield name, torch.empty_like(tensor, device="cpu").normal_(0.0, 0.02)
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(hf_config(shape, HfSettings(), torch.bfloat16)))
-    return write_tensors(folder, specs, values(), 5_000_000_000)
+    return write_tensors(folder, plan, values(), 5_000_000_000)
 
 
 def measured(verb: str, arguments: Sequence[str]) -> dict[str, float]:

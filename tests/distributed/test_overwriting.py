@@ -28,7 +28,7 @@ from elastic.verbs.training import run_elastic, run_pretrain
 from tests.distributed.harness import DistributedRunError, run_distributed
 from tests.distributed.training import BUDGETS, MODEL, SPACE, elastic_values
 from tests.parity.hf_models import tiny
-from tests.parity.test_import_extract import stock_folder
+from tests.parity.import_extract import stock_folder
 
 ROOT = Path(__file__).parents[2]
 

@@ -20,7 +20,7 @@ from recipes._tiny_family import prepare_corpus
 from recipes._verbs import VERBS
 from tests.distributed.harness import run_distributed
 from tests.distributed.training import write_corpus
-from tests.parity.test_import_extract import stock_folder
+from tests.parity.import_extract import stock_folder
 from tests.unit.config.test_conf_files import compose_once
 
 ROOT = Path(__file__).parents[2]

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, NemotronHConfig, PreTrainedModel
 
-from elastic.hf.config import HfSettings, hf_config
+from elastic.hf.card import CardInfo
+from elastic.hf.config import hf_config
+from elastic.hf.export_settings import HfSettings
 from elastic.hf.names import to_hf
 from elastic.rank.slicing import TensorSource
-from elastic.space.shape import ModelShape
+from elastic.space.shape import ModelShape, Subnet
 
 
 def tiny(pattern: str, **changes: int | bool | float) -> ModelShape:
@@ -72,6 +74,11 @@ def _random(name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
     if "embeddings" in name:
         return noise
     return noise / math.sqrt(parameter.shape[-1])
+
+
+def card_of(shape: ModelShape) -> CardInfo:
+    """Return the card of a model that nobody cut."""
+    return CardInfo("test", shape, Subnet.full(shape))
 
 
 def stock_model_of(source: TensorSource, shape: ModelShape) -> PreTrainedModel:

@@ -15,7 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from elastic.hf.config import HfSettings, hf_config
+from elastic.hf.config import hf_config
+from elastic.hf.export_settings import HfSettings
 from elastic.hf.names import to_hf
 from elastic.model.model import ElasticModel, Layout, build_model
 from elastic.rank.slicing import submodel_tensors

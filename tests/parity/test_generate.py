@@ -15,8 +15,9 @@ from elastic.generate.decoder import Decoder
 from elastic.generate.sampling import Sampling
 from elastic.generate.text import End, GenerateError, Generation, Limits, Marker, ThinkPlan, generate
 from elastic.hf.card import CardInfo
-from elastic.hf.check import ValueCheck
-from elastic.hf.export import ExportOptions, export_folder
+from elastic.hf.check import value_check
+from elastic.hf.export import export_folder
+from elastic.hf.export_settings import DtypeRule, ExportSettings
 from elastic.model.initialize import named_global_parameters
 from elastic.model.model import ElasticModel, Layout
 from elastic.rank.slicing import submodel_source
@@ -63,9 +64,9 @@ def serve(space: Space, folder: Path) -> Served:
     tensors = {name: parameter.detach() for name, parameter in named_global_parameters(model)}
     for name, subnet in subnets.items():
         source = submodel_source(tensors, space.parent, subnet, space.lanes)
-        options = ExportOptions(dtype=torch.float32)
-        check = ValueCheck(tensors, space.parent, subnet, space.lanes)
-        report = export_folder(source, subnet.shape(space.parent), folder / name, CardInfo("test"), options, check)
+        exports, card = ExportSettings(DtypeRule(torch.float32)), CardInfo("test", space.parent, subnet)
+        check = value_check(tensors, space.parent, subnet, space.lanes)
+        report = export_folder(source, subnet.shape(space.parent), folder / name, card, exports, check)
         folders[name] = report.folder
     stock = {
         name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for name, path in folders.items()

@@ -47,7 +47,7 @@ def test_there_and_back_is_bit_identical(name: str, dtype: torch.dtype) -> None:
     }
     assert sum(tensor.numel() for tensor in ours.values()) == shape_cost(shape).params
     assert identical(dict(to_hf(ours, shape)), file_names(state))
-    assert identical(dict(from_hf(file_names(state).__getitem__, shape)), ours), "a function source differs"
+    assert identical(dict(from_hf(file_names(state), shape)), ours), "the names of a file give another model"
 
 
 def test_a_folder_that_stock_transformers_saved_is_read(tmp_path: Path) -> None:
@@ -186,9 +186,6 @@ def test_mamba_widths_that_differ_are_refused_with_the_remedy() -> None:
 def test_wrong_tensors_are_named() -> None:
     shape = SHAPES["no attention, long convolution"]
     state = file_names(dict(stock_model(shape).state_dict()))
-    renamed = {name.replace("layers.1", "layers.9"): tensor for name, tensor in state.items()}
-    with pytest.raises(HfTensorError, match=r"missing backbone\.layers\.1.*unexpected backbone\.layers\.9"):
-        from_hf(renamed, shape)
     with pytest.raises(HfTensorError, match=r"backbone\.norm_f\.weight is \(3,\), the config says \(32,\)"):
         dict(from_hf(state | {"backbone.norm_f.weight": torch.zeros(3)}, shape))
     with pytest.raises(ValueError, match=r"decoder\.final_norm\.weight is \(3,\), expected \(32,\)"):

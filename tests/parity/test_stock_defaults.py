@@ -8,16 +8,17 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from elastic.hf.card import CardInfo
-from elastic.hf.check import LogitCheck
-from elastic.hf.export import ExportOptions, ExportReport, export_folder
+from elastic.hf.check import logit_check
+from elastic.hf.config import ExportError
+from elastic.hf.export import ExportReport, export_folder
+from elastic.hf.export_settings import DtypeRule, ExportSettings
 from elastic.hf.names import from_hf
-from elastic.hf.reload import ReloadError, stock_logits
+from elastic.hf.reload import stock_logits
 from elastic.rank.slicing import submodel_tensors
 from elastic.space.shape import ModelShape, Subnet
-from tests.parity.hf_models import logits, stock_model, stock_model_of, tiny
+from tests.parity.hf_models import card_of, logits, stock_model, stock_model_of, tiny
 
-LANES = 2
+LANES, FP32 = 2, ExportSettings(DtypeRule(torch.float32))
 # Without special tokens, and beyond two of the scan's chunks of 128: there transformers 5.6 to 5.13 go wrong.
 TOKENS = torch.randint(3, 40, (2, 300), generator=torch.Generator().manual_seed(0))
 
@@ -53,13 +54,13 @@ def random_family(seed: int) -> tuple[ModelShape, list[Subnet]]:
     return parent, [full, narrow, Subnet(**(vars(narrow) | {"kept_layers": without}))]
 
 
-def exported(parent: ModelShape, subnet: Subnet, folder: Path, options: ExportOptions) -> ExportReport:
+def exported(parent: ModelShape, subnet: Subnet, folder: Path) -> ExportReport:
     """Export one member of a random parent, checked by the logits of a stock model made without a folder."""
     tensors = dict(from_hf(stock_model(parent).state_dict(), parent))
     cut, shape = dict(submodel_tensors(tensors, parent, subnet, LANES)), subnet.shape(parent)
     reference = stock_model_of(cut, shape)
-    check = LogitCheck(lambda tokens: logits(reference, tokens), tolerance=1e-5)
-    return export_folder(cut, shape, folder, CardInfo("test"), options, check)
+    check = logit_check(lambda tokens: logits(reference, tokens), tolerance=1e-5)
+    return export_folder(cut, shape, folder, card_of(shape), FP32, check)
 
 
 def loaded(folder: Path) -> PreTrainedModel:
@@ -70,7 +71,7 @@ def loaded(folder: Path) -> PreTrainedModel:
 def test_every_member_of_a_random_family_does_what_a_stock_folder_does(seed: int, tmp_path: Path) -> None:
     parent, members = random_family(seed)
     for number, subnet in enumerate(members):
-        folder = exported(parent, subnet, tmp_path / str(number), ExportOptions(torch.float32)).folder
+        folder = exported(parent, subnet, tmp_path / str(number)).folder
         model = loaded(folder)
         from_config = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
         assert {key: value.shape for key, value in from_config.state_dict().items()} == {
@@ -115,8 +116,8 @@ def test_the_written_smallest_time_step_clamps_nothing_and_has_a_logarithm(dtype
     with torch.no_grad():
         parent.model.layers[0].mixer.dt_bias.fill_(-40.0)  # steps of some 1e-18
     tensors = dict(from_hf(parent.state_dict(), shape))
-    check, options = LogitCheck(lambda tokens: logits(parent, tokens), tolerance=1e-5), ExportOptions(torch.float32)
-    folder = export_folder(tensors, shape, tmp_path / "model", CardInfo("test"), options, check).folder
+    check = logit_check(lambda tokens: logits(parent, tokens), tolerance=1e-5)
+    folder = export_folder(tensors, shape, tmp_path / "model", card_of(shape), FP32, check).folder
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     clamped = logits(model, TOKENS)
     for layer in model.model.layers[:2]:
@@ -140,7 +141,7 @@ def test_a_folder_that_does_not_run_by_default_is_not_called_checked(
     file: str, wrong: dict, message: str, tmp_path: Path
 ) -> None:
     """What exports said before: the check that passed use_cache=False saw nothing of it."""
-    folder = exported(tiny("MM"), Subnet.full(tiny("MM")), tmp_path / "model", ExportOptions(torch.float32)).folder
+    folder = exported(tiny("MM"), Subnet.full(tiny("MM")), tmp_path / "model").folder
     (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | wrong))
-    with pytest.raises(ReloadError, match=f"does not run it by default: .*{message}"):
+    with pytest.raises(ExportError, match=f"does not run it by default: .*{message}"):
         stock_logits(folder, TOKENS)

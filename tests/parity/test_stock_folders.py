@@ -4,7 +4,6 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,23 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, NemotronHConfig, PreTrainedModel
 from transformers.utils import logging as stock_logging
 
-from elastic.hf.card import CardInfo
-from elastic.hf.check import ValueCheck
-from elastic.hf.config import HfSettings, hf_config
-from elastic.hf.dtypes import DtypeRule
-from elastic.hf.export import ExportOptions, export_folder
-from elastic.hf.export_settings import ExportSettings, read_export_settings, write_export_settings
+from elastic.hf.check import value_check
+from elastic.hf.config import hf_config
+from elastic.hf.export import export_folder
+from elastic.hf.export_settings import (
+    DtypeRule,
+    ExportSettings,
+    HfSettings,
+    read_export_settings,
+    write_export_settings,
+)
 from elastic.hf.folder import HfFolderError, open_hf_folder
 from elastic.hf.names import from_hf
 from elastic.space.shape import ModelShape, Subnet
-from tests.parity.hf_models import SHAPES, stock_model, tiny
+from tests.parity.hf_models import SHAPES, card_of, stock_model, tiny
 from tests.unit.hf.hf_folders import PUBLISHED
 
-SHAPE = tiny("M-*")
+SHAPE, WHOLE = tiny("M-*"), 5_000_000_000
 TOKENIZER = {
     "version": "1.0",
     "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]},
@@ -57,22 +60,23 @@ def stock_folder(folder: Path, shape: ModelShape, dtype: torch.dtype = torch.flo
     return model
 
 
-def there_and_back(source: Path, scratch: Path, shard_bytes: int = 5_000_000_000) -> Path:
+def there_and_back(source: Path, scratch: Path, shard_bytes: int = WHOLE) -> Path:
     """Import a folder, carry what belongs to it through a checkpoint's folder, export the uncut parent."""
     opened = open_hf_folder(source)
-    write_export_settings(ExportSettings.of(opened), scratch)
+    write_export_settings(opened.exports, scratch)
     carried = read_export_settings(scratch)
     assert carried is not None
-    options = ExportOptions(carried.dtypes, carried.settings, carried.tokenizer_folder, shard_bytes)
     # Checkpoints hold fp32.
     held = {name: tensor.float() for name, tensor in from_hf(opened.tensors, opened.shape)}
-    return export_whole(held, opened.shape, scratch / "model", options)
+    return export_whole(held, opened.shape, scratch / "model", carried, shard_bytes)
 
 
-def export_whole(tensors: dict[str, Tensor], shape: ModelShape, folder: Path, options: ExportOptions) -> Path:
+def export_whole(
+    tensors: dict[str, Tensor], shape: ModelShape, folder: Path, exports: ExportSettings, shard_bytes: int = WHOLE
+) -> Path:
     """Export a model that nobody cut, every stored value checked; returns the folder."""
-    check = ValueCheck(tensors, shape, Subnet.full(shape), lanes=1)
-    return export_folder(tensors, shape, folder, CardInfo("test"), options, check).folder
+    check = value_check(tensors, shape, Subnet.full(shape), lanes=1)
+    return export_folder(tensors, shape, folder, card_of(shape), exports, check, shard_bytes).folder
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -102,8 +106,9 @@ def test_what_stock_transformers_saves_comes_back_as_it_was(name: str, dtype: to
     """The same function, bits, config, generation settings and tokenizer, for the parent that nobody cut."""
     stock_folder(tmp_path / "stock", SHAPES[name], dtype)
     opened = open_hf_folder(tmp_path / "stock")
-    assert "num_experts_per_tok" in opened.config and "hybrid_override_pattern" not in opened.config
-    assert (opened.shape, opened.dtype_rule) == (SHAPES[name], DtypeRule(dtype))
+    config = read(tmp_path / "stock" / "config.json")
+    assert "num_experts_per_tok" in config and "hybrid_override_pattern" not in config
+    assert (opened.shape, opened.exports.dtypes) == (SHAPES[name], DtypeRule(dtype))
     back = there_and_back(tmp_path / "stock", tmp_path / "scratch")
     assert identical(tensors_of(back), tensors_of(tmp_path / "stock"))
     no_cache = set() if SHAPES[name].attention_heads else {"use_cache"}
@@ -149,8 +154,7 @@ def test_every_setting_that_does_not_touch_the_function_comes_back(tmp_path: Pat
 def test_a_classic_folder_comes_back_to_the_byte(rule: DtypeRule, tmp_path: Path) -> None:
     tensors = dict(from_hf(stock_model(SHAPE).state_dict(), SHAPE))
     settings = HfSettings(bos_token_id=None, eos_token_id=(2, 3), max_position_embeddings=99)
-    options = ExportOptions(rule, settings, shard_bytes=8_000)
-    source = export_whole(tensors, SHAPE, tmp_path / "source", options)
+    source = export_whole(tensors, SHAPE, tmp_path / "source", ExportSettings(rule, settings), shard_bytes=8_000)
     back = there_and_back(source, tmp_path / "scratch", shard_bytes=8_000)
     files = {path.name for path in source.iterdir()}
     assert files == {path.name for path in back.iterdir()} and len(files) > 5
@@ -228,13 +232,14 @@ def listening() -> Iterator[list[str]]:
         stock_logging.set_verbosity(before)
 
 
-EXPORTS: dict[str, tuple[ModelShape, ExportOptions]] = {
-    "fp32": (SHAPE, ExportOptions(torch.float32)),
-    "bf16": (SHAPE, ExportOptions(torch.bfloat16)),
-    "all bf16": (SHAPE, ExportOptions(DtypeRule(torch.bfloat16))),
-    "shards": (tiny("M-M*-"), ExportOptions(torch.bfloat16, shard_bytes=8_000)),
-    "tied head": (SHAPES["groups 2, tied head"], ExportOptions(torch.float32)),
-    "no special tokens": (SHAPE, ExportOptions(settings=HfSettings(None, None, None))),
+FP32, BF16 = DtypeRule(torch.float32), DtypeRule.trained(torch.bfloat16)
+EXPORTS: dict[str, tuple[ModelShape, ExportSettings]] = {
+    "fp32": (SHAPE, ExportSettings(FP32)),
+    "bf16": (SHAPE, ExportSettings(BF16)),
+    "all bf16": (SHAPE, ExportSettings(DtypeRule(torch.bfloat16))),
+    "shards": (tiny("M-M*-"), ExportSettings(BF16)),
+    "tied head": (SHAPES["groups 2, tied head"], ExportSettings(FP32)),
+    "no special tokens": (SHAPE, ExportSettings(BF16, HfSettings(None, None, None))),
 }
 
 
@@ -251,20 +256,21 @@ def loaded(folder: Path) -> tuple[PreTrainedModel, list[str]]:
 
 @pytest.mark.parametrize("name", EXPORTS)
 def test_an_export_loads_and_generates_without_a_word(name: str, tmp_path: Path) -> None:
-    shape, options = EXPORTS[name]
+    shape, exports = EXPORTS[name]
     tensors = dict(from_hf(stock_model(shape).state_dict(), shape))
-    folder = export_whole(tensors, shape, tmp_path / "model", options)
+    shard_bytes = 8_000 if name == "shards" else WHOLE
+    folder = export_whole(tensors, shape, tmp_path / "model", exports, shard_bytes)
     assert len(list(folder.glob("*.safetensors"))) == 1 or name == "shards"
     model, complaints = loaded(folder)
     assert complaints == []
-    assert model.dtype == options.rule.main
+    assert model.dtype == exports.dtypes.main
 
 
 def test_an_export_that_says_something_wrong_is_heard(tmp_path: Path) -> None:
     """The test above would notice: one key that stock code remarks on, and one tensor that is not there."""
     tensors = dict(from_hf(stock_model(SHAPE).state_dict(), SHAPE))
-    options = ExportOptions(torch.float32, replace(HfSettings(), carried={"use_mamba_kernels": False}))
-    folder = export_whole(tensors, SHAPE, tmp_path / "model", options)
+    exports = ExportSettings(FP32, HfSettings(carried={"use_mamba_kernels": False}))
+    folder = export_whole(tensors, SHAPE, tmp_path / "model", exports)
     _, complaints = loaded(folder)
     assert any("use_mamba_kernels" in complaint for complaint in complaints)
     config = read(folder / "config.json") | {"hybrid_override_pattern": "M-*-", "num_hidden_layers": 4}

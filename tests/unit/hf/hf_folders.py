@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from elastic.hf.config import HfSettings, hf_config
-from elastic.hf.dtypes import DtypeRule
+from elastic.hf.config import hf_config
+from elastic.hf.export_settings import DtypeRule, HfSettings
 from elastic.hf.names import hf_sizes
-from elastic.hf.tensor_files import TensorSpec, write_tensors
+from elastic.hf.tensor_files import planned, write_tensors
 from elastic.hf.tensor_index import INDEX_FILE, SINGLE_FILE
 from elastic.space.shape import ModelShape
 
@@ -50,9 +50,9 @@ def good_folder(folder: Path, rule: DtypeRule | None = None, shard_bytes: int = 
     """Write a sound folder in three shards, with tokenizer and generation config."""
     folder.mkdir(parents=True)
     rule = rule or DtypeRule(torch.bfloat16)
-    specs = {name: TensorSpec(size, rule.of(name)) for name, size in hf_sizes(SHAPE).items()}
-    values = ((name, torch.randn(spec.size)) for name, spec in specs.items())
-    write_tensors(folder, specs, values, shard_bytes)
+    plan = {name: planned(size, rule.of(name)) for name, size in hf_sizes(SHAPE).items()}
+    values = ((name, torch.randn(tensor.shape)) for name, tensor in plan.items())
+    write_tensors(folder, plan, values, shard_bytes)
     write(folder / "config.json", hf_config(SHAPE, HfSettings(), rule.main) | config)
     write(folder / "generation_config.json", GENERATION)
     write(folder / "tokenizer.json", TOKENIZER)

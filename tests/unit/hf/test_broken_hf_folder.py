@@ -245,8 +245,9 @@ def complete(opened: HfFolder) -> bool:
     files = {path.name: path for path in opened.path.glob("*.safetensors")}
     read = {name: tensor for path in files.values() for name, tensor in load(path)}
     return all(
-        torch.equal(opened.tensors[name].nan_to_num(), read[name].nan_to_num()) and read[name].dtype == dtype
-        for name, dtype in opened.dtypes.items()
+        torch.equal(opened.tensors[name].nan_to_num(), read[name].nan_to_num())
+        and read[name].dtype == opened.exports.dtypes.of(name)
+        for name in opened.tensors
     )
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,15 @@ from elastic.hf.card import CardInfo, model_card
 from elastic.hf.config import (
     TRANSFORMERS,
     ExportError,
-    HfConfigError,
-    HfSettings,
     export_shape,
     export_warnings,
     generation_config,
     hf_config,
 )
 from elastic.hf.config_read import checked_shape, import_warnings, settings_from_hf_config
-from elastic.hf.reload import ReloadError, stock_logits
-from elastic.space.shape import ModelShape
+from elastic.hf.export_settings import DtypeRule, ExportSettings, HfSettings, HfSettingsError
+from elastic.hf.reload import stock_logits
+from elastic.space.shape import ModelShape, Subnet
 from tests.shapes import NANO_12B
 
 SMALL = replace(NANO_12B.with_vocab(64), hidden=48, norm_epsilon=1e-6, tied_embeddings=True)
@@ -43,6 +42,7 @@ SHAPES = {
         attention_channels=9,
     ),
 }
+BF16 = ExportSettings(DtypeRule(torch.bfloat16))
 SETTINGS = HfSettings(bos_token_id=1, eos_token_id=12, pad_token_id=0, max_position_embeddings=131072)
 
 
@@ -178,20 +178,24 @@ def test_the_versions_that_are_right_are_asked_for_and_written_down(
 ) -> None:
     project = (Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8")
     assert f'"transformers>={TRANSFORMERS}"' in project
-    card = model_card(CardInfo("test"), SHAPES["no attention"], "bfloat16", "checked")
+
+    def card_of(shape: ModelShape) -> str:
+        return model_card(CardInfo("test", shape, Subnet.full(shape)), shape, BF16, "checked")
+
+    card = card_of(SHAPES["no attention"])
     assert f"Needs transformers {TRANSFORMERS} or newer" in card and "(use_cache: false)" in card
-    assert "use_cache" not in model_card(CardInfo("test"), NANO_12B, "bfloat16", "checked")
+    assert "use_cache" not in card_of(NANO_12B)
     monkeypatch.setattr("transformers.__version__", "5.14.0")
-    with pytest.raises(ReloadError, match=r"transformers 5\.14\.0 is installed\. Needs transformers 5\.15 or newer"):
+    with pytest.raises(ExportError, match=r"transformers 5\.14\.0 is installed\. Needs transformers 5\.15 or newer"):
         stock_logits(tmp_path, torch.zeros(1, 4, dtype=torch.int64))
 
 
 def test_settings_survive_json() -> None:
     source = config(time_step_max=0.2, use_mamba_kernels=True, eos_token_id=[2, 12], bos_token_id=None)
     settings = settings_from_hf_config(source, {"do_sample": True})
-    assert HfSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    assert HfSettings.from_json(json.loads(json.dumps(asdict(settings)))) == settings
     assert hf_config(NANO_12B, settings, torch.bfloat16) == source
-    with pytest.raises(HfConfigError, match="other keys than expected"):
+    with pytest.raises(HfSettingsError, match="other keys than expected"):
         HfSettings.from_json({"bos_token_id": 1})
 
 

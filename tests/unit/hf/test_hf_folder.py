@@ -9,19 +9,20 @@ from typing import Any
 import pytest
 import torch
 
-from elastic.hf.config import HfSettings, hf_config
-from elastic.hf.dtypes import DtypeError, DtypeRule
+from elastic.hf.config import hf_config
 from elastic.hf.export_settings import (
     SETTINGS_FILE,
-    ExportSettings,
+    DtypeRule,
     ExportSettingsError,
+    HfSettings,
+    HfSettingsError,
     read_export_settings,
     write_export_settings,
 )
-from elastic.hf.folder import HfFolderError, open_hf_folder
+from elastic.hf.folder import HfFolder, HfFolderError, open_hf_folder
 from elastic.hf.names import hf_sizes
-from elastic.hf.tensor_files import TensorSpec, plan_shards
-from elastic.hf.tensor_index import INDEX_FILE
+from elastic.hf.tensor_files import plan_shards, planned
+from elastic.hf.tensor_index import INDEX_FILE, scan_tensors
 from elastic.world.files import DiskSpaceError, check_free_space
 from tests.shapes import NANO_12B
 from tests.unit.hf.hf_folders import (
@@ -40,30 +41,33 @@ from tests.unit.hf.hf_folders import (
 )
 
 
+def num_bytes(opened: HfFolder) -> int:
+    return sum(tensor.num_bytes for tensor in scan_tensors(opened.path).tensors.values())
+
+
 def test_a_sound_folder_says_everything(tmp_path: Path) -> None:
     folder = good_folder(tmp_path / "model")
     opened = open_hf_folder(folder)
-    assert (opened.shape, opened.generation, opened.warnings) == (SHAPE, GENERATION, ())
-    assert opened.config == json.loads((folder / "config.json").read_text())
-    assert [path.name for path in opened.tokenizer_files] == ["tokenizer.json", "tokenizer_config.json"]
-    assert opened.tensors.keys() == opened.dtypes.keys() == hf_sizes(SHAPE).keys()
+    assert (opened.shape, opened.exports.settings.generation, opened.warnings) == (SHAPE, GENERATION, ())
+    assert [path.name for path in opened.exports.tokenizer_files] == ["tokenizer.json", "tokenizer_config.json"]
+    assert opened.tensors.keys() == hf_sizes(SHAPE).keys()
     for path in folder.glob("*.safetensors"):
         for name, tensor in load(path):
-            assert torch.equal(opened.tensors[name], tensor) and opened.dtypes[name] == tensor.dtype
+            assert torch.equal(opened.tensors[name], tensor) and opened.exports.dtypes.of(name) == tensor.dtype
     index = json.loads((folder / INDEX_FILE).read_text())
-    assert opened.num_bytes == index["metadata"]["total_size"] > 0
+    assert num_bytes(opened) == index["metadata"]["total_size"] > 0
 
 
 def test_the_published_12b_opens_without_a_look_at_its_25_gigabytes(tmp_path: Path) -> None:
     """Shards of the real sizes, headers at their beginning and holes behind them."""
-    specs = {name: TensorSpec(size, torch.bfloat16) for name, size in hf_sizes(NANO_12B).items()}
+    plan = {name: planned(size, torch.bfloat16) for name, size in hf_sizes(NANO_12B).items()}
     weight_map = {}
-    for number, shard in enumerate(plan_shards(specs, 5_000_000_000)):
+    for number, shard in enumerate(plan_shards(plan, 5_000_000_000)):
         path, begin = tmp_path / f"{number}.safetensors", 0
         header: dict[str, Any] = {}
-        for name, spec in shard.items():
-            offsets = [begin, begin + spec.num_bytes]
-            header[name] = {"dtype": "BF16", "shape": list(spec.size), "data_offsets": offsets}
+        for name, tensor in shard.items():
+            offsets = [begin, begin + tensor.nbytes]
+            header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": offsets}
             begin, weight_map[name] = offsets[1], path.name
         text = json.dumps(header).encode()
         put(path, struct.pack("<Q", len(text)) + text)
@@ -71,7 +75,7 @@ def test_the_published_12b_opens_without_a_look_at_its_25_gigabytes(tmp_path: Pa
     write(tmp_path / INDEX_FILE, {"weight_map": weight_map})
     write(tmp_path / "config.json", hf_config(NANO_12B, HfSettings(), torch.bfloat16) | PUBLISHED)
     opened = open_hf_folder(tmp_path)
-    assert (opened.shape, opened.num_bytes) == (NANO_12B, 2 * 12_310_001_152)
+    assert (opened.shape, num_bytes(opened)) == (NANO_12B, 2 * 12_310_001_152)
     assert len(set(weight_map.values())) > 4
 
 
@@ -97,11 +101,11 @@ def test_a_published_config_opens_and_its_code_stays_where_it_is(tmp_path: Path)
     write(folder / "tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["tokenization.Mine", None]}})
     opened = open_hf_folder(folder)
     assert opened.shape == SHAPE
-    assert opened.settings.carried == {"time_step_rank": 256, "use_mamba_kernels": True}
+    assert opened.exports.settings.carried == {"time_step_rank": 256, "use_mamba_kernels": True}
     warnings = " ".join(opened.warnings)
     for part in ("auto_map is ignored", "code is never run or copied: configuration_nemotron_h.py", "time_step_min"):
         assert part in warnings
-    carried = write_export_settings(ExportSettings.of(opened), tmp_path / "checkpoint")
+    carried = write_export_settings(opened.exports, tmp_path / "checkpoint")
     assert sorted(path.name for path in carried.iterdir()) == [SETTINGS_FILE, "tokenizer.json", "tokenizer_config.json"]
     assert json.loads((carried / "tokenizer_config.json").read_text()) == {}
 
@@ -118,7 +122,7 @@ def test_links_as_in_the_hub_cache_work(tmp_path: Path) -> None:
     opened = open_hf_folder(snapshot)
     assert opened.warnings == ()
     assert all(torch.isfinite(tensor).all() for tensor in opened.tensors.values())
-    copied = write_export_settings(ExportSettings.of(opened), tmp_path / "checkpoint")
+    copied = write_export_settings(opened.exports, tmp_path / "checkpoint")
     assert not any(path.is_symlink() for path in copied.iterdir())
 
 
@@ -174,25 +178,25 @@ RULES = {
 @pytest.mark.parametrize("name", RULES)
 def test_the_number_format_of_every_tensor_is_kept(name: str, tmp_path: Path) -> None:
     opened = open_hf_folder(good_folder(tmp_path / "model", RULES[name]))
-    assert opened.dtype_rule == RULES[name]
-    assert DtypeRule.from_json(json.loads(json.dumps(opened.dtype_rule.to_json()))) == RULES[name]
-    assert all(opened.tensors[name].dtype == dtype for name, dtype in opened.dtypes.items())
+    assert opened.exports.dtypes == RULES[name]
+    assert DtypeRule.from_json(json.loads(json.dumps(opened.exports.dtypes.to_json()))) == RULES[name]
+    assert all(opened.tensors[name].dtype == opened.exports.dtypes.of(name) for name in opened.tensors)
 
 
 def test_other_number_formats_have_no_rule() -> None:
-    with pytest.raises(DtypeError, match=r"torch\.float16 is not supported; use float32 or bfloat16"):
+    with pytest.raises(HfSettingsError, match=r"torch\.float16 is not supported; use float32 or bfloat16"):
         DtypeRule.trained(torch.float16)
     for broken in ({}, {"main": "float16", "exceptions": {}}, {"main": "float32", "exceptions": []}):
-        with pytest.raises(DtypeError):
+        with pytest.raises(HfSettingsError):
             DtypeRule.from_json(broken)
 
 
 def test_what_an_interrupted_write_left_is_not_carried(tmp_path: Path) -> None:
     folder = good_folder(tmp_path / "model")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    write_export_settings(ExportSettings.of(open_hf_folder(folder)), tmp_path / "checkpoint")
+    write_export_settings(open_hf_folder(folder).exports, tmp_path / "checkpoint")
     (folder / "chat_template.jinja").unlink()
-    write_export_settings(ExportSettings.of(open_hf_folder(folder)), tmp_path / "checkpoint")
+    write_export_settings(open_hf_folder(folder).exports, tmp_path / "checkpoint")
     carried = read_export_settings(tmp_path / "checkpoint")
     assert carried is not None and "chat_template.jinja" not in {path.name for path in carried.tokenizer_files}
 
@@ -215,14 +219,14 @@ def test_a_text_ends_where_the_generation_config_says(eos: Any, generation: Any,
 
 def test_what_is_carried_comes_back(tmp_path: Path) -> None:
     opened = open_hf_folder(good_folder(tmp_path / "model", max_position_embeddings=99, **PUBLISHED))
-    write_export_settings(ExportSettings.of(opened), tmp_path / "parent")
+    write_export_settings(opened.exports, tmp_path / "parent")
     parent = read_export_settings(tmp_path / "parent")
-    assert parent is not None and (parent.settings, parent.dtypes) == (opened.settings, opened.dtype_rule)
+    assert parent is not None and (parent.settings, parent.dtypes) == (opened.exports.settings, opened.exports.dtypes)
     write_export_settings(parent, tmp_path / "permuted")  # from one checkpoint to the next
     carried = read_export_settings(tmp_path / "permuted")
-    assert carried is not None and carried.settings == opened.settings
+    assert carried is not None and carried.settings == opened.exports.settings
     assert carried.tokenizer_folder == tmp_path / "permuted" / "hugging_face"
-    for path in opened.tokenizer_files:
+    for path in opened.exports.tokenizer_files:
         assert (carried.tokenizer_folder / path.name).read_bytes() == path.read_bytes()
     assert read_export_settings(tmp_path) is None
     (carried.tokenizer_folder / "tokenizer.json").unlink()

@@ -8,16 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from elastic.hf.tensor_files import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    TensorFileError,
-    TensorFolder,
-    TensorSpec,
-    plan_shards,
-    write_tensors,
-)
-from elastic.hf.tensor_index import scan_tensors
+from elastic.hf.names import HfTensorError
+from elastic.hf.safe_files import UnsafeFileError
+from elastic.hf.tensor_files import TensorFolder, plan_shards, planned, write_tensors
+from elastic.hf.tensor_index import INDEX_FILE, SINGLE_FILE, scan_tensors
 
 TENSORS = {
     "odd": torch.randn(3).bfloat16(),
@@ -26,13 +20,13 @@ TENSORS = {
     "half": torch.randn(1, 1, 3).half(),
     "more": torch.randn(5),
 }
-SPECS = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in TENSORS.items()}
+SPECS = {name: planned(tuple(tensor.shape), tensor.dtype) for name, tensor in TENSORS.items()}
 
 
 def opened(folder: Path) -> TensorFolder:
     scan = scan_tensors(folder)
     if scan.problems:
-        raise TensorFileError("; ".join(scan.problems))
+        raise UnsafeFileError("; ".join(scan.problems))
     return TensorFolder(scan.tensors)
 
 
@@ -53,26 +47,26 @@ def test_shards_hold_what_the_index_says(tmp_path: Path) -> None:
     files = sorted(set(index["weight_map"].values()))
     assert files == [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
     folder = opened(tmp_path)
-    assert set(folder) == TENSORS.keys() and len(folder) == 5 and folder.size("matrix") == (7, 4)
+    assert set(folder) == TENSORS.keys() and len(folder) == 5 and folder["matrix"].shape == (7, 4)
     for name, tensor in TENSORS.items():
         assert torch.equal(load_file(tmp_path / index["weight_map"][name])[name], tensor)
         assert torch.equal(folder[name], tensor)
 
 
 def test_shards_stay_below_the_limit_unless_one_tensor_is_larger() -> None:
-    specs = {str(number): TensorSpec((size,), torch.float32) for number, size in enumerate((1, 2, 9, 1, 1, 2))}
+    specs = {str(number): planned((size,), torch.float32) for number, size in enumerate((1, 2, 9, 1, 1, 2))}
     assert [list(shard) for shard in plan_shards(specs, 16)] == [["0", "1"], ["2"], ["3", "4", "5"]]
 
 
 def test_values_are_converted_and_announced_sizes_enforced(tmp_path: Path) -> None:
-    specs = {"a": TensorSpec((2,), torch.bfloat16)}
+    specs = {"a": planned((2,), torch.bfloat16)}
     write_tensors(tmp_path, specs, [("a", torch.tensor([1.0, 1.001]))], 100)
     assert opened(tmp_path)["a"].tolist() == [1.0, 1.0]
-    with pytest.raises(TensorFileError, match=r"tensor a \(3,\) was not announced"):
+    with pytest.raises(HfTensorError, match=r"tensor a \(3,\) was not announced"):
         write_tensors(tmp_path, specs, [("a", torch.zeros(3))], 100)
-    with pytest.raises(TensorFileError, match="came twice"):
+    with pytest.raises(HfTensorError, match="came twice"):
         write_tensors(tmp_path, specs, [("a", torch.zeros(2))] * 2, 100)
-    with pytest.raises(TensorFileError, match="never came: a"):
+    with pytest.raises(HfTensorError, match="never came: a"):
         write_tensors(tmp_path, specs, [], 100)
 
 
@@ -149,5 +143,5 @@ def test_broken_folders_are_refused_by_name(tmp_path: Path, how: str, message: s
     folder = tmp_path / "model"
     folder.mkdir()
     broken_folder(folder, how)
-    with pytest.raises(TensorFileError, match=message):
+    with pytest.raises(UnsafeFileError, match=message):
         opened(folder)

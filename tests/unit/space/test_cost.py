@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import DynamicCache, NemotronHConfig, NemotronHForCausalLM
 
 from elastic.config.load import ConfigError, load
-from elastic.hf.config import HfSettings, hf_config
+from elastic.hf.config import hf_config
+from elastic.hf.export_settings import HfSettings
 from elastic.hf.names import hf_sizes
 from elastic.space.axes import AXES, INNER_AXIS, Axis, LayerKind
 from elastic.space.cost import Budget, Deployment, Metric, Widths, cost, layer_params, shape_cost, subnet_cost

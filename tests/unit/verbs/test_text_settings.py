@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from elastic.checkpoint.record import Record
-from elastic.hf.config import HfSettings, generation_config
-from elastic.hf.export_settings import ExportSettings, write_export_settings
+from elastic.hf.config import generation_config
+from elastic.hf.export_settings import HfSettings, write_export_settings
 from elastic.hf.folder import HfFolder, open_hf_folder
 from elastic.verbs.text import LONGEST, text_settings
 from tests.parity.hf_models import stock_model, tiny
@@ -30,9 +30,8 @@ def data(tmp_path: Path) -> str:
 
 
 def imported(source: HfFolder, tmp_path: Path, tokenizer: bool = True) -> Path:
-    carried = ExportSettings.of(source)
-    carried = carried if tokenizer else ExportSettings(carried.settings, carried.dtypes)
-    write_export_settings(carried, tmp_path / "checkpoint")
+    exports = source.exports if tokenizer else replace(source.exports, tokenizer_files=())
+    write_export_settings(exports, tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
 
 
@@ -41,16 +40,16 @@ def test_data_that_the_user_names_gives_the_tokenizer_and_changes_no_setting(
 ) -> None:
     checkpoint = imported(source, tmp_path)
     record = Record("parent", SHAPE, data=data)
-    assert text_settings(checkpoint, record) == (source.settings, checkpoint / "hugging_face")
-    assert text_settings(checkpoint, record, data) == (source.settings, Path(data))
+    assert text_settings(checkpoint, record) == (source.exports.settings, checkpoint / "hugging_face")
+    assert text_settings(checkpoint, record, data) == (source.exports.settings, Path(data))
 
 
 def test_an_import_without_a_tokenizer_takes_that_of_the_data_it_was_trained_on(
     source: HfFolder, data: str, tmp_path: Path
 ) -> None:
     checkpoint = imported(source, tmp_path, tokenizer=False)
-    assert text_settings(checkpoint, Record("parent", SHAPE)) == (source.settings, None)
-    assert text_settings(checkpoint, Record("parent", SHAPE, data=data)) == (source.settings, Path(data))
+    assert text_settings(checkpoint, Record("parent", SHAPE)) == (source.exports.settings, None)
+    assert text_settings(checkpoint, Record("parent", SHAPE, data=data)) == (source.exports.settings, Path(data))
 
 
 def test_a_parent_made_here_has_the_settings_of_its_data(data: str, tmp_path: Path) -> None:
@@ -88,5 +87,5 @@ def test_exports_say_the_longest_sequence(
 ) -> None:
     record = Record("elastic", SHAPE, data=data, provenance={LONGEST: str(trained)})
     assert text_settings(tmp_path / "none", record)[0].max_position_embeddings == trained
-    assert source.settings.max_position_embeddings == imported_says
+    assert source.exports.settings.max_position_embeddings == imported_says
     assert text_settings(imported(source, tmp_path), record)[0].max_position_embeddings == expected
