@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from elastic.plan.work import FP32_BYTES, KernelSet, LayerWork, MicroBatchWork, ScanSizes
+from elastic.plan.work import FP32_BYTES, PROJECTIONS, KernelSet, LayerWork, MicroBatchWork, ScanSizes
 from elastic.space.axes import Axis, LayerKind
 from elastic.space.layers import DimKind
 from elastic.space.nesting import Cut, take
@@ -17,8 +17,8 @@ TORCH_CHUNK_TOKENS = 64  # TorchStateSpace
 FUSED_CHUNK_TOKENS = 256  # MambaSsmStateSpace
 
 
-def saved_bytes(layer: LayerWork) -> dict[str, int]:
-    """Return the bytes a layer keeps for backward without recompute, by what they are."""
+def saved_bytes(layer: LayerWork) -> int:
+    """Return the bytes a layer keeps for backward without recompute."""
     run, e = layer.run, layer.run.element_bytes
     terms = {"norm": _norm(run.stream_tokens * run.hidden, run.stream_tokens, e)}
     match layer.kind:
@@ -28,14 +28,14 @@ def saved_bytes(layer: LayerWork) -> dict[str, int]:
             terms |= _attention(layer)
         case LayerKind.MLP:
             # relu's result (which the square also keeps), and the gated square, which fc2 keeps
-            terms["neurons"] = 2 * run.tokens * layer.local_width * e
+            terms["neurons"] = 2 * run.tokens * layer.inner * e
             if run.gates(Axis.FFN):  # the gate keeps what it multiplies
-                terms["gate"] = run.tokens * layer.local_width * e
-    if run.gates_stream:  # the residual gate keeps the layer's output
+                terms["gate"] = run.tokens * layer.inner * e
+    if run.gates(Axis.HIDDEN, Axis.DEPTH):  # the residual gate keeps the layer's output
         terms["output"] = run.stream_bytes
     if not run.masked:
-        terms["weight copies"] = weight_copy_bytes(layer)
-    return terms
+        terms["weight copies"] = _copied_elements(layer.cut, layer.kind) * e
+    return sum(terms.values())
 
 
 def _norm(channels: int, rows: int, e: int) -> int:
@@ -46,19 +46,17 @@ def _norm(channels: int, rows: int, e: int) -> int:
 def _mamba(layer: LayerWork) -> dict[str, int]:
     """Bytes of a Mamba mixer: convolution, scan, gate and group norm."""
     run, scan, e = layer.run, layer.scan, layer.run.element_bytes
-    tokens, inner = run.tokens, layer.inner
-    terms = {
+    inner = run.tokens * layer.inner
+    return {
         "z x B C dt": scan.tokens * scan.rows * e,  # silu keeps z, a view that keeps all of it
         "convolution": _conv(scan, run),
         "dt": scan.tokens * scan.heads * FP32_BYTES,  # softplus keeps its input
         "scan": _torch_scan(scan, e) if run.kernels is KernelSet.TORCH else _fused_scan(scan, e),
-        "z gate": scan.tokens * scan.inner * e * (2 if run.kernels is KernelSet.TORCH else 1),
-        # As `_norm`, for the group norm
-        "group norm": tokens * inner * (FP32_BYTES + 2 * e) + tokens * layer.local_groups * 2 * FP32_BYTES,
+        "z gate": inner * e * (2 if run.kernels is KernelSet.TORCH else 1),
+        "group norm": _norm(inner, run.tokens * layer.local_groups, e),
+        # Channels, then heads: each gate keeps what it multiplies.
+        "gate": (run.gates(Axis.MAMBA_CHANNEL) + run.gates(Axis.MAMBA_HEAD)) * inner * e,
     }
-    # Channels, then heads: each gate keeps what it multiplies.
-    terms["gate"] = (run.gates(Axis.MAMBA_CHANNEL) + run.gates(Axis.MAMBA_HEAD)) * tokens * inner * e
-    return terms
 
 
 def _conv(scan: ScanSizes, run: MicroBatchWork) -> int:
@@ -137,29 +135,13 @@ def _attention(layer: LayerWork) -> dict[str, int]:
     return terms
 
 
-def weight_copy_bytes(layer: LayerWork) -> int:
-    """Return the bytes of the weights a slice copies, because their kept rows do not lie in one run.
+@cache
+def _copied_elements(cut: Cut, kind: LayerKind) -> int:
+    """Count the weights a slice copies, because their kept rows do not lie in one run.
 
     Asks the code that cuts them, on tensors without storage.
     """
-    run = layer.run
-    cut = Cut.of_layer(
-        run.parent,
-        layer.layer_index,
-        {} if run.masked else run.subnet.layer_widths(run.parent, layer.layer_index),
-        lanes=run.lanes,
-        tensor_parallel=run.layout.tensor,
-    )
-    return _copied_elements(cut, layer.kind) * run.element_bytes
-
-
-@cache
-def _copied_elements(cut: Cut, kind: LayerKind) -> int:
-    rows, columns = {
-        LayerKind.MAMBA: (DimKind.IN_PROJ, DimKind.INNER),
-        LayerKind.ATTENTION: (DimKind.QKV, DimKind.CONTEXT),
-        LayerKind.MLP: (DimKind.FFN, DimKind.FFN),
-    }[kind]
+    rows, columns = PROJECTIONS[kind]
     copied = 0
     for kinds in ((rows, DimKind.HIDDEN), (DimKind.HIDDEN, columns)):
         layouts = [cut.grid(dim) for dim in kinds]

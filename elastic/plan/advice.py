@@ -49,7 +49,7 @@ def _phase_warnings(config: PlanConfig, plan: PhasePlan, time: StepTime) -> Iter
             f"{plan.micro_batches} micro-batches through {stages} stages leave {time.bubble / time.total:.0%} of the "
             "step waiting; fewer stages or replicas help"
         )
-    work = [plan.flops(stage).total.total for stage in range(stages)]
+    work = [plan.flops(stage).total for stage in range(stages)]
     if max(work) > (1 + MAX_IMBALANCE) * sum(work) / stages:
         yield f"the slowest of {stages} stages has {max(work) * stages / sum(work) - 1:.0%} more work than the mean"
     for name, seconds in (("context", time.context), ("data", time.data), ("tensor", time.tensor)):
@@ -57,7 +57,8 @@ def _phase_warnings(config: PlanConfig, plan: PhasePlan, time: StepTime) -> Iter
             yield f"{name}-parallel traffic takes {seconds / time.total:.0%} of the step where nothing hides it"
     if run.tokens // layout.tensor < MIN_LOCAL_TOKENS:
         yield f"{run.tokens // layout.tensor} tokens of the stream on one rank are few; a larger micro-batch helps"
-    if layout.recompute and _fits_without(config, plan):
+    all_saved = plan.changed(layout=replace(layout, recompute=False))
+    if layout.recompute and all_saved.peak_bytes <= config.cluster.budget_bytes:
         yield "fits without recompute: parallel.recompute=none saves a forward pass"
     chunk = math.ceil(run.tokens / plan.num_chunks) * run.local_vocab * FP32_BYTES
     if chunk > MAX_CHUNK_BYTES:
@@ -69,19 +70,13 @@ def _width_warnings(plan: PhasePlan) -> Iterator[str]:
     """Yield widths that kernels serve badly on one rank."""
     for share in plan.shares:
         for layer, _ in distinct(tuple(one for s in range(plan.layout.pipeline) for one in share.run.layers(s))):
-            if layer.row_columns < MIN_LOCAL_COLUMNS:
-                yield f"{share.budget}: {layer.row_columns} columns of a {layer.kind.name} layer on one rank are few"
+            if layer.inner < MIN_LOCAL_COLUMNS:
+                yield f"{share.budget}: {layer.inner} columns of a {layer.kind.name} layer on one rank are few"
             if layer.kind is LayerKind.MAMBA and layer.scan.rows % 8:
                 yield f"{share.budget}: {layer.scan.rows} in_proj rows on one rank: the convolution's input is copied"
     length = plan.phase.sequence_length
     if length % FUSED_CHUNK_TOKENS:
         yield f"sequence length {length} is not a multiple of the scan's chunk of {FUSED_CHUNK_TOKENS} tokens"
-
-
-def _fits_without(config: PlanConfig, plan: PhasePlan) -> bool:
-    layout = replace(plan.layout, recompute=False)
-    shares = tuple(replace(share, run=replace(share.run, layout=layout)) for share in plan.shares)
-    return replace(plan, shares=shares).peak_bytes <= config.cluster.budget_bytes
 
 
 def spare_share(cluster: ClusterConfig, peak_bytes: int) -> float:

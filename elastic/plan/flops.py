@@ -4,13 +4,15 @@ Norms, activations, gates and the convolution's taps are left out, as torch's Fl
 Megatron-Core does in its own count. The letters are those of `work`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from elastic.plan.activations import FUSED_CHUNK_TOKENS, TORCH_CHUNK_TOKENS
 from elastic.plan.work import KernelSet, LayerWork, MicroBatchWork, ScanSizes, distinct
 from elastic.space.axes import LayerKind
-from elastic.space.gates import Execution
-from elastic.space.shape import Subnet
+
+# Backward over forward: both gradients of a product. Flash attention computes the scores again (FlashAttention 2,
+# arXiv 2307.08691, section 3.2: 5 products where the forward pass has 2), and so does mamba-ssm's scan.
+_BACKWARD, _FUSED_BACKWARD = 2.0, 2.5
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,11 @@ class Flops:
 def layer_flops(layer: LayerWork) -> Flops:
     """Count one rank's forward pass of one layer."""
     run = layer.run
-    projections = 2.0 * run.tokens * run.hidden * (layer.column_rows + layer.row_columns)
-    match layer.kind:
-        case LayerKind.MAMBA:
-            return Flops(projections, scan=scan_flops(layer.scan, run.kernels))
-        case LayerKind.ATTENTION:
-            return Flops(projections, attention=attention_flops(layer))
-        case LayerKind.MLP:
-            return Flops(projections)
+    return Flops(
+        matmul=2.0 * run.tokens * run.hidden * (layer.rows + layer.inner),
+        scan=scan_flops(layer.scan, run.kernels) if layer.kind is LayerKind.MAMBA else 0.0,
+        attention=attention_flops(layer) if layer.kind is LayerKind.ATTENTION else 0.0,
+    )
 
 
 def scan_flops(scan: ScanSizes, kernels: KernelSet) -> float:
@@ -68,52 +67,27 @@ def attention_flops(layer: LayerWork) -> float:
     return 4.0 * run.tokens * keys * layer.inner
 
 
-# Backward over forward: both gradients of a product. Flash attention computes the scores again (FlashAttention 2,
-# arXiv 2307.08691, section 3.2: 5 products where the forward pass has 2), and so does mamba-ssm's scan.
-_FUSED_ATTENTION_BACKWARD, _FUSED_SCAN_BACKWARD = 2.5, 2.5
+def forward_flops(layers: tuple[LayerWork, ...]) -> Flops:
+    """Count one rank's forward pass of some layers."""
+    return sum((layer_flops(layer) * count for layer, count in distinct(layers)), Flops())
 
 
 def backward_flops(forward: Flops, kernels: KernelSet) -> Flops:
     """Count the backward pass of layers whose forward pass is `forward`."""
-    if kernels is KernelSet.TORCH:
-        return forward * 2.0
-    return Flops(
-        forward.matmul * 2.0, forward.scan * _FUSED_SCAN_BACKWARD, forward.attention * _FUSED_ATTENTION_BACKWARD
-    )
+    again = _FUSED_BACKWARD if kernels is KernelSet.FUSED else _BACKWARD
+    return Flops(forward.matmul * _BACKWARD, forward.scan * again, forward.attention * again)
 
 
-@dataclass(frozen=True)
-class StageFlops:
-    """One rank's work on one micro-batch. The loss's head products are all done in its forward pass."""
+def stage_flops(run: MicroBatchWork, stage: int, *, recompute: bool = True) -> Flops:
+    """Count one rank of one stage on one micro-batch: the teacher's pass, the student's two, and the loss.
 
-    teacher: Flops
-    forward: Flops
-    recompute: Flops
-    backward: Flops
-    head: Flops
-
-    @property
-    def total(self) -> Flops:
-        """Return all of it."""
-        return self.teacher + self.forward + self.recompute + self.backward + self.head
-
-
-def stage_flops(run: MicroBatchWork, stage: int) -> StageFlops:
-    """Count one rank of one stage: the teacher's pass over the whole parent, then the student's."""
-    teacher = _sum(whole_parent(run).layers(stage))
-    forward = _sum(run.layers(stage))
-    head = Flops()
+    `recompute` false leaves out what the layout makes a rank do again.
+    """
+    forward = forward_flops(run.layers(stage))
+    total = forward_flops(run.teacher.layers(stage)) + forward + backward_flops(forward, run.kernels)
+    if recompute and run.layout.recompute:
+        total += forward
     if stage == run.layout.pipeline - 1:
         # Student's logits and its two gradients at the kept width, the teacher's logits at the full one.
-        head = Flops(2.0 * run.tokens * run.local_vocab * (3 * run.hidden + run.parent.hidden))
-    recompute = forward if run.layout.recompute else Flops()
-    return StageFlops(teacher, forward, recompute, backward_flops(forward, run.kernels), head)
-
-
-def whole_parent(run: MicroBatchWork) -> MicroBatchWork:
-    """Return the same micro-batch through the uncut parent, which the teacher runs."""
-    return replace(run, execution=Execution.SLICE, subnet=Subnet.full(run.parent))
-
-
-def _sum(layers: tuple[LayerWork, ...]) -> Flops:
-    return sum((layer_flops(layer) * count for layer, count in distinct(layers)), Flops())
+        total += Flops(2.0 * run.tokens * run.local_vocab * (3 * run.hidden + run.parent.hidden))
+    return total

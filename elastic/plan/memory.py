@@ -4,7 +4,7 @@ The letters are those of `work`; v this rank's rows of the vocabulary, n tokens 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 
@@ -13,7 +13,7 @@ from elastic.model.sharding import sharded_dim
 from elastic.plan.activations import fused_scan_workspace_bytes, saved_bytes
 from elastic.plan.work import FP32_BYTES, KernelSet, LayerWork, MicroBatchWork, distinct, stage_layers
 from elastic.space.axes import Axis, LayerKind
-from elastic.space.layers import FP32_PARAMETERS, LAYER_PREFIX, LAYERS
+from elastic.space.layers import FP32_PARAMETERS, LAYER_PREFIX, LAYERS, MODEL_PARAMETERS
 from elastic.space.nesting import parameter_size
 from elastic.space.shape import ModelShape
 
@@ -39,35 +39,21 @@ class StageMemory:
         return steady + max(self.working_set, self.logits)
 
 
-def rank_parameters(parent: ModelShape, layout: Layout, stage: int) -> dict[str, int]:
-    """Return the number of elements of every parameter on one rank of a stage, exactly."""
-    return dict(_elements(parent, layout.tensor, layout.pipeline, stage))
-
-
 @cache
-def _elements(parent: ModelShape, tensor: int, pipeline: int, stage: int) -> tuple[tuple[str, int], ...]:
-    names = _names(parent, Layout(tensor=tensor, pipeline=pipeline), stage)
-    return tuple((name, _local_elements(name, parent, tensor)) for name in names)
+def rank_parameters(parent: ModelShape, tensor: int, pipeline: int, stage: int) -> Mapping[str, int]:
+    """Return the number of elements of every parameter on one rank of a stage, exactly."""
+    embedding, final_norm, head = MODEL_PARAMETERS
+    names = [embedding] if stage == 0 else []
+    for layer_index in stage_layers(parent, pipeline)[stage]:
+        kind = parent.pattern.kinds[layer_index]
+        names += [f"{LAYER_PREFIX}{layer_index}.{name}" for name in LAYERS[kind].parameters]
+    if stage == pipeline - 1:
+        names += [final_norm] if parent.tied_embeddings and stage == 0 else [final_norm, head]
+    whole = {name: math.prod(parameter_size(name, parent)) for name in names}
+    return {name: size if sharded_dim(name) is None else size // tensor for name, size in whole.items()}
 
 
-def _names(parent: ModelShape, layout: Layout, stage: int) -> Iterator[str]:
-    if stage == 0:
-        yield "embedding.word_embeddings.weight"
-    for layer_index in stage_layers(parent, layout.pipeline)[stage]:
-        for name in LAYERS[parent.pattern.kinds[layer_index]].parameters:
-            yield f"{LAYER_PREFIX}{layer_index}.{name}"
-    if stage == layout.pipeline - 1:
-        yield "decoder.final_norm.weight"
-        if not parent.tied_embeddings or stage > 0:
-            yield "output_layer.weight"
-
-
-def _local_elements(name: str, parent: ModelShape, tensor: int) -> int:
-    elements = math.prod(parameter_size(name, parent))
-    return elements if sharded_dim(name) is None else elements // tensor
-
-
-def parameter_bytes(elements: dict[str, int], layout: Layout) -> int:
+def parameter_bytes(elements: Mapping[str, int], layout: Layout) -> int:
     """Return the bytes of parameters; A_log and D stay in fp32."""
     return sum(
         count * (FP32_BYTES if name.endswith(FP32_PARAMETERS) else layout.dtype.itemsize)
@@ -75,7 +61,7 @@ def parameter_bytes(elements: dict[str, int], layout: Layout) -> int:
     )
 
 
-def optimizer_bytes(elements: dict[str, int], layout: Layout, shards: int = 1) -> int:
+def optimizer_bytes(elements: Mapping[str, int], layout: Layout, shards: int = 1) -> int:
     """Return the bytes of Adam: two fp32 moments, and an fp32 master of whatever is not fp32 itself.
 
     The distributed optimizer holds 1 / shards of them, a master of the fp32 parameters included in its buffer.
@@ -97,41 +83,36 @@ def stage_memory(
     1F1B: stage s of p keeps min(p - s, micro-batches) of them. The teacher runs first and leaves the final hidden
     states of every micro-batch of the step on the last stage.
     """
-    layout, elements = run.layout, rank_parameters(run.parent, run.layout, stage)
+    layout, teacher = run.layout, run.teacher
+    elements = rank_parameters(run.parent, layout.tensor, layout.pipeline, stage)
     in_flight = min(layout.pipeline - stage, micro_batches)
     last = stage == layout.pipeline - 1
-    count, parameters = sum(elements.values()), parameter_bytes(elements, layout)
-    teacher_stream = run.stream_tokens * run.parent.hidden * run.element_bytes
+    parameters = parameter_bytes(elements, layout)
     return StageMemory(
         parameters=parameters,
-        gradients=FP32_BYTES * count,
+        gradients=FP32_BYTES * sum(elements.values()),
         optimizer=optimizer_bytes(elements, layout, optimizer_shards),
         teacher=parameters,
         # On the last stage; on all but the first the teacher also holds on to the last stream it was sent.
-        teacher_hidden=(micro_batches if last else 0) * teacher_stream + (teacher_stream if stage > 0 else 0),
+        teacher_hidden=(micro_batches * last + (stage > 0)) * teacher.stream_bytes,
         activations=in_flight * stage_activation_bytes(run, stage),
         working_set=max((layer_working_set_bytes(layer) for layer, _ in distinct(run.layers(stage))), default=0),
         logits=loss_bytes(run, num_chunks) if last else 0,
         # Megatron-Core's for gathered streams (GlobalMemoryBuffer "mpu"); the teacher's is full.
-        buffers=run.tokens * run.parent.hidden * run.element_bytes if layout.sequence else 0,
+        buffers=teacher.gathered_bytes if layout.sequence else 0,
     )
 
 
 def stage_activation_bytes(run: MicroBatchWork, stage: int) -> int:
     """Return what one micro-batch keeps on one stage between its forward and its backward pass."""
-    layers = run.layers(stage)
-    first, last = stage == 0, stage == run.layout.pipeline - 1
-    recompute = run.layout.recompute
-    kept = sum(
-        count * (run.stream_bytes if recompute else sum(saved_bytes(layer).values()))
-        for layer, count in distinct(layers)
-    )
-    if first and run.gates(Axis.HIDDEN):
+    if run.layout.recompute:  # a slice's first layer keeps a view of the whole stream it was given
+        kept = len(run.layers(stage)) * run.stream_bytes + run.teacher.stream_bytes - run.stream_bytes
+    else:
+        kept = sum(count * saved_bytes(layer) for layer, count in distinct(run.layers(stage)))
+    if stage == 0 and run.gates(Axis.HIDDEN):
         # The hidden gate keeps the embedding it multiplies. Later stages' received stream lives in the first layer.
         kept += run.stream_bytes
-    if recompute:  # a slice's first layer keeps a view of the whole stream it was given
-        kept += run.stream_tokens * (run.parent.hidden - run.hidden) * run.element_bytes
-    if last:  # the final norm, as every norm; its output is gathered for the loss and then gone
+    if stage == run.layout.pipeline - 1:  # the final norm, as every norm; its output is gathered for the loss and gone
         kept += run.stream_tokens * run.hidden * (FP32_BYTES + run.element_bytes)
     return kept
 
@@ -143,13 +124,13 @@ def layer_working_set_bytes(layer: LayerWork) -> int:
     widest inner tensors (three of them at once: two from the ends of an elementwise step and one in fp32).
     """
     run, e = layer.run, layer.run.element_bytes
-    again = sum(saved_bytes(layer).values()) if run.layout.recompute else 0
+    again = saved_bytes(layer) if run.layout.recompute else 0
     gradients = 2 * run.gathered_bytes + 2 * run.stream_bytes
     match layer.kind:
         case LayerKind.MLP:
-            gradients += 3 * run.tokens * layer.local_width * e
+            gradients += 3 * run.tokens * layer.inner * e
         case LayerKind.ATTENTION:
-            gradients += 2 * run.tokens * (layer.inner + 2 * layer.local_kv) * e
+            gradients += 2 * run.tokens * layer.rows * e
         case LayerKind.MAMBA:
             scan = layer.scan
             in_norm = 3 * run.tokens * layer.inner * FP32_BYTES
@@ -157,7 +138,7 @@ def layer_working_set_bytes(layer: LayerWork) -> int:
             in_scan = workspace + scan.tokens * (scan.rows + scan.inner) * e
             gradients += max(in_norm, in_scan)
     # And of the layer's first weight, before it is added to the fp32 buffer.
-    return again + gradients + layer.column_rows * run.hidden * e
+    return again + gradients + layer.rows * run.hidden * e
 
 
 def loss_bytes(run: MicroBatchWork, num_chunks: int) -> int:
@@ -166,10 +147,8 @@ def loss_bytes(run: MicroBatchWork, num_chunks: int) -> int:
     Student's and teacher's hidden states gathered over the tensor-parallel group, the gradient of the student's; the
     head's gradient in fp32 and one product to be added to it; three [n, v] buffers in fp32.
     """
-    layout, e = run.layout, run.element_bytes
-    gathers = layout.tensor > 1 and layout.sequence
-    teacher = run.tokens * run.parent.hidden * e
-    hidden = run.gathered_bytes + (run.gathered_bytes + teacher if gathers else 0)
+    gathers = run.layout.tensor > 1 and run.layout.sequence
+    hidden = run.gathered_bytes + (run.gathered_bytes + run.teacher.gathered_bytes if gathers else 0)
     head = run.local_vocab * run.hidden * (2 * FP32_BYTES)
     chunk = math.ceil(run.tokens / num_chunks)
     return hidden + head + 3 * chunk * run.local_vocab * FP32_BYTES

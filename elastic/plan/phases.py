@@ -1,17 +1,19 @@
-"""One phase of a curriculum on one layout: the micro-batches it is made of, their memory and their work."""
+"""One phase of a curriculum on one layout: the micro-batches it is made of, their memory, work and traffic."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from elastic.config.sections import ParallelConfig
 from elastic.model.model import Layout
 from elastic.plan.config import PlanConfig
-from elastic.plan.flops import Flops, StageFlops, stage_flops
+from elastic.plan.flops import Flops, stage_flops
 from elastic.plan.memory import StageMemory, stage_memory
+from elastic.plan.traffic import micro_batch_traffic, moved_bytes, step_traffic
 from elastic.plan.work import KernelSet, MicroBatchWork
 from elastic.router.phases import ElasticPhase
-from elastic.space.gates import Execution
 from elastic.space.reach import Sample, sample_subnet
 from elastic.space.shape import Subnet
 from elastic.space.space import Space
@@ -36,7 +38,7 @@ class PhasePlan:
     micro_batches: int
     replicas: int
     num_chunks: int
-    optimizer_shards: int = 1
+    distributed_optimizer: bool = False
 
     @property
     def layout(self) -> Layout:
@@ -45,10 +47,8 @@ class PhasePlan:
 
     def memory(self, stage: int) -> StageMemory:
         """Return the peak of one rank of a stage while the most demanding budget is in flight everywhere."""
-        plans = (
-            stage_memory(share.run, stage, self.micro_batches, self.num_chunks, self.optimizer_shards)
-            for share in self.shares
-        )
+        shards = self.replicas * self.layout.context if self.distributed_optimizer else 1
+        plans = (stage_memory(share.run, stage, self.micro_batches, self.num_chunks, shards) for share in self.shares)
         return max(plans, key=lambda plan: plan.total)
 
     @cached_property
@@ -56,22 +56,33 @@ class PhasePlan:
         """Return the peak of the fullest stage."""
         return max(self.memory(stage).total for stage in range(self.layout.pipeline))
 
-    def flops(self, stage: int) -> StageFlops:
-        """Return one rank's mean work on a micro-batch of the mix."""
-        parts = [(share.weight, stage_flops(share.run, stage)) for share in self.shares]
+    def changed(self, **changes: Any) -> "PhasePlan":
+        """Return the same phase with other values of these fields in all its micro-batches."""
+        return replace(self, shares=tuple(replace(one, run=replace(one.run, **changes)) for one in self.shares))
 
-        def mean(name: str) -> Flops:
-            return sum((getattr(part, name) * weight for weight, part in parts), Flops())
-
-        return StageFlops(*(mean(name) for name in ("teacher", "forward", "recompute", "backward", "head")))
+    def flops(self, stage: int, *, recompute: bool = True) -> Flops:
+        """Return one rank's mean work on a micro-batch of the mix; without `recompute` not what is done again."""
+        parts = (stage_flops(share.run, stage, recompute=recompute) * share.weight for share in self.shares)
+        return sum(parts, Flops())
 
     def step_flops(self, *, recompute: bool) -> float:
         """Return the FLOPs of a step over all GPUs; the model's alone, or with what recompute does again."""
-        total = 0.0
-        for stage in range(self.layout.pipeline):
-            flops = self.flops(stage)
-            total += flops.total.total - (0.0 if recompute else flops.recompute.total)
+        total = sum(self.flops(stage, recompute=recompute).total for stage in range(self.layout.pipeline))
         return total * self.micro_batches * self.replicas * self.layout.tensor * self.layout.context
+
+    def sent_bytes(self, stage: int) -> dict[tuple[str, str], float]:
+        """Return what one rank sends for a mean micro-batch, by group and operation."""
+        ranks = {"tp": self.layout.tensor, "cp": self.layout.context, "pp": self.layout.pipeline}
+        sent: defaultdict[tuple[str, str], float] = defaultdict(float)
+        for share in self.shares:
+            for (group, operation), payload in micro_batch_traffic(share.run, stage).items():
+                sent[group, operation] += share.weight * moved_bytes(operation, payload, ranks[group])
+        return sent
+
+    def sent_bytes_once(self, stage: int) -> dict[tuple[str, str], float]:
+        """Return what one rank sends once a step, to those with the same weights."""
+        once = step_traffic(self.shares[0].run, stage, self.distributed_optimizer)
+        return {key: moved_bytes(key[1], sent, self.replicas * self.layout.context) for key, sent in once.items()}
 
 
 def budget_samples(config: PlanConfig, space: Space) -> dict[str, Sample]:
@@ -81,28 +92,16 @@ def budget_samples(config: PlanConfig, space: Space) -> dict[str, Sample]:
 
 
 def phase_plans(
-    config: PlanConfig,
-    parallel: ParallelConfig,
-    micro_batch: int,
-    samples: dict[str, Sample],
-    kernels: KernelSet = KernelSet.FUSED,
+    config: PlanConfig, parallel: ParallelConfig, micro_batch: int, samples: dict[str, Sample]
 ) -> tuple[PhasePlan, ...]:
     """Put every phase of the curriculum on a layout; the layout must be legal."""
-    layout = model_layout(parallel, config.trainer)
-    replicas = config.cluster.num_gpus // parallel.model_size
-    parent, gated = config.parent_shape(), frozenset(config.space().elastic_axes())
+    layout, lanes = model_layout(parallel, config.trainer), config.elastic.space.lanes
+    replicas, parent = config.cluster.num_gpus // parallel.model_size, config.parent_shape()
+    full, gated = Subnet.full(parent), frozenset(config.space().elastic_axes())
     plans = []
     for phase in config.curriculum:
         run = MicroBatchWork(
-            parent=parent,
-            layout=layout,
-            batch=micro_batch,
-            length_tokens=phase.sequence_length,
-            execution=phase.execution,
-            subnet=Subnet.full(parent),
-            kernels=kernels,
-            lanes=config.elastic.space.lanes,
-            gated_axes=gated,
+            parent, layout, micro_batch, phase.sequence_length, phase.execution, full, KernelSet.FUSED, lanes, gated
         )
         plan = PhasePlan(
             phase=phase,
@@ -110,17 +109,17 @@ def phase_plans(
             micro_batches=phase.global_batch // (micro_batch * replicas),
             replicas=replicas,
             num_chunks=config.distill.num_chunks,
-            optimizer_shards=replicas * parallel.context if config.optim.use_distributed_optimizer else 1,
+            distributed_optimizer=config.optim.use_distributed_optimizer,
         )
         plans.append(plan)
     return tuple(plans)
 
 
-def _shares(phase: ElasticPhase, full: MicroBatchWork, samples: dict[str, Sample]) -> Iterator[Share]:
-    if phase.execution is Execution.MASK:  # full-size work whatever the budget
-        yield Share("all", 1.0, full)
+def _shares(phase: ElasticPhase, run: MicroBatchWork, samples: dict[str, Sample]) -> Iterator[Share]:
+    if run.masked:  # full-size work whatever the budget
+        yield Share("all", 1.0, run)
         return
     weights = phase.weights(list(samples))
     for name, weight in zip(samples, weights, strict=True):
         if weight > 0:
-            yield Share(name, weight / sum(weights), replace(full, subnet=samples[name].subnet))
+            yield Share(name, weight / sum(weights), replace(run, subnet=samples[name].subnet))

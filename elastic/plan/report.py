@@ -12,7 +12,6 @@ from elastic.plan.config import PlanConfig
 from elastic.plan.phases import PhasePlan
 from elastic.plan.search import Candidate, Found, Rejection, largest_micro_batch
 from elastic.plan.timing import StepTime
-from elastic.plan.traffic import micro_batch_traffic, moved_bytes, step_traffic
 
 MEMORY = ("parameters", "gradients", "optimizer", "teacher", "teacher_hidden", "activations", "working_set", "logits")
 SECONDS_PER_DAY = 86400.0
@@ -53,7 +52,7 @@ def phase_values(config: PlanConfig, plan: PhasePlan, time: StepTime) -> dict[st
         "largest_micro_batch": largest_micro_batch(config, plan),
         "step_flops": flops,
         "step_flops_with_recompute": plan.step_flops(recompute=True),
-        "traffic_bytes": traffic_values(plan, config.optim.use_distributed_optimizer),
+        "traffic_bytes": traffic_values(plan),
         "step_seconds": asdict(time) | {"total": time.total},
         "mfu": flops / (time.total * peak),
         "steps": steps,
@@ -62,21 +61,14 @@ def phase_values(config: PlanConfig, plan: PhasePlan, time: StepTime) -> dict[st
     }
 
 
-def traffic_values(plan: PhasePlan, distributed_optimizer: bool) -> dict[str, float]:
+def traffic_values(plan: PhasePlan) -> dict[str, float]:
     """Return the bytes one GPU sends in a step, of the busiest stage, by group and operation."""
-    ranks = {"tp": plan.layout.tensor, "cp": plan.layout.context, "pp": 2}
     stages = []
     for stage in range(plan.layout.pipeline):
-        sent: defaultdict[str, float] = defaultdict(float)
-        for share in plan.shares:
-            for (group, operation), payload in micro_batch_traffic(share.run, stage).items():
-                moved = moved_bytes(operation, payload, ranks[group]) * share.weight * plan.micro_batches
-                sent[f"{group} {operation}"] += moved
-        for (group, operation), payload in step_traffic(plan.shares[0].run, stage, distributed_optimizer).items():
-            moved = moved_bytes(operation, payload, plan.replicas * plan.layout.context)
-            sent[f"{group} {operation}"] += moved
-        stages.append(dict(sent))
-    return max(stages, key=lambda sent: sum(sent.values()))
+        sent = {key: amount * plan.micro_batches for key, amount in plan.sent_bytes(stage).items()}
+        stages.append(sent | plan.sent_bytes_once(stage))
+    busiest = max(stages, key=lambda sent: sum(sent.values()))
+    return {" ".join(key): amount for key, amount in busiest.items()}
 
 
 def _bill(config: PlanConfig, seconds: float, seconds_at_mfu: float) -> dict[str, float]:

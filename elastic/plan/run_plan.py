@@ -51,7 +51,7 @@ def run_plan(config: PlanConfig, console: Console) -> dict[str, Any]:
             console.print(line, highlight=False)
     # 3. The rehearsal.
     if config.plan.dry_run:
-        from elastic.plan.rehearsal import rehearsal_table, rehearse
+        from elastic.plan.dry_run import rehearsal_table, rehearse
 
         report["rehearsal"] = rehearse(config, space, chosen)
         console.print(rehearsal_table(report["rehearsal"]))

@@ -1,7 +1,7 @@
 """Which layouts a run may have on a cluster, and which is fastest: legal by the run's own rules, then by memory."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from elastic.config.load import Problem
 from elastic.config.rules import RULES, rule_problems
@@ -57,8 +57,7 @@ def layout_name(parallel: ParallelConfig, micro_batch: int) -> str:
 def candidate(config: PlanConfig, parallel: ParallelConfig, micro_batch: int, samples: dict[str, Sample]) -> Candidate:
     """Plan every phase on a legal layout."""
     plans = phase_plans(config, parallel, micro_batch, samples)
-    distributed = config.optim.use_distributed_optimizer
-    times = tuple(step_time(plan, config.cluster, config.plan, distributed) for plan in plans)
+    times = tuple(step_time(plan, config.cluster, config.plan) for plan in plans)
     return Candidate(parallel, micro_batch, plans, times)
 
 
@@ -133,13 +132,9 @@ def layouts(config: PlanConfig) -> Iterator[tuple[ParallelConfig, int]]:
 
 def largest_micro_batch(config: PlanConfig, plan: PhasePlan) -> int:
     """Return the most sequences of a phase that fit at once on its layout, 0 if not even one does."""
-    size = 0
-    while size < plan.phase.global_batch:
-        shares = tuple(replace(share, run=replace(share.run, batch=size + 1)) for share in plan.shares)
-        if replace(plan, shares=shares).peak_bytes > config.cluster.budget_bytes:
-            break
-        size += 1
-    return size
+    sizes = range(1, plan.phase.global_batch + 1)
+    too_large = (size for size in sizes if plan.changed(batch=size).peak_bytes > config.cluster.budget_bytes)
+    return next(too_large, plan.phase.global_batch + 1) - 1
 
 
 def _powers(largest: int) -> list[int]:

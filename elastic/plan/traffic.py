@@ -7,10 +7,9 @@ those of `work`. Left out for their size: gate gradients, router gradients, the 
 from collections import Counter
 from collections.abc import Mapping
 
-from elastic.plan.flops import whole_parent
 from elastic.plan.memory import parameter_bytes, rank_parameters
 from elastic.plan.work import FP32_BYTES, KernelSet, LayerWork, MicroBatchWork, distinct
-from elastic.space.axes import LayerKind
+from elastic.space.axes import Axis, LayerKind
 
 Traffic = Mapping[tuple[str, str], int]  # (group, operation) -> payload bytes of one rank
 
@@ -25,37 +24,28 @@ def micro_batch_traffic(run: MicroBatchWork, stage: int) -> Traffic:
     """Return one rank's traffic for one micro-batch: teacher's and student's pass, recompute and backward."""
     found: Counter[tuple[str, str]] = Counter()
     first, last = stage == 0, stage == run.layout.pipeline - 1
-    teacher = whole_parent(run)
-    for layer, count in distinct(teacher.layers(stage)):
-        _add(found, count, _layer(layer, gathers=1, scatters=1))
+    for layer, count in distinct(run.teacher.layers(stage)):
+        found.update(_layer(layer, count, gathers=1, scatters=1))
     for layer, count in distinct(run.layers(stage)):
-        _add(found, count, _layer(layer, gathers=1, scatters=1))
+        found.update(_layer(layer, count, gathers=1, scatters=1))
         # The mirror of forward, and the input gathered once more for the weight.
-        _add(found, count, _layer(layer, gathers=2, scatters=1, backward=True))
-        if (
-            run.layout.recompute
-        ):  # ends once the last saved tensor is there: the output, where the residual gate keeps it
-            _add(found, count, _layer(layer, gathers=1, scatters=int(run.gates_stream)))
-    full = run.stream_tokens * run.parent.hidden * run.element_bytes
+        found.update(_layer(layer, count, gathers=2, scatters=1, backward=True))
+        if run.layout.recompute:  # ends with the last saved tensor: the output, where the residual gate keeps it
+            found.update(_layer(layer, count, gathers=1, scatters=int(run.gates(Axis.HIDDEN, Axis.DEPTH))))
     if not last:  # forward of both; between stages a slice is padded to the full width
-        found["pp", "send"] += 2 * full
+        found["pp", "send"] += 2 * run.teacher.stream_bytes
     if not first:
-        found["pp", "send"] += full
+        found["pp", "send"] += run.teacher.stream_bytes
     if run.layout.tensor > 1:
         found.update(_ends(run, first, last))
     return found
 
 
-def _add(total: Counter[tuple[str, str]], times: int, part: Traffic) -> None:
-    for key, payload in part.items():
-        total[key] += times * payload
-
-
-def _layer(layer: LayerWork, gathers: int, scatters: int, backward: bool = False) -> Traffic:
-    """Count one pass of a layer: the stream gathered and scattered so many times, all-reduced without sequence
-    parallelism, and the context-parallel exchange."""
-    run, stream = layer.run, layer.run.gathered_bytes
-    found = Counter(_context(layer, backward))
+def _layer(layer: LayerWork, count: int, gathers: int, scatters: int, backward: bool = False) -> Traffic:
+    """Count one pass of `count` equal layers: the stream gathered and scattered so many times, all-reduced without
+    sequence parallelism, and the context-parallel exchange."""
+    run, stream = layer.run, count * layer.run.gathered_bytes
+    found = Counter({key: count * payload for key, payload in _context(layer, backward).items()})
     if run.layout.tensor > 1 and run.layout.sequence:
         found["tp", "all_gather"] += gathers * stream
         found["tp", "reduce_scatter"] += scatters * stream
@@ -74,7 +64,7 @@ def _context(layer: LayerWork, backward: bool) -> Traffic:
     if ranks == 1 or layer.kind is LayerKind.MLP:
         return {}
     if layer.kind is LayerKind.MAMBA:
-        return {("cp", "all_to_all"): run.tokens * (layer.exchanged_rows + layer.inner) * run.element_bytes}
+        return {("cp", "all_to_all"): layer.scan.tokens * (layer.scan.rows + layer.scan.inner) * run.element_bytes}
     keys_values = 2 * run.tokens * layer.local_kv * run.element_bytes
     if run.kernels is KernelSet.FUSED:
         return {("cp", "send"): keys_values * (2 * ranks - 1 if backward else ranks - 1)}
@@ -84,7 +74,7 @@ def _context(layer: LayerWork, backward: bool) -> Traffic:
 def _ends(run: MicroBatchWork, first: bool, last: bool) -> Traffic:
     """Count embedding and loss: the vocabulary is split over the tensor-parallel ranks."""
     found: Counter[tuple[str, str]] = Counter()
-    full = run.tokens * run.parent.hidden * run.element_bytes
+    full = run.teacher.gathered_bytes
     if first and run.layout.sequence:  # both models embed; the student's gradient is gathered
         found["tp", "reduce_scatter"] += 2 * full
         found["tp", "all_gather"] += full
@@ -106,7 +96,7 @@ def step_traffic(run: MicroBatchWork, stage: int, distributed_optimizer: bool) -
 
     The distributed optimizer scatters them and gathers the new weights; without it they are all-reduced.
     """
-    elements = rank_parameters(run.parent, run.layout, stage)
+    elements = rank_parameters(run.parent, run.layout.tensor, run.layout.pipeline, stage)
     gradients = FP32_BYTES * sum(elements.values())
     if not distributed_optimizer:
         return {("dp", "all_reduce"): gradients}

@@ -5,18 +5,27 @@ Mamba scan sees (T x cp: the exchange trades tokens for heads), d hidden, f ffn,
 N state, i = h*P, a attention channels; lower case and `local` = this tensor-parallel rank's shard.
 """
 
-from collections import Counter
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import cache
+from functools import cache, cached_property
+from itertools import accumulate
 
 from elastic.model.model import Layout
-from elastic.model.segments import balanced_segments
+from elastic.model.segments import pipeline_pattern
 from elastic.space.axes import Axis, LayerKind
 from elastic.space.gates import Execution
-from elastic.space.shape import ModelShape, Subnet
+from elastic.space.layers import DimKind
+from elastic.space.nesting import Cut
+from elastic.space.shape import LayerPattern, ModelShape, Subnet
 
 FP32_BYTES = 4
+# Rows of the first projection and columns of the second: in_proj, out_proj; linear_qkv, linear_proj; fc1, fc2.
+PROJECTIONS = {
+    LayerKind.MAMBA: (DimKind.IN_PROJ, DimKind.INNER),
+    LayerKind.ATTENTION: (DimKind.QKV, DimKind.CONTEXT),
+    LayerKind.MLP: (DimKind.FFN, DimKind.FFN),
+}
 
 
 class KernelSet(StrEnum):
@@ -65,13 +74,8 @@ class MicroBatchWork:
         return self.execution is Execution.MASK
 
     def gates(self, *axes: Axis) -> bool:
-        """Tell whether a mask multiplies by the gate of one of these axes."""
+        """Tell whether a mask multiplies by the gate of one of these axes; hidden and depth multiply the stream."""
         return self.masked and not self.gated_axes.isdisjoint(axes)
-
-    @property
-    def gates_stream(self) -> bool:
-        """Tell whether layer outputs are multiplied, by the hidden gate or the depth gate."""
-        return self.gates(Axis.HIDDEN, Axis.DEPTH)
 
     @property
     def hidden(self) -> int:
@@ -92,6 +96,11 @@ class MicroBatchWork:
     def gathered_bytes(self) -> int:
         """Return the bytes of the stream of all tokens of this tensor-parallel group [T, d]."""
         return self.tokens * self.hidden * self.element_bytes
+
+    @property
+    def teacher(self) -> "MicroBatchWork":
+        """Return the same micro-batch through the uncut parent, which the teacher runs."""
+        return replace(self, execution=Execution.SLICE, subnet=Subnet.full(self.parent))
 
     def layers(self, stage: int) -> tuple["LayerWork", ...]:
         """Return the layers that run on one pipeline stage; a slice leaves out those its subnet skips."""
@@ -114,31 +123,32 @@ class LayerWork:
         return self.run.parent.pattern.kinds[self.layer_index]
 
     @property
-    def full_width(self) -> int:
-        """Return the parent's inner width of this layer, all ranks together."""
-        return self.run.parent.width(self.layer_index)
-
-    @property
     def width(self) -> int:
         """Return the inner width that is computed, all ranks together: neurons or heads."""
-        return self.full_width if self.run.masked else self.run.subnet.width(self.run.parent, self.layer_index)
+        run = self.run
+        return run.parent.width(self.layer_index) if run.masked else run.subnet.width(run.parent, self.layer_index)
 
     @property
     def local_width(self) -> int:
         """Return this tensor-parallel rank's neurons or heads."""
         return self.width // self.run.layout.tensor
 
-    @property
-    def head_channels(self) -> int:
-        """Return P."""
-        return self.run.parent.head_channels if self.run.masked else self.run.subnet.head_channels
+    @cached_property
+    def cut(self) -> Cut:
+        """Return what this rank computes of the layer's weights."""
+        run, lanes, ranks = self.run, self.run.lanes, self.run.layout.tensor
+        kept = {} if run.masked else run.subnet.layer_widths(run.parent, self.layer_index)
+        return Cut.of_layer(run.parent, self.layer_index, kept, lanes=lanes, tensor_parallel=ranks)
 
-    @property
+    @cached_property
+    def rows(self) -> int:
+        """Return the rows of this rank's first projection: in_proj, linear_qkv or linear_fc1."""
+        return self.cut.grid(PROJECTIONS[self.kind][0]).kept_size
+
+    @cached_property
     def inner(self) -> int:
-        """Return i of a Mamba layer, or h*a of an attention layer."""
-        if self.kind is LayerKind.ATTENTION:
-            return self.local_width * self.run.parent.attention_channels
-        return self.local_width * self.head_channels
+        """Return the columns of this rank's second projection: i of a Mamba layer, h*a of an attention layer, f."""
+        return self.cut.grid(PROJECTIONS[self.kind][1]).kept_size
 
     @property
     def local_groups(self) -> int:
@@ -151,61 +161,29 @@ class LayerWork:
         return self.run.parent.kv_heads // self.run.layout.tensor * self.run.parent.attention_channels
 
     @property
-    def in_proj_rows(self) -> int:
-        """Return the rows [z, x, B, C, dt] of this rank's input projection."""
-        return 2 * self.inner + 2 * self.local_groups * self.run.parent.mamba_state + self.local_width
-
-    @property
-    def exchanged_rows(self) -> int:
-        """Return the rows [z, x, B, C, dt] before the context-parallel exchange: groups are repeated to go round."""
-        groups = max(self.local_groups, self.run.layout.context)
-        return 2 * self.inner + 2 * groups * self.run.parent.mamba_state + self.local_width
-
-    @property
     def scan(self) -> "ScanSizes":
-        """Return the sizes of a Mamba layer between the exchanges."""
+        """Return the sizes of a Mamba layer between the exchanges, for which groups are repeated to go round."""
         context = self.run.layout.context
         return ScanSizes(
             tokens=self.run.tokens * context,
             heads=self.local_width // context,
-            channels=self.head_channels,
+            inner=self.inner // context,
             groups=max(1, self.local_groups // context),
             state=self.run.parent.mamba_state,
             batch=self.run.batch,
         )
 
-    @property
-    def column_rows(self) -> int:
-        """Return the rows of this rank's first projection: in_proj, linear_qkv or linear_fc1."""
-        match self.kind:
-            case LayerKind.MAMBA:
-                return self.in_proj_rows
-            case LayerKind.ATTENTION:
-                return self.inner + 2 * self.local_kv
-            case LayerKind.MLP:
-                return self.local_width
-
-    @property
-    def row_columns(self) -> int:
-        """Return the columns of this rank's second projection: out_proj, linear_proj or linear_fc2."""
-        return self.local_width if self.kind is LayerKind.MLP else self.inner
-
 
 @dataclass(frozen=True)
 class ScanSizes:
-    """Sizes of one scan: U tokens of `batch` sequences, and this rank's heads and groups after the exchange."""
+    """Sizes of one scan: U tokens of `batch` sequences, and this rank's heads, their channels and groups."""
 
     tokens: int
     heads: int
-    channels: int
+    inner: int
     groups: int
     state: int
     batch: int
-
-    @property
-    def inner(self) -> int:
-        """Return the channels of all heads."""
-        return self.heads * self.channels
 
     @property
     def conv(self) -> int:
@@ -225,17 +203,14 @@ class ScanSizes:
 
 def distinct(layers: tuple[LayerWork, ...]) -> list[tuple[LayerWork, int]]:
     """Return one layer of each (kind, width) and how many there are: the others cost the same."""
-    first: dict[tuple[LayerKind, int], LayerWork] = {}
+    alike: defaultdict[tuple[LayerKind, int], list[LayerWork]] = defaultdict(list)
     for layer in layers:
-        first.setdefault((layer.kind, layer.width), layer)
-    counts = Counter((layer.kind, layer.width) for layer in layers)
-    return [(layer, counts[key]) for key, layer in first.items()]
+        alike[layer.kind, layer.width].append(layer)
+    return [(same[0], len(same)) for same in alike.values()]
 
 
 @cache
 def stage_layers(parent: ModelShape, pipeline: int) -> tuple[range, ...]:
-    """Return the layer indices of every pipeline stage, as `model.segments` cuts them."""
-    marked = parent.pattern.segments
-    sizes = list(marked) if len(marked) > 1 and pipeline > 1 else balanced_segments(parent, pipeline)
-    starts = [sum(sizes[:stage]) for stage in range(len(sizes))]
-    return tuple(range(start, start + size) for start, size in zip(starts, sizes, strict=True))
+    """Return the layer indices of every pipeline stage."""
+    sizes = LayerPattern.parse(pipeline_pattern(parent, pipeline)).segments
+    return tuple(range(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True))

@@ -10,9 +10,8 @@ import torch
 from elastic.config.sections import DistillConfig, OptimConfig
 from elastic.model.model import Layout
 from elastic.plan.config import PlanConfig
-from elastic.plan.dry_run import Trace, fake_world, ranks_of_stages, trace_step
+from elastic.plan.dry_run import Trace, comparison, fake_world, ranks_of_stages, rehearse, trace_step
 from elastic.plan.phases import PhasePlan, Share, budget_samples
-from elastic.plan.rehearsal import comparison, rehearse
 from elastic.plan.search import candidate
 from elastic.plan.work import KernelSet, MicroBatchWork
 from elastic.router.phases import ElasticPhase
@@ -49,8 +48,9 @@ def micro_batch(layout: Layout, execution: Execution, kernels: KernelSet) -> Mic
 def compared(run: MicroBatchWork, trace: Trace, optim: OptimConfig) -> dict[str, tuple[float, float]]:
     """Plan and trace of every quantity, by name."""
     share = Share("all", 1.0, run)
-    plan = PhasePlan(ElasticPhase(name="p"), (share,), run.layout.pipeline, 1, NUM_CHUNKS)
-    rows = comparison(plan, run, trace, run.layout.pipeline, optim.use_distributed_optimizer)
+    distributed = optim.use_distributed_optimizer
+    plan = PhasePlan(ElasticPhase(name="p"), (share,), run.layout.pipeline, 1, NUM_CHUNKS, distributed)
+    rows = comparison(plan, run, trace, run.layout.pipeline)
     return {row["what"]: (row["plan"], row["trace"]) for row in rows}
 
 
