@@ -9,12 +9,13 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 
 from elastic.world.files import file_problems, first_few, flush_to_disk, sha256_of
-from elastic.world.groups import World
+from elastic.world.groups import World, decided_by_rank_0
 
 CONTENTS_FILE = "manifest.json"
 FORMAT = "elastic-checkpoint-1"
@@ -104,22 +105,23 @@ def damages(folder: Path, *, full: bool, world: World | None = None) -> list[str
     Always: the list, no file missing or added, all sizes, and the checksums of small files. `full`: all checksums.
     Given `world` all ranks call this together, share the work and get the same answer; without, this process does all.
     """
-    if world is None:
-        problems, files = _quick_damages(folder)
-        if not problems and full:
-            problems = _changed(folder, _large(files))
-        return problems
-    box = [_quick_damages(folder) if world.is_main else ([], {})]
-    torch.distributed.broadcast_object_list(box, src=0)
-    problems, files = box[0]
+    problems, files = decided_by_rank_0(lambda: _quick_damages(folder), world)
     if problems or not full:
         return problems
-    large = _large(files)
-    by_size = sorted(large, key=lambda name: (large[name].size_bytes, name), reverse=True)
-    own = by_size[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
+    large = [name for name, file in files.items() if file.size_bytes > ALWAYS_HASHED_BYTES]
+    if world is None:
+        return _changed(folder, files, large)
+    large.sort(key=lambda name: (files[name].size_bytes, name), reverse=True)
     found: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(found, _changed(folder, {name: large[name] for name in own}))
-    return [problem for share in found for problem in share]
+    own = large[torch.distributed.get_rank() :: len(found)]
+    torch.distributed.all_gather_object(found, _changed(folder, files, own))
+    return list(chain.from_iterable(found))
+
+
+def check_whole(folder: Path) -> None:
+    """Raise CheckpointError, naming the files, for a checkpoint that is not whole (sizes, and small files)."""
+    if found := damages(folder, full=False):
+        raise CheckpointError(f"{folder} is not whole: {shown_problems(found)}")
 
 
 def what_remains(parent: Path) -> str:
@@ -147,32 +149,28 @@ def _quick_damages(folder: Path) -> tuple[list[str], Files]:
         return [str(error)], {}
     except OSError as error:
         return [f"cannot be read ({error})"], {}
-    small = [name for name, file in files.items() if file.size_bytes <= ALWAYS_HASHED_BYTES]
-    problems = _file_problems(folder, files, small)
+    problems = [
+        problem
+        for name, file in files.items()
+        for problem in _problems(folder, name, file, hashed=file.size_bytes <= ALWAYS_HASHED_BYTES)
+    ]
     problems += [f"{name} is not in {CONTENTS_FILE}: move it away" for name in sorted(held.difference(files))]
     return problems, files
 
 
-def _large(files: Files) -> dict[str, StoredFile]:
-    return {name: file for name, file in files.items() if file.size_bytes > ALWAYS_HASHED_BYTES}
-
-
-def _changed(folder: Path, files: Files) -> list[str]:
-    """Hash all `files`, a few at a time."""
+def _changed(folder: Path, files: Files, names: Iterable[str]) -> list[str]:
+    """Hash the files of `names`, a few at a time."""
     with ThreadPoolExecutor(HASHING_THREADS) as threads:
-        parts = threads.map(lambda name: _file_problems(folder, {name: files[name]}, (name,)), files)
-        return [problem for part in parts for problem in part]
+        found = threads.map(lambda name: _problems(folder, name, files[name], hashed=True), names)
+        return list(chain.from_iterable(found))
 
 
-def _file_problems(folder: Path, files: Files, hashed: Iterable[str]) -> list[str]:
-    to_hash = set(hashed)
+def _problems(folder: Path, name: str, file: StoredFile, *, hashed: bool) -> list[str]:
+    def content_problem(_name: str, path: Path) -> str | None:
+        found = sha256_of(path) if hashed else file.sha256
+        return None if found == file.sha256 else f"has checksum {found}, the manifest says {file.sha256}"
 
-    def content_problem(name: str, path: Path) -> str | None:
-        if name not in to_hash or (found := sha256_of(path)) == files[name].sha256:
-            return None
-        return f"has checksum {found}, the manifest says {files[name].sha256}"
-
-    return file_problems(folder, {name: file.size_bytes for name, file in files.items()}, content_problem)
+    return file_problems(folder, {name: file.size_bytes}, content_problem)
 
 
 def _names_in(folder: Path) -> set[str]:

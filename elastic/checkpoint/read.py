@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import BytesStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-from elastic.checkpoint.contents import CheckpointError, damages, shown_problems
+from elastic.checkpoint.contents import CheckpointError, check_whole, shown_problems
 from elastic.model.sharding import block_sizes
 from elastic.space.layers import DIMS, parameter_dims, parameter_names
 from elastic.space.nesting import parameter_size
@@ -32,29 +33,17 @@ METADATA_FILE = ".metadata"
 # Where older versions of Megatron-Core keep common_state: a pickle that it loads whenever it is there.
 LEGACY_COMMON_FILE = "common.pt"
 _ADMITTED = {
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata",
-        "MetadataIndex",
-        "TensorStorageMetadata",
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "TensorProperties",
-        "StorageMeta",
-        "_MEM_FORMAT_ENCODING",
-    },
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties "
+        "StorageMeta _MEM_FORMAT_ENCODING"
+    ),
     # Megatron-Core leaves the plans of all ranks in its index.
-    "torch.distributed.checkpoint.planner": {
-        "SavePlan",
-        "WriteItem",
-        "WriteItemType",
-        "TensorWriteData",
-        "BytesIOWriteData",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size", "float32", "bfloat16", "float16", "float64", "int64", "int32", "uint8", "bool"},
-    "collections": {"OrderedDict"},
-    "pathlib": {"Path", "PosixPath"},
+    "torch.distributed.checkpoint.planner": "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData",
+    "torch.distributed.checkpoint.filesystem": "_StorageInfo _StoragePrefix",
+    "torch.serialization": "_get_layout",
+    "torch": "Size float32 bfloat16 float16 float64 int64 int32 uint8 bool",
+    "collections": "OrderedDict",
+    "pathlib": "Path PosixPath",
 }
 
 
@@ -62,7 +51,7 @@ class _DataOnly(pickle.Unpickler):
     """Builds the classes of an index; anything else ends the reading."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if name not in _ADMITTED.get(module, ()):
+        if name not in _ADMITTED.get(module, "").split():
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no index needs")
         return super().find_class(module, name)
 
@@ -72,10 +61,8 @@ def read_metadata(folder: Path) -> Metadata:
     path = folder / METADATA_FILE
     try:
         metadata = _DataOnly(io.BytesIO(path.read_bytes())).load()
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{folder} holds no {METADATA_FILE}: it is no checkpoint, or an unfinished one"
-        ) from error
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} holds no {METADATA_FILE}: it is no checkpoint, or an unfinished one") from None
     except Exception as error:  # a damaged pickle may raise anything
         raise CheckpointError(f"{path} is damaged or unsafe and was not read: {error}; take another copy") from error
     try:
@@ -102,26 +89,34 @@ def refuse_code(folder: Path) -> None:
     metadata = read_metadata(folder)
     for index, stored in metadata.storage_data.items():
         if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
-            _refuse_code_in_object(folder / stored.relative_path, index.fqn, stored.offset, stored.length)
+            path = folder / stored.relative_path
+            try:
+                _loaded(path, stored)
+            except Exception as error:  # a damaged pickle may raise anything
+                what = f"{path}: the object {index.fqn} is damaged or asks for code, and was not loaded"
+                raise CheckpointError(f"{what}: {first_line(error)}") from error
 
 
-def _refuse_code_in_object(path: Path, key: str, offset: int, length: int) -> None:
-    try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            content = io.BytesIO(file.read(length))
-        torch.load(content, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle may raise anything
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(
-            f"{path}: the object {key} is damaged or asks for code, and was not loaded: {reason}"
-        ) from error
+def first_line(error: BaseException) -> str:
+    """Return what an error says in one line, or what kind it is; of all ranks' the first."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _loaded(path: Path, extent: Any) -> Any:
+    """Load one stored value if it is plain data; raises whatever a damaged pickle may."""
+    with path.open("rb") as file:
+        file.seek(extent.offset)
+        return torch.load(io.BytesIO(file.read(extent.length)), map_location="cpu", weights_only=True)
 
 
 @dataclass(frozen=True)
 class StoredPart:
     """One key of a checkpoint: rows `start` to `start + size[0]` of a parameter."""
 
+    parameter: str
     key: str
     start: int
     size: tuple[int, ...]
@@ -133,12 +128,12 @@ def stored_parts(name: str, shape: ModelShape) -> tuple[StoredPart, ...]:
     kind = parameter_dims(name)[0]
     blocks = DIMS[kind].blocks
     if DIMS[kind].interleaved or len(blocks) == 1:
-        return (StoredPart(name, 0, (rows, *columns)),)
+        return (StoredPart(name, name, 0, (rows, *columns)),)
     # Megatron-Core's parameters are `conv1d_weight` and `conv1d_bias`, its keys those of the older `conv1d` module.
     stem = name.replace("conv1d_", "conv1d.")
     parts, start = [], 0
     for block, size in zip(blocks, block_sizes(name, shape, dim=0), strict=True):
-        parts.append(StoredPart(f"{stem}.{block}", start, (size, *columns)))
+        parts.append(StoredPart(name, f"{stem}.{block}", start, (size, *columns)))
         start += size
     return tuple(parts)
 
@@ -152,15 +147,11 @@ class StoredTensors(Mapping[str, Tensor]):
     """
 
     def __init__(self, folder: Path, shape: ModelShape) -> None:
-        if found := damages(folder, full=False):
-            raise CheckpointError(f"{folder} is not whole: {shown_problems(found)}")
+        check_whole(folder)
         self._folder, self._shape, self._metadata = folder, shape, read_metadata(folder)
         self._names = tuple(parameter_names(shape))
-        self._stored = {
-            key: entry
-            for key, entry in self._metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
+        entries = self._metadata.state_dict_metadata.items()
+        self._stored = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
         problems = []
         for part in (part for name in self._names for part in stored_parts(name, shape)):
             if part.key not in self._stored:
@@ -179,19 +170,15 @@ class StoredTensors(Mapping[str, Tensor]):
         for part in parts:
             rows = tensor.narrow(0, part.start, part.size[0])
             for chunk in self._stored[part.key].chunks:  # what one rank wrote
-                region = tuple(
-                    slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True)
-                )
-                rows[region] = self._read(part.key, chunk)
+                region = [slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True)]
+                rows[*region] = self._read(part.key, chunk)
         return tensor
 
     def _read(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
         extent = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
         path = self._folder / extent.relative_path
         try:
-            with path.open("rb") as file:
-                file.seek(extent.offset)
-                stored = torch.load(io.BytesIO(file.read(extent.length)), map_location="cpu", weights_only=True)
+            stored = _loaded(path, extent)
         except Exception as error:  # a damaged pickle may raise anything
             raise CheckpointError(f"{path}: {key} cannot be read, the file is truncated or damaged: {error}") from error
         if not isinstance(stored, Tensor) or stored.shape != chunk.sizes:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,7 @@ class Record:
 
     def write(self, folder: Path) -> None:
         """Write the record into a checkpoint folder."""
-        content = asdict(self)
-        content["shape"]["pattern"] = str(self.shape.pattern)
+        content = asdict(self) | {"shape": _sizes(self.shape)}
         (folder / RECORD_FILE).write_text(json.dumps(content, indent=1) + "\n")
 
     @classmethod
@@ -72,34 +71,22 @@ class Record:
 
 def check_same_shape(expected: ModelShape, found: ModelShape, where: Path) -> None:
     """Raise RecordError listing every size in which a checkpoint differs from the config."""
-    fields = [name for name in asdict(expected) if name != "pattern"]
-    differences = [
-        f"{name}: config {getattr(expected, name)}, checkpoint {getattr(found, name)}"
-        for name in fields
-        if getattr(expected, name) != getattr(found, name)
-    ]
-    if str(expected.pattern) != str(found.pattern):
-        differences.append(f"pattern: config {expected.pattern}, checkpoint {found.pattern}")
+    ours, theirs = _sizes(expected), _sizes(found)
+    unlike = [name for name in ours if ours[name] != theirs[name]]
+    differences = [f"{name}: config {ours[name]}, checkpoint {theirs[name]}" for name in unlike]
     if differences:
         raise RecordError(f"{where} holds another model than section `model` states. " + "; ".join(differences))
 
 
-def shape_from_json(content: Mapping[str, Any]) -> ModelShape:
-    """Rebuild a shape from `asdict` with its pattern as text."""
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
-    }
-    return ModelShape(**{**values, "pattern": LayerPattern.parse(content["pattern"])})
+def _sizes(shape: ModelShape) -> dict[str, Any]:
+    """Return the sizes of a shape by name, its pattern as text."""
+    return asdict(shape) | {"pattern": str(shape.pattern)}
 
 
 def _from_json(content: dict[str, Any]) -> Record:
-    family = content["family"]
-    return Record(
-        kind=content["kind"],
-        shape=shape_from_json(content["shape"]),
-        lanes=content["lanes"],
-        depth_ranking=tuple(content["depth_ranking"]),
-        data=content["data"],
-        provenance=content["provenance"],
-        family=None if family is None else load(Family, family),
-    )
+    given = {entry.name: content[entry.name] for entry in fields(Record)}
+    sizes: dict[str, Any] = given["shape"]
+    sizes = {name: tuple(size) if isinstance(size, list) else size for name, size in sizes.items()}
+    shape = ModelShape(**sizes | {"pattern": LayerPattern.parse(sizes["pattern"])})
+    family = None if given["family"] is None else load(Family, given["family"])
+    return Record(**{**given, "shape": shape, "depth_ranking": tuple(given["depth_ranking"]), "family": family})

@@ -15,22 +15,23 @@ of sampler, Gumbel noise and data order.
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
-from elastic.checkpoint.contents import CheckpointError, damages, shown_problems
+from elastic.checkpoint.contents import CheckpointError, check_whole
 from elastic.checkpoint.optimizer_state import begin_state, sharded_optimizer_state
-from elastic.checkpoint.read import refuse_code
+from elastic.checkpoint.read import first_line, refuse_code
 from elastic.checkpoint.record import Record
 from elastic.checkpoint.write import CheckpointWrite
 from elastic.hf.export_settings import EXPORT_SETTINGS_FOLDER
@@ -88,8 +89,7 @@ def begin_save(
         if carried_from is not None and (carried_from / EXPORT_SETTINGS_FOLDER).is_dir():
             shutil.copytree(carried_from / EXPORT_SETTINGS_FOLDER, writing / EXPORT_SETTINGS_FOLDER)
         if state is not None:
-            content = {"step": state.step, "seed": state.seed, "config": state.config, "origin": state.origin}
-            (writing / STATE_FILE).write_text(json.dumps(content, indent=1, default=str) + "\n")
+            (writing / STATE_FILE).write_text(json.dumps(vars(state), indent=1, default=str) + "\n")
 
     sharded = _sharded_state(trained, is_loading=False)
     return CheckpointWrite(folder, sharded, world, add_files, in_background=in_background)
@@ -107,7 +107,7 @@ def load_checkpoint(folder: Path, into: Trainable) -> TrainingState | None:
     try:
         loaded = dist_checkpointing.load(sharded, str(folder), strict=strict)
     except (Exception, CheckpointException) as error:  # torch's is no Exception; a damaged file may raise anything
-        raise CheckpointError(f"{folder} does not fit the model, or is damaged: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder} does not fit the model, or is damaged: {first_line(error)}") from error
     missing, unexpected = into.model.load_state_dict(loaded["model"], strict=False)
     wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
     if wrong:
@@ -128,32 +128,23 @@ def read_training_state(folder: Path) -> TrainingState | None:
         return None
     try:
         content = read_json(state_file, STATE_LIMIT_BYTES)
-        return TrainingState(content["step"], content["seed"], content["config"], content["origin"])
+        return TrainingState(*(content[entry.name] for entry in fields(TrainingState)))
     except (UnsafeFileError, KeyError) as error:
         raise CheckpointError(f"{state_file} is damaged: {error}; take another checkpoint") from error
 
 
-def _first_line(error: BaseException) -> str:
-    """Return what a failed load says in one line; torch's exception holds those of all ranks, with tracebacks."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
 def _refuse_unsafe(folder: Path) -> None:
     """Rank 0 looks, all ranks raise."""
-    problem: list[str | None] = [None]
+    problem: list[CheckpointError | None] = [None]
     if torch.distributed.get_rank() == 0:
         try:
-            if found := damages(folder, full=False):
-                raise CheckpointError(f"{folder} is not whole: {shown_problems(found)}")
+            check_whole(folder)
             refuse_code(folder)
         except CheckpointError as error:
-            problem[0] = str(error)
+            problem[0] = error
     torch.distributed.broadcast_object_list(problem, src=0)
     if problem[0] is not None:
-        raise CheckpointError(problem[0])
+        raise problem[0]
 
 
 def load_router(
@@ -185,7 +176,7 @@ def load_router(
     if optimizer is None:
         return
     for name, parameter in router.named_parameters():
-        saved = {field: tensors[f"adam/{name}/{field}"] for field in ADAM if f"adam/{name}/{field}" in tensors}
+        saved = {key: tensors[f"adam/{name}/{key}"] for key in ADAM if f"adam/{name}/{key}" in tensors}
         if saved:
             on_device = {key: value if key == "step" else value.to(parameter.device) for key, value in saved.items()}
             optimizer.state[parameter] = on_device
@@ -215,8 +206,6 @@ def _router_tensors(router: nn.Module, optimizer: Optimizer | None) -> dict[str,
 
 def _sharded_state(trained: Trainable, is_loading: bool) -> dict[str, Any]:
     """Describe the tensors of this rank as parts of global ones; keys are Megatron-Core's own parameter names."""
-    from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
-
     metadata = ensure_metadata_has_dp_cp_group({})
     sharded: dict[str, Any] = {"model": trained.model.sharded_state_dict(metadata=metadata)}
     if trained.optimizer is not None:

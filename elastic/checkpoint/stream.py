@@ -14,8 +14,9 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from elastic.checkpoint.contents import CheckpointError, StoredFile, writing_folder
 from elastic.checkpoint.read import StoredPart, stored_parts
 from elastic.checkpoint.record import Record
-from elastic.checkpoint.write import COMMON, Writer, publish
+from elastic.checkpoint.write import COMMON, Writer, num_bytes, publish
 from elastic.rank.slicing import TensorSource, reader
 from elastic.space.layers import parameter_names, split_parameter_name
 from elastic.space.shape import ModelShape
@@ -41,26 +42,6 @@ JOURNAL = "written.jsonl"
 
 class UnfinishedError(ValueError):
     """An unfinished checkpoint that this run may not go on with."""
-
-
-@dataclass(frozen=True)
-class _StoredKey:
-    """One key of the checkpoint: a part of a parameter, and the number format it is stored in."""
-
-    parameter: str
-    part: StoredPart
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        return torch.Size(self.part.size).numel() * self.dtype.itemsize
-
-    def write_item(self) -> WriteItem:
-        """Return what torch's writer is asked for: all of the global tensor."""
-        size = torch.Size(self.part.size)
-        chunk = ChunkStorageMetadata(torch.Size([0] * len(size)), size)
-        data = TensorWriteData(chunk, TensorProperties(dtype=self.dtype), size)
-        return WriteItem(MetadataIndex(self.part.key, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
 
 
 def save_streamed(
@@ -108,40 +89,41 @@ def _write_parameters(
     progress: Callable[[int], None],
 ) -> tuple[Metadata, list[list[WriteResult]]]:
     """Write what an earlier run did not finish; returns the index, and where everything lies."""
-    finished, files = _finished_files(folder, identity), _files(shape, dtypes)
-    common = WriteItem(MetadataIndex(COMMON.unique_key), WriteItemType.BYTE_IO)
-    items = [[common], *([key.write_item() for key in keys] for keys in files)]
-    plans, metadata = create_default_global_save_plan([SavePlan(of_file) for of_file in items])
+    common = SavePlan([WriteItem(MetadataIndex(COMMON.unique_key), WriteItemType.BYTE_IO)])
+    plans, metadata = create_default_global_save_plan([common, *_plans(shape, dtypes)])
     first, *plans = writer.prepare_global_plan(plans)
+    finished, read = _finished_files(folder, identity), _ReadWhenWritten(reader(source), shape)
     results = [writer.write(first, lambda _item: _common_state())]  # at every start: it takes no time
     like = results[0][0].storage_data
-    for keys, plan, line in zip(files, plans, [*finished, *[None] * (len(files) - len(finished))], strict=True):
+    for plan, line in zip_longest(plans, finished):
         if line is None:
-            written = writer.write(plan, _ReadWhenWritten(reader(source), keys))
-            _note_finished(folder, written, writer.stored)
+            results.append(writer.write(plan, read))
+            _note_finished(folder, results[-1], writer.stored)
         else:
-            written = _noted(folder, line, plan, like, writer.stored)
-        results.append(written)
-        progress(sum(key.num_bytes for key in keys))
+            results.append(_noted(folder, line, plan, like, writer.stored))
+        progress(sum(map(num_bytes, plan.items)))
     return metadata, results
 
 
 def stored_bytes(shape: ModelShape, dtypes: Mapping[str, torch.dtype]) -> int:
     """Return the bytes of all values that `save_streamed` writes."""
-    return sum(key.num_bytes for keys in _files(shape, dtypes) for key in keys)
+    return sum(num_bytes(item) for plan in _plans(shape, dtypes) for item in plan.items)
 
 
-def _files(shape: ModelShape, dtypes: Mapping[str, torch.dtype]) -> list[list[_StoredKey]]:
+def _plans(shape: ModelShape, dtypes: Mapping[str, torch.dtype]) -> list[SavePlan]:
     """Deal the keys of all parameters, in model order, to files: embedding, a file per layer, final norm and head."""
-    files: list[list[_StoredKey]] = []
-    last: int | None = -1
-    for name in parameter_names(shape):
-        layer_index, _ = split_parameter_name(name)
-        if layer_index != last:
-            files.append([])
-            last = layer_index
-        files[-1] += [_StoredKey(name, part, dtypes[name]) for part in stored_parts(name, shape)]
-    return files
+    return [
+        SavePlan([_whole(part, dtypes[name]) for name in names for part in stored_parts(name, shape)])
+        for _, names in groupby(parameter_names(shape), lambda name: split_parameter_name(name)[0])
+    ]
+
+
+def _whole(part: StoredPart, dtype: torch.dtype) -> WriteItem:
+    """Return what torch's writer is asked for: all of the global tensor."""
+    size = torch.Size(part.size)
+    chunk = ChunkStorageMetadata(torch.Size([0] * len(size)), size)
+    data = TensorWriteData(chunk, TensorProperties(dtype=dtype), size)
+    return WriteItem(MetadataIndex(part.key, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
 
 
 def _common_state() -> io.BytesIO:
@@ -153,25 +135,26 @@ def _common_state() -> io.BytesIO:
 class _ReadWhenWritten:
     """Gives the values of keys in their order; the parts of one parameter are read once, and one is held at a time."""
 
-    def __init__(self, read: Callable[[str], Tensor], keys: Iterable[_StoredKey]) -> None:
-        self._read, self._keys = read, {key.part.key: key for key in keys}
+    def __init__(self, read: Callable[[str], Tensor], shape: ModelShape) -> None:
+        self._read, names = read, parameter_names(shape)
+        self._parts = {part.key: part for name in names for part in stored_parts(name, shape)}
         self._current: tuple[str, Tensor] | None = None
 
     def __call__(self, item: WriteItem) -> Tensor:
-        key = self._keys[item.index.fqn]
-        if self._current is None or self._current[0] != key.parameter:
+        part, data = self._parts[item.index.fqn], item.tensor_data
+        assert data is not None
+        if self._current is None or self._current[0] != part.parameter:
             self._current = None  # forget one tensor before the next is read
-            self._current = (key.parameter, self._read(key.parameter).detach().to("cpu", key.dtype))
-        return self._current[1].narrow(0, key.part.start, key.part.size[0]).contiguous()
+            self._current = (part.parameter, self._read(part.parameter).detach().to("cpu", data.properties.dtype))
+        return self._current[1].narrow(0, part.start, part.size[0]).contiguous()
 
 
 def _note_finished(folder: Path, results: list[WriteResult], stored: Mapping[str, StoredFile]) -> None:
     extents = [(result.index, result.storage_data) for result in results]
     entries = [[index.fqn, index.offset, extent.offset, extent.length] for index, extent in extents]
-    file_name = extents[0][1].relative_path
+    name = extents[0][1].relative_path
     with (folder / JOURNAL).open("a") as journal:
-        line = {"file": file_name, "sha256": stored[file_name].sha256, "entries": entries}
-        journal.write(json.dumps(line) + "\n")
+        journal.write(json.dumps({"file": name, "sha256": stored[name].sha256, "entries": entries}) + "\n")
         journal.flush()
         os.fsync(journal.fileno())
 

@@ -201,7 +201,7 @@ class CheckpointWrite:
     def _plan(self, planner: MCoreSavePlanner, local: list[SavePlan], add_files: Callable[[Path], None]) -> None:
         """Deal the values of all ranks to numbered files, if there is disk for them."""
         plans, self._metadata = planner.create_global_plan(local)
-        self._needed_bytes = sum(_num_bytes(item) for plan in plans for item in plan.items)
+        self._needed_bytes = sum(num_bytes(item) for plan in plans for item in plan.items)
         check_free_space(writing_folder(self.folder), self._needed_bytes, "the checkpoint")
         add_files(writing_folder(self.folder))
         files = [_files(plan) for plan in plans]
@@ -269,15 +269,16 @@ def _files(plan: SavePlan) -> list[SavePlan]:
     files: list[list[WriteItem]] = []
     size = FILE_BYTES
     for item in plan.items:
-        if size + _num_bytes(item) > FILE_BYTES:
+        if size + num_bytes(item) > FILE_BYTES:
             files.append([])
             size = 0
         files[-1].append(item)
-        size += _num_bytes(item)
+        size += num_bytes(item)
     return [SavePlan(items) for items in files]
 
 
-def _num_bytes(item: WriteItem) -> int:
+def num_bytes(item: WriteItem) -> int:
+    """Return the bytes of one value."""
     if item.tensor_data is None:
         return 0  # the common state, some kilobytes
     return item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize

@@ -16,8 +16,7 @@ from elastic.config.rules_layout import (
 )
 from elastic.config.serving import ExtractConfig, MembersConfig
 from elastic.config.training import ElasticConfig, ElasticRunConfig, PretrainConfig
-from elastic.router.phases import Curriculum, Phase
-from elastic.router.schedules import LearningRate
+from elastic.router.phases import Curriculum, LearningRate, Phase
 from elastic.space.axes import Axis, LayerKind
 from elastic.space.cost import Budget, BudgetError, check_reachable
 from elastic.space.gates import Execution

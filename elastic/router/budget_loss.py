@@ -1,4 +1,4 @@
-"""The budget loss: |cost of the expected widths / target - 1|, from the one cost table.
+"""The router's losses: |cost of the expected widths / target - 1| from the one cost table, and entropy against it.
 
 Shapes: ... any leading dimensions (noise draws, budgets), slots and K choices as in Space.
 """
@@ -39,6 +39,21 @@ def cost_shares(space: Space, budgets: Sequence[Budget], deployment: Deployment)
     for axis in space.elastic_axes():
         last = len(space.axes[axis].choices) - 1
         smallest = subnet_cost(space.parent, space.subnet({axis: (last,) * space.num_slots(axis)}), deployment)
-        metrics = [budget.metric for budget in budgets]
-        shares[axis] = torch.tensor([1.0 - float(smallest[metric]) / float(full[metric]) for metric in metrics])
+        shares[axis] = torch.tensor([1.0 - float(smallest[b.metric]) / float(full[b.metric]) for b in budgets])
     return shares
+
+
+def choice_entropy(logits: Mapping[Axis, Tensor], scale: float, shares: Mapping[Axis, Tensor]) -> Tensor:
+    """Return the entropy of the noise-free choices in nats, fp32: mean over slots, sum over budgets and axes.
+
+    Each axis counts by its share of the cost ([budgets], `cost_shares`). Rewarded early in a phase and no more at its
+    end (ours): a router that is certain of most slots while the temperature still falls cannot correct its cost by the
+    width of one slot later. The loss one slot can move shrinks with its share, so an unweighted sum over the slots of
+    a large parent would outweigh it and hold them all undecided until the end.
+    """
+    total = torch.zeros((), device=next(iter(logits.values())).device)
+    for axis, values in logits.items():
+        log_probabilities = torch.log_softmax(values.float() * scale, dim=-1)
+        entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1)  # [budgets, slots]
+        total = total + (shares[axis].to(entropy.device) * entropy.mean(dim=-1)).sum()
+    return total

@@ -2,15 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from elastic.router.budget_loss import budget_loss, cost_shares
-from elastic.router.gumbel import choice_entropy, choice_probabilities, gumbel_noise
+from elastic.router.budget_loss import budget_loss, choice_entropy, cost_shares
 from elastic.router.phases import Moment
-from elastic.router.router import Router
+from elastic.router.router import Router, choice_probabilities, gumbel_noise
 from elastic.router.sampler import budget_of, check_draws, draw_budgets
 from elastic.space.axes import Axis
 from elastic.space.cost import Budget, Deployment
@@ -27,16 +26,11 @@ class RouterError(ValueError):
     """A router that no choice can be read from."""
 
 
-class Mode(StrEnum):
-    """What masks are made of while the router trains."""
-
-    SOFT = "soft"
-    STRAIGHT_THROUGH = "straight_through"
-
-
 @dataclass(frozen=True, kw_only=True)
 class RouterSettings:
     """Form of the routers, one per axis, and the weights of their own losses (docs/method.md 1.3; the entropy is ours).
+
+    `mode` says what masks are made of while the router trains.
 
     A step's budgets are drawn `draws_per_step` times (null: as often as a replica has micro-batches), the noise of its
     gates `noise_draws_per_step` times (null: for every micro-batch). Both given, the same samples get the same gates
@@ -44,7 +38,7 @@ class RouterSettings:
     """
 
     hidden_width: Size = 256
-    mode: Mode = Mode.SOFT
+    mode: Literal["soft", "straight_through"] = "soft"
     budget_loss_weight: Weight = 1.0
     entropy_weight: Weight = 0.1
     draws_per_step: Sequences | None = None
@@ -123,21 +117,19 @@ class Chooser:
         All budgets count at every step, drawn or not: the cost needs no data. With the noise of the gates, and not on
         noise-free probabilities, a slot cannot rest half-way between two widths and be rounded off target at the end.
         """
-        noisy = {}
-        for axis, values in logits.items():
-            budgets, slots, choices = values.shape
-            size = (NUM_COST_DRAWS * budgets * slots, choices)
-            noise = gumbel_noise(self.seed, moment.step, COST_STREAM, axis, size).view(-1, *values.shape)
-            noisy[axis] = choice_probabilities(values, noise.to(values.device), moment.logit_scale, moment.temperature)
+        noisy = {axis: self._noisy(own, axis, moment, COST_STREAM, NUM_COST_DRAWS) for axis, own in logits.items()}
         return budget_loss(self.space, self.budgets, noisy, self.deployment).mean(dim=0)
 
     def _weights(self, logits: Tensor, axis: Axis, moment: Moment, noise_draw: int) -> Tensor:
         """Return weights [slots, K] over the choices: soft, or exactly one-hot with the soft gradient."""
-        noise = gumbel_noise(self.seed, moment.step, noise_draw, axis, (logits.shape[0], logits.shape[1])).to(
-            logits.device
-        )
-        soft = choice_probabilities(logits, noise, moment.logit_scale, moment.temperature)
-        return soft if self.settings.mode == Mode.SOFT else _StraightThrough.apply(soft)
+        soft = self._noisy(logits, axis, moment, noise_draw)
+        # Straight through: the bracket is exactly 0 and has the soft gradient.
+        return soft if self.settings.mode == "soft" else _one_hot(soft) + (soft - soft.detach())
+
+    def _noisy(self, logits: Tensor, axis: Axis, moment: Moment, noise_draw: int, *times: int) -> Tensor:
+        """Return the choice probabilities of logits [..., K] under Gumbel noise, [*times, ..., K]."""
+        noise = gumbel_noise(self.seed, moment.step, noise_draw, axis, (*times, *logits.shape)).to(logits.device)
+        return choice_probabilities(logits, noise, moment.logit_scale, moment.temperature)
 
     def _frozen(self, budget: int, execution: Execution) -> Gates:
         if execution is Execution.SLICE:
@@ -145,18 +137,6 @@ class Chooser:
         with torch.no_grad():
             logits = _decided(self.router, budget)
             return Gates.mask({axis: _one_hot(values) for axis, values in logits.items()}, budget)
-
-
-class _StraightThrough(torch.autograd.Function):
-    """One-hot of the likeliest choice forward, identity backward; exactly 0 and 1, unlike hard + soft - soft."""
-
-    @staticmethod
-    def forward(ctx: object, soft: Tensor) -> Tensor:
-        return _one_hot(soft)
-
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:
-        return gradient
 
 
 def _one_hot(values: Tensor) -> Tensor:

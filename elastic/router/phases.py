@@ -1,12 +1,42 @@
-"""Curriculum phases: what changes from one part of a run to the next, and where in it a step falls."""
+"""Curriculum phases: what changes from one part of a run to the next and where in it a step falls."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
-from elastic.router.schedules import LearningRate, linear
 from elastic.space.gates import Execution
-from elastic.space.ranges import Name, Scale, Sequences, Steps, Temperature, Tokens, TrainedLength, Weight
+from elastic.space.ranges import (
+    Name,
+    Rate,
+    Scale,
+    Sequences,
+    Steps,
+    StepsOrZero,
+    Temperature,
+    Tokens,
+    TrainedLength,
+    Weight,
+)
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """Linear warm-up to `peak` over `warmup_steps`, then constant, or a cosine to `min` at the phase's last step."""
+
+    peak: Rate = 1e-3
+    min: Rate = 0.0
+    warmup_steps: StepsOrZero = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+
+    def at(self, step: int, num_steps: int) -> float:
+        """Return the learning rate of step `step` of a phase of `num_steps`."""
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.peak
+        done = min((step - self.warmup_steps) / max(1, num_steps - 1 - self.warmup_steps), 1.0)
+        return self.min + (self.peak - self.min) * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +122,15 @@ class Moment:
     @property
     def temperature(self) -> float:
         """Return the Gumbel-softmax temperature."""
-        return linear(self.elastic.temperature, self.progress)
+        return self._between(*self.elastic.temperature)
 
     @property
     def logit_scale(self) -> float:
         """Return the factor on the router's logits."""
-        return linear(self.elastic.logit_scale, self.progress)
+        return self._between(*self.elastic.logit_scale)
+
+    def _between(self, first: float, last: float) -> float:
+        return first + (last - first) * self.progress
 
 
 @dataclass(frozen=True)

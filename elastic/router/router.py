@@ -1,6 +1,10 @@
-"""The router: one small network per elastic axis, from a one-hot budget to logits over the choices."""
+"""The router, one small network per elastic axis: from a budget to logits, and with noise to choice probabilities.
+
+K choices, slots as in Space.
+"""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,3 +42,15 @@ class Router(nn.Module):
             axis: self.networks[axis.value](one_hot).view(self.num_budgets, *size) / math.sqrt(self.hidden_width)
             for axis, size in self.sizes.items()
         }
+
+
+def gumbel_noise(seed: int, step: int, draw: int, axis: Axis, shape: Sequence[int]) -> Tensor:
+    """Draw Gumbel(0, 1) noise of `shape`, fp32: its own stream per axis and draw."""
+    exponential = torch.empty(shape, dtype=torch.float64)
+    exponential.exponential_(generator=stream(seed, f"gumbel/{axis}", step, draw))
+    return exponential.clamp(min=torch.finfo(torch.float64).tiny).log().neg().float()
+
+
+def choice_probabilities(logits: Tensor, noise: Tensor, scale: float, temperature: float) -> Tensor:
+    """Return softmax((scale * logits + noise) / temperature) over the last dimension, fp32."""
+    return torch.softmax((scale * logits.float() + noise) / temperature, dim=-1)

@@ -2,7 +2,7 @@
 
 import torch
 
-from elastic.router.gumbel import choice_probabilities, gumbel_noise
+from elastic.router.router import choice_probabilities, gumbel_noise
 from elastic.space.axes import Axis
 
 

@@ -5,12 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from elastic.router.budget_loss import budget_loss, cost_shares
-from elastic.router.draw import Chooser, Mode, RouterError, RouterSettings, decide
-from elastic.router.gumbel import choice_entropy, choice_probabilities
-from elastic.router.phases import Curriculum, ElasticPhase
+from elastic.router.budget_loss import budget_loss, choice_entropy, cost_shares
+from elastic.router.draw import Chooser, RouterError, RouterSettings, decide
+from elastic.router.phases import Curriculum, ElasticPhase, LearningRate
 from elastic.router.router import Router
-from elastic.router.schedules import LearningRate
 from elastic.space.axes import Axis
 from elastic.space.cost import Budget, Deployment, Metric, Widths, shape_cost, subnet_cost
 from elastic.space.gates import Execution
@@ -40,7 +38,7 @@ def budgets(where, ratios=(1.0, 0.7, 0.45), metric=Metric.PARAMS):
     return tuple(Budget(f"b{ratio}", metric, ratio=ratio).absolute(where.parent, DEPLOYMENT) for ratio in ratios)
 
 
-def source(mode=Mode.SOFT, where=None, seed=0, draws=None):
+def source(mode="soft", where=None, seed=0, draws=None):
     where = where or space()
     router = Router(where, 3, hidden_width=32, seed=seed)
     settings = RouterSettings(mode=mode, draws_per_step=draws)
@@ -72,7 +70,7 @@ def test_pitfall_10_the_full_model_at_its_own_budget_costs_nothing(metric):
 def test_pitfall_8_every_elastic_axis_hears_the_budget(metric):
     where = space()
     logits = {axis: values.detach().requires_grad_() for axis, values in Router(where, 1).forward().items()}
-    probabilities = {axis: choice_probabilities(values, None, 1.0, 1.0) for axis, values in logits.items()}
+    probabilities = {axis: values.softmax(-1) for axis, values in logits.items()}
     budget_loss(where, budgets(where, (0.5,), metric), probabilities, DEPLOYMENT).sum().backward()
     for axis, values in logits.items():
         assert values.grad.abs().amax() > 0, axis
@@ -115,7 +113,7 @@ def test_soft_gates_are_leaves_that_sum_to_one_and_differ_between_micro_batches(
 
 
 def test_pitfall_18_straight_through_gates_are_exactly_one_hot_with_the_soft_gradient():
-    hard, soft = source(Mode.STRAIGHT_THROUGH), source(Mode.SOFT)
+    hard, soft = source("straight_through"), source("soft")
     one, other = hard.draw(moment(), 2, 0, 1), soft.draw(moment(), 2, 0, 1)
     for gates, smooth in zip(one.gates, other.gates, strict=True):
         for axis, leaf in gates.weights.items():

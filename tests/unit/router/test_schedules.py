@@ -2,15 +2,13 @@
 
 import pytest
 
-from elastic.router.phases import Curriculum, ElasticPhase, Phase
-from elastic.router.schedules import LearningRate, linear
+from elastic.router.phases import Curriculum, ElasticPhase, LearningRate, Phase
 
 
-def test_linear_runs_from_start_to_end():
-    ends = (1.0, 0.05)
-    assert linear(ends, 0.0) == 1.0
-    assert linear(ends, 1.0) == pytest.approx(0.05)
-    assert linear(ends, 0.5) == pytest.approx(0.525)
+def test_temperature_and_scale_run_linearly_from_start_to_end():
+    curriculum = Curriculum((ElasticPhase(name="a", steps=3, temperature=(1.0, 0.05), logit_scale=(1.0, 10.0)),))
+    assert [curriculum.at(step).temperature for step in range(3)] == pytest.approx([1.0, 0.525, 0.05])
+    assert [curriculum.at(step).logit_scale for step in range(3)] == pytest.approx([1.0, 5.5, 10.0])
 
 
 def test_warm_up_is_linear_and_never_zero():
