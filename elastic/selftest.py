@@ -67,12 +67,12 @@ def backends() -> Iterator[tuple[str, str, bool]]:
 
 def mask_against_slice() -> dict[str, float]:
     """Run one small subnet both ways; returns the relative differences of logits and of the kept weights' gradients."""
-    from elastic.model.model import Layout, build_model
+    from elastic.model.model import build_model
     from elastic.space.axes import Axis
     from elastic.space.gates import Gates
     from elastic.space.shape import ModelShape
     from elastic.space.space import AxisChoices, Space
-    from elastic.world.groups import world
+    from elastic.world.groups import Layout, world
 
     shape = ModelShape.uniform(
         "M-*M-", vocab=128, hidden=64, ffn=128, mamba_heads=8, head_channels=32, mamba_groups=2, mamba_state=32,

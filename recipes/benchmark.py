@@ -14,8 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from elastic.model.model import Layout
-from elastic.world.groups import world
+from elastic.world.groups import Layout, world
 from recipes.benchmarks import conversion, execution, full_size, kl, serving
 from recipes.benchmarks._precisions import timed_precisions
 

@@ -73,6 +73,7 @@ def use_cpu_backend(without: Iterable[str] = ()) -> None:
     """
     left_out = set(without)
     assert left_out <= ADAPTATIONS.keys(), f"unknown adaptations: {left_out - ADAPTATIONS.keys()}"
-    if not torch.cuda.is_available() and torch.cuda.current_device is not _current_device:
+    installed = torch.cuda.current_device is _current_device or torch.Tensor.type is _cuda_type  # one may be left out
+    if not torch.cuda.is_available() and not installed:
         for name in ADAPTATIONS.keys() - left_out:
             ADAPTATIONS[name]()

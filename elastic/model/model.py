@@ -1,6 +1,5 @@
 """The elastic model: embedding, elastic stack, head. Shapes: S sequence, B batch, D hidden, V vocab, d kept width."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from elastic.model.cache import ModelCache
+from elastic.model.cpu_backend import use_cpu_backend
 from elastic.model.initialize import initialize_parameters
 from elastic.model.observe import Observer
 from elastic.model.segments import pipeline_pattern
@@ -19,18 +19,7 @@ from elastic.model.specs import Kernels, elastic_stack_spec
 from elastic.space.gates import Gates
 from elastic.space.shape import ModelShape
 from elastic.space.space import Space
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one model copy is spread over ranks, its precision, and whether activations are recomputed."""
-
-    tensor: int = 1
-    pipeline: int = 1
-    context: int = 1
-    sequence: bool = False
-    recompute: bool = False
-    dtype: torch.dtype = torch.float32
+from elastic.world.groups import Layout
 
 
 class ElasticModel(HybridModel):
@@ -119,6 +108,7 @@ def build_model(
     space: Space, layout: Layout, *, seed: int = 0, init_std: float = 0.02, kernels: Kernels | None = None
 ) -> ElasticModel:
     """Build this rank's part of the parent and initialise it from `seed`; process groups must exist."""
+    use_cpu_backend()
     groups = ProcessGroupCollection.use_mpu_process_groups()
     # Dropout is 0, so nothing random happens in a forward pass: Megatron-Core's tensor-parallel random states, which
     # its embedding asks for under sequence parallelism, are told to stay out of the way.

@@ -24,7 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from elastic.config.sections import DistillConfig, OptimConfig
 from elastic.model.cpu_backend import use_cpu_backend
-from elastic.model.model import Layout, build_model
+from elastic.model.model import build_model
 from elastic.model.specs import Kernels
 from elastic.plan.config import PlanConfig
 from elastic.plan.flops import stage_flops
@@ -40,7 +40,7 @@ from elastic.space.gates import Execution, Gates
 from elastic.space.space import Space
 from elastic.train.optimizer import build_optimizer, wrap_for_training
 from elastic.train.pipeline import MicroBatch, PipelineRunner
-from elastic.world.groups import World
+from elastic.world.groups import Layout, World
 
 
 @dataclass(frozen=True)

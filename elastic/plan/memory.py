@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 
-from elastic.model.model import Layout
 from elastic.model.sharding import sharded_dim
 from elastic.plan.activations import fused_scan_workspace_bytes, saved_bytes
 from elastic.plan.work import FP32_BYTES, KernelSet, LayerWork, MicroBatchWork, distinct, stage_layers
@@ -16,6 +15,7 @@ from elastic.space.axes import Axis, LayerKind
 from elastic.space.layers import FP32_PARAMETERS, LAYER_PREFIX, LAYERS, MODEL_PARAMETERS
 from elastic.space.nesting import parameter_size
 from elastic.space.shape import ModelShape
+from elastic.world.groups import Layout
 
 
 @dataclass(frozen=True)

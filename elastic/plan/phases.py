@@ -7,17 +7,17 @@ from functools import cached_property
 from typing import Any
 
 from elastic.config.sections import ParallelConfig
-from elastic.model.model import Layout
 from elastic.plan.config import PlanConfig
 from elastic.plan.flops import Flops, stage_flops
 from elastic.plan.memory import StageMemory, stage_memory
 from elastic.plan.traffic import micro_batch_traffic, moved_bytes, step_traffic
 from elastic.plan.work import KernelSet, MicroBatchWork
 from elastic.router.phases import ElasticPhase
+from elastic.run.world import model_layout
 from elastic.space.reach import Sample, sample_subnet
 from elastic.space.shape import Subnet
 from elastic.space.space import Space
-from elastic.world.groups import model_layout
+from elastic.world.groups import Layout
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from enum import StrEnum
 from functools import cache, cached_property
 from itertools import accumulate
 
-from elastic.model.model import Layout
 from elastic.model.segments import pipeline_pattern
 from elastic.space.axes import Axis, LayerKind
 from elastic.space.gates import Execution
 from elastic.space.layers import DimKind
 from elastic.space.nesting import Cut
 from elastic.space.shape import LayerPattern, ModelShape, Subnet
+from elastic.world.groups import Layout
 
 FP32_BYTES = 4
 # Rows of the first projection and columns of the second: in_proj, out_proj; linear_qkv, linear_proj; fc1, fc2.

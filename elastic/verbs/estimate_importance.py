@@ -23,9 +23,10 @@ from elastic.rank.depth import DepthScores, rank_layers
 from elastic.rank.importance import Scores, collect_scores, default_top_channels, make_ranking
 from elastic.rank.permutation import Ranking, permute_parameter, save_ranking
 from elastic.run.folder import open_run_folder
+from elastic.run.world import run_world
 from elastic.space.space import Space
 from elastic.verbs.text import LONGEST
-from elastic.world.groups import World, model_layout, world
+from elastic.world.groups import World
 
 RANKING_FILE = "ranking.safetensors"
 # Relative to the largest logit. Sums run in another order; a GPU's matrix units round fp32 to TF32 on top.
@@ -45,7 +46,7 @@ def run_importance(config: ImportanceConfig, console: Console) -> Path:
     Raises PermutationError, and writes no checkpoint, if the logits of the permuted parent moved.
     """
     stream = TokenStream(Path(config.data.path) / "train")
-    with world(model_layout(config.parallel, config.trainer), config.trainer.collective_timeout_s) as here:
+    with run_world(config) as here:
         full = config.init_from.verify == "full"
         start = resolve_checkpoint(config.init_from.parent, full=full, world=here, say=console.print)
         record = Record.read(start)

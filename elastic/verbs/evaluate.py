@@ -14,6 +14,7 @@ from elastic.config.sections import DistillConfig
 from elastic.config.serving import EvaluateConfig
 from elastic.data.stream import HeldOut, TokenStream, source_labels
 from elastic.run.folder import open_run_folder
+from elastic.run.world import run_world
 from elastic.space.cost import subnet_cost
 from elastic.space.gates import Gates
 from elastic.space.shape import Subnet
@@ -30,7 +31,6 @@ from elastic.verbs.members import (
     subnet_summary,
 )
 from elastic.world.files import write_json
-from elastic.world.groups import model_layout, world
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -38,7 +38,7 @@ EVALUATION_FILE = "evaluation.json"
 def run_evaluate(config: EvaluateConfig, console: Console) -> Path:
     """Evaluate and write evaluation.json; returns the run folder."""
     held_out = TokenStream(Path(config.data.path) / "validation")
-    with world(model_layout(config.parallel, config.trainer), config.trainer.collective_timeout_s) as here:
+    with run_world(config) as here:
         opened = open_configured(config, world=here, say=console.print)
         gates = {
             member.name: member_gates(member.subnet, opened.space, config.execution, here.device)

@@ -20,12 +20,12 @@ from elastic.hf.export_settings import DtypeRule
 from elastic.hf.names import hf_names
 from elastic.hf.reload import run_without_gpu
 from elastic.model.initialize import named_global_parameters
-from elastic.model.model import Layout, build_model
+from elastic.model.model import build_model
 from elastic.space.cost import shape_cost
 from elastic.space.gates import Gates
 from elastic.space.shape import Subnet
 from elastic.verbs.members import Member, OpenCheckpoint
-from elastic.world.groups import world
+from elastic.world.groups import Layout, world
 
 _FP32_BYTES = 4
 # Transient copies while a folder is loaded, activations and logits of the probe.

@@ -26,12 +26,13 @@ from elastic.generate.text import End, Generation, Limits, Marker, Part, ThinkPl
 from elastic.hf.export_settings import ExportSettingsError, HfSettings, read_export_settings
 from elastic.hf.folder import HfFolderError, open_hf_folder
 from elastic.model.model import ElasticModel
+from elastic.run.world import run_world
 from elastic.space.shape import ModelShape, Subnet
 from elastic.verbs.hf_model import load_hf_model
 from elastic.verbs.members import members_problems, open_checkpoint, source_problems, subnet_summary
 from elastic.verbs.report_file import check_output, write_output
 from elastic.verbs.text import text_settings
-from elastic.world.groups import World, model_layout, world
+from elastic.world.groups import World
 
 TOKENIZER_REMEDY = "set tokenizer=FOLDER, one with a tokenizer.json"
 WHOLE = "whole model"
@@ -70,7 +71,7 @@ def run_generate(config: GenerateConfig, console: Console) -> list[dict[str, Any
     prompts = [unescaped(prompt) for prompt in config.prompts]
     if config.prompt_file is not None:
         prompts.append(_read(Path(config.prompt_file)))
-    with world(model_layout(config.parallel, config.trainer), config.trainer.collective_timeout_s) as here:
+    with run_world(config) as here:
         served = open_served(config, here, console)
         limits, rows = Limits(config.max_new_tokens, served.eos_ids), []
         for number, prompt in enumerate(prompts):

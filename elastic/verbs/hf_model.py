@@ -7,9 +7,10 @@ import torch
 from elastic.hf.folder import open_hf_folder
 from elastic.hf.names import from_hf
 from elastic.model.initialize import named_global_parameters
-from elastic.model.model import ElasticModel, Layout, build_model
+from elastic.model.model import ElasticModel, build_model
 from elastic.model.sharding import shard_tensor
 from elastic.space.space import Space
+from elastic.world.groups import Layout
 
 
 @torch.no_grad()

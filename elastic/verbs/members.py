@@ -16,7 +16,7 @@ from elastic.checkpoint.state import Trainable, load_checkpoint, load_router
 from elastic.config.load import ConfigError, Problem
 from elastic.config.rules_layout import nearest_multiple
 from elastic.config.serving import MembersConfig, SubnetConfig
-from elastic.model.model import ElasticModel, Layout, build_model
+from elastic.model.model import ElasticModel, build_model
 from elastic.router.draw import decide
 from elastic.router.router import Router
 from elastic.space.axes import Axis
@@ -24,7 +24,7 @@ from elastic.space.cost import Budget, BudgetError, Deployment, Metric, check_re
 from elastic.space.reach import choice_indices, smallest_subnet, subnet_between
 from elastic.space.shape import ShapeError, Subnet, SubnetError
 from elastic.space.space import Space, SpaceError
-from elastic.world.groups import World
+from elastic.world.groups import Layout, World
 
 CHECKPOINT_REMEDY = "give a run folder of an earlier verb, or one checkpoint in it"
 

@@ -19,6 +19,7 @@ from elastic.router.phases import Curriculum
 from elastic.router.router import Router
 from elastic.run.folder import FINISHED_FILE, write_finished
 from elastic.run.resume import RunStart, load_run_state, open_training_run
+from elastic.run.world import run_world
 from elastic.space.cost import Budget
 from elastic.space.reach import smallest_subnet
 from elastic.space.space import Space
@@ -33,7 +34,7 @@ from elastic.train.signals import StopOnSignal
 from elastic.train.spikes import LossSpikes
 from elastic.train.trainer import Callback, Trainer
 from elastic.verbs.text import LONGEST
-from elastic.world.groups import World, model_layout, world
+from elastic.world.groups import World
 from elastic.world.watchdog import Watchdog
 
 GO_ON = "set exp_manager.resume_if_exists=true and exp_manager.overwrite=false"
@@ -45,7 +46,7 @@ def run_pretrain(config: PretrainConfig, console: Console) -> Path:
     space = Space(config.parent_shape(), {}, lanes=1)
     record = Record("parent", space.parent, data=config.data.path, provenance=_longest(config))
     with (
-        world(model_layout(config.parallel, config.trainer), config.trainer.collective_timeout_s) as here,
+        run_world(config) as here,
         open_training_run(config, stream.manifest, record, here, console.print) as opened,
     ):
         model = build_model(space, here.layout, seed=config.seed, init_std=config.model.init_std)
@@ -60,7 +61,7 @@ def run_elastic(config: ElasticConfig, console: Console, callbacks: Sequence[Cal
     `callbacks` of the caller run after the run's own.
     """
     stream = TokenStream(Path(config.data.path) / "train")
-    with world(model_layout(config.parallel, config.trainer), config.trainer.collective_timeout_s) as here:
+    with run_world(config) as here:
         full = config.init_from.verify == "full"
         start = resolve_checkpoint(config.init_from.permuted_parent, full=full, world=here, say=console.print)
         parent = Record.read(start)

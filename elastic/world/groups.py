@@ -15,13 +15,22 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from elastic.config.sections import ComputeConfig, ParallelConfig
-from elastic.model.cpu_backend import use_cpu_backend
-from elastic.model.model import Layout
 from elastic.world.files import explained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LEAVE_TIME_S = 60.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one model copy is spread over ranks, its precision, and whether activations are recomputed."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    sequence: bool = False
+    recompute: bool = False
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -60,18 +69,6 @@ class World:
         return tensor
 
 
-def model_layout(parallel: ParallelConfig, compute: ComputeConfig) -> Layout:
-    """Translate the config sections to a Layout."""
-    return Layout(
-        tensor=parallel.tensor,
-        pipeline=parallel.pipeline,
-        context=parallel.context,
-        sequence=parallel.sequence,
-        recompute=parallel.recompute == "full",
-        dtype=DTYPES[compute.precision],
-    )
-
-
 @contextmanager
 def world(layout: Layout, timeout_s: float = 900.0) -> Iterator[World]:
     """Initialise torch.distributed and Megatron-Core's groups from torchrun's environment; alone without it.
@@ -108,7 +105,6 @@ def world(layout: Layout, timeout_s: float = 900.0) -> Iterator[World]:
 
 def join_world(layout: Layout, device: torch.device, timeout_s: float = 900.0) -> World:
     """Build Megatron-Core's groups for `layout` over the processes that torch.distributed already connects."""
-    use_cpu_backend()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,

@@ -9,13 +9,14 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from elastic.model.model import Layout, build_model, transformer_config
+from elastic.model.model import build_model, transformer_config
 from elastic.model.specs import Kernels, plain_stack_spec
 from elastic.space.axes import Axis
 from elastic.space.cost import shape_cost, subnet_cost
 from elastic.space.gates import Gates
 from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import AxisChoices, Space
+from elastic.world.groups import Layout
 from recipes.benchmarks._timing import alternate, median_ratio
 
 
@@ -100,8 +101,10 @@ def _scaled(shape: ModelShape, share: float) -> Subnet:
 
 def plain_model(shape: ModelShape, layout: Layout) -> nn.Module:
     """Build the stock HybridModel of `shape` with the same state-space and attention kernels."""
+    from elastic.model.cpu_backend import use_cpu_backend
     from elastic.model.initialize import initialize_parameters
 
+    use_cpu_backend()
     model = HybridModel(
         transformer_config(shape, layout),
         plain_stack_spec(Kernels.choose(), shape.conv_kernel),

@@ -15,10 +15,10 @@ import torch
 
 from elastic.generate.sampling import Sampling
 from elastic.generate.text import Limits, generate
-from elastic.model.model import ElasticModel, Layout, build_model
+from elastic.model.model import ElasticModel, build_model
 from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import Space
-from elastic.world.groups import world
+from elastic.world.groups import Layout, world
 from recipes.benchmarks.conversion import PATTERNS, ROOT, WIDTHS
 
 PARENT = ModelShape.uniform(PATTERNS[8], **WIDTHS)

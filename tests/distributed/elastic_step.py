@@ -9,7 +9,7 @@ from torch import Tensor
 from elastic.config.sections import DistillConfig, OptimConfig
 from elastic.data.stream import Batch
 from elastic.model.initialize import named_global_parameters
-from elastic.model.model import Layout, build_model
+from elastic.model.model import build_model
 from elastic.model.sharding import unshard_tensors
 from elastic.space.axes import Axis
 from elastic.space.gates import Gates
@@ -18,7 +18,7 @@ from elastic.space.space import AxisChoices, Space
 from elastic.train.gate_gradients import sum_gate_gradients
 from elastic.train.optimizer import build_optimizer, gradient_norm, wrap_for_training
 from elastic.train.pipeline import PipelineRunner
-from elastic.world.groups import join_world
+from elastic.world.groups import Layout, join_world
 
 SEQUENCE, MICRO_BATCH, GLOBAL_BATCH = 32, 1, 4
 

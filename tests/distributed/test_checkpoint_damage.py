@@ -101,8 +101,7 @@ def verify_together(folder: Path) -> list[str]:
     """Verify with all ranks sharing the work; returns what this rank was told."""
     import torch
 
-    from elastic.model.model import Layout
-    from elastic.world.groups import join_world
+    from elastic.world.groups import Layout, join_world
 
     return damages(folder, full=True, world=join_world(Layout(), torch.device("cpu")))
 

@@ -21,8 +21,8 @@ from elastic.checkpoint.read import StoredTensors
 from elastic.checkpoint.record import Record
 from elastic.checkpoint.state import Trainable, begin_save, load_checkpoint
 from elastic.checkpoint.write import CheckpointWrite
-from elastic.model.model import Layout, build_model
-from elastic.world.groups import World, join_world
+from elastic.model.model import build_model
+from elastic.world.groups import Layout, World, join_world
 from tests.distributed.elastic_step import tiny_space
 from tests.distributed.harness import run_distributed
 from tests.distributed.training import elastic_values, train

@@ -10,8 +10,8 @@ from elastic.generate.decoder import Decoder
 from elastic.generate.sampling import Sampling
 from elastic.generate.text import Limits, Marker, ThinkPlan, generate
 from elastic.model.cpu_backend import use_cpu_backend
-from elastic.model.model import Layout
 from elastic.space.shape import Subnet
+from elastic.world.groups import Layout
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_same_heads_any_tp import CHOICES, SPACE
 from tests.parity.model_factory import build_lively, relative_error

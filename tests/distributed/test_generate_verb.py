@@ -19,14 +19,13 @@ from elastic.checkpoint.state import Trainable, begin_save
 from elastic.config.load import load
 from elastic.config.rules_layout import Cluster
 from elastic.config.serving import ExtractConfig, GenerateConfig
-from elastic.model.model import Layout
 from elastic.model.specs import Kernels
 from elastic.router.router import Router
 from elastic.space.cost import Budget, Deployment, Metric
 from elastic.verbs.extract import run_extract
 from elastic.verbs.generate import CONTROL_CODES, run_generate
 from elastic.verbs.inputs import load_run
-from elastic.world.groups import world
+from elastic.world.groups import Layout, world
 from recipes._tiny_family import prepare_corpus
 from tests.distributed.harness import run_distributed
 from tests.distributed.training import place, tiny_run_space, write_corpus

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from elastic.model.cpu_backend import use_cpu_backend
 from elastic.model.forward import SequenceLengthError, context_parallel_slice, forward_hidden
-from elastic.model.model import Layout, build_model
+from elastic.model.model import build_model
 from elastic.rank.depth import rank_layers
 from elastic.rank.importance import collect_scores, make_ranking
 from elastic.space.axes import Axis
 from elastic.space.gates import Gates
 from elastic.space.space import AxisChoices, Space
-from elastic.world.groups import join_world
+from elastic.world.groups import Layout, join_world
 from tests.distributed.harness import run_distributed
 from tests.shapes import UNEVEN as SHAPE
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from elastic.model.model import Layout
+from elastic.world.groups import Layout
 from tests.distributed.elastic_step import GLOBAL_BATCH, LayoutCase, elastic_step, merge
 from tests.distributed.harness import run_distributed
 from tests.parity.model_factory import relative_error

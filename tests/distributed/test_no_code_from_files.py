@@ -26,7 +26,8 @@ from elastic.data.manifest import DataError
 from elastic.data.stream import TokenStream
 from elastic.data.tokenizer import load_tokenizer
 from elastic.hf.export_settings import EXPORT_SETTINGS_FOLDER, ExportSettingsError, read_export_settings
-from elastic.model.model import Layout, build_model
+from elastic.model.model import build_model
+from elastic.world.groups import Layout
 from tests.parity.model_factory import one_process
 
 

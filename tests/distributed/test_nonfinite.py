@@ -14,7 +14,7 @@ from elastic.checkpoint.find import list_checkpoints
 from elastic.config.load import load
 from elastic.config.sections import OptimConfig
 from elastic.config.training import ElasticConfig
-from elastic.model.model import Layout, build_model
+from elastic.model.model import build_model
 from elastic.train.callbacks import NoCallback
 from elastic.train.nonfinite import NonFiniteError
 from elastic.train.optimizer import (
@@ -26,7 +26,7 @@ from elastic.train.optimizer import (
 )
 from elastic.train.pipeline import PipelineRunner
 from elastic.verbs.training import run_elastic
-from elastic.world.groups import join_world
+from elastic.world.groups import Layout, join_world
 from tests.distributed.elastic_step import tiny_space
 from tests.distributed.harness import DistributedRunError, run_distributed
 from tests.distributed.training import CURRICULUM, elastic_values, rows, train

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from elastic.config.sections import DistillConfig, OptimConfig
-from elastic.model.model import Layout
 from elastic.plan.config import PlanConfig
 from elastic.plan.dry_run import Trace, comparison, fake_world, ranks_of_stages, rehearse, trace_step
 from elastic.plan.phases import PhasePlan, Share, budget_samples
@@ -18,7 +17,7 @@ from elastic.router.phases import ElasticPhase
 from elastic.space.axes import Axis
 from elastic.space.gates import Execution
 from elastic.space.space import AxisChoices, Space
-from elastic.world.groups import world
+from elastic.world.groups import Layout, world
 from tests.distributed.harness import run_distributed
 from tests.unit.plan.test_plan import small_shape, values
 

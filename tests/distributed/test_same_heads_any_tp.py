@@ -10,7 +10,7 @@ from torch import Tensor
 
 from elastic.model.cpu_backend import use_cpu_backend
 from elastic.model.initialize import named_global_parameters
-from elastic.model.model import ElasticModel, Layout
+from elastic.model.model import ElasticModel
 from elastic.rank.slicing import submodel_tensors
 from elastic.space.axes import Axis
 from elastic.space.gates import Gates
@@ -18,6 +18,7 @@ from elastic.space.layers import DimKind
 from elastic.space.nesting import Cut, parameter_size, take
 from elastic.space.shape import Subnet
 from elastic.space.space import AxisChoices, Space
+from elastic.world.groups import Layout
 from tests.distributed.harness import run_distributed
 from tests.parity.model_factory import (
     build_lively,

@@ -9,7 +9,7 @@ from rich.console import Console
 from elastic.config.load import load
 from elastic.config.training import ElasticConfig
 from elastic.model.initialize import named_global_parameters
-from elastic.model.model import Layout, build_model
+from elastic.model.model import build_model
 from elastic.router.phases import Moment, Phase
 from elastic.router.router import Router
 from elastic.space.axes import Axis
@@ -17,7 +17,7 @@ from elastic.space.gates import Gates
 from elastic.train.callbacks import NoCallback
 from elastic.train.sanity import Sanity, SanityError
 from elastic.verbs.training import run_elastic
-from elastic.world.groups import join_world
+from elastic.world.groups import Layout, join_world
 from tests.distributed.elastic_step import batch, tiny_space
 from tests.distributed.harness import DistributedRunError, run_distributed
 from tests.distributed.training import elastic_values, rows, train

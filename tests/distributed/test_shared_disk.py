@@ -9,8 +9,7 @@ import torch
 from elastic.checkpoint import find as checkpoint_find
 from elastic.checkpoint.contents import write_contents
 from elastic.checkpoint.find import newest_whole, resolve_checkpoint
-from elastic.model.model import Layout
-from elastic.world.groups import SharedFileError, decided_by_rank_0, join_world
+from elastic.world.groups import Layout, SharedFileError, decided_by_rank_0, join_world
 from tests.distributed.harness import DistributedRunError, run_distributed
 
 

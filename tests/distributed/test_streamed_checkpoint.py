@@ -21,11 +21,11 @@ from elastic.checkpoint.record import Record
 from elastic.checkpoint.state import Trainable, begin_save, load_checkpoint
 from elastic.checkpoint.stream import JOURNAL, UnfinishedError, save_streamed, stored_bytes
 from elastic.model.initialize import named_global_parameters
-from elastic.model.model import Layout, build_model
+from elastic.model.model import build_model
 from elastic.model.sharding import shard_tensor
 from elastic.space.layers import parameter_names
 from elastic.space.shape import ModelShape
-from elastic.world.groups import join_world
+from elastic.world.groups import Layout, join_world
 from tests.distributed.harness import run_distributed
 from tests.parity.model_factory import SPACES, build_stock, lively_tensor, one_process, shape_of, submodel_space
 

@@ -17,7 +17,7 @@ from elastic.config.sections import DistillConfig
 from elastic.config.training import ElasticConfig
 from elastic.data import phases as phase_data
 from elastic.data.stream import PackedSequences, TokenStream, read_batch
-from elastic.model.model import Layout, build_model
+from elastic.model.model import build_model
 from elastic.router.router import Router
 from elastic.run import folder as folder_module
 from elastic.run.folder import RunFolderError, run_lock
@@ -27,7 +27,7 @@ from elastic.train.callbacks import NoCallback
 from elastic.train.metrics import LossMeter
 from elastic.train.pipeline import PipelineRunner
 from elastic.verbs.training import run_elastic
-from elastic.world.groups import join_world
+from elastic.world.groups import Layout, join_world
 from tests.distributed.elastic_step import MICRO_BATCH, SEQUENCE, LayoutCase, batch, tiny_space
 from tests.distributed.harness import DistributedRunError, run_distributed
 from tests.distributed.training import (

@@ -15,11 +15,10 @@ from torch.distributed import distributed_c10d
 
 from elastic.config.load import load
 from elastic.config.training import ElasticConfig
-from elastic.model.model import Layout
 from elastic.train.callbacks import NoCallback
 from elastic.train.pipeline import PipelineRunner
 from elastic.verbs.training import run_elastic
-from elastic.world.groups import join_world, world
+from elastic.world.groups import Layout, join_world, world
 from elastic.world.watchdog import EXIT_STALLED, Progress, Sign, Watchdog, verdict
 from tests.distributed.harness import DistributedRunError, run_distributed
 from tests.distributed.torchrun import Torchrun

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from elastic.model.attention import SdpaCoreAttention
 from elastic.model.cache import empty_cache
-from elastic.model.model import Layout, transformer_config
+from elastic.model.model import transformer_config
 from elastic.model.specs import Kernels
 from elastic.space.axes import Axis
 from elastic.space.gates import Gates
 from elastic.space.space import AxisChoices, Space
+from elastic.world.groups import Layout
 from tests.parity.model_factory import (
     build_lively,
     choices_to_test,

@@ -9,12 +9,11 @@ from torch.optim import AdamW
 
 from elastic.config.sections import OptimConfig
 from elastic.model.attention import SdpaCoreAttention
-from elastic.model.model import Layout
 from elastic.model.specs import Kernels
 from elastic.model.state_space import TorchStateSpace
 from elastic.space.space import Space
 from elastic.train.optimizer import build_optimizer, set_learning_rate, wrap_for_training
-from elastic.world.groups import World
+from elastic.world.groups import Layout, World
 from tests.parity.model_factory import build_lively, one_process, relative_error, shape_of
 
 pytestmark = pytest.mark.gpu

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from elastic.model.attention import SdpaCoreAttention
 from elastic.model.initialize import named_global_parameters
-from elastic.model.model import ElasticModel, Layout, build_model, transformer_config
+from elastic.model.model import ElasticModel, build_model, transformer_config
 from elastic.model.segments import pipeline_pattern
 from elastic.model.sharding import shard_tensor
 from elastic.model.specs import Kernels, plain_stack_spec
@@ -28,6 +28,7 @@ from elastic.space.gates import Gates
 from elastic.space.nesting import parameter_size
 from elastic.space.shape import ModelShape
 from elastic.space.space import AxisChoices, Space
+from elastic.world.groups import Layout
 
 Choice = Mapping[Axis, tuple[int, ...]]
 A, C = Axis, AxisChoices

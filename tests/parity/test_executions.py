@@ -18,12 +18,13 @@ from transformers import NemotronHConfig, NemotronHForCausalLM
 from elastic.hf.config import hf_config
 from elastic.hf.export_settings import HfSettings
 from elastic.hf.names import to_hf
-from elastic.model.model import ElasticModel, Layout, build_model
+from elastic.model.model import ElasticModel, build_model
 from elastic.rank.slicing import submodel_tensors
 from elastic.space.axes import Axis, LayerKind
 from elastic.space.cost import Deployment, shape_cost, subnet_cost
 from elastic.space.gates import Gates
 from elastic.space.shape import Subnet
+from elastic.world.groups import Layout
 from tests.parity.model_factory import (
     SPACES,
     Outcome,

@@ -19,11 +19,12 @@ from elastic.hf.check import value_check
 from elastic.hf.export import export_folder
 from elastic.hf.export_settings import DtypeRule, ExportSettings
 from elastic.model.initialize import named_global_parameters
-from elastic.model.model import ElasticModel, Layout
+from elastic.model.model import ElasticModel
 from elastic.rank.slicing import submodel_source
 from elastic.space.shape import Subnet
 from elastic.space.space import Space
 from elastic.verbs.hf_model import load_hf_model
+from elastic.world.groups import Layout
 from tests.parity.model_factory import SPACES, build_lively, one_process, smallest_choice
 
 SPACE = SPACES["four groups, five queries per KV head, depth 10"]

@@ -13,10 +13,10 @@ from elastic.checkpoint.record import Record
 from elastic.checkpoint.state import CheckpointError, Trainable, load_checkpoint
 from elastic.checkpoint.stream import UnfinishedError
 from elastic.hf.tensor_files import TensorFolder
-from elastic.model.model import Layout, build_model
+from elastic.model.model import build_model
 from elastic.run.folder import RunFolderError
 from elastic.space.shape import ModelShape
-from elastic.world.groups import join_world
+from elastic.world.groups import Layout, join_world
 from tests.distributed.harness import run_distributed
 from tests.parity.hf_models import SHAPES, logits, relative_error
 from tests.parity.import_extract import SPLITTABLE, TOKENS, extracted, imported, stock_folder, weights

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from elastic.model.model import Layout
 from elastic.space.axes import Axis
 from elastic.space.gates import Gates
+from elastic.world.groups import Layout
 from tests.parity.model_factory import (
     EVERY_AXIS,
     SPACES,

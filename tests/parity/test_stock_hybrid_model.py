@@ -14,9 +14,10 @@ from torch import Tensor
 
 from elastic.model.cpu_backend import use_cpu_backend
 from elastic.model.initialize import named_global_parameters
-from elastic.model.model import ElasticModel, Layout
+from elastic.model.model import ElasticModel
 from elastic.space.axes import Axis
 from elastic.space.space import AxisChoices, Space
+from elastic.world.groups import Layout
 from tests.distributed.harness import run_distributed
 from tests.parity.model_factory import (
     build_lively,

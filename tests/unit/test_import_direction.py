@@ -11,13 +11,13 @@ ROOT = Path(__file__).parents[2]
 ROOMS = (
     "space",
     "kernels",
+    "world",
     "model",
     "router",
     "distill",
     "rank",
     "hf",
     "config",
-    "world",
     "data",
     "checkpoint",
     "run",
@@ -30,6 +30,7 @@ ROOMS = (
 NARROWER = {  # rooms that import less than all below them: each can be read with these alone
     "router": {"space"},
     "kernels": set[str](),
+    "world": set[str](),
     "distill": {"kernels"},
     "rank": {"space", "model"},
     "hf": {"space", "rank"},

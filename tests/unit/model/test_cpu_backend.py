@@ -11,11 +11,10 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from elastic.config.sections import DistillConfig, OptimConfig
 from elastic.data.stream import Batch
 from elastic.model.cpu_backend import ADAPTATIONS, use_cpu_backend
-from elastic.model.model import Layout
 from elastic.space.space import Space
 from elastic.train.optimizer import build_optimizer, wrap_for_training
 from elastic.train.pipeline import PipelineRunner
-from elastic.world.groups import World
+from elastic.world.groups import Layout, World
 from tests.distributed.harness import DistributedRunError, run_distributed
 from tests.parity.model_factory import build_lively, shape_of
 

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from elastic.model.cpu_backend import use_cpu_backend
 from elastic.model.initialize import initial_tensor, named_global_parameters
-from elastic.model.model import Layout, build_model
+from elastic.model.model import build_model
 from elastic.model.sharding import shard_tensor
 from elastic.space.shape import ModelShape
 from elastic.space.space import Space
+from elastic.world.groups import Layout
 from tests.distributed.harness import run_distributed
 
 SEED, STD = 5, 0.1

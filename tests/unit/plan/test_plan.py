@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from elastic.config.load import ConfigError
 from elastic.config.rules_layout import Cluster
 from elastic.config.sections import ParallelConfig
-from elastic.model.model import Layout, build_model
+from elastic.model.model import build_model
 from elastic.plan.activations import saved_bytes
 from elastic.plan.config import PlanConfig
 from elastic.plan.flops import backward_flops, forward_flops, layer_flops, stage_flops
@@ -33,7 +33,7 @@ from elastic.space.gates import Execution, Gates
 from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import AxisChoices, Space
 from elastic.verbs.inputs import load_run
-from elastic.world.groups import world
+from elastic.world.groups import Layout, world
 from tests.unit.config.test_conf_files import compose_once
 
 BATCH, LENGTH = 2, 160  # not a multiple of the PyTorch scan's chunk: padding counts

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from elastic.model.model import ElasticModel, Layout, build_model
+from elastic.model.model import ElasticModel, build_model
 from elastic.space.axes import Axis
 from elastic.space.space import AxisChoices, Space
+from elastic.world.groups import Layout
 from tests.shapes import UNEVEN as SHAPE
 
 SPACE = Space(SHAPE, {Axis.MAMBA_CHANNEL: AxisChoices((6, 4, 2))})

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from elastic.model.model import ElasticModel, Layout, build_model
+from elastic.model.model import ElasticModel, build_model
 from elastic.rank.depth import rank_layers
 from elastic.space.axes import Axis
 from elastic.space.gates import Gates
 from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import AxisChoices, Space
-from elastic.world.groups import world
+from elastic.world.groups import Layout, world
 from tests.shapes import UNEVEN as SHAPE
 from tests.unit.rank.importance_parent import SPACE, random_parent, token_batches, top_of
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from elastic.model.model import ElasticModel, Layout, build_model
+from elastic.model.model import ElasticModel, build_model
 from elastic.rank.depth import DepthRankingError, rank_layers
 from elastic.rank.importance import (
     ImportanceError,
@@ -24,7 +24,7 @@ from elastic.rank.importance import (
 )
 from elastic.rank.permutation import save_ranking
 from elastic.space.space import Space
-from elastic.world.groups import world
+from elastic.world.groups import Layout, world
 from tests.shapes import UNEVEN as SHAPE
 from tests.unit.rank.importance_parent import SPACE, random_parent, token_batches, top_of
 
