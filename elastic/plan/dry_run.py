@@ -1,4 +1,4 @@
-"""The rehearsal: one rank of a large job, the project's own code on tensors without memory.
+"""The dry run: one rank of a large job, the project's own code on tensors without memory, beside what the plan says.
 
 torch's fake process group answers every collective at once, FakeTensorMode gives tensors shapes and no storage. The
 run builds student and teacher, the data-parallel wrapper and the pipeline schedule as `verbs/training.py` does, and
@@ -6,10 +6,9 @@ traces teacher, forward, recompute, backward and gradient reduction of one step.
 grad norm decides on values.
 """
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,30 +35,11 @@ from elastic.plan.search import Candidate
 from elastic.plan.stand_ins import STAND_INS
 from elastic.plan.traffic import micro_batch_traffic, step_traffic
 from elastic.plan.work import KernelSet, MicroBatchWork
-from elastic.space.gates import Execution, Gates
+from elastic.space.gates import Gates
 from elastic.space.space import Space
 from elastic.train.optimizer import build_optimizer, wrap_for_training
 from elastic.train.pipeline import MicroBatch, PipelineRunner
 from elastic.world.groups import Layout, World
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What one rank's step was seen to do; bytes, and FLOPs of matrix products without the stand-ins'.
-
-    `activations` is what one micro-batch keeps on this stage after its forward pass; `peak` everything alive at once
-    during forward and backward; `optimizer` is 0 where it was left out.
-    """
-
-    stage: int
-    parameters: int
-    gradients: int
-    optimizer: int
-    teacher_hidden: int
-    activations: int
-    peak: int
-    flops: int
-    traffic: Mapping[tuple[str, str], int]
 
 
 def trace_step(
@@ -70,10 +50,12 @@ def trace_step(
     distill: DistillConfig,
     optim: OptimConfig,
     with_optimizer: bool = False,
-) -> Trace:
-    """Build what a training run builds and watch one step of it, on fake tensors or real ones.
+) -> dict[str, int]:
+    """Build what a training run builds and watch one step of it, on fake tensors or real ones; return what it took.
 
-    `with_optimizer` builds and steps it too, which asks for values: real tensors only.
+    Bytes, of collectives by group and operation, and FLOPs of matrix products without the stand-ins'. The activations
+    are what stays on this stage after a forward pass, the peak all that is alive at once during forward and backward.
+    `with_optimizer` builds and steps it too, which asks for values: real tensors only; else it counts 0.
     """
     kernels = STAND_INS if run.kernels is KernelSet.FUSED else Kernels.choose(torch.device("cpu"))
     groups = {"tp": here.groups.tp, "pp": here.groups.pp, "cp": here.groups.cp, "dp": here.groups.dp_cp}
@@ -105,29 +87,25 @@ def trace_step(
         if optimizer is not None:
             optimizer.step()
         moments = live.bytes - before  # Adam makes them with its first step; from then on they are always there
-    return Trace(
-        stage=here.groups.pp.rank(),
-        parameters=parameters,
-        gradients=gradients,
-        optimizer=masters + moments,
-        teacher_hidden=teacher_hidden,
-        activations=activations,
-        peak=peak + moments,
-        flops=sum(products.flops.values()),
-        traffic=dict(collectives.payload),
-    )
-
-
-def ranks_of_stages(layout: Layout, num_gpus: int) -> list[int]:
-    """Return the first rank of the first, a middle and the last pipeline stage (Megatron-Core's order: stages last)."""
-    per_stage = num_gpus // layout.pipeline
-    return [stage * per_stage for stage in sorted({0, layout.pipeline // 2, layout.pipeline - 1})]
+    return {
+        "parameters": parameters,
+        "gradients": gradients,
+        "optimizer": masters + moments,
+        "teacher's states": teacher_hidden,
+        "activations of one micro-batch": activations,
+        "peak": peak + moments,
+        "FLOPs": products.flops,
+    } | {" ".join(key): payload for key, payload in collectives.payload.items()}
 
 
 @contextmanager
-def fake_world(layout: Layout, num_gpus: int, rank: int) -> Iterator[World]:
-    """Be one rank of a job that is not there, on tensors without storage; no other process group may be up."""
+def fake_world(layout: Layout, num_gpus: int, stage: int) -> Iterator[World]:
+    """Be the first rank of a pipeline stage of a job that is not there, on tensors without storage.
+
+    No other process group may be up.
+    """
     assert not dist.is_initialized(), "a dry run brings its own process group"
+    rank = stage * num_gpus // layout.pipeline  # Megatron-Core's order: stages last
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_gpus)
     try:
         use_cpu_backend()
@@ -166,14 +144,9 @@ def _micro_batch(run: MicroBatchWork, space: Space) -> MicroBatch:
     """Make this context-parallel rank's tokens and labels, and gates of the run's execution."""
     shape = (run.batch, run.length_tokens // run.layout.context)
     tokens, labels = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
-    return MicroBatch(tokens, labels, None, _gates(run, space))
-
-
-def _gates(run: MicroBatchWork, space: Space) -> Gates:
-    if run.execution is Execution.SLICE:
-        return Gates.slice(run.subnet)
-    choices = {axis: (space.num_slots(axis), len(space.axes[axis].choices)) for axis in space.elastic_axes()}
-    return Gates.mask({axis: torch.zeros(size).requires_grad_() for axis, size in choices.items()})
+    sizes = {axis: (space.num_slots(axis), len(space.axes[axis].choices)) for axis in space.elastic_axes()}
+    weights = {axis: torch.zeros(size).requires_grad_() for axis, size in sizes.items()}
+    return MicroBatch(tokens, labels, None, Gates.mask(weights) if run.masked else Gates.slice(run.subnet))
 
 
 def _held_after_forward(live: LiveBytes, student: Any, run: MicroBatchWork, space: Space) -> int:
@@ -199,44 +172,42 @@ def rehearse(config: PlanConfig, space: Space, chosen: Candidate) -> list[dict[s
     """
     rows = []
     for plan in chosen.plans:
-        run = max(plan.shares, key=lambda share: share.weight).run
-        for rank in ranks_of_stages(plan.layout, config.cluster.num_gpus):
-            stage = rank * plan.layout.pipeline // config.cluster.num_gpus
+        run, last = max(plan.shares, key=lambda share: share.weight).run, plan.layout.pipeline - 1
+        for stage in sorted({0, plan.layout.pipeline // 2, last}):
             in_flight = plan.layout.pipeline - stage
-            with fake_world(plan.layout, config.cluster.num_gpus, rank) as here:
-                trace = trace_step(run, space, here, in_flight, config.distill, config.optim)
-            rows += comparison(plan, run, trace, in_flight)
+            with fake_world(plan.layout, config.cluster.num_gpus, stage) as here:
+                traced = trace_step(run, space, here, in_flight, config.distill, config.optim)
+            rows += comparison(plan, run, stage, traced, in_flight)
     return rows
 
 
-def comparison(plan: PhasePlan, run: MicroBatchWork, trace: Trace, count: int) -> list[dict[str, Any]]:
+def comparison(
+    plan: PhasePlan, run: MicroBatchWork, stage: int, traced: dict[str, int], count: int
+) -> list[dict[str, Any]]:
     """Return plan and trace of one rank side by side, for a step of `count` micro-batches.
 
     A dry run has no optimizer, the stand-ins no FLOPs; the gather of new weights belongs to the optimizer.
     """
-    stage = trace.stage
-    memory = stage_memory(run, stage, count, plan.num_chunks)
-    if trace.optimizer == 0:
+    memory, flops = stage_memory(run, stage, count, plan.num_chunks), stage_flops(run, stage)
+    if traced["optimizer"] == 0:
         memory = replace(memory, optimizer=0)
-    work = stage_flops(run, stage)
-    flops = count * (work.matmul if run.kernels is KernelSet.FUSED else work.total)
-    found: dict[str, tuple[float, float]] = {
-        "parameters": (memory.parameters, trace.parameters),
-        "gradients": (memory.gradients, trace.gradients),
-        "optimizer": (memory.optimizer, trace.optimizer),
-        "teacher's states": (memory.teacher_hidden, trace.teacher_hidden),
-        "activations of one micro-batch": (stage_activation_bytes(run, stage), trace.activations),
-        "peak": (memory.total, trace.peak),
-        "FLOPs": (flops, trace.flops),
+    planned: dict[str, float] = {
+        "parameters": memory.parameters,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "teacher's states": memory.teacher_hidden,
+        "activations of one micro-batch": stage_activation_bytes(run, stage),
+        "peak": memory.total,
+        "FLOPs": count * (flops.matmul if run.kernels is KernelSet.FUSED else flops.total),
     }
-    sent = Counter({key: count * payload for key, payload in micro_batch_traffic(run, stage).items()})
-    sent.update(step_traffic(run, stage, plan.distributed_optimizer))
-    del sent["dp", "all_gather"]
-    found |= {" ".join(key): (sent[key], trace.traffic.get(key, 0)) for key in sorted({*sent, *trace.traffic})}
+    sent = {key: count * payload for key, payload in micro_batch_traffic(run, stage).items()}
+    sent |= step_traffic(run, stage, plan.distributed_optimizer)
+    planned |= {" ".join(key): sent[key] for key in sorted(sent) if key != ("dp", "all_gather")}
+    both = {what: (planned.get(what, 0), traced.get(what, 0)) for what in planned | traced}
     return [
-        {"phase": plan.phase.name, "stage": stage, "what": what, "plan": planned, "trace": traced}
-        for what, (planned, traced) in found.items()
-        if planned or traced
+        {"phase": plan.phase.name, "stage": stage, "what": what, "plan": plan_says, "trace": trace_says}
+        for what, (plan_says, trace_says) in both.items()
+        if plan_says or trace_says
     ]
 
 

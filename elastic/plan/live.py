@@ -32,11 +32,6 @@ class LiveBytes(TorchDispatchMode):
                 self._see(leaf.untyped_storage())
         return result
 
-    def forget(self, tensors: Any) -> None:
-        """Leave out tensors that were there before."""
-        for tensor in tensors:
-            self._alive.setdefault(id(tensor.untyped_storage()), (weakref.ref(tensor.untyped_storage()), 0))
-
     def reset_peak(self) -> None:
         """Start a new peak from what is alive now."""
         self.peak_bytes = self.bytes
@@ -72,9 +67,9 @@ class CollectiveBytes(TorchDispatchMode):
 
     def _count(self, func: Any, args: Any) -> None:
         name = func._schema.name.removeprefix("c10d::").strip("_")
-        kind, payload = _COLLECTIVES.get(name, (name, max))
-        if kind is None:
+        if name in ("recv", "recv_any_source", "barrier"):
             return
+        kind, payload = _COLLECTIVES.get(name, (name, max))
         sizes = [leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
         group = next((dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject)), None)
         name = "other" if group is None else self.names.get(group.group_name, "other")
@@ -82,7 +77,7 @@ class CollectiveBytes(TorchDispatchMode):
 
 
 class ProductFlops(TorchDispatchMode):
-    """FLOPs of matrix products by operator, from torch's own table of formulas (the one FlopCounterMode uses).
+    """FLOPs of matrix products, from torch's own table of formulas (the one FlopCounterMode uses).
 
     FlopCounterMode itself hooks every module to say where FLOPs fall, which the pipeline schedule's streams without a
     graph break.
@@ -90,17 +85,17 @@ class ProductFlops(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops: Counter[str] = Counter()
+        self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func.overloadpacket)
         if formula is not None:
-            self.flops[func.overloadpacket.__name__] += formula(*args, **(kwargs or {}), out_val=result)
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
         return result
 
 
-_COLLECTIVES: dict[str, tuple[str | None, Any]] = {
+_COLLECTIVES: dict[str, tuple[str, Any]] = {
     "allreduce": ("all_reduce", sum),
     "allreduce_coalesced": ("all_reduce", sum),
     "allgather_base": ("all_gather", max),
@@ -108,7 +103,4 @@ _COLLECTIVES: dict[str, tuple[str | None, Any]] = {
     "reduce_scatter_base": ("reduce_scatter", max),
     "alltoall_base": ("all_to_all", max),
     "send": ("send", sum),
-    "recv": (None, sum),
-    "recv_any_source": (None, sum),
-    "barrier": (None, sum),
 }
