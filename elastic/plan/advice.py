@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from elastic.plan.activations import FUSED_CHUNK_TOKENS
-from elastic.plan.config import ClusterConfig, PlanConfig
+from elastic.plan.config import PlanConfig
 from elastic.plan.phases import PhasePlan
 from elastic.plan.search import Candidate
 from elastic.plan.timing import StepTime
@@ -77,8 +77,3 @@ def _width_warnings(plan: PhasePlan) -> Iterator[str]:
     length = plan.phase.sequence_length
     if length % FUSED_CHUNK_TOKENS:
         yield f"sequence length {length} is not a multiple of the scan's chunk of {FUSED_CHUNK_TOKENS} tokens"
-
-
-def spare_share(cluster: ClusterConfig, peak_bytes: int) -> float:
-    """Return the share of a GPU's memory that stays free beside the reserve."""
-    return 1.0 - (peak_bytes / 1e9 + cluster.reserved_gb) / cluster.memory_gb

@@ -32,6 +32,10 @@ class ClusterConfig:
         """Return what tensors may take on one GPU."""
         return (self.memory_gb * (1.0 - self.spare) - self.reserved_gb) * 1e9
 
+    def spare_share(self, peak_bytes: int) -> float:
+        """Return the share of a GPU's memory that stays free beside the reserve."""
+        return 1.0 - (peak_bytes / 1e9 + self.reserved_gb) / self.memory_gb
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSection:

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.parallel_state import get_global_memory_buffer
 from megatron.core.process_groups_config import ProcessGroupCollection
-from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -30,7 +29,6 @@ from elastic.plan.flops import stage_flops
 from elastic.plan.live import CollectiveBytes, LiveBytes, ProductFlops
 from elastic.plan.memory import stage_activation_bytes, stage_memory
 from elastic.plan.phases import PhasePlan
-from elastic.plan.report import table
 from elastic.plan.search import Candidate
 from elastic.plan.stand_ins import STAND_INS
 from elastic.plan.traffic import micro_batch_traffic, step_traffic
@@ -209,15 +207,3 @@ def comparison(
         for what, (plan_says, trace_says) in both.items()
         if plan_says or trace_says
     ]
-
-
-def rehearsal_table(rows: list[dict[str, Any]]) -> Table:
-    """Render plan and trace side by side."""
-    lines = []
-    for row in rows:
-        unit, name = (1e12, "TFLOP") if row["what"] == "FLOPs" else (1e9, "GB")
-        ratio = f"{row['plan'] / row['trace']:.3f}" if row["trace"] else "-"
-        numbers = (f"{row[key] / unit:.3f} {name}" for key in ("plan", "trace"))
-        lines.append((f"{row['phase']}: {row['what']}", str(row["stage"]), *numbers, ratio))
-    title = "dry run of one rank: micro-batches alive at once on its stage"
-    return table(title, ("what", "stage", "plan", "trace", "plan / trace"), lines)
