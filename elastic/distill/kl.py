@@ -8,7 +8,6 @@ respect to the student's logits (`chunk.py`), multiplies that into the gradients
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,8 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from elastic.distill.chunk import LossSettings, chunk_loss, fused_chunk_loss
-from elastic.distill.vocab_parallel import VocabShard
+from elastic.distill.chunk import LossSettings, VocabShard, chunk_loss, fused_chunk_loss
 
 
 class DistillationError(ValueError):
@@ -77,23 +75,19 @@ def distillation_loss(
         raise DistillationError(
             f"labels: missing, but cross_entropy_weight = {cross_entropy_weight} needs them; give them, or weight 0"
         )
-    needs_grad = torch.is_grad_enabled() and (student_hidden.requires_grad or student_head.requires_grad)
+    if cross_entropy_weight == 0 and not report_cross_entropy:
+        labels = None
     settings = LossSettings(
         kl_weight=kl_weight,
         cross_entropy_weight=cross_entropy_weight,
-        temperature=temperature,
-        with_cross_entropy=labels is not None and (cross_entropy_weight > 0 or report_cross_entropy),
-        with_grad=needs_grad,
+        temperature=1.0 if teacher_hidden is None else temperature,
+        with_grad=torch.is_grad_enabled() and (student_hidden.requires_grad or student_head.requires_grad),
         shard=VocabShard.of(student_head.shape[0], tp_group),
     )
     total, kl, cross_entropy = _ChunkedLoss.apply(
         student_hidden, student_head, teacher_hidden, teacher_head, labels, token_weights, settings, num_chunks
     )
-    return LossTerms(
-        total,
-        None if teacher_hidden is None else kl,
-        cross_entropy if settings.with_cross_entropy else None,
-    )
+    return LossTerms(total, None if teacher_hidden is None else kl, None if labels is None else cross_entropy)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -111,11 +105,9 @@ class _ChunkedLoss(torch.autograd.Function):
         settings: LossSettings,
         num_chunks: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        num_tokens, dtype = student_hidden.shape[0], _loss_dtype(student_hidden)
-        if token_weights is None:
-            weights = student_hidden.new_ones(num_tokens, dtype=dtype)
-        else:
-            weights = token_weights.to(dtype)
+        num_tokens = student_hidden.shape[0]
+        dtype = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
+        weights = student_hidden.new_ones(num_tokens, dtype=dtype) if token_weights is None else token_weights.to(dtype)
         hidden_grad = head_grad = None
         if settings.with_grad and ctx.needs_input_grad[0]:
             hidden_grad = torch.empty_like(student_hidden, memory_format=torch.contiguous_format)
@@ -129,20 +121,22 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, num_tokens, step):
             chunk = slice(start, start + step)
             hidden = student_hidden[chunk]
-            logits = _logits(hidden, student_head)
-            teacher = None
+            logits, teacher = _product(hidden, student_head.t(), dtype), None
             if teacher_hidden is not None and teacher_head is not None:
-                teacher = _logits(teacher_hidden[chunk], teacher_head).to(dtype)
+                teacher = _product(teacher_hidden[chunk], teacher_head.t(), dtype)
             labels_here = None if labels is None else labels[chunk]
             losses, gradient = of_chunk(logits, teacher, labels_here, weights[chunk], settings)
             sums += losses
             del logits, teacher  # spent, and the products may need room
-            if gradient is not None:
-                gradient = gradient.to(hidden.dtype)
-            if hidden_grad is not None and gradient is not None:
+            if gradient is None:
+                continue
+            gradient = gradient.to(hidden.dtype)
+            if hidden_grad is not None:
                 torch.mm(gradient, student_head, out=hidden_grad[chunk])
-            if head_grad is not None and gradient is not None:
-                _add_product(head_grad, gradient.t(), hidden)
+            if head_grad is not None and gradient.dtype == dtype:
+                head_grad.addmm_(gradient.t(), hidden)
+            elif head_grad is not None:
+                head_grad.add_(_product(gradient.t(), hidden, dtype))
         ctx.save_for_backward(hidden_grad, head_grad)
         ctx.dtypes = student_hidden.dtype, student_head.dtype
         total = settings.kl_weight * sums[0] + settings.cross_entropy_weight * sums[1]
@@ -162,37 +156,16 @@ class _ChunkedLoss(torch.autograd.Function):
         return *scaled, None, None, None, None, None, None
 
 
-def _loss_dtype(hidden: Tensor) -> torch.dtype:
-    """Return the dtype of softmaxes and sums: fp32, or fp64 where the inputs are."""
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-
-def _has_half_products(tensor: Tensor) -> bool:
-    """Tell whether the device multiplies these half-precision matrices into an fp32 result (CUDA does)."""
-    return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16)
-
-
-def _logits(hidden: Tensor, head: Tensor) -> Tensor:
-    """Return hidden head^T [n, v] in the loss's dtype, without rounding to half precision first where possible."""
-    if _has_half_products(hidden):
-        return torch.mm(hidden, head.t(), out_dtype=torch.float32)
-    return torch.mm(hidden, head.t()).to(_loss_dtype(hidden))
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left right to `total`, in its dtype."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    elif _has_half_products(left):
-        total.add_(torch.mm(left, right, out_dtype=total.dtype))
-    else:
-        total.add_(torch.mm(left, right))
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return left right in `dtype`; CUDA multiplies half-precision matrices into fp32 without rounding first."""
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(left, right, out_dtype=dtype)
+    return torch.mm(left, right).to(dtype)
 
 
 def _check_settings(kl_weight: float, cross_entropy_weight: float, temperature: float, num_chunks: int) -> None:
     """Raise DistillationError for numbers out of range."""
-    weights: Mapping[str, float] = {"kl_weight": kl_weight, "cross_entropy_weight": cross_entropy_weight}
-    for name, weight in weights.items():
+    for name, weight in (("kl_weight", kl_weight), ("cross_entropy_weight", cross_entropy_weight)):
         if not (math.isfinite(weight) and weight >= 0):
             raise DistillationError(f"{name} = {weight}: must be a finite number, at least 0")
     if not (math.isfinite(temperature) and temperature > 0):
@@ -212,18 +185,23 @@ def _check_tensors(
     """Raise DistillationError unless shapes and dtypes agree."""
     _check_pair("student", student_hidden, student_head)
     num_tokens, vocab = student_hidden.shape[0], student_head.shape[0]
+    of_token = "per token of student_hidden"
+    expected: list[tuple[str, Tensor | None, tuple[int, ...], str]] = [
+        ("labels", labels, (num_tokens,), f"one id {of_token}"),
+        ("token_weights", token_weights, (num_tokens,), f"one weight {of_token}"),
+    ]
     if (teacher_hidden is None) != (teacher_head is None):
         raise DistillationError("teacher_hidden and teacher_head: one of them is missing; give both or neither")
     if teacher_hidden is not None and teacher_head is not None:
         _check_pair("teacher", teacher_hidden, teacher_head)
-        _check_shape("teacher_hidden", teacher_hidden, (num_tokens, teacher_hidden.shape[1]), "student_hidden's tokens")
-        _check_shape("teacher_head", teacher_head, (vocab, teacher_head.shape[1]), "student_head's vocabulary rows")
-    if labels is not None:
-        _check_shape("labels", labels, (num_tokens,), "one id per token of student_hidden")
-        if labels.dtype not in (torch.int64, torch.int32):
-            raise DistillationError(f"labels: dtype {labels.dtype} must be an integer one; convert with .long()")
-    if token_weights is not None:
-        _check_shape("token_weights", token_weights, (num_tokens,), "one weight per token of student_hidden")
+        width = teacher_hidden.shape[1]
+        expected.append(("teacher_hidden", teacher_hidden, (num_tokens, width), "student_hidden's tokens"))
+        expected.append(("teacher_head", teacher_head, (vocab, width), "student_head's vocabulary rows"))
+    for name, tensor, shape, rule in expected:
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise DistillationError(f"{name}: shape {tuple(tensor.shape)} must be {shape}: {rule}")
+    if labels is not None and labels.dtype not in (torch.int64, torch.int32):
+        raise DistillationError(f"labels: dtype {labels.dtype} must be an integer one; convert with .long()")
 
 
 def _check_pair(role: str, hidden: Tensor, head: Tensor) -> None:
@@ -238,9 +216,3 @@ def _check_pair(role: str, hidden: Tensor, head: Tensor) -> None:
         )
     if hidden.dtype != head.dtype:
         raise DistillationError(f"{role}_head: dtype {head.dtype} must equal {role}_hidden's, {hidden.dtype}")
-
-
-def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], rule: str) -> None:
-    """Raise DistillationError unless the tensor has the expected shape."""
-    if tuple(tensor.shape) != expected:
-        raise DistillationError(f"{name}: shape {tuple(tensor.shape)} must be {expected}: {rule}")

@@ -7,9 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from elastic.distill.chunk import LossSettings, chunk_loss, fused_chunk_loss
+from elastic.distill.chunk import LossSettings, VocabShard, chunk_loss, fused_chunk_loss
 from elastic.distill.kl import distillation_loss
-from elastic.distill.vocab_parallel import VocabShard
 from elastic.model.cpu_backend import use_cpu_backend
 from elastic.model.head import parallel_hidden
 from tests.distributed.harness import run_distributed
@@ -212,7 +211,7 @@ def _fused_chunk():
     teacher[:, :300] -= 20.0  # the maxima of the ranks differ
     labels, weights = torch.randint(600, (5,), generator=generator), torch.rand(5, generator=generator)
     for tau in (1.0, 1.7):
-        whole = LossSettings(0.7, 0.3, tau, True, True, VocabShard(0, 600, 600, None))
+        whole = LossSettings(0.7, 0.3, tau, True, VocabShard(0, 600, 600, None))
         expected, gradient = chunk_loss(student.double(), teacher.double(), labels, weights.double(), whole)
         mine = slice(rank * 600 // size, (rank + 1) * 600 // size)
         split = replace(whole, shard=VocabShard.of(600 // size, group))

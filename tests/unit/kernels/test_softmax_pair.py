@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from elastic.distill.chunk import LossSettings, chunk_loss, fused_chunk_loss
-from elastic.distill.vocab_parallel import VocabShard
+from elastic.distill.chunk import LossSettings, VocabShard, chunk_loss, fused_chunk_loss
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # on a CPU in Triton's interpreter
 
@@ -18,9 +17,8 @@ def draw(num_rows: int, num_columns: int, scale: float, dtype: torch.dtype = tor
     return student.to(DEVICE, dtype), teacher.to(DEVICE, dtype), labels.to(DEVICE), weights.to(DEVICE)
 
 
-def settings(shape: int, kl: float, cross_entropy: float, tau: float, **changes: bool) -> LossSettings:
-    return LossSettings(kl, cross_entropy, tau, **({"with_cross_entropy": True, "with_grad": True} | changes),
-                        shard=VocabShard(0, shape, shape, None))  # fmt: skip
+def settings(shape: int, kl: float, cross_entropy: float, tau: float, with_grad: bool = True) -> LossSettings:
+    return LossSettings(kl, cross_entropy, tau, with_grad, VocabShard(0, shape, shape, None))
 
 
 def worst(found: Tensor, expected: Tensor) -> float:
@@ -69,7 +67,7 @@ def test_a_constant_added_to_the_teachers_logits_changes_nothing() -> None:
 def test_no_teacher_no_labels_no_gradient() -> None:
     student, _, labels, weights = draw(5, 700, 2.0)
     kept = student.clone()
-    without_gradient = settings(700, 0.0, 1.0, 2.0, with_grad=False)
+    without_gradient = settings(700, 0.0, 1.0, 1.0, with_grad=False)
     losses, gradient = fused_chunk_loss(student, None, labels, weights, without_gradient, torch.float32)
     expected, _ = chunk_loss(kept.double(), None, labels, weights.double(), without_gradient)
     assert gradient is None and student.equal(kept)
