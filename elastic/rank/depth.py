@@ -13,6 +13,7 @@ from torch import Tensor
 
 from elastic.model.forward import context_parallel_slice, forward_hidden, sees_own_tokens, sum_over_world
 from elastic.model.model import ElasticModel
+from elastic.rank.permutation import RankingError
 from elastic.space.axes import Axis
 from elastic.space.gates import Gates
 from elastic.space.shape import Subnet
@@ -21,10 +22,6 @@ from elastic.space.space import Space
 # Token rows multiplied at once in fp64: 1024 x 5120 channels are 40 MiB.
 CHUNK_TOKENS = 1024
 CHUNK_VOCAB = 4096
-
-
-class DepthRankingError(ValueError):
-    """A request or calibration data that cannot rank the layers."""
 
 
 @dataclass(frozen=True)
@@ -63,19 +60,21 @@ def rank_layers(
     the batches. It stops after `stop_after` layers, by default what the space's smallest depth drops (all but one
     where depth is not elastic): the others are ranked by their last score. `one_shot` scores once, L passes. Of equal
     scores the later layer counts as the less important. Batches are those of `collect_scores`; `progress` is told
-    passes done and passes in all. Raises DepthRankingError without tokens or if a logit is not finite.
+    passes done and passes in all. Raises RankingError without tokens or if a logit is not finite.
     """
     num_layers = len(space.parent.pattern)
-    rounds = 1 if method == "one_shot" else _default_stop(space) if stop_after is None else stop_after
+    if stop_after is None:
+        stop_after = num_layers - (space.axes[Axis.DEPTH].choices[-1] if space.is_elastic(Axis.DEPTH) else 1)
+    rounds = 1 if method == "one_shot" else stop_after
     if method not in ("iterative", "one_shot") or not 1 <= rounds < num_layers:
-        raise DepthRankingError(
+        raise RankingError(
             f"depth: method = {method}, stop_after = {stop_after}: the method is iterative or one_shot, and of "
             f"{num_layers} layers between 1 and {num_layers - 1} can be removed"
         )
     meter = _LogitMeter(model, space, token_batches)
     total, done = sum(num_layers - removed for removed in range(rounds)), 0
-    present, removed_first = tuple(range(num_layers)), list[int]()
-    scores, history = [math.nan] * num_layers, []
+    present, removed_first = list(range(num_layers)), list[int]()
+    history: list[dict[int, float]] = []
     for _ in range(rounds):
         changes = []
         for layer_index in present:
@@ -83,20 +82,15 @@ def rank_layers(
             done += 1
             if progress is not None:
                 progress(done, total)
-        measured = dict(zip(present, meter.relative(changes), strict=True))
-        history.append(measured)
-        for layer_index, score in measured.items():
-            scores[layer_index] = score
-        present = tuple(sorted(present, key=lambda layer_index: -scores[layer_index]))  # stable: ties by index
-        removed_first.append(present[-1])
-        present = tuple(sorted(present[:-1]))
-    best = sorted(present, key=lambda layer_index: -scores[layer_index])
-    return DepthScores((*best, *reversed(removed_first)), tuple(scores), tuple(history))
-
-
-def _default_stop(space: Space) -> int:
-    num_layers = len(space.parent.pattern)
-    return num_layers - (space.axes[Axis.DEPTH].choices[-1] if space.is_elastic(Axis.DEPTH) else 1)
+        history.append(dict(zip(present, meter.relative(changes), strict=True)))
+        worst = min(reversed(present), key=history[-1].__getitem__)
+        present.remove(worst)
+        removed_first.append(worst)
+    last = {layer_index: score for scores in history for layer_index, score in scores.items()}
+    best = sorted(present, key=lambda layer_index: -last[layer_index])  # stable: ties by index
+    return DepthScores(
+        (*best, *reversed(removed_first)), tuple(map(last.__getitem__, range(num_layers))), tuple(history)
+    )
 
 
 class _LogitMeter:
@@ -114,12 +108,10 @@ class _LogitMeter:
         self._gram = self._head_gram() if model.post_process else None
         # One [S, B, D] per batch stays on the last stage, so that no round runs the whole parent again.
         self._references = [forward_hidden(model, batch) for batch in self._batches]
-        self._energy = self._zero()
-        for reference in self._references:
-            self._energy += self._squares(reference)
+        self._energy = sum(map(self._squares, self._references), self._zero())
         sum_over_world(self._energy)
         if not 0.0 < float(self._energy) < math.inf:
-            raise DepthRankingError(
+            raise RankingError(
                 f"depth: the parent's squared logits sum to {float(self._energy)} over the calibration data; give at "
                 "least one sequence, and a parent with finite, non-zero logits"
             )
@@ -129,18 +121,16 @@ class _LogitMeter:
         gates = Gates.slice(replace(Subnet.full(self._space.parent), kept_layers=kept_layers))
         total = self._zero()
         for batch, reference in zip(self._batches, self._references, strict=True):
-            hidden = forward_hidden(self._model, batch, gates)
-            if hidden is not None and reference is not None:
-                total += self._squares(reference, hidden)
+            total += self._squares(reference, forward_hidden(self._model, batch, gates))
         return total
 
     def relative(self, changes: Sequence[Tensor]) -> list[float]:
-        """Sum `changes` over all ranks and divide by sum(M_full^2); raises DepthRankingError if one is not finite."""
+        """Sum `changes` over all ranks and divide by sum(M_full^2); raises RankingError if one is not finite."""
         together = torch.stack(list(changes))
         sum_over_world(together)
         scores = (together / self._energy).tolist()
         if not all(map(math.isfinite, scores)):
-            raise DepthRankingError("depth: without some layer the logits are not finite; score in fp32")
+            raise RankingError("depth: without some layer the logits are not finite; score in fp32")
         return scores
 
     def _squares(self, hidden: Tensor | None, other: Tensor | None = None) -> Tensor:

@@ -16,14 +16,10 @@ from torch import Tensor
 from elastic.model.forward import context_parallel_slice, forward_hidden, sees_own_tokens, sum_over_world
 from elastic.model.model import ElasticModel
 from elastic.rank.depth import DepthScores
-from elastic.rank.permutation import Order, Ranking
+from elastic.rank.permutation import Order, Ranking, RankingError
 from elastic.space.axes import Axis, LayerKind
 from elastic.space.shape import ModelShape
 from elastic.space.space import Space
-
-
-class ImportanceError(ValueError):
-    """Calibration data or activations that give no usable score."""
 
 
 @dataclass(frozen=True)
@@ -37,25 +33,26 @@ class Scores:
     ffn: tuple[Tensor, ...]  # [F], eq. 2
     mamba_inner: tuple[Tensor, ...]  # [H, P], the aggregated s that eq. 3 and 4 take norms of
     attention_heads: tuple[Tensor, ...]  # [q]
+    num_top_channels: int  # D_top of eq. 4
     num_tokens: int
 
     def mamba_channels(self, ordinal: int) -> Tensor:
         """Return eq. 3 for one Mamba layer [P]: the L2 norm over heads of s[:, d]."""
         return torch.linalg.vector_norm(self.mamba_inner[ordinal], dim=0)
 
-    def mamba_heads(self, ordinal: int, num_top_channels: int) -> Tensor:
+    def mamba_heads(self, ordinal: int) -> Tensor:
         """Return eq. 4 for one Mamba layer [H]: the L2 norm of s[h, D_top] over the best channels of eq. 3."""
-        top = best_first(self.mamba_channels(ordinal))[:num_top_channels]
+        top = best_first(self.mamba_channels(ordinal))[: self.num_top_channels]
         return torch.linalg.vector_norm(self.mamba_inner[ordinal][:, top], dim=1)
 
-    def tensors(self, num_top_channels: int) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """Return every score under the name its order has in a ranking file."""
         named = {"hidden": self.hidden}
         for field in ("ffn", "mamba_inner", "attention_heads"):
             named |= {f"{field}.{ordinal}": score for ordinal, score in enumerate(getattr(self, field))}
         for ordinal in range(len(self.mamba_inner)):
             named[f"mamba_channels.{ordinal}"] = self.mamba_channels(ordinal)
-            named[f"mamba_heads.{ordinal}"] = self.mamba_heads(ordinal, num_top_channels)
+            named[f"mamba_heads.{ordinal}"] = self.mamba_heads(ordinal)
         return named
 
 
@@ -106,17 +103,13 @@ class ScoreCollector:
         shard = self.inner[layer_index].chunk(self._tp.size())[self._tp.rank()]
         return _LayerTotals(self.hidden if self._counts_tokens else None, shard)
 
-    def sum_over_ranks(self) -> None:
-        """Add up all ranks' totals; what another rank owns is zero here."""
-        for total in (self.hidden, *self.inner):
-            sum_over_world(total)
-
 
 def collect_scores(model: ElasticModel, space: Space, token_batches: Iterable[Tensor]) -> Scores:
     """Run the whole parent over `token_batches` and return its width scores; the same on every rank.
 
     A batch holds whole sequences [B, S] of this data-parallel rank: the ranks of one replica get the same batches, two
-    replicas different ones. Raises ImportanceError without tokens or if an activation is not finite.
+    replicas different ones. D_top is the smallest choice of the space, else half of the channels (ours). Raises
+    RankingError without tokens or if an activation is not finite.
     """
     shape, groups = space.parent, model.pg_collection
     collector = ScoreCollector(model, shape)
@@ -126,8 +119,9 @@ def collect_scores(model: ElasticModel, space: Space, token_batches: Iterable[Te
         forward_hidden(model, tokens, observer=collector)
         if groups.tp.rank() == 0 and groups.pp.rank() == 0:
             num_tokens += tokens.numel()
-    collector.sum_over_ranks()
-    sum_over_world(num_tokens)
+    for total in (collector.hidden, *collector.inner, num_tokens):
+        sum_over_world(total)  # what another rank owns is zero here
+    smallest = space.axes[Axis.MAMBA_CHANNEL].choices[-1]
 
     def of_kind(kind: LayerKind) -> tuple[Tensor, ...]:
         return tuple(collector.inner[layer_index].cpu() for layer_index in shape.pattern.layers_of(kind))
@@ -137,27 +131,18 @@ def collect_scores(model: ElasticModel, space: Space, token_batches: Iterable[Te
         ffn=of_kind(LayerKind.MLP),
         mamba_inner=of_kind(LayerKind.MAMBA),
         attention_heads=of_kind(LayerKind.ATTENTION),
+        num_top_channels=smallest if space.is_elastic(Axis.MAMBA_CHANNEL) else max(1, shape.head_channels // 2),
         num_tokens=int(num_tokens),
     )
-    _check(scores)
-    return scores
-
-
-def _check(scores: Scores) -> None:
     if scores.num_tokens == 0:
-        raise ImportanceError("importance: the calibration data holds 0 tokens; give at least one sequence")
-    broken = [name for name, score in scores.tensors(1).items() if not score.isfinite().all()]
+        raise RankingError("importance: the calibration data holds 0 tokens; give at least one sequence")
+    broken = [name for name, score in scores.tensors().items() if not score.isfinite().all()]
     if broken:
-        raise ImportanceError(
+        raise RankingError(
             f"importance: scores {', '.join(broken)} are not finite: the parent's activations overflow on the "
             "calibration data; check the parent's loss on it, or score in fp32"
         )
-
-
-def default_top_channels(space: Space) -> int:
-    """Return how many channels eq. 4 looks at: the smallest choice of the space, else half of them (ours)."""
-    smallest = space.axes[Axis.MAMBA_CHANNEL].choices[-1]
-    return smallest if space.is_elastic(Axis.MAMBA_CHANNEL) else max(1, space.parent.head_channels // 2)
+    return scores
 
 
 def make_ranking(scores: Scores, space: Space, depth: DepthScores | None = None) -> Ranking:
@@ -165,16 +150,15 @@ def make_ranking(scores: Scores, space: Space, depth: DepthScores | None = None)
 
     Without `depth` the layers stay in their order.
     """
-    shape, top = space.parent, default_top_channels(space)
-    mamba_layers = range(len(shape.mamba_heads))
+    shape, mamba_layers = space.parent, range(len(scores.mamba_inner))
 
     def inside(score: Tensor, num_groups: int) -> tuple[Order, ...]:
         return tuple(best_first(group) for group in score.view(num_groups, -1))
 
     ranking = Ranking(
         hidden=best_first(scores.hidden),
-        ffn=tuple(best_first(score) for score in scores.ffn),
-        mamba_heads=tuple(inside(scores.mamba_heads(ordinal, top), shape.mamba_groups) for ordinal in mamba_layers),
+        ffn=tuple(map(best_first, scores.ffn)),
+        mamba_heads=tuple(inside(scores.mamba_heads(ordinal), shape.mamba_groups) for ordinal in mamba_layers),
         mamba_channels=tuple(best_first(scores.mamba_channels(ordinal)) for ordinal in mamba_layers),
         attention_heads=tuple(inside(score, shape.kv_heads) for score in scores.attention_heads),
         depth=depth.order if depth is not None else tuple(range(len(shape.pattern))),

@@ -8,14 +8,14 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from elastic.rank.slicing import TensorSource, reader
 from elastic.space.axes import AXES, LANES, Axis
-from elastic.space.layers import DIMS, DimKind, Direction, parameter_dims, parameter_names, split_parameter_name
+from elastic.space.layers import DIMS, DimKind, Direction, parameter_dims, split_parameter_name
 from elastic.space.nesting import Cut
 from elastic.space.shape import ModelShape
 from elastic.world.files import written_aside
@@ -24,7 +24,7 @@ Order = tuple[int, ...]
 
 
 class RankingError(ValueError):
-    """A ranking that is not a permutation of the parent's parts, or is there already."""
+    """Calibration data, a request or a ranking that cannot order the parent's parts, or a ranking there already."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,7 @@ class Ranking:
 
     def check(self, parent: ModelShape) -> None:
         """Raise RankingError, listing every problem, unless each order is a permutation of the parent's size."""
-        expected, problems = _named_orders(Ranking.identity(parent)), []
-        given = _named_orders(self)
+        expected, given, problems = Ranking.identity(parent).named_orders(), self.named_orders(), []
         for name in sorted(expected.keys() | given.keys()):
             if name not in given or name not in expected:
                 problems.append(f"{name} is {'missing' if name in expected else 'not part of the parent'}")
@@ -70,63 +69,59 @@ class Ranking:
         if problems:
             raise RankingError("ranking: " + "; ".join(problems))
 
-
-def _named_orders(ranking: Ranking) -> dict[str, Order]:
-    """Give every order a name; the file format and the checks use the same names."""
-    orders = {"hidden": ranking.hidden, "depth": ranking.depth}
-    for field, layers in (("ffn", ranking.ffn), ("mamba_channels", ranking.mamba_channels)):
-        orders |= {f"{field}.{ordinal}": order for ordinal, order in enumerate(layers)}
-    for field, nested in (("mamba_heads", ranking.mamba_heads), ("attention_heads", ranking.attention_heads)):
-        for ordinal, groups in enumerate(nested):
-            orders |= {f"{field}.{ordinal}.{group}": order for group, order in enumerate(groups)}
-    return orders
+    def named_orders(self) -> dict[str, Order]:
+        """Return every order by the name it has in a ranking file and in messages: `hidden`, `mamba_heads.0.1`."""
+        return {name: order for field, orders in vars(self).items() for name, order in _named(field, orders)}
 
 
-def deal_into_lanes(ranking: Order, lanes: int) -> Tensor:
-    """Return the old neuron for every new row [F]: rank r goes to lane r mod lanes, position r // lanes.
-
-    Raises RankingError if the number of neurons is not a multiple of `lanes`.
-    """
-    if len(ranking) % lanes:
-        raise RankingError(f"ranking: ffn = {len(ranking)} must be a multiple of lanes = {lanes}")
-    return torch.tensor(ranking).view(-1, lanes).T.reshape(-1)
+def _named(name: str, orders: tuple[Any, ...]) -> Iterator[tuple[str, Order]]:
+    if orders and isinstance(orders[0], int):
+        yield name, orders
+    else:
+        for index, inner in enumerate(orders):
+            yield from _named(f"{name}.{index}", inner)
 
 
-def _order(direction: Direction, size: int, ordinal: int, ranking: Ranking, lanes: int) -> Tensor:
-    """Return the old neuron, head or channel for every new one along one direction of a layer's grid, [size] int64."""
-    entry = AXES[direction] if isinstance(direction, Axis) else None
-    if entry is None or entry.ranking is None:
+def _order(direction: Direction, layer_index: int | None, parent: ModelShape, ranking: Ranking, lanes: int) -> Tensor:
+    """Return the old neuron, head or channel for every new one along one direction of a layer's grid, int64."""
+    if not isinstance(direction, Axis):
+        return torch.arange(getattr(parent, direction))
+    entry, size = AXES[direction], parent.layer_widths(layer_index)[direction]
+    if entry.ranking is None:
         return torch.arange(size)
     ranked = getattr(ranking, entry.ranking)
-    own = ranked if entry.kind is None else ranked[ordinal]
-    if entry.parts == LANES:
-        return deal_into_lanes(own, lanes)
-    order = torch.tensor(own)
-    if entry.parts is not None:  # numbers inside each part
+    if layer_index is not None and entry.kind is not None:
+        ranked = ranked[parent.pattern.ordinal(layer_index)]
+    order = torch.tensor(ranked)
+    if entry.parts == LANES:  # rank r goes to lane r mod lanes, position r // lanes
+        if size % lanes:
+            raise RankingError(f"ranking: {entry.size} = {size} must be a multiple of lanes = {lanes}")
+        order = order.view(-1, lanes).T
+    elif entry.parts is not None:  # numbers inside each part
         order = order + order.shape[1] * torch.arange(len(order)).unsqueeze(1)
     return order.reshape(-1)
 
 
 def row_order(kind: DimKind, layer_index: int | None, parent: ModelShape, ranking: Ranking, lanes: int) -> Tensor:
     """Return the old row for every new row of one dimension, int64."""
-    ordinal = 0 if layer_index is None else parent.pattern.ordinal(layer_index)
-    widths = parent.layer_widths(layer_index)
-    grid = Cut.of_layer(parent, layer_index, {}).grid(kind)
+    grid, found = Cut.of_layer(parent, layer_index, {}).grid(kind), []
     runs = [math.prod(block.full) for block in grid.blocks]
     blocks = torch.arange(grid.full_size).view(grid.outer, -1).split(runs, dim=1)
-    found = []
     for rows, directions in zip(blocks, DIMS[kind].blocks.values(), strict=True):
-        sizes = [widths[d] if isinstance(d, Axis) else getattr(parent, d) for d in directions]
-        orders = [_order(d, size, ordinal, ranking, lanes) for d, size in zip(directions, sizes, strict=True)]
-        cells = rows.reshape(sizes)
-        for direction, order in enumerate(orders):
-            cells = cells.index_select(direction, order)
+        orders = [_order(direction, layer_index, parent, ranking, lanes) for direction in directions]
+        cells = rows.reshape([len(order) for order in orders])
+        for dim, order in enumerate(orders):
+            cells = cells.index_select(dim, order)
         found.append(cells.reshape(grid.outer, -1))
     return torch.cat(found, dim=1).reshape(-1)
 
 
 def permute_parameter(tensor: Tensor, name: str, parent: ModelShape, ranking: Ranking, lanes: int) -> Tensor:
-    """Reorder one full parameter of the parent along all its dimensions; a new tensor of the same size."""
+    """Reorder one full parameter of the parent along all its dimensions; a new tensor of the same size.
+
+    The permuted parent is the same function, with the best parts first (docs/design.md 2). Raises RankingError if an
+    FFN width cannot be dealt into `lanes`.
+    """
     layer_index, _ = split_parameter_name(name)
     for dim, kind in enumerate(parameter_dims(name)):
         order = row_order(kind, layer_index, parent, ranking, lanes)
@@ -137,20 +132,6 @@ def permute_parameter(tensor: Tensor, name: str, parent: ModelShape, ranking: Ra
     return tensor
 
 
-def permute_tensors(
-    source: TensorSource, parent: ModelShape, ranking: Ranking, lanes: int
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of the permuted parent: the same function, with the best parts first (docs/design.md 2).
-
-    Raises RankingError if the ranking does not fit the parent or an FFN width cannot be dealt into `lanes`.
-    """
-    ranking.check(parent)
-    for order in ranking.ffn:
-        deal_into_lanes(order, lanes)
-    read = reader(source)
-    return ((name, permute_parameter(read(name), name, parent, ranking, lanes)) for name in parameter_names(parent))
-
-
 def save_ranking(path: Path, ranking: Ranking, scores: Mapping[str, Tensor], provenance: Mapping[str, str]) -> None:
     """Write one safetensors file of `ranking.NAME` (int64) and `score.NAME`; provenance goes into its string metadata.
 
@@ -158,8 +139,7 @@ def save_ranking(path: Path, ranking: Ranking, scores: Mapping[str, Tensor], pro
     """
     if path.exists():
         raise RankingError(f"ranking file {path} exists; choose another path")
-    orders = _named_orders(ranking)
-    tensors = {f"ranking.{name}": torch.tensor(order, dtype=torch.int64) for name, order in orders.items()}
+    tensors = {f"ranking.{name}": torch.tensor(order) for name, order in ranking.named_orders().items()}
     tensors |= {f"score.{name}": score.detach().cpu().clone() for name, score in scores.items()}
     with written_aside(path) as aside:
         save_file(tensors, aside, metadata=dict(provenance))

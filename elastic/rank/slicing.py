@@ -1,12 +1,11 @@
 """Cut a submodel's tensors out of its parent, one tensor at a time, by the nested layout (docs/design.md 2)."""
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
 from elastic.space.axes import AXES, LANES
-from elastic.space.layers import LAYER_PREFIX, parameter_dims, parameter_names, split_parameter_name
+from elastic.space.layers import LAYER_PREFIX, parameter_dims, split_parameter_name
 from elastic.space.nesting import Cut, take
 from elastic.space.shape import ModelShape, Subnet, SubnetError
 
@@ -17,24 +16,6 @@ TensorSource = Mapping[str, Tensor] | Callable[[str], Tensor]
 def reader(source: TensorSource) -> Callable[[str], Tensor]:
     """Return the function that fetches one tensor by name, whichever form `source` has."""
     return source.__getitem__ if isinstance(source, Mapping) else source
-
-
-def layer_cut(parent: ModelShape, subnet: Subnet, layer_index: int | None, lanes: int, tensor_parallel: int = 1) -> Cut:
-    """Return what a subnet keeps of one parent layer; `layer_index` None is for parameters outside the layers.
-
-    Raises SubnetError if an FFN width, the parent's or the chosen one, cannot be dealt into `lanes`.
-    """
-    kept = subnet.layer_widths(parent, layer_index)
-    full = parent.layer_widths(layer_index)
-    for axis, entry in AXES.items():
-        for width in (full.get(axis, 0), kept.get(axis, 0)):
-            if entry.parts == LANES and width % lanes:
-                nearest = max(lanes, round(width / lanes) * lanes)
-                raise SubnetError(
-                    f"subnet: {entry.size} = {width} of layer {layer_index} must be a multiple of lanes = {lanes}; "
-                    f"nearest legal is {nearest}"
-                )
-    return Cut.of_layer(parent, layer_index, kept, lanes=lanes, tensor_parallel=tensor_parallel)
 
 
 def cut_parameter(tensor: Tensor, name: str, cut: Cut) -> Tensor:
@@ -53,40 +34,35 @@ def cut_parameter(tensor: Tensor, name: str, cut: Cut) -> Tensor:
     return tensor
 
 
-def submodel_source(source: TensorSource, parent: ModelShape, subnet: Subnet, lanes: int) -> Callable[[str], Tensor]:
-    """Return a function that gives one tensor of the submodel by its own name, cut from the parent when asked.
-
-    Layers are numbered anew, from 0 without gaps. Raises SubnetError or ShapeError if the subnet does not fit.
-    """
-    subnet.shape(parent)
-    for layer_index in subnet.kept_layers:
-        layer_cut(parent, subnet, layer_index, lanes)
-    return partial(_submodel_tensor, reader(source), parent, subnet, lanes)
-
-
 def parent_parameter(name: str, subnet: Subnet) -> str:
     """Return the parent's name of a submodel's parameter: layers of a submodel are numbered anew, without gaps."""
     local_index, rest = split_parameter_name(name)
     return name if local_index is None else f"{LAYER_PREFIX}{subnet.kept_layers[local_index]}.{rest}"
 
 
-def submodel_tensors(
-    source: TensorSource, parent: ModelShape, subnet: Subnet, lanes: int
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of the submodel, each with storage of its own; differentiable back to the parent.
+def submodel_source(source: TensorSource, parent: ModelShape, subnet: Subnet, lanes: int) -> Callable[[str], Tensor]:
+    """Return a function that gives one tensor of the submodel by its own name, cut from the parent when asked.
 
-    The sizes add up to `subnet_cost(parent, subnet).params`. Raises SubnetError or ShapeError if the subnet does
-    not fit in the parent.
+    Each tensor has storage of its own and is differentiable back to the parent. Their sizes add up to
+    `subnet_cost(parent, subnet).params`. Raises SubnetError or ShapeError if the subnet does not fit in the parent, or
+    an FFN width, the parent's or the chosen one, cannot be dealt into `lanes`.
     """
-    read = submodel_source(source, parent, subnet, lanes)
-    return ((name, read(name)) for name in parameter_names(subnet.shape(parent)))
+    subnet.shape(parent)
+    for layer_index in subnet.kept_layers:
+        full, kept = parent.layer_widths(layer_index), subnet.layer_widths(parent, layer_index)
+        for axis, width in (*full.items(), *kept.items()):
+            if AXES[axis].parts == LANES and width % lanes:
+                raise SubnetError(
+                    f"subnet: {AXES[axis].size} = {width} of layer {layer_index} must be a multiple of "
+                    f"lanes = {lanes}; nearest legal is {max(lanes, round(width / lanes) * lanes)}"
+                )
+    read = reader(source)
 
+    def tensor_of(name: str) -> Tensor:
+        parent_name = parent_parameter(name, subnet)
+        layer_index, _ = split_parameter_name(parent_name)
+        cut = Cut.of_layer(parent, layer_index, subnet.layer_widths(parent, layer_index), lanes=lanes)
+        # Without the copy a cut view would keep the whole parent tensor in memory.
+        return cut_parameter(read(parent_name), name, cut).clone()
 
-def _submodel_tensor(
-    read: Callable[[str], Tensor], parent: ModelShape, subnet: Subnet, lanes: int, name: str
-) -> Tensor:
-    parent_name = parent_parameter(name, subnet)
-    layer_index, _ = split_parameter_name(parent_name)
-    kept = cut_parameter(read(parent_name), name, layer_cut(parent, subnet, layer_index, lanes))
-    # Without the copy a cut view would keep the whole parent tensor in memory.
-    return kept.clone()
+    return tensor_of

@@ -20,7 +20,7 @@ from elastic.model.initialize import named_global_parameters
 from elastic.model.model import ElasticModel, build_model
 from elastic.model.sharding import shard_tensor, unshard_tensors
 from elastic.rank.depth import DepthScores, rank_layers
-from elastic.rank.importance import Scores, collect_scores, default_top_channels, make_ranking
+from elastic.rank.importance import collect_scores, make_ranking
 from elastic.rank.permutation import Ranking, permute_parameter, save_ranking
 from elastic.run.folder import open_run_folder
 from elastic.run.world import run_world
@@ -63,7 +63,8 @@ def run_importance(config: ImportanceConfig, console: Console) -> Path:
             _check_unmoved(before, _probe_logits(model, record, here), here)
             origin = {"parent": str(start), "data": config.data.path, "tokens": str(scores.num_tokens)}
             if here.is_main:
-                save_ranking(folder / RANKING_FILE, ranking, _score_tensors(scores, depth, space), origin)
+                tensors = scores.tensors() | ({} if depth is None else depth.tensors())
+                save_ranking(folder / RANKING_FILE, ranking, tensors, origin)
             permuted = Record(
                 "permuted_parent",
                 record.shape,
@@ -103,11 +104,6 @@ def _rank_layers(
 
         stop_after = config.importance.max_removed_layers
         return rank_layers(model, space, batches, method, stop_after=stop_after, progress=show)
-
-
-def _score_tensors(scores: Scores, depth: DepthScores | None, space: Space) -> dict[str, Tensor]:
-    tensors = scores.tensors(default_top_channels(space))
-    return tensors if depth is None else tensors | depth.tensors()
 
 
 @torch.no_grad()

@@ -42,7 +42,7 @@ def _estimate(layout: Layout) -> dict[str, Any]:
     iterative, one_shot = (rank_layers(model, SPACE, own, method) for method in ("iterative", "one_shot"))
     subnet = Gates.slice(SPACE.subnet({Axis.HIDDEN: (1,), Axis.MAMBA_CHANNEL: (1,), Axis.DEPTH: (1,)}))
     tokens = context_parallel_slice(batches[0], groups.cp.rank(), groups.cp.size())
-    tensors = scores.tensors(3) | {f"iterative.{name}": score for name, score in iterative.tensors().items()}
+    tensors = scores.tensors() | {f"iterative.{name}": score for name, score in iterative.tensors().items()}
     tensors |= {f"one_shot.{name}": score for name, score in one_shot.tensors().items()}
     return {
         "tensors": tensors,

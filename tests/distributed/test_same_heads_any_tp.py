@@ -11,7 +11,6 @@ from torch import Tensor
 from elastic.model.cpu_backend import use_cpu_backend
 from elastic.model.initialize import named_global_parameters
 from elastic.model.model import ElasticModel
-from elastic.rank.slicing import submodel_tensors
 from elastic.space.axes import Axis
 from elastic.space.gates import Gates
 from elastic.space.layers import DimKind
@@ -20,6 +19,7 @@ from elastic.space.shape import Subnet
 from elastic.space.space import AxisChoices, Space
 from elastic.world.groups import Layout
 from tests.distributed.harness import run_distributed
+from tests.nested import submodel_tensors
 from tests.parity.model_factory import (
     build_lively,
     choices_to_test,
@@ -127,7 +127,7 @@ def runs() -> Runs:
 def test_pitfall_19_every_layout_computes_with_the_same_elements(index: int, runs: Runs) -> None:
     """The union over ranks is what the submodel is cut from, and a sharded element lives on one rank only."""
     subnet = SPACE.subnet(CHOICES[index])
-    cut = dict(submodel_tensors(_element_numbers, SPACE.parent, subnet, SPACE.lanes))
+    cut = submodel_tensors(_element_numbers, SPACE.parent, subnet, SPACE.lanes)
     expected = {_parent_name(name, subnet): set(t.flatten().tolist()) for name, t in cut.items()}
     for size in SIZES:
         per_rank = [rank[0][index] for rank in runs[size]]

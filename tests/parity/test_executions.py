@@ -19,12 +19,12 @@ from elastic.hf.config import hf_config
 from elastic.hf.export_settings import HfSettings
 from elastic.hf.names import to_hf
 from elastic.model.model import ElasticModel, build_model
-from elastic.rank.slicing import submodel_tensors
 from elastic.space.axes import Axis, LayerKind
 from elastic.space.cost import Deployment, shape_cost, subnet_cost
 from elastic.space.gates import Gates
 from elastic.space.shape import Subnet
 from elastic.world.groups import Layout
+from tests.nested import submodel_tensors
 from tests.parity.model_factory import (
     SPACES,
     Outcome,
@@ -83,7 +83,7 @@ def _run_submodel(name: str, index: int, dtype: torch.dtype = FP64) -> Outcome:
     """Run a standalone model on copied weights; its gradients are carried back to the parent's parameters."""
     space, subnet, parent = SPACES[name], _subnet(name, index), dict(_parent(name, dtype).named_parameters())
     shape = subnet.shape(space.parent)
-    cut = dict(submodel_tensors(parent, space.parent, subnet, space.lanes))
+    cut = submodel_tensors(parent, space.parent, subnet, space.lanes)
     standalone = build_model(submodel_space(shape), Layout(dtype=dtype), kernels=small_chunks())
     assert {n: p.shape for n, p in standalone.named_parameters()} == {n: t.shape for n, t in cut.items()}
     fill(standalone, cut, shape)
@@ -100,7 +100,7 @@ def _run_hugging_face(name: str, index: int) -> Outcome:
     """Run stock transformers on exported tensors that still know the parent's parameters they were cut from."""
     space, subnet, parent = SPACES[name], _subnet(name, index), dict(_parent(name, FP32).named_parameters())
     shape = subnet.shape(space.parent)
-    exported = dict(to_hf(dict(submodel_tensors(parent, space.parent, subnet, space.lanes)), shape))
+    exported = dict(to_hf(submodel_tensors(parent, space.parent, subnet, space.lanes), shape))
     config = NemotronHConfig(**hf_config(shape, HfSettings(), torch.float32))
     values = {n: t.detach().clone() for n, t in exported.items()}
     stock = NemotronHForCausalLM.from_pretrained(None, config=config, state_dict=values).train()
@@ -178,9 +178,9 @@ def test_gradient_of_cut_weights_is_exactly_zero(name: str, execution: str) -> N
     """What the submodel does not hold gets exactly no gradient, skipped layers included."""
     space, subnet = SPACES[name], _subnet(name, 0)
     ones = {n: torch.ones_like(p, requires_grad=True) for n, p in _parent(name).named_parameters()}
-    cut = list(submodel_tensors(ones, space.parent, subnet, space.lanes))
+    cut = submodel_tensors(ones, space.parent, subnet, space.lanes)
     kept = torch.autograd.grad(
-        sum(tensor.sum() for _, tensor in cut), list(ones.values()), allow_unused=True, materialize_grads=True
+        sum(tensor.sum() for tensor in cut.values()), list(ones.values()), allow_unused=True, materialize_grads=True
     )
     gradients = _outcome(execution, name, 0).gradients
     num_cut = 0

@@ -21,9 +21,10 @@ from elastic.hf.folder import HfFolderError, open_hf_folder
 from elastic.hf.names import from_hf
 from elastic.hf.reload import stock_logits
 from elastic.hf.tokenizer_files import find_tokenizer
-from elastic.rank.slicing import TensorSource, submodel_tensors
+from elastic.rank.slicing import TensorSource
 from elastic.space.cost import Budget, Metric, shape_cost, subnet_cost
 from elastic.space.shape import ModelShape, Subnet
+from tests.nested import submodel_tensors
 from tests.parity.hf_models import SHAPES, card_of, logits, stock_model, tiny
 
 FP32, BF16 = ExportSettings(DtypeRule(torch.float32)), ExportSettings(DtypeRule.trained(torch.bfloat16))
@@ -109,7 +110,7 @@ def test_a_heterogeneous_subnet_is_padded_and_the_card_says_so(tmp_path: Path) -
     subnet = Subnet(**chosen, kept_layers=(0, 1, 2, 4, 5, 6))
     tensors, _ = parent_tensors(parent)
     shape = subnet.shape(parent)
-    cut = dict(submodel_tensors(tensors, parent, subnet, lanes=4))
+    cut = submodel_tensors(tensors, parent, subnet, lanes=4)
     cost = subnet_cost(parent, subnet)
     card = CardInfo(
         "A small submodel",

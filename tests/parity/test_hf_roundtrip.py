@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 from elastic.hf.config import ExportError
 from elastic.hf.folder import open_hf_folder
 from elastic.hf.names import HfTensorError, from_hf, hf_sizes, to_hf
-from elastic.rank.permutation import Ranking, permute_tensors
-from elastic.rank.slicing import submodel_tensors
+from elastic.rank.permutation import Ranking
 from elastic.space.axes import LayerKind
 from elastic.space.cost import shape_cost
 from elastic.space.layers import parameter_names
 from elastic.space.nesting import parameter_size
 from elastic.space.shape import ModelShape, Subnet
+from tests.nested import permuted_tensors, submodel_tensors
 from tests.parity.hf_models import SHAPES, logits, relative_error, stock_model, stock_model_of, tiny
 
 LANES = 4
@@ -64,7 +64,7 @@ def test_permuted_parent_gives_the_same_logits(name: str) -> None:
     shape = SHAPES[name]
     parent = stock_model(shape)
     tensors = dict(from_hf(parent.state_dict(), shape))
-    permuted = dict(permute_tensors(tensors, shape, random_ranking(shape), LANES))
+    permuted = permuted_tensors(tensors, shape, random_ranking(shape), LANES)
     assert relative_error(logits(stock_model_of(permuted, shape), TOKENS), logits(parent, TOKENS)) < 1e-5
     changed = [key for key in tensors if not torch.equal(tensors[key], permuted[key])]
     assert len(changed) == len(tensors), "some parameter was not touched, so nothing is shown for it"
@@ -110,7 +110,7 @@ def test_pitfall_01_20_masked_parent_is_the_sliced_submodel(name: str) -> None:
     model = stock_model(parent)
     tensors = dict(from_hf(model.state_dict(), parent))
     submodel = subnet.shape(parent)
-    sliced = stock_model_of(dict(submodel_tensors(tensors, parent, subnet, LANES)), submodel)
+    sliced = stock_model_of(submodel_tensors(tensors, parent, subnet, LANES), submodel)
     full = logits(model, TOKENS)
     mask_by_hand(model, parent, subnet)
     masked = logits(model, TOKENS)

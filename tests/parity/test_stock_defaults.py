@@ -14,8 +14,8 @@ from elastic.hf.export import ExportReport, export_folder
 from elastic.hf.export_settings import DtypeRule, ExportSettings
 from elastic.hf.names import from_hf
 from elastic.hf.reload import stock_logits
-from elastic.rank.slicing import submodel_tensors
 from elastic.space.shape import ModelShape, Subnet
+from tests.nested import submodel_tensors
 from tests.parity.hf_models import card_of, logits, stock_model, stock_model_of, tiny
 
 LANES, FP32 = 2, ExportSettings(DtypeRule(torch.float32))
@@ -57,7 +57,7 @@ def random_family(seed: int) -> tuple[ModelShape, list[Subnet]]:
 def exported(parent: ModelShape, subnet: Subnet, folder: Path) -> ExportReport:
     """Export one member of a random parent, checked by the logits of a stock model made without a folder."""
     tensors = dict(from_hf(stock_model(parent).state_dict(), parent))
-    cut, shape = dict(submodel_tensors(tensors, parent, subnet, LANES)), subnet.shape(parent)
+    cut, shape = submodel_tensors(tensors, parent, subnet, LANES), subnet.shape(parent)
     reference = stock_model_of(cut, shape)
     check = logit_check(lambda tokens: logits(reference, tokens), tolerance=1e-5)
     return export_folder(cut, shape, folder, card_of(shape), FP32, check)

@@ -10,8 +10,7 @@ from elastic.config.sections import SpaceConfig
 from elastic.config.serving import SubnetConfig
 from elastic.model.cache import MambaCache, empty_cache
 from elastic.model.sharding import shard_tensor
-from elastic.rank.permutation import Ranking, permute_tensors
-from elastic.rank.slicing import submodel_tensors
+from elastic.rank.permutation import Ranking
 from elastic.router.budget_loss import budget_loss
 from elastic.router.router import Router
 from elastic.space.axes import Axis
@@ -21,6 +20,7 @@ from elastic.space.nesting import parameter_size
 from elastic.space.reach import sample_subnet, smallest_subnet
 from elastic.space.shape import LayerPattern, ModelShape
 from elastic.space.space import AxisChoices, Space
+from tests.nested import permuted_tensors, submodel_tensors
 from tests.parity import test_executions as executions
 from tests.parity.model_factory import Outcome, choices_to_test, one_process, relative_error, shape_of
 
@@ -76,13 +76,13 @@ def layer_kind() -> None:
     sizes = {name: parameter_size(name, parent) for name in parameter_names(parent)}
     whole = {name: torch.arange(float(math.prod(size))).view(size) for name, size in sizes.items()}
     assert sum(tensor.numel() for tensor in whole.values()) == shape_cost(parent).params
-    cut = dict(submodel_tensors(whole, parent, subnet, space.lanes))
+    cut = submodel_tensors(whole, parent, subnet, space.lanes)
     assert sum(tensor.numel() for tensor in cut.values()) == subnet_cost(parent, subnet).params
     name = "decoder.layers.2.gated_mlp.linear_fc1.weight"
     kept = [row for row in range(32) if row % 4 < 2]  # two rows of each of 4 lanes, of gate and of up
     assert torch.equal(cut[name], whole[name][kept, :5])
     assert torch.equal(shard_tensor(whole[name], name, parent, 1, 2), whole[name][[*range(8, 16), *range(24, 32)]])
-    permuted = dict(permute_tensors(whole, parent, Ranking.identity(parent), space.lanes))
+    permuted = permuted_tensors(whole, parent, Ranking.identity(parent), space.lanes)
     assert torch.equal(permuted[name], whole[name]), "not ranked: the parent's order"
 
 

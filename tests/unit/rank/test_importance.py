@@ -4,6 +4,7 @@ Shapes: B batch, S sequence, D hidden, F ffn, G Mamba groups, H heads, P Mamba c
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,17 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from elastic.model.model import ElasticModel, build_model
-from elastic.rank.depth import DepthRankingError, rank_layers
+from elastic.rank.depth import rank_layers
 from elastic.rank.importance import (
-    ImportanceError,
     ScoreCollector,
     Scores,
     best_first,
     collect_scores,
-    default_top_channels,
     make_ranking,
 )
-from elastic.rank.permutation import save_ranking
+from elastic.rank.permutation import RankingError, save_ranking
 from elastic.space.space import Space
 from elastic.world.groups import Layout, world
 from tests.shapes import UNEVEN as SHAPE
@@ -87,7 +86,8 @@ def test_mamba_scores_are_eq_3_and_4(model: ElasticModel, batches: list[Tensor])
         torch.testing.assert_close(scores.mamba_channels(ordinal), per_channel, rtol=1e-5, atol=0)
         for count in (1, 2, 5):
             expected = s[:, top_of(per_channel, count)].pow(2).sum(1).sqrt()
-            torch.testing.assert_close(scores.mamba_heads(ordinal, count), expected, rtol=1e-5, atol=0)
+            found = replace(scores, num_top_channels=count).mamba_heads(ordinal)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
 def test_attention_score_is_the_magnitude_of_the_query(model: ElasticModel, batches: list[Tensor]) -> None:
@@ -156,11 +156,14 @@ def test_heads_are_ranked_by_the_best_channels_alone() -> None:
     s[:, :2] = 10.0
     s[1, 0] = 11.0
     s[2, 5] = 14.0
-    scores = Scores(torch.ones(24), (torch.ones(32),) * 2, (s, s), (torch.ones(6),), num_tokens=1)
-    assert make_ranking(scores, SPACE).mamba_heads[0][0] == (1, 0, 2, 3), "the best two, the smallest choice"
-    assert best_first(scores.mamba_heads(0, num_top_channels=6)[:4]) == (2, 1, 0, 3)
-    assert default_top_channels(SPACE) == 2, "the smallest choice"
-    assert default_top_channels(Space(SHAPE, {})) == 3, "half, where channels are not elastic"
+    scores = Scores(torch.ones(24), (torch.ones(32),) * 2, (s, s), (torch.ones(6),), num_top_channels=2, num_tokens=1)
+    assert make_ranking(scores, SPACE).mamba_heads[0][0] == (1, 0, 2, 3), "the best two"
+    assert best_first(replace(scores, num_top_channels=6).mamba_heads(0)[:4]) == (2, 1, 0, 3)
+
+
+def test_the_best_channels_are_the_smallest_choice_else_half(model: ElasticModel, batches: list[Tensor]) -> None:
+    assert collect_scores(model, SPACE, batches).num_top_channels == 2
+    assert collect_scores(model, Space(SHAPE, {}), batches).num_top_channels == 3
 
 
 def test_equal_scores_keep_their_order_and_scoring_twice_gives_the_same_bits(
@@ -170,8 +173,8 @@ def test_equal_scores_keep_their_order_and_scoring_twice_gives_the_same_bits(
         rows = model.get_parameter("decoder.layers.1.mlp.linear_fc1.weight")
         rows[20], rows[3], rows[9] = rows[9].clone(), rows[9].clone(), rows[9].clone()
     first, second = (collect_scores(model, SPACE, batches) for _ in range(2))
-    for name, score in first.tensors(2).items():
-        assert torch.equal(score, second.tensors(2)[name]), name
+    for name, score in first.tensors().items():
+        assert torch.equal(score, second.tensors()[name]), name
     order = make_ranking(first, SPACE).ffn[0]
     place = order.index(3)
     assert order[place : place + 3] == (3, 9, 20)
@@ -188,8 +191,8 @@ def test_recomputed_layers_are_observed_once(model: ElasticModel, batches: list[
 
 
 def test_scores_are_sums_over_batches(model: ElasticModel, batches: list[Tensor]) -> None:
-    parts = [collect_scores(model, SPACE, [batch]).tensors(2) for batch in batches]
-    whole = collect_scores(model, SPACE, [torch.cat(batches)]).tensors(2)
+    parts = [collect_scores(model, SPACE, [batch]).tensors() for batch in batches]
+    whole = collect_scores(model, SPACE, [torch.cat(batches)]).tensors()
     for name in ("hidden", "ffn.0", "mamba_inner.1", "attention_heads.0"):
         torch.testing.assert_close(whole[name], parts[0][name] + parts[1][name], rtol=1e-6, atol=0)
 
@@ -197,21 +200,21 @@ def test_scores_are_sums_over_batches(model: ElasticModel, batches: list[Tensor]
 def test_scores_survive_the_ranking_file(model: ElasticModel, batches: list[Tensor], tmp_path: Path) -> None:
     scores, depth = collect_scores(model, SPACE, batches), rank_layers(model, SPACE, batches, stop_after=2)
     ranking = make_ranking(scores, SPACE, depth)
-    save_ranking(tmp_path / "ranking.safetensors", ranking, scores.tensors(2) | depth.tensors(), {"data": "random"})
+    save_ranking(tmp_path / "ranking.safetensors", ranking, scores.tensors() | depth.tensors(), {"data": "random"})
     stored = load_file(tmp_path / "ranking.safetensors")
     assert tuple(stored["ranking.depth"].tolist()) == ranking.depth
-    assert torch.equal(stored["score.mamba_heads.1"], scores.mamba_heads(1, 2))
+    assert torch.equal(stored["score.mamba_heads.1"], scores.mamba_heads(1))
     assert stored["score.depth_history"].shape == (2, 5)
 
 
 def test_unusable_calibration_is_refused(model: ElasticModel, batches: list[Tensor]) -> None:
-    with pytest.raises(ImportanceError, match="0 tokens"):
+    with pytest.raises(RankingError, match="0 tokens"):
         collect_scores(model, SPACE, [])
-    with pytest.raises(DepthRankingError, match="at least one sequence"):
+    with pytest.raises(RankingError, match="at least one sequence"):
         rank_layers(model, SPACE, [])
-    with pytest.raises(DepthRankingError, match="between 1 and 4"):
+    with pytest.raises(RankingError, match="between 1 and 4"):
         rank_layers(model, SPACE, batches, stop_after=5)
     with torch.no_grad():
         model.get_parameter("decoder.layers.1.mlp.linear_fc1.weight")[3] = float("inf")
-    with pytest.raises(ImportanceError, match=r"ffn\.0"):
+    with pytest.raises(RankingError, match=r"ffn\.0"):
         collect_scores(model, SPACE, batches)

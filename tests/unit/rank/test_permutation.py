@@ -10,15 +10,13 @@ from safetensors.torch import load_file
 from elastic.rank.permutation import (
     Ranking,
     RankingError,
-    deal_into_lanes,
     permute_parameter,
-    permute_tensors,
     save_ranking,
 )
-from elastic.rank.slicing import submodel_tensors
 from elastic.space.layers import LAYER_PARAMETERS, parameter_names
 from elastic.space.nesting import parameter_size
 from elastic.space.shape import ModelShape, Subnet
+from tests.nested import permuted_tensors, submodel_tensors
 
 PARENT = ModelShape.uniform(
     "M-*-M*",
@@ -69,10 +67,10 @@ def first_column(tensor: torch.Tensor) -> list[int]:
 @pytest.mark.parametrize("lanes", [1, 2, 4, 8, 16])
 def test_every_width_keeps_the_best_neurons(lanes: int) -> None:
     ranking = random_ranking(PARENT)
-    permuted = dict(permute_tensors(coordinates(PARENT), PARENT, ranking, lanes))
+    permuted = permuted_tensors(coordinates(PARENT), PARENT, ranking, lanes)
     for width in range(lanes, 17, lanes):
         subnet = Subnet(**(vars(Subnet.full(PARENT)) | {"ffn": (width, width)}))
-        cut = dict(submodel_tensors(permuted, PARENT, subnet, lanes))
+        cut = submodel_tensors(permuted, PARENT, subnet, lanes)
         for ordinal, layer in enumerate((1, 3)):
             kept = first_column(cut[f"decoder.layers.{layer}.mlp.linear_fc1.weight"])
             assert set(kept) == set(ranking.ffn[ordinal][:width])
@@ -80,11 +78,11 @@ def test_every_width_keeps_the_best_neurons(lanes: int) -> None:
 
 def test_every_width_keeps_the_best_heads_of_each_group_and_the_best_channels() -> None:
     ranking = random_ranking(PARENT)
-    permuted = dict(permute_tensors(coordinates(PARENT), PARENT, ranking, 2))
+    permuted = permuted_tensors(coordinates(PARENT), PARENT, ranking, 2)
     for heads in (1, 2, 3):
         for channels in (1, 3, 5):
             changes = {"mamba_heads": (2 * heads, 2 * heads), "head_channels": channels}
-            cut = dict(submodel_tensors(permuted, PARENT, Subnet(**(vars(Subnet.full(PARENT)) | changes)), 2))
+            cut = submodel_tensors(permuted, PARENT, Subnet(**(vars(Subnet.full(PARENT)) | changes)), 2)
             for ordinal, layer in enumerate((0, 4)):
                 best = {group * 3 + head for group in range(2) for head in ranking.mamba_heads[ordinal][group][:heads]}
                 assert set(first_column(cut[f"decoder.layers.{layer}.mixer.dt_bias"])) == best
@@ -97,10 +95,10 @@ def test_every_width_keeps_the_best_heads_of_each_group_and_the_best_channels() 
 
 def test_every_width_keeps_the_best_query_heads_and_all_keys_and_values() -> None:
     ranking = random_ranking(PARENT)
-    permuted = dict(permute_tensors(coordinates(PARENT), PARENT, ranking, 2))
+    permuted = permuted_tensors(coordinates(PARENT), PARENT, ranking, 2)
     for heads in (1, 2, 3):
         subnet = Subnet(**(vars(Subnet.full(PARENT)) | {"attention_heads": (2 * heads, 2 * heads)}))
-        cut = dict(submodel_tensors(permuted, PARENT, subnet, 2))
+        cut = submodel_tensors(permuted, PARENT, subnet, 2)
         for ordinal, layer in enumerate((2, 5)):
             expected = set()
             for group in range(2):
@@ -111,7 +109,7 @@ def test_every_width_keeps_the_best_query_heads_and_all_keys_and_values() -> Non
 
 def test_hidden_order_is_the_same_on_the_whole_residual_stream() -> None:
     ranking = random_ranking(PARENT)
-    permuted = dict(permute_tensors(coordinates(PARENT), PARENT, ranking, 2))
+    permuted = permuted_tensors(coordinates(PARENT), PARENT, ranking, 2)
     outputs = ("norm.weight", "out_proj.weight", "layernorm.weight", "linear_proj.weight", "linear_fc2.weight")
     checked = [name for name in permuted if name.endswith(outputs) and "mixer.norm" not in name]
     assert len(checked) == 2 * len(PARENT.pattern) + 1
@@ -138,16 +136,17 @@ def test_rows_and_columns_that_meet_move_together() -> None:
 
 
 def test_rank_r_sits_in_lane_r_mod_lanes() -> None:
-    ranking = random_order(24)
-    dealt = deal_into_lanes(ranking, 8).view(8, 3)
-    assert all(dealt[rank % 8, rank // 8] == neuron for rank, neuron in enumerate(ranking))
-    with pytest.raises(RankingError, match="ffn = 24 must be a multiple of lanes = 5"):
-        deal_into_lanes(ranking, 5)
+    ranking, name = random_ranking(PARENT), "decoder.layers.3.mlp.linear_fc1.weight"
+    rows = coordinates(PARENT)[name]
+    dealt = permute_parameter(rows, name, PARENT, ranking, 8)[:, 0].view(8, 2)
+    assert all(dealt[rank % 8, rank // 8] == neuron for rank, neuron in enumerate(ranking.ffn[1]))
+    with pytest.raises(RankingError, match="ffn = 16 must be a multiple of lanes = 5"):
+        permute_parameter(rows, name, PARENT, ranking, 5)
 
 
 def test_identity_with_one_lane_changes_nothing() -> None:
     tensors = coordinates(PARENT)
-    permuted = dict(permute_tensors(tensors, PARENT, Ranking.identity(PARENT), 1))
+    permuted = permuted_tensors(tensors, PARENT, Ranking.identity(PARENT), 1)
     assert permuted.keys() == tensors.keys()
     assert all(torch.equal(permuted[name], tensors[name]) for name in tensors)
     assert len({name.split(".", 3)[3] for name in tensors if "layers" in name}) == len(LAYER_PARAMETERS)
@@ -162,7 +161,7 @@ def test_a_ranking_that_does_not_fit_lists_every_problem() -> None:
         "depth": (*range(6), 6),
     }
     with pytest.raises(RankingError) as caught:
-        permute_tensors(coordinates(PARENT), PARENT, Ranking(**bad), 1)
+        Ranking(**bad).check(PARENT)
     for part in ("hidden must order 0..11 once", "ffn.1 is missing", "mamba_heads.0.1 must", "depth must order 0..5"):
         assert part in str(caught.value)
     assert "mamba_heads.0.0" not in str(caught.value)

@@ -1,15 +1,18 @@
 """A submodel is exactly the parent's nested part, counted by the cost table, whatever the shape."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from elastic.rank.slicing import cut_parameter, layer_cut, submodel_source, submodel_tensors
+from elastic.rank.slicing import cut_parameter, submodel_source
 from elastic.space.axes import Axis, LayerKind
 from elastic.space.cost import shape_cost, subnet_cost
 from elastic.space.layers import LAYER_PARAMETERS, LAYERS, MODEL_PARAMETERS, parameter_names
-from elastic.space.nesting import parameter_size
+from elastic.space.nesting import Cut, parameter_size
 from elastic.space.shape import ModelShape, ShapeError, Subnet, SubnetError
 from elastic.space.space import AxisChoices, Space
+from tests.nested import submodel_tensors
 
 LANES = 4
 
@@ -86,7 +89,7 @@ def test_pitfall_04_06_11_sizes_add_up_to_the_cost(name: str) -> None:
     seen = set()
     for _ in range(40):
         subnet = choices.subnet(choices.random_choice(generator))
-        cut = dict(submodel_tensors(tensors, parent, subnet, LANES))
+        cut = submodel_tensors(tensors, parent, subnet, LANES)
         assert sum(tensor.numel() for tensor in cut.values()) == subnet_cost(parent, subnet).params
         submodel = subnet.shape(parent)
         assert {key: tuple(tensor.shape) for key, tensor in cut.items()} == {
@@ -106,7 +109,7 @@ def test_cutting_twice_is_cutting_once(name: str) -> None:
         large = choices.subnet(choices.random_choice(generator))
         middle = large.shape(parent)
         small = shrunk(middle, generator)
-        twice = dict(submodel_tensors(dict(submodel_tensors(tensors, parent, large, LANES)), middle, small, LANES))
+        twice = submodel_tensors(submodel_tensors(tensors, parent, large, LANES), middle, small, LANES)
         direct = Subnet(
             hidden=small.hidden,
             ffn=spread(parent, large, LayerKind.MLP, small.ffn),
@@ -115,7 +118,7 @@ def test_cutting_twice_is_cutting_once(name: str) -> None:
             attention_heads=spread(parent, large, LayerKind.ATTENTION, small.attention_heads),
             kept_layers=tuple(large.kept_layers[layer] for layer in small.kept_layers),
         )
-        once = dict(submodel_tensors(tensors, parent, direct, LANES))
+        once = submodel_tensors(tensors, parent, direct, LANES)
         assert once.keys() == twice.keys()
         assert all(torch.equal(once[key], twice[key]) for key in once)
 
@@ -156,7 +159,7 @@ def test_kept_rows_follow_the_layout_written_out_by_hand() -> None:
     }
     cut = {
         name: tensor.reshape(tensor.shape[0], -1)[:, 0].tolist()
-        for name, tensor in submodel_tensors(rows, parent, subnet, lanes=2)
+        for name, tensor in submodel_tensors(rows, parent, subnet, lanes=2).items()
     }
     # 2 lanes of 4 neurons keep 2 each.
     assert cut["decoder.layers.1.mlp.linear_fc1.weight"] == [0, 1, 4, 5]
@@ -175,7 +178,7 @@ def test_kept_layers_are_numbered_anew() -> None:
     tensors = numbered(parent)
     full = Subnet.full(parent)
     subnet = Subnet(**(vars(full) | {"kept_layers": (1, 3, 8)}))
-    cut = dict(submodel_tensors(tensors, parent, subnet, LANES))
+    cut = submodel_tensors(tensors, parent, subnet, LANES)
     for new, old in enumerate(subnet.kept_layers):
         for rest in LAYERS[parent.pattern.kinds[old]].parameters:
             assert torch.equal(cut[f"decoder.layers.{new}.{rest}"], tensors[f"decoder.layers.{old}.{rest}"])
@@ -186,7 +189,7 @@ def test_a_submodel_does_not_share_memory_and_keeps_gradients() -> None:
     parent = SHAPES["all kinds"]
     tensors = {name: tensor.double().requires_grad_() for name, tensor in numbered(parent).items()}
     subnet = Subnet(**(vars(Subnet.full(parent)) | {"hidden": 7}))
-    cut = dict(submodel_tensors(tensors, parent, subnet, LANES))
+    cut = submodel_tensors(tensors, parent, subnet, LANES)
     name = "embedding.word_embeddings.weight"
     assert cut[name].untyped_storage().nbytes() == cut[name].numel() * 8
     cut[name].sum().backward()
@@ -237,7 +240,7 @@ def test_a_tensor_of_the_wrong_size_is_named() -> None:
     tensors = numbered(parent) | {"decoder.layers.0.mixer.D": torch.zeros(9)}
     subnet = Subnet(**(vars(Subnet.full(parent)) | {"mamba_heads": (4, 4, 4, 4)}))
     with pytest.raises(ValueError, match=r"decoder\.layers\.0\.mixer\.D: dimension 0 has 9 rows"):
-        dict(submodel_tensors(tensors, parent, subnet, LANES))
+        submodel_tensors(tensors, parent, subnet, LANES)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -247,8 +250,8 @@ def test_pitfall_19_cut_shards_are_shards_of_the_cut(ranks: int, layer_index: in
     subnet = Subnet(**(vars(Subnet.full(parent)) | {"ffn": (8,), "attention_heads": (4,), "hidden": 9}))
     name = f"decoder.layers.{layer_index}.{rest}"
     whole = numbered(parent)[name]
-    cut = cut_parameter(whole, name, layer_cut(parent, subnet, layer_index, LANES))
-    rank_cut = layer_cut(parent, subnet, layer_index, LANES, tensor_parallel=ranks)
-    shards = [cut_parameter(shard, name, rank_cut) for shard in whole.chunk(ranks)]
+    of_layer = partial(Cut.of_layer, parent, layer_index, subnet.layer_widths(parent, layer_index), lanes=LANES)
+    cut = cut_parameter(whole, name, of_layer())
+    shards = [cut_parameter(shard, name, of_layer(tensor_parallel=ranks)) for shard in whole.chunk(ranks)]
     assert torch.equal(torch.cat(shards), cut)
     assert cut.shape[0] < whole.shape[0] and cut.shape[1] == 9
