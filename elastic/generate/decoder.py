@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from elastic.model.cache import empty_cache
-from elastic.model.head import gathered_logits
+from elastic.model.forward import gathered_logits
 from elastic.model.model import ElasticModel
 from elastic.space.gates import Gates
 from elastic.space.shape import Subnet

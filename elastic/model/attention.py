@@ -48,12 +48,9 @@ class SdpaCoreAttention(MegatronModule):
         mask = None
         if self.cp_group.size() > 1:
             mask = self._causal_mask(query.shape[0], query.device)
-            key, value = (self._gather(t) for t in (key, value))
+            gathered = (gather_from_sequence_parallel_region(t, group=self.cp_group) for t in (key, value))
+            key, value = (_undo_attention_load_balancing(t, self.cp_group.size()) for t in gathered)
         return _attended(query, key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), mask, is_causal=mask is None)
-
-    def _gather(self, t: Tensor) -> Tensor:
-        gathered = gather_from_sequence_parallel_region(t, group=self.cp_group)
-        return _undo_attention_load_balancing(gathered, self.cp_group.size())
 
     def _causal_mask(self, local_tokens: int, device: torch.device) -> Tensor:
         size, rank, half = self.cp_group.size(), self.cp_group.rank(), local_tokens // 2

@@ -45,17 +45,7 @@ class MambaCache:
 LayerCache = AttentionCache | MambaCache
 
 
-@dataclass(frozen=True)
-class ModelCache:
-    """The caches of the layers that a subnet keeps, by global layer index; an MLP remembers nothing and has none."""
-
-    layers: Mapping[int, LayerCache]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that this rank holds."""
-        tensors = (t for layer in self.layers.values() for t in vars(layer).values() if isinstance(t, Tensor))
-        return sum(t.nbytes for t in tensors)
+ModelCache = Mapping[int, LayerCache]  # of the layers a subnet keeps, by global index; an MLP remembers nothing
 
 
 def empty_cache(
@@ -85,4 +75,4 @@ def empty_cache(
                 torch.zeros(batch, parent.conv_kernel - 1, conv_channels, dtype=dtype, device=device),
                 torch.zeros(batch, heads, subnet.head_channels, parent.mamba_state, dtype=wide, device=device),
             )
-    return ModelCache(layers)
+    return layers

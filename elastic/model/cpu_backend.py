@@ -36,12 +36,9 @@ def _current_device() -> torch.device:
     return CPU
 
 
-def _no_stream(device: Any = None) -> None:
-    """Return nothing: the gradient reduction asks for the current stream, to wait on it for CUDA graphs alone."""
-
-
-def _nothing_to_wait_for(device: Any = None) -> None:
-    """Do nothing: asked by pipeline communication after each exchange, and before a checkpoint is written."""
+def _nothing(device: Any = None) -> None:
+    """Do nothing: the gradient reduction asks for a stream, to wait on it for CUDA graphs alone; pipeline communication
+    synchronises after each exchange, and so does a checkpoint before it is written."""
 
 
 _type = torch.Tensor.type
@@ -59,8 +56,8 @@ def _replace(owner: Any, name: str, by: Callable[..., Any]) -> Callable[[], None
 
 ADAPTATIONS: dict[str, Callable[[], object]] = {
     "current_device": _replace(torch.cuda, "current_device", _current_device),
-    "current_stream": _replace(torch.cuda, "current_stream", _no_stream),
-    "synchronize": _replace(torch.cuda, "synchronize", _nothing_to_wait_for),
+    "current_stream": _replace(torch.cuda, "current_stream", _nothing),
+    "synchronize": _replace(torch.cuda, "synchronize", _nothing),
     "cuda_literals": _CudaLiteralsOnCpu().__enter__,
     "type_names": _replace(torch.Tensor, "type", _cuda_type),
 }

@@ -1,10 +1,12 @@
-"""Run a whole model without gradients, whatever its pipeline: evaluation, importance, teachers.
+"""Run a whole model without gradients, whatever its pipeline: evaluation, importance, teachers; and go from its hidden
+states to a head whose rows are split over the vocabulary.
 
-Shapes: B batch, S sequence (of this context-parallel rank), D hidden, d kept hidden width.
+Shapes: B batch, S sequence (of this context-parallel rank), D hidden, d kept hidden width, V vocab, v this rank's rows.
 """
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
 from elastic.model.model import ElasticModel
@@ -75,3 +77,26 @@ def sum_over_world(tensor: Tensor) -> None:
     """Sum `tensor` in place over every rank of the run: one collective, so that all ranks get the same bits."""
     if dist.get_world_size() > 1:
         dist.all_reduce(tensor)
+
+
+def parallel_hidden(hidden: Tensor, sequence_parallel: bool, tp_group: dist.ProcessGroup | None) -> Tensor:
+    """Flatten [S, B, D] hidden states to [S * B, D] for a loss whose head is split over the vocabulary.
+
+    With sequence parallelism, `hidden` is [S / tp, B, D] and is gathered. The backward pass sums the ranks' partial
+    gradients (all-reduce, or reduce-scatter with sequence parallelism), which is what `distillation_loss` needs.
+    Token (s, b) lands in row s * B + b: labels [B, S] must be given as `labels.t().reshape(-1)`.
+    """
+    if tp_group is not None and tp_group.size() > 1:
+        if sequence_parallel:
+            hidden = mappings.gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=True, group=tp_group
+            )
+        else:
+            hidden = mappings.copy_to_tensor_model_parallel_region(hidden, group=tp_group)
+    return hidden.flatten(0, 1)
+
+
+def gathered_logits(hidden: Tensor, head_weight: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
+    """Map hidden states [..., D] and this rank's rows of the head [v, D] to logits [..., V], alike on every rank."""
+    logits: Tensor = mappings.gather_from_tensor_model_parallel_region(hidden @ head_weight.t(), group=tp_group)
+    return logits

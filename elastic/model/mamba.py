@@ -58,27 +58,11 @@ class PortableMambaMixer(MambaMixer):
         self.nheads_local_tp, self.ngroups_local_tp = self.nheads // tp, self.ngroups // tp
         self.d_inner_local_tp = self.d_inner // tp
         state = self.ngroups_local_tp * self.d_state
-        common = dict(config=config, bias=False, is_expert=False, tp_group=self.tp_group)
-        self.in_proj = build_module(
-            submodules.in_proj,
-            d_model,
-            2 * self.d_inner + 2 * self.ngroups * self.d_state + self.nheads,
-            init_method=config.init_method,
-            gather_output=False,
-            skip_bias_add=False,
-            tp_comm_buffer_name="fc1",
-            **common,
-        )
-        self.out_proj = build_module(
-            submodules.out_proj,
-            self.d_inner,
-            d_model,
-            init_method=config.output_layer_init_method,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            tp_comm_buffer_name="fc2",
-            **common,
-        )
+        common = dict(config=config, bias=False, tp_group=self.tp_group)
+        packed = 2 * self.d_inner + 2 * self.ngroups * self.d_state + self.nheads
+        self.in_proj = build_module(submodules.in_proj, d_model, packed, init_method=config.init_method, **common)
+        common |= dict(init_method=config.output_layer_init_method, input_is_parallel=True, skip_bias_add=True)
+        self.out_proj = build_module(submodules.out_proj, self.d_inner, d_model, **common)
         inner = self.d_inner_local_tp
         self.in_proj.weight.partition_sizes = [inner, inner, state, state, self.nheads_local_tp]
         self._build_parameters(inner + 2 * state, [inner, state, state])

@@ -14,7 +14,7 @@ from elastic.model.cache import ModelCache
 from elastic.model.cpu_backend import use_cpu_backend
 from elastic.model.initialize import initialize_parameters
 from elastic.model.observe import Observer
-from elastic.model.segments import pipeline_pattern
+from elastic.model.sharding import pipeline_pattern
 from elastic.model.specs import Kernels, elastic_stack_spec
 from elastic.space.gates import Gates
 from elastic.space.shape import ModelShape
@@ -95,11 +95,6 @@ def transformer_config(shape: ModelShape, layout: Layout) -> TransformerConfig:
         calculate_per_token_loss=True,
         # Weight slices are views, which the fused gradient accumulation cannot write into.
         gradient_accumulation_fusion=False,
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        variable_seq_lengths=False,
         deallocate_pipeline_outputs=True,
     )
 

@@ -62,11 +62,6 @@ class GatedGroupNorm(nn.Module):
     ) -> dict[str, Any]:
         """Shard the weight along the heads."""
         assert metadata is not None
-        return make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
-            prefix,
-            {"weight": 0},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
+        groups = dict(tp_group=self.tp_group, dp_cp_group=metadata["dp_cp_group"])
+        weight = self.state_dict(keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(weight, prefix, {"weight": 0}, sharded_offsets, **groups)

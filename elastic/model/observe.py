@@ -4,6 +4,7 @@ Shapes: S sequence, B batch, D hidden, F ffn, H Mamba or query heads, P Mamba he
 case = this tensor-parallel rank's shard. S is the context-parallel rank's part of the sequence.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -25,8 +26,4 @@ class LayerObserver(Protocol):
         """Receive an attention layer's query projection [S, B, h, A]."""
 
 
-class Observer(Protocol):
-    """Gives every layer the observer that its forward pass reports to."""
-
-    def layer(self, layer_index: int) -> LayerObserver:
-        """Return the observer of one layer, by its index in the whole model."""
+Observer = Callable[[int], LayerObserver]  # of each layer, by its index in the whole model

@@ -67,11 +67,7 @@ class ElasticStack(HybridStack):
             self.final_norm = ElasticRMSNorm(config, config.hidden_size, eps=config.layernorm_epsilon)
 
     def forward(
-        self,
-        hidden_states: Tensor | None,
-        gates: Gates | None,
-        observer: Observer | None = None,
-        cache: ModelCache | None = None,
+        self, x: Tensor | None, gates: Gates | None, observer: Observer | None = None, cache: ModelCache | None = None
     ) -> Tensor:
         """Run this stage's layers under `gates` (None: the whole parent).
 
@@ -82,7 +78,7 @@ class ElasticStack(HybridStack):
         """
         layers = self.masks.layers(gates)
         hidden, width = layers[0].hidden, layers[0].cut.kept(Axis.HIDDEN)
-        x = hidden_states if self.pre_process else self.input_tensor
+        x = x if self.pre_process else self.input_tensor
         assert x is not None
         x = x[..., :width]
         if self.pre_process:
@@ -101,19 +97,12 @@ class ElasticStack(HybridStack):
         for layer, own, layer_index in zip(self.layers, gates, self.masks.layer_indices, strict=True):
             if own.skipped:
                 continue
-            seen_by = None if observer is None else observer.layer(layer_index)
+            seen_by = None if observer is None else observer(layer_index)
             if cache is not None:
-                x = layer(x, own, seen_by, cache.layers.get(layer_index))
+                x = layer(x, own, seen_by, cache.get(layer_index))
             elif recompute:
                 # The gates travel inside the call, so the recomputed forward sees its own micro-batch's choice.
                 x = checkpoint(layer, x, own, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, own, seen_by)
         return x
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict[str, Any]:
-        """Shard like HybridStack; the masks are no parameters and are left out."""
-        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        return {name: entry for name, entry in sharded.items() if not name.startswith(f"{prefix}masks.")}

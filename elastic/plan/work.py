@@ -11,7 +11,7 @@ from enum import StrEnum
 from functools import cache, cached_property
 from itertools import accumulate
 
-from elastic.model.segments import pipeline_pattern
+from elastic.model.sharding import pipeline_pattern
 from elastic.space.axes import Axis, LayerKind
 from elastic.space.gates import Execution
 from elastic.space.layers import DimKind

@@ -116,7 +116,7 @@ def collect_scores(model: ElasticModel, space: Space, token_batches: Iterable[Te
     num_tokens = torch.zeros((), dtype=torch.int64, device=collector.hidden.device)
     for batch in token_batches:
         tokens = context_parallel_slice(batch, groups.cp.rank(), groups.cp.size())
-        forward_hidden(model, tokens, observer=collector)
+        forward_hidden(model, tokens, observer=collector.layer)
         if groups.tp.rank() == 0 and groups.pp.rank() == 0:
             num_tokens += tokens.numel()
     for total in (collector.hidden, *collector.inner, num_tokens):

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from elastic.config.sections import DistillConfig
 from elastic.data.stream import Batch
 from elastic.distill.kl import distillation_loss
-from elastic.model.forward import context_parallel_slice
-from elastic.model.head import parallel_hidden
+from elastic.model.forward import context_parallel_slice, parallel_hidden
 from elastic.model.model import ElasticModel
 from elastic.space.gates import Gates
 from elastic.world.groups import World

@@ -10,7 +10,7 @@ from torch import Tensor
 from elastic.distill.chunk import LossSettings, VocabShard, chunk_loss, fused_chunk_loss
 from elastic.distill.kl import distillation_loss
 from elastic.model.cpu_backend import use_cpu_backend
-from elastic.model.head import parallel_hidden
+from elastic.model.forward import parallel_hidden
 from tests.distributed.harness import run_distributed
 
 S, B, WIDTH, TEACHER_WIDTH, VOCAB = 6, 3, 8, 12, 46

@@ -19,8 +19,7 @@ from torch import Tensor
 from elastic.model.attention import SdpaCoreAttention
 from elastic.model.initialize import named_global_parameters
 from elastic.model.model import ElasticModel, build_model, transformer_config
-from elastic.model.segments import pipeline_pattern
-from elastic.model.sharding import shard_tensor
+from elastic.model.sharding import pipeline_pattern, shard_tensor
 from elastic.model.specs import Kernels, plain_stack_spec
 from elastic.model.state_space import TorchStateSpace
 from elastic.space.axes import Axis

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from elastic.model.segments import PipelineError, balanced_segments, pipeline_pattern
+from elastic.model.sharding import PipelineError, balanced_segments, pipeline_pattern
 from elastic.space.cost import layer_flops_per_token
 from elastic.space.shape import LayerPattern, ModelShape
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from elastic.model.nested_product import product_with_columns, product_with_rows
+from elastic.model.linear import product_with_columns, product_with_rows
 from elastic.space.axes import Axis
 from elastic.space.layers import DimKind
 from elastic.space.nesting import Block, Cut, Grid, take
