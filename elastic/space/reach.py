@@ -48,7 +48,9 @@ def sample_subnet(space: Space, budget: Budget, deployment: Deployment) -> Sampl
     axes = space.elastic_axes()
     if not axes:
         return _sample(space, Subnet.full(space.parent), budget, deployment)
-    candidates = _candidates(space, axes)
+    # Choice indices [C, A] of every combination of one choice per axis, the widest first.
+    indices = [torch.arange(len(space.axes[axis].choices)) for axis in axes]
+    candidates = torch.cartesian_prod(*indices).reshape(-1, len(axes))
     ratios = _ratios(space, axes, candidates, budget, deployment)
     distance, spread = (ratios - 1.0).abs(), _spread(space, axes, candidates)
     near = distance <= TOLERANCE
@@ -60,12 +62,6 @@ def sample_subnet(space: Space, budget: Budget, deployment: Deployment) -> Sampl
     if above.any():
         options += _mixed(space, axes, _best(above, spread, distance, candidates), budget, deployment)
     return min(options, key=lambda sample: abs(sample.ratio - 1.0))
-
-
-def _candidates(space: Space, axes: tuple[Axis, ...]) -> Tensor:
-    """Return choice indices [C, A] of every combination of one choice per axis, the widest first."""
-    grids = torch.meshgrid(*(torch.arange(len(space.axes[axis].choices)) for axis in axes), indexing="ij")
-    return torch.stack([grid.reshape(-1) for grid in grids], dim=-1)
 
 
 def _narrowed(space: Space, axes: tuple[Axis, ...], candidates: Tensor) -> Tensor:
@@ -138,15 +134,13 @@ def choice_indices(space: Space, subnet: Subnet) -> dict[Axis, tuple[int, ...]]:
 
     Which layers are kept is not compared, only how many. Raises SpaceError for a width that is not among the choices.
     """
-    widths = {axis: getattr(subnet, entry.size) for axis, entry in AXES.items()} | {Axis.DEPTH: len(subnet.kept_layers)}
-    widths = {axis: width if isinstance(width, tuple) else (width,) for axis, width in widths.items()}
+    found = {}
     for axis in space.elastic_axes():
-        if foreign := [width for width in widths[axis] if width not in space.axes[axis].choices]:
-            raise SpaceError(f"{axis} width {foreign[0]} is not among the choices {list(space.axes[axis].choices)}")
-    return {
-        axis: tuple(space.axes[axis].choices.index(width) for width in widths[axis][: space.num_slots(axis)])
-        for axis in space.elastic_axes()
-    }
+        widths, choices = subnet.axis_widths(axis), space.axes[axis].choices
+        if foreign := [width for width in widths if width not in choices]:
+            raise SpaceError(f"{axis} width {foreign[0]} is not among the choices {list(choices)}")
+        found[axis] = tuple(choices.index(width) for width in widths[: space.num_slots(axis)])
+    return found
 
 
 def subnet_between(space: Space, larger: Subnet, smaller: Subnet, budget: Budget, deployment: Deployment) -> Sample:

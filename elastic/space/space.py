@@ -124,15 +124,6 @@ class Space:
                 sizes[entry.size] = widths(axis)[0]
         return Subnet(**sizes, kept_layers=self.kept_layers(widths(Axis.DEPTH)[0]))
 
-    def random_choice(self, generator: torch.Generator) -> dict[Axis, tuple[int, ...]]:
-        """Draw choice indices uniformly on every axis and slot."""
-        return {
-            axis: tuple(
-                torch.randint(len(self.axes[axis].choices), (self.num_slots(axis),), generator=generator).tolist()
-            )
-            for axis in Axis
-        }
-
     def _axis_problems(self, axis: Axis) -> list[str]:
         choices, full = self.axes[axis].choices, self.full_width(axis)
         problems = []

@@ -19,6 +19,7 @@ from elastic.train.gate_gradients import sum_gate_gradients
 from elastic.train.optimizer import build_optimizer, gradient_norm, wrap_for_training
 from elastic.train.pipeline import PipelineRunner
 from elastic.world.groups import Layout, join_world
+from tests.shapes import random_choice
 
 SEQUENCE, MICRO_BATCH, GLOBAL_BATCH = 32, 1, 4
 
@@ -64,7 +65,7 @@ def mixed_gates(space: Space, global_index: int, dtype: torch.dtype) -> Gates:
     """Another choice for every micro-batch: soft, then one-hot (a real submodel), then slices by hard choice."""
     generator = torch.Generator().manual_seed(global_index)
     if global_index % 4 == 3:
-        return Gates.slice(space.subnet(space.random_choice(generator)), budget=0)
+        return Gates.slice(space.subnet(random_choice(space, generator)), budget=0)
     weights = {}
     for axis in space.elastic_axes():
         soft = torch.randn(space.num_slots(axis), len(space.axes[axis].choices), generator=generator).softmax(-1)

@@ -28,6 +28,7 @@ from elastic.space.nesting import parameter_size
 from elastic.space.shape import ModelShape
 from elastic.space.space import AxisChoices, Space
 from elastic.world.groups import Layout
+from tests.shapes import random_choice
 
 Choice = Mapping[Axis, tuple[int, ...]]
 A, C = Axis, AxisChoices
@@ -201,7 +202,7 @@ def smallest_choice(space: Space) -> dict[Axis, tuple[int, ...]]:
 def choices_to_test(space: Space, count: int = 3, seed: int = 0) -> list[dict[Axis, tuple[int, ...]]]:
     """Return the narrowest choice and `count` random ones."""
     generator = torch.Generator().manual_seed(seed)
-    return [smallest_choice(space), *(space.random_choice(generator) for _ in range(count))]
+    return [smallest_choice(space), *(random_choice(space, generator) for _ in range(count))]
 
 
 def one_hot_weights(space: Space, choice: Choice, dtype: torch.dtype = torch.float32) -> dict[Axis, Tensor]:

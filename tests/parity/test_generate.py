@@ -26,6 +26,7 @@ from elastic.space.space import Space
 from elastic.verbs.hf_model import load_hf_model
 from elastic.world.groups import Layout
 from tests.parity.model_factory import SPACES, build_lively, one_process, smallest_choice
+from tests.shapes import random_choice
 
 SPACE = SPACES["four groups, five queries per KV head, depth 10"]
 TIED = SPACES["one group, tied head, depth 3"]
@@ -55,7 +56,7 @@ def budgets_of(space: Space) -> dict[str, Subnet]:
     generator = torch.Generator().manual_seed(5)
     return {
         "full": Subnet.full(space.parent),
-        "random": space.subnet(space.random_choice(generator)),
+        "random": space.subnet(random_choice(space, generator)),
         "smallest": space.subnet(smallest_choice(space)),
     }
 

@@ -12,6 +12,7 @@ from elastic.generate.text import Limits, generate
 from elastic.space.shape import Subnet
 from elastic.space.space import Space
 from tests.parity.model_factory import A, C, build_lively, one_process, shape_of, smallest_choice
+from tests.shapes import random_choice
 
 # As many layers as the published parent, and of its kinds: what one layer needs for itself is a small share of all.
 SPACE = Space(
@@ -58,7 +59,7 @@ def test_three_budgets_need_little_more_than_the_parent() -> None:
     weights = sum(parameter.nbytes for parameter in model.parameters())
     generator = torch.Generator().manual_seed(1)
     full = Subnet.full(SPACE.parent)
-    budgets = [full, SPACE.subnet(SPACE.random_choice(generator)), SPACE.subnet(smallest_choice(SPACE))]
+    budgets = [full, SPACE.subnet(random_choice(SPACE, generator)), SPACE.subnet(smallest_choice(SPACE))]
 
     def serve(subnets: list[Subnet]) -> Callable[[], None]:
         def run() -> None:

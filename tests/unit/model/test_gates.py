@@ -14,6 +14,7 @@ from elastic.space.layers import DimKind
 from elastic.space.nesting import kept_indices
 from elastic.space.shape import ModelShape, ShapeError, Subnet, SubnetError
 from elastic.space.space import AxisChoices, Space
+from tests.shapes import random_choice
 
 SHAPE = ModelShape.uniform(
     "M-M*-", vocab=40, hidden=16, ffn=32, mamba_heads=8, head_channels=6, mamba_groups=2, mamba_state=4,
@@ -64,7 +65,7 @@ def one_hot(choice: dict[Axis, tuple[int, ...]]) -> dict[Axis, Tensor]:
 def test_a_hard_choice_gives_exact_masks_that_keep_what_a_slice_keeps() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
-        choice = SPACE.random_choice(generator)
+        choice = random_choice(SPACE, generator)
         subnet = SPACE.subnet(choice)
         mask, cut = masks().layers(Gates.mask(one_hot(choice))), masks().layers(Gates.slice(subnet))
         assert cut[0].cut.grid(DimKind.HIDDEN).kept_size == subnet.hidden == int(mask[0].hidden.active)

@@ -13,6 +13,7 @@ from elastic.space.nesting import Cut, parameter_size
 from elastic.space.shape import ModelShape, ShapeError, Subnet, SubnetError
 from elastic.space.space import AxisChoices, Space
 from tests.nested import submodel_tensors
+from tests.shapes import random_choice
 
 LANES = 4
 
@@ -88,7 +89,7 @@ def test_pitfall_04_06_11_sizes_add_up_to_the_cost(name: str) -> None:
     choices, generator = space(parent), torch.Generator().manual_seed(3)
     seen = set()
     for _ in range(40):
-        subnet = choices.subnet(choices.random_choice(generator))
+        subnet = choices.subnet(random_choice(choices, generator))
         cut = submodel_tensors(tensors, parent, subnet, LANES)
         assert sum(tensor.numel() for tensor in cut.values()) == subnet_cost(parent, subnet).params
         submodel = subnet.shape(parent)
@@ -106,7 +107,7 @@ def test_cutting_twice_is_cutting_once(name: str) -> None:
     parent = SHAPES[name]
     tensors, choices, generator = numbered(parent), space(parent), torch.Generator().manual_seed(5)
     for _ in range(10):
-        large = choices.subnet(choices.random_choice(generator))
+        large = choices.subnet(random_choice(choices, generator))
         middle = large.shape(parent)
         small = shrunk(middle, generator)
         twice = submodel_tensors(submodel_tensors(tensors, parent, large, LANES), middle, small, LANES)

@@ -14,6 +14,7 @@ from elastic.space.cost import Budget, Deployment, Metric, Widths, shape_cost, s
 from elastic.space.gates import Execution
 from elastic.space.shape import ModelShape
 from elastic.space.space import AxisChoices, Space
+from tests.shapes import random_choice
 
 DEPLOYMENT = Deployment(length_tokens=1024)
 
@@ -79,7 +80,7 @@ def test_pitfall_8_every_elastic_axis_hears_the_budget(metric):
 def test_expected_cost_of_a_certain_choice_is_the_subnets_cost():
     where, generator = space(), torch.Generator().manual_seed(0)
     for _ in range(20):
-        chosen = where.random_choice(generator)
+        chosen = random_choice(where, generator)
         sure = {
             axis: torch.nn.functional.one_hot(torch.tensor([chosen[axis]]), len(where.axes[axis].choices)).float()
             for axis in where.elastic_axes()

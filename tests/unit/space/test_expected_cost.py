@@ -18,6 +18,7 @@ from elastic.space.cost import (
 )
 from elastic.space.shape import ModelShape
 from elastic.space.space import AxisChoices, Space
+from tests.shapes import random_choice
 
 SPACE = Space(
     ModelShape.uniform(
@@ -70,7 +71,7 @@ def probabilities_of(space: Space, choice: dict[Axis, tuple[int, ...]]) -> dict[
 def test_one_hot_expected_widths_cost_what_the_subnet_costs() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
-        choice = SPACE.random_choice(generator)
+        choice = random_choice(SPACE, generator)
         exact = subnet_cost(SPACE.parent, SPACE.subnet(choice))
         expected = cost(SPACE.parent, expected_widths(SPACE, probabilities_of(SPACE, choice)), Deployment())
         for metric in Metric:

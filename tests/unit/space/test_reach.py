@@ -11,6 +11,7 @@ from elastic.space.cost import Budget, Deployment, Metric, subnet_cost
 from elastic.space.reach import TOLERANCE, sample_subnet, smallest_subnet
 from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import AxisChoices, Space
+from tests.shapes import random_choice
 
 PARENT = ModelShape.uniform(
     "M-M*-M-M*-M-", vocab=512, hidden=128, ffn=512, mamba_heads=16, head_channels=16, mamba_groups=4,
@@ -53,7 +54,7 @@ def test_smallest_subnet_and_parent_are_the_extremes_in_every_metric(metric: Met
     low = subnet_cost(PARENT, smallest_subnet(SPACE), DEPLOYMENT)[metric]
     high = subnet_cost(PARENT, Subnet.full(PARENT), DEPLOYMENT)[metric]
     for _ in range(50):
-        subnet = SPACE.subnet(SPACE.random_choice(generator))
+        subnet = SPACE.subnet(random_choice(SPACE, generator))
         assert low < subnet_cost(PARENT, subnet, DEPLOYMENT)[metric] <= high
     assert smallest_subnet(SPACE).hidden == 80 and set(smallest_subnet(SPACE).ffn) == {128}
     assert smallest_subnet(SPACE).kept_layers == tuple(sorted(RANKING[:9]))

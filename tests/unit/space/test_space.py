@@ -11,6 +11,7 @@ from elastic.space.cost import Widths
 from elastic.space.reach import smallest_subnet
 from elastic.space.shape import LayerPattern, ModelShape, PatternError, ShapeError, Subnet, SubnetError
 from elastic.space.space import AxisChoices, Space, SpaceError
+from tests.shapes import random_choice
 
 # Pattern, layers, Mamba, FFN, attention: Nemotron Nano v2 12B and 9B, Nemotron 3 Nano 4B, Nemotron-H 8B and 47B.
 PUBLISHED = [
@@ -247,7 +248,7 @@ def test_random_choices_reach_every_width_of_every_slot() -> None:
     space, seen = Space(shape(), AXES), set()
     generator = torch.Generator().manual_seed(0)
     for _ in range(60):
-        choice = space.random_choice(generator)
+        choice = random_choice(space, generator)
         seen |= {(axis, slot, index) for axis in Axis for slot, index in enumerate(choice[axis])}
         space.subnet(choice).shape(space.parent)
     assert len(seen) == sum(space.num_slots(axis) * len(space.axes[axis].choices) for axis in Axis)
