@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from elastic.hf.config import export_shape, export_warnings, stock_notes, stock_versions
+from elastic.hf.config import STOCK_VERSIONS, export_shape, export_warnings, stock_notes
 from elastic.hf.export_settings import DTYPE_NAMES, ExportSettings
 from elastic.space.cost import Budget, Deployment, shape_cost, subnet_cost
 from elastic.space.shape import ModelShape, Subnet
@@ -38,7 +38,7 @@ def model_card(info: CardInfo, shape: ModelShape, exports: ExportSettings, verif
         "\n- ".join(["## Kernel notes\n", *warnings]) if (warnings := export_warnings(shape)) else "",
         "## Provenance\n\n" + (_table(list(info.provenance.items())) if info.provenance else "Not given."),
         f"## Verification\n\n{verification}",
-        f"## Use\n\n{stock_versions()}{notes}\n\n"
+        f"## Use\n\n{STOCK_VERSIONS}{notes}\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")\n'
         'tokenizer = AutoTokenizer.from_pretrained(".")\n```',
@@ -92,8 +92,7 @@ def _cost_rows(info: CardInfo, shape: ModelShape) -> list[tuple[str, str]]:
         (f"weights and caches ({where})", f"{cost.deploy_bytes / 2**30:.3f} GiB"),
         ("forward FLOPs per token", f"{cost.flops_per_token:.3e}"),
     ]
-    if info.budget is not None:
-        budget = info.budget
+    if (budget := info.budget) is not None:
         # The budget was met by the subnet as trained; its vocabulary may hold rows that the export leaves out.
         share = subnet_cost(info.parent, info.subnet, deployment)[budget.metric] / budget.limit
         rows.insert(0, (f"budget {budget.name}", f"{budget.limit:,.0f} {budget.metric}, used {share:.1%}"))

@@ -16,8 +16,11 @@ from elastic.space.shape import ModelShape
 # (differences of 0.03 to 0.9), 5.14.0 fails in models with attention, before 5.10 dense layers do not load; 5.15.0,
 # 5.15.1, 5.16.1, 5.17.0, 5.18.0, 5.19.0, 5.23.0 and 5.24.0 agree to 4e-6. pyproject.toml asks for the same.
 TRANSFORMERS, TRANSFORMERS_TRIED = "5.15", "5.24"
-MODEL_TYPE = "nemotron_h"
-ARCHITECTURE = "NemotronHForCausalLM"
+STOCK_VERSIONS = (
+    f"Needs transformers {TRANSFORMERS} or newer (tried up to {TRANSFORMERS_TRIED}): without Mamba's kernels older "
+    f"ones are wrong beyond 128 tokens."
+)
+MODEL: dict[str, Any] = {"architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h"}
 # Stock keys whose only value this project's layers compute; absent keys have this value by default.
 FIXED: dict[str, Any] = {
     "attention_bias": False,
@@ -50,8 +53,6 @@ CARRIED: dict[str, Any] = {
 TIME_STEPS: dict[str, Any] = {"time_step_min": 1e-20, "time_step_limit": [0.0, math.inf]}
 # The same for keys that are written only if the source has them, with their type.
 CARRIED_IF_GIVEN: dict[str, type] = {"mamba_ssm_cache_dtype": str, "time_step_rank": int, "use_mamba_kernels": bool}
-# What the exports of a pattern without an attention layer say: stock code cannot hold their cache.
-NO_CACHE = {"use_cache": False}
 # Sizes: stock key -> field of ModelShape.
 SIZES = {
     "vocab_size": "vocab",
@@ -88,11 +89,8 @@ def export_shape(shape: ModelShape) -> ModelShape:
             f"Mamba heads differ between layers ({widths}). A stock folder has one number for all, and padding is not "
             f"exact under the gated group norm; train with a homogeneous mamba_head axis (per_layer: false)"
         )
-    return replace(shape, ffn=_widest(shape.ffn), attention_heads=_widest(shape.attention_heads))
-
-
-def _widest(widths: tuple[int, ...]) -> tuple[int, ...]:
-    return (max(widths, default=0),) * len(widths)
+    ffn, attention_heads = ((max(widths, default=0),) * len(widths) for widths in (shape.ffn, shape.attention_heads))
+    return replace(shape, ffn=ffn, attention_heads=attention_heads)
 
 
 def export_warnings(shape: ModelShape, tensor_parallel: int = 1) -> list[str]:
@@ -135,12 +133,11 @@ def hf_config(shape: ModelShape, settings: HfSettings, dtype: torch.dtype) -> di
         raise ExportError("; ".join(problems))
     sizes: dict[str, int] = {key: getattr(padded, field) for key, field in SIZES.items()}
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
+        **MODEL,
         **FIXED,
         **{key: carried.get(key, default) for key, default in CARRIED.items()},
         **{key: carried[key] for key in CARRIED_IF_GIVEN if key in carried},
-        **({} if runs_with_cache(padded) else NO_CACHE),
+        **_without_cache(padded),
         **token_ids,
         **sizes,
         **{
@@ -159,27 +156,18 @@ def hf_config(shape: ModelShape, settings: HfSettings, dtype: torch.dtype) -> di
     }
 
 
-def runs_with_cache(shape: ModelShape) -> bool:
-    """Tell whether stock code can hold a cache of the model: it asks an attention layer for the cache's length."""
-    return bool(shape.attention_heads)
-
-
-def stock_versions() -> str:
-    """Say which stock transformers computes an export's function."""
-    return (
-        f"Needs transformers {TRANSFORMERS} or newer (tried up to {TRANSFORMERS_TRIED}): without Mamba's kernels older "
-        f"ones are wrong beyond 128 tokens."
-    )
+def _without_cache(shape: ModelShape) -> dict[str, bool]:
+    """Return what a model says that stock code cannot hold a cache of: an attention layer is asked for its length."""
+    return {} if shape.attention_heads else {"use_cache": False}
 
 
 def stock_notes(shape: ModelShape) -> list[str]:
     """List what a user of the exported folder should know beforehand."""
-    if runs_with_cache(shape):
-        return []
-    return [
+    note = (
         "it keeps no attention layer, so stock transformers runs it without a cache (use_cache: false) and reads the "
         "whole text again for every generated token"
-    ]
+    )
+    return [note] if _without_cache(shape) else []
 
 
 def generation_config(settings: HfSettings, shape: ModelShape) -> dict[str, Any]:
@@ -189,7 +177,7 @@ def generation_config(settings: HfSettings, shape: ModelShape) -> dict[str, Any]
     """
     known = {key: value for key, value in settings.token_ids().items() if value is not None}
     written = {"_from_model_config": True, **known} if settings.generation is None else dict(settings.generation)
-    return written if runs_with_cache(shape) else written | NO_CACHE
+    return written | _without_cache(shape)
 
 
 def token_problems(token_ids: Mapping[str, int | list[int] | None], vocab: int) -> list[str]:

@@ -8,17 +8,7 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from elastic.hf.config import (
-    ARCHITECTURE,
-    CARRIED,
-    CARRIED_IF_GIVEN,
-    FIXED,
-    MODEL_TYPE,
-    SIZES,
-    TIME_STEPS,
-    WIDTHS,
-    token_problems,
-)
+from elastic.hf.config import CARRIED, CARRIED_IF_GIVEN, FIXED, MODEL, SIZES, TIME_STEPS, WIDTHS, token_problems
 from elastic.hf.export_settings import HfSettings
 from elastic.hf.safe_files import listed, quoted, shown
 from elastic.space.axes import LayerKind
@@ -58,9 +48,8 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # multi-token layers.
 _KNOWN = {
     *SIZES, *_WIDTHS, *_FORBIDDEN, *_TOKENS, *FIXED, *CARRIED, *CARRIED_IF_GIVEN, *_EPSILONS, *_ACTIVATIONS,
-    "_name_or_path", "architectures",
-    "auto_map", "chunk_size", "hybrid_override_pattern", "layer_norm_epsilon", "layers_block_type",
-    "max_position_embeddings", "model_type", "moe_intermediate_size", "moe_latent_size",
+    *MODEL, "_name_or_path", "auto_map", "chunk_size", "hybrid_override_pattern", "layer_norm_epsilon",
+    "layers_block_type", "max_position_embeddings", "moe_intermediate_size", "moe_latent_size",
     "moe_shared_expert_intermediate_size", "moe_shared_expert_overlap", "mtp_hybrid_override_pattern",
     "mtp_layers_block_type", "n_group", "n_routed_experts", "n_shared_experts", "norm_topk_prob",
     "num_experts_per_tok", "num_hidden_layers", "num_nextn_predict_layers", "output_router_logits",
@@ -116,9 +105,23 @@ def settings_from_hf_config(
     return HfSettings(**given, carried=kept, generation=generation, license=license or {})
 
 
-def generation_problems(generation: Mapping[str, Any], vocab: int) -> list[str]:
-    """List what is wrong with the special tokens of a generation_config.json."""
-    return _special_token_problems(generation, vocab, _TOKENS, "an integer, a list of them or null")
+def special_token_problems(
+    config: Mapping[str, Any],
+    vocab: int,
+    lists: Collection[str] = _TOKENS,
+    rule: str = "an integer, a list of them or null",
+) -> list[str]:
+    """List the special tokens of a generation_config.json, or of a config with `lists` and `rule` of its own, that are
+    not numbers (several only under the keys `lists`) or lie outside the vocabulary.
+    """
+    tokens = {key: config[key] for key in _TOKENS if key in config}
+    wrong = [
+        f"{key} = {shown(value)} must be {rule}"
+        for key, value in tokens.items()
+        if value is not None
+        and not all(type(each) is int for each in (value if isinstance(value, list) and key in lists else [value]))
+    ]
+    return wrong or token_problems(tokens, vocab)
 
 
 def import_warnings(config: Mapping[str, Any]) -> list[str]:
@@ -159,11 +162,11 @@ def _canonical(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def _model_problems(config: Mapping[str, Any]) -> list[str]:
     problems, predicted = [], config.get("num_nextn_predict_layers")
-    if config.get("model_type") != MODEL_TYPE:
-        problems.append(f"model_type = {quoted(config.get('model_type'))} must be {MODEL_TYPE!r}")
-    architectures = config.get("architectures")
-    if architectures is not None and architectures != [ARCHITECTURE]:
-        problems.append(f"architectures = {shown(architectures)} must be ['{ARCHITECTURE}']")
+    model, architectures = config.get("model_type"), config.get("architectures")
+    if model != MODEL["model_type"]:
+        problems.append(f"model_type = {quoted(model)} must be {MODEL['model_type']!r}")
+    if architectures not in (None, MODEL["architectures"]):
+        problems.append(f"architectures = {shown(architectures)} must be {MODEL['architectures']}")
     problems += [
         f"{key} = {quoted(config[key])} is not supported, only {value!r}"
         for key, value in FIXED.items()
@@ -244,19 +247,7 @@ def _settings_problems(config: Mapping[str, Any], vocab: int) -> list[str]:
         problems.append(f"time_step_min = {shown(floor)} must be a number of at least 0")
     if limit is not None and not _is_range(limit):
         problems.append(f"time_step_limit = {shown(limit)} must be two numbers, the smaller one first")
-    return problems + _special_token_problems(config, vocab, ("eos_token_id",), "an integer or null")
-
-
-def _special_token_problems(config: Mapping[str, Any], vocab: int, lists: Collection[str], rule: str) -> list[str]:
-    """List the special tokens that break the `rule`, or lie outside the vocabulary; those of `lists` may be several."""
-    tokens = {key: config[key] for key in _TOKENS if key in config}
-    wrong = [
-        f"{key} = {shown(value)} must be {rule}"
-        for key, value in tokens.items()
-        if value is not None
-        and not all(type(each) is int for each in (value if isinstance(value, list) and key in lists else [value]))
-    ]
-    return wrong or token_problems(tokens, vocab)
+    return problems + special_token_problems(config, vocab, ("eos_token_id",), "an integer or null")
 
 
 def _size(config: Mapping[str, Any], key: str, problems: list[str]) -> int:

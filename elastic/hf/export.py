@@ -4,15 +4,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from elastic.hf.card import CardInfo, model_card
-from elastic.hf.check import CheckOutcome, FolderCheck
 from elastic.hf.config import ExportError, generation_config, hf_config
 from elastic.hf.export_settings import ExportSettings
-from elastic.hf.folder import CARD_FILE, CONFIG_FILE, GENERATION_FILE, HfFolderError, open_hf_folder
+from elastic.hf.folder import CARD_FILE, CONFIG_FILE, GENERATION_FILE, HfFolder, HfFolderError, open_hf_folder
 from elastic.hf.names import HfTensorError, hf_sizes, to_hf
 from elastic.hf.safe_files import UnsafeFileError
 from elastic.hf.tensor_files import planned, write_tensors
@@ -22,6 +20,24 @@ from elastic.space.cost import shape_cost
 from elastic.space.layers import DimKind, parameter_dims
 from elastic.space.shape import ModelShape
 from elastic.world.files import DiskSpaceError, check_free_space, remove, written_aside
+
+
+@dataclass(frozen=True)
+class CheckOutcome:
+    """How a folder was checked, in short and in the sentence of its card, and what was found: the largest difference of
+    logits, absolute and relative, or the number of values compared.
+    """
+
+    verification: str
+    sentence: str
+    max_abs_logit_diff: float | None = None
+    relative: float | None = None
+    num_values: int | None = None
+
+
+# Judges the folder of a model of a shape when it is written but not yet in its place (reload.py, nested_values.py);
+# raises ExportError if it is not what was meant to be written.
+FolderCheck = Callable[[HfFolder, ModelShape], CheckOutcome]
 
 
 @dataclass(frozen=True)
@@ -50,15 +66,22 @@ def export_folder(
     behind. Rows that only fill the vocabulary up are left out. `shard_bytes` bounds one weights file; `progress` is
     told the bytes of each tensor that is written, and of all. Raises ExportError.
     """
-    read, exported = reader(source), exports.settings.exported(shape)
+    read, exported = reader(source), shape.with_vocab(min(shape.vocab, exports.settings.num_tokens or shape.vocab))
 
     def without_fillers(name: str) -> Tensor:
         return read(name)[: exported.vocab] if parameter_dims(name)[0] is DimKind.VOCAB else read(name)
 
     try:
-        config = hf_config(exported, exports.settings, exports.dtypes.main)
+        texts = {
+            CONFIG_FILE: hf_config(exported, exports.settings, exports.dtypes.main),
+            GENERATION_FILE: generation_config(exports.settings, exported),
+        }
         plan = {name: planned(size, exports.dtypes.of(name)) for name, size in hf_sizes(exported).items()}
-        _check_target(folder, sum(tensor.nbytes for tensor in plan.values()))
+        if folder.exists() and not folder.is_dir():
+            raise ExportError(f"{folder} is a file")
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ExportError(f"folder {folder} is not empty; choose another one or set overwrite")
+        check_free_space(folder, sum(tensor.nbytes for tensor in plan.values()), "the exported weights")
         if problems := tokenizer_problems(exports.tokenizer_files, exported.vocab):
             raise ExportError("; ".join(problems))
         for left in folder.parent.glob(f".{folder.name}.partial-*"):  # by a killed export
@@ -66,27 +89,12 @@ def export_folder(
         with written_aside(folder) as aside:
             aside.mkdir()
             write_tensors(aside, plan, to_hf(without_fillers, exported), shard_bytes, progress)
-            _write_json(aside / CONFIG_FILE, config)
-            _write_json(aside / GENERATION_FILE, generation_config(exports.settings, exported))
+            for name, content in texts.items():  # time_step_limit ends at Infinity, as in published configs
+                (aside / name).write_text(json.dumps(content, indent=2) + "\n")
             copy_tokenizer_files(exports.tokenizer_files, aside)
             outcome = check(open_hf_folder(aside), exported)  # and the folder is held to the rules of any other
-            (aside / CARD_FILE).write_text(model_card(card, exported, exports, str(outcome)))
-    except (UnsafeFileError, HfFolderError, HfTensorError, ExportError) as error:
+            (aside / CARD_FILE).write_text(model_card(card, exported, exports, outcome.sentence))
+    except (UnsafeFileError, HfFolderError, HfTensorError, DiskSpaceError, ExportError) as error:
         raise ExportError(f"export to {folder}: {error}") from error
     cost = shape_cost(exported)
     return ExportReport(folder, int(cost.params), int(cost.stored_params), outcome)
-
-
-def _check_target(folder: Path, num_bytes: int) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ExportError(f"{folder} is a file")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ExportError(f"folder {folder} is not empty; choose another one or set overwrite")
-    try:
-        check_free_space(folder, num_bytes, "the exported weights")
-    except DiskSpaceError as error:
-        raise ExportError(str(error)) from error
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")  # time_step_limit ends at Infinity, as in published configs

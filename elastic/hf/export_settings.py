@@ -16,7 +16,6 @@ import torch
 from elastic.hf.safe_files import UnsafeFileError, listed, read_json, shown
 from elastic.hf.tokenizer_files import copy_tokenizer_files, find_tokenizer
 from elastic.space.layers import FP32_PARAMETERS
-from elastic.space.shape import ModelShape
 from elastic.world.files import written_aside
 
 EXPORT_SETTINGS_FOLDER = "hugging_face"
@@ -55,10 +54,6 @@ class HfSettings:
     generation: Mapping[str, Any] | None = None
     license: Mapping[str, str] = field(default_factory=dict)
     num_tokens: int | None = None
-
-    def exported(self, shape: ModelShape) -> ModelShape:
-        """Return the shape without rows that only fill the vocabulary up."""
-        return shape.with_vocab(min(shape.vocab, self.num_tokens or shape.vocab))
 
     def token_ids(self) -> dict[str, int | list[int] | None]:
         """Return the special tokens in JSON form. None is said, for stock code has other defaults than none."""

@@ -6,13 +6,13 @@ The folder comes from somebody else. Nothing of it is run: JSON and safetensors 
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from elastic.hf.config_read import checked_shape, generation_problems, import_warnings, settings_from_hf_config
+from elastic.hf.config_read import checked_shape, import_warnings, settings_from_hf_config, special_token_problems
 from elastic.hf.export_settings import DTYPE_NAMES, DtypeRule, ExportSettings, kind_of_tensor
 from elastic.hf.names import HF_HEAD, hf_sizes, stored_names
 from elastic.hf.safe_files import UnsafeFileError, listed, open_regular, read_json, shown
@@ -29,13 +29,11 @@ _MAX_CONFIG_BYTES = 1_000_000
 _MOST_SHOWN = 20
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 _QUANTISED = ("F8_", "F6_", "F4", "I", "U", "BOOL")
-# What the name of a tensor that does not belong says about the model it comes from.
+# What a tensor that does not belong says about the model it comes from, by marks in its name.
 _FOREIGN = {
-    "mtp": "multi-token prediction, which is not supported; save the model without it",
-    **dict.fromkeys(
-        (".experts.", "shared_experts", ".gate."), "mixture of experts, which is not supported; use a dense parent"
-    ),
-    "_scale": "quantisation; dequantise the folder to bf16 first",
+    "mixture of experts, which is not supported; use a dense parent": (".experts.", "shared_experts", ".gate."),
+    "multi-token prediction, which is not supported; save the model without it": ("mtp",),
+    "quantisation; dequantise the folder to bf16 first": ("_scale",),
 }
 
 
@@ -68,7 +66,6 @@ def open_hf_folder(folder: Path) -> HfFolder:
     Config, index, shards, every tensor's name, size and format, special tokens and the tokenizer's vocabulary are
     compared with each other. Writes nothing. Raises HfFolderError with all problems at once.
     """
-    folder = Path(folder)
     if not folder.is_dir():
         raise HfFolderError(folder, [f"{folder} is not a folder"])
     try:
@@ -86,7 +83,7 @@ def _open(folder: Path) -> HfFolder:
     if (folder / GENERATION_FILE).exists(follow_symlinks=False):
         generation = _read(folder / GENERATION_FILE, problems)
         if generation is not None and shape is not None:
-            problems += [f"{GENERATION_FILE}: {text}" for text in generation_problems(generation, shape.vocab)]
+            problems += [f"{GENERATION_FILE}: {text}" for text in special_token_problems(generation, shape.vocab)]
     tokenizer = find_tokenizer(folder)
     problems += tokenizer_problems(tokenizer, None if shape is None else shape.vocab)
     scan = scan_tensors(folder)
@@ -98,8 +95,8 @@ def _open(folder: Path) -> HfFolder:
     if problems or config is None or shape is None or rule is None:
         raise HfFolderError(folder, problems or ["it holds no tensors"])
     exports = ExportSettings(rule, settings_from_hf_config(config, generation, read_license(folder)), tokenizer)
-    warnings = (*import_warnings(config), *_warnings(folder, config, exports, shape, stored), *scan.warnings)
-    return HfFolder(folder, shape, exports, TensorFolder(stored), warnings)
+    opened = HfFolder(folder, shape, exports, TensorFolder(stored), warnings=())
+    return replace(opened, warnings=(*import_warnings(config), *_warnings(opened, config), *scan.warnings))
 
 
 def read_license(folder: Path) -> dict[str, str]:
@@ -181,10 +178,10 @@ def _size_problems(stored: Mapping[str, StoredTensor], unread: set[str], shape: 
     missing = sizes.keys() - stored.keys() - unread - optional
     extra = (stored.keys() | unread) - sizes.keys()
     problems = [f"{len(missing)} tensors of the config are missing: {listed(missing)}"] if missing else []
-    for hint in sorted(set(_FOREIGN.values())):
-        foreign = {name for name in extra if any(mark in name for mark, text in _FOREIGN.items() if text == hint)}
-        extra -= foreign
-        problems += [f"{len(foreign)} unexpected tensors belong to {hint}: {listed(foreign)}"] if foreign else []
+    for what, marks in _FOREIGN.items():
+        if foreign := {name for name in extra if any(mark in name for mark in marks)}:
+            extra -= foreign
+            problems.append(f"{len(foreign)} unexpected tensors belong to {what}: {listed(foreign)}")
     if extra:
         problems.append(f"{len(extra)} unexpected tensors, which the config does not describe: {listed(extra)}")
     return problems + [
@@ -194,18 +191,12 @@ def _size_problems(stored: Mapping[str, StoredTensor], unread: set[str], shape: 
     ]
 
 
-def _warnings(
-    folder: Path,
-    config: Mapping[str, Any],
-    exports: ExportSettings,
-    shape: ModelShape,
-    stored: Mapping[str, StoredTensor],
-) -> list[str]:
-    warnings, paths = [], list(folder.iterdir())
-    held, said = DTYPE_NAMES[exports.dtypes.main], config.get("dtype", config.get("torch_dtype"))
+def _warnings(opened: HfFolder, config: Mapping[str, Any]) -> list[str]:
+    warnings, paths = [], list(opened.path.iterdir())
+    held, said = DTYPE_NAMES[opened.exports.dtypes.main], config.get("dtype", config.get("torch_dtype"))
     if isinstance(said, str) and (said := said.removeprefix("torch.")) != held:
         warnings.append(f"torch_dtype = {shown(said)}, but the tensors are {held}; exports say {held}")
-    if shape.tied_embeddings and HF_HEAD not in stored:
+    if opened.shape.tied_embeddings and HF_HEAD not in opened.tensors:
         warnings.append(
             f"tie_word_embeddings without {HF_HEAD}: stock transformers 5 does not tie nemotron_h and would start "
             f"from a random head; exports carry the embedding as the head"
@@ -217,7 +208,7 @@ def _warnings(
             f"links to files outside the folder: {listed(strays)}; what they lead to is read as part of the model, and "
             f"tokenizer files are copied into checkpoints and exports"
         )
-    if not exports.tokenizer_files:
+    if not opened.exports.tokenizer_files:
         warnings.append("no tokenizer files: exports will have none either")
     return warnings
 

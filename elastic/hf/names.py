@@ -20,13 +20,12 @@ from elastic.space.shape import ModelShape
 PREFIX, _MEMORY_PREFIX = "backbone.", "model."  # in a file; in a loaded stock model's state_dict
 HF_HEAD = "lm_head.weight"
 _EMBEDDING = "embedding.word_embeddings.weight"
-_HEAD = "output_layer.weight"
 
 # Megatron-Core name -> Hugging Face name(s).
 MODEL_NAMES: dict[str, tuple[str, ...]] = {
     _EMBEDDING: (PREFIX + "embeddings.weight",),
     "decoder.final_norm.weight": (PREFIX + "norm_f.weight",),
-    _HEAD: (HF_HEAD,),
+    "output_layer.weight": (HF_HEAD,),
 }
 # The same inside layer i: after `decoder.layers.i.` on the left, after `backbone.layers.i.` on the right.
 LAYER_NAMES: dict[str, tuple[str, ...]] = {
@@ -165,8 +164,6 @@ def pad_parameter(tensor: Tensor, name: str, shape: ModelShape, padded: ModelSha
     if tuple(tensor.shape) != parameter_size(name, shape):
         raise ValueError(f"{name} is {tuple(tensor.shape)}, expected {parameter_size(name, shape)}")
     cut = _padding_cut(name, shape, padded)
-    if cut is None:
-        return tensor
     for dim, kind in enumerate(parameter_dims(name)):
         if not cut.grid(kind).is_whole:
             size = list(tensor.shape)
@@ -177,18 +174,16 @@ def pad_parameter(tensor: Tensor, name: str, shape: ModelShape, padded: ModelSha
 
 def unpad_parameter(tensor: Tensor, name: str, shape: ModelShape, padded: ModelShape) -> Tensor:
     """Undo `pad_parameter`; raises HfTensorError if a value that would be dropped is not zero."""
-    layer_index, cut = split_parameter_name(name)[0], _padding_cut(name, shape, padded)
-    if layer_index is None or cut is None:
+    layer_index, _ = split_parameter_name(name)
+    kept = cut_parameter(tensor, name, _padding_cut(name, shape, padded))
+    if layer_index is None or kept.shape == tensor.shape:
         return tensor
-    kept = cut_parameter(tensor, name, cut)
     if torch.count_nonzero(tensor) != torch.count_nonzero(kept):
         raise HfTensorError(f"{name}: the padding beyond width {shape.width(layer_index)} is not zero")
     return kept.clone()
 
 
-def _padding_cut(name: str, shape: ModelShape, padded: ModelShape) -> Cut | None:
-    """Return the cut from the padded layer back to the real one, None if the layer is not padded."""
+def _padding_cut(name: str, shape: ModelShape, padded: ModelShape) -> Cut:
+    """Return the cut from the padded layer back to the real one; it keeps all where nothing is padded."""
     layer_index, _ = split_parameter_name(name)
-    if layer_index is None or shape.width(layer_index) == padded.width(layer_index):
-        return None
     return Cut.of_layer(padded, layer_index, shape.layer_widths(layer_index))

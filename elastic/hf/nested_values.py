@@ -7,13 +7,17 @@ Legend: G Mamba groups, H heads, P head channels, N state, I = H*P, KV key-value
 a attention channels, F ffn; the parent's in upper case, kept widths in lower case.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from elastic.hf.config import ExportError
+from elastic.hf.config import ExportError, export_shape
+from elastic.hf.export import CheckOutcome, FolderCheck
+from elastic.hf.folder import HfFolder
+from elastic.rank.slicing import TensorSource, reader
 from elastic.space.axes import LayerKind
 from elastic.space.shape import ModelShape, Subnet
 
@@ -29,19 +33,26 @@ class Origin:
     columns: Tensor | None = None
 
 
-def check_values(
-    exported: Callable[[str], Tensor], parent_tensor: Callable[[str], Tensor], origins: Iterator[tuple[str, Origin]]
-) -> int:
-    """Compare every exported value with the parent's, converted to the exported number format; return their count.
+def value_check(parent_tensors: TensorSource, parent: ModelShape, subnet: Subnet, lanes: int) -> FolderCheck:
+    """Return the check that compares every value with the parent's, converted to the exported number format.
 
-    Raises ExportError naming the tensor, and the first row that differs.
+    One tensor is in memory at a time. It raises ExportError naming the tensor, and the first row that differs.
     """
-    count = 0
-    for name, origin in origins:
-        tensor = exported(name)
-        _check_tensor(name, tensor, parent_tensor(origin.parameter), origin)
-        count += tensor.numel()
-    return count
+    read = reader(parent_tensors)
+
+    def check(written: HfFolder, shape: ModelShape) -> CheckOutcome:
+        count = 0
+        for name, origin in _nested_origins(parent, subnet, lanes, export_shape(shape)):
+            tensor = written.tensors[name]
+            _check_tensor(name, tensor, read(origin.parameter), origin)
+            count += tensor.numel()
+        sentence = (
+            f"All {count:,} stored values were read back and compared with the parent's values at their nested index; "
+            f"logits were not compared."
+        )
+        return CheckOutcome("every stored value against the parent's at its nested index", sentence, num_values=count)
+
+    return check
 
 
 def _check_tensor(name: str, tensor: Tensor, parent: Tensor, origin: Origin) -> None:
@@ -64,7 +75,7 @@ def _check_tensor(name: str, tensor: Tensor, parent: Tensor, origin: Origin) -> 
             )
 
 
-def nested_origins(parent: ModelShape, subnet: Subnet, lanes: int, stored: ModelShape) -> Iterator[tuple[str, Origin]]:
+def _nested_origins(parent: ModelShape, subnet: Subnet, lanes: int, stored: ModelShape) -> Iterator[tuple[str, Origin]]:
     """Yield (Hugging Face name, origin) of every tensor of the subnet's file; `stored` is its shape with padding."""
     hidden, vocab = torch.arange(subnet.hidden), torch.arange(stored.vocab)
     yield "backbone.embeddings.weight", Origin("embedding.word_embeddings.weight", vocab, hidden)
@@ -78,8 +89,8 @@ def nested_origins(parent: ModelShape, subnet: Subnet, lanes: int, stored: Model
             case LayerKind.ATTENTION:
                 origins = _attention(parent, parent.width(layer), width, stored.width(number), hidden)
         for name, origin in origins:
-            full = Origin(f"decoder.layers.{layer}.{origin.parameter}", origin.rows, origin.columns)
-            yield f"backbone.layers.{number}.{name}", full
+            full_name = f"decoder.layers.{layer}.{origin.parameter}"
+            yield f"backbone.layers.{number}.{name}", replace(origin, parameter=full_name)
     yield "backbone.norm_f.weight", Origin("decoder.final_norm.weight", hidden)
     head = "embedding.word_embeddings.weight" if parent.tied_embeddings else "output_layer.weight"
     yield "lm_head.weight", Origin(head, vocab, hidden)
@@ -88,7 +99,7 @@ def nested_origins(parent: ModelShape, subnet: Subnet, lanes: int, stored: Model
 def _mlp(full: int, kept: int, stored: int, lanes: int, hidden: Tensor) -> Iterator[tuple[str, Origin]]:
     """Width f keeps the first f/lanes neurons of each lane; neurons beyond f are zeros."""
     lane = torch.arange(lanes).unsqueeze(1) * (full // lanes)
-    neurons = _padded((lane + torch.arange(kept // lanes)).flatten(), stored)
+    neurons = pad((lane + torch.arange(kept // lanes)).flatten(), (0, stored - kept), value=-1)
     yield "norm.weight", Origin("pre_mlp_layernorm.weight", hidden)
     yield "mixer.up_proj.weight", Origin("mlp.linear_fc1.weight", neurons, hidden)
     yield "mixer.down_proj.weight", Origin("mlp.linear_fc2.weight", hidden, neurons)
@@ -133,7 +144,3 @@ def _attention(shape: ModelShape, full: int, kept: int, stored: int, hidden: Ten
     yield "mixer.v_proj.weight", Origin(fused, head_rows(in_fused + queries + 1, 1, 1), hidden)
     context = head_rows(in_context, *per_group)
     yield "mixer.o_proj.weight", Origin("self_attention.linear_proj.weight", hidden, context)
-
-
-def _padded(indices: Tensor, size: int) -> Tensor:
-    return torch.cat([indices, torch.full((size - indices.numel(),), -1)])

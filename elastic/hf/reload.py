@@ -9,17 +9,47 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from elastic.hf.config import TRANSFORMERS, ExportError, stock_versions
+from elastic.hf.config import STOCK_VERSIONS, TRANSFORMERS, ExportError
+from elastic.hf.export import CheckOutcome, FolderCheck
+from elastic.hf.folder import HfFolder
+from elastic.space.cost import shape_cost
+from elastic.space.shape import ModelShape
 
 _KERNEL_PACKAGES = ("mamba_ssm", "causal_conv1d")
 _STOCK_ERRORS = (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError)
+
+
+def logit_check(reference_logits: Callable[[Tensor], Tensor], tolerance: float = 1e-4) -> FolderCheck:
+    """Return the check that reloads in stock transformers: logits must equal `reference_logits` [B, S] -> [B, S, V].
+
+    `tolerance` is relative to the largest logit of the probe. Needs memory for the reloaded model in fp32.
+    """
+
+    def check(written: HfFolder, shape: ModelShape) -> CheckOutcome:
+        tokens, expected = probe_tokens(shape.vocab), shape_cost(shape).stored_params
+        logits, params = reload_logits(written.path, tokens)
+        if params != expected:
+            raise ExportError(f"the reloaded model has {params} parameters, expected {expected}")
+        max_abs, relative = logit_difference(logits, reference_logits(tokens)[..., : shape.vocab])
+        if not relative <= tolerance:  # NaN never is
+            raise ExportError(
+                f"logits of the reloaded folder differ by {max_abs:.3e} (relative {relative:.3e}, tolerance "
+                f"{tolerance:.1e}); nothing was written"
+            )
+        sentence = (
+            f"The folder was reloaded with stock transformers on the CPU in fp32 and its logits compared with the "
+            f"elastic model's: largest difference {max_abs:.2e}, relative {relative:.2e}."
+        )
+        return CheckOutcome("logits of the reloaded folder against the subnet's", sentence, max_abs, relative)
+
+    return check
 
 
 def logit_difference(logits: Tensor, reference: Tensor) -> tuple[float, float]:
@@ -33,13 +63,13 @@ def logit_difference(logits: Tensor, reference: Tensor) -> tuple[float, float]:
     return largest, largest / max(reference.abs().max().item(), 1e-30)
 
 
-def probe_tokens(vocab: int, batch: int = 2, length: int = 320, seed: int = 1234) -> Tensor:
-    """Draw the fixed random token batch [B, S] on which functions are compared.
+def probe_tokens(vocab: int) -> Tensor:
+    """Draw the fixed random token batch [2, 320] on which functions are compared.
 
-    The default length is longer than two scan chunks of 128, so a state carried over a whole chunk is compared too:
-    stock transformers 5.6 to 5.13 is right in the first chunk and wrong behind it.
+    It is longer than two scan chunks of 128, so a state carried over a whole chunk is compared too: stock transformers
+    5.6 to 5.13 is right in the first chunk and wrong behind it.
     """
-    return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(vocab, (2, 320), generator=torch.Generator().manual_seed(1234))
 
 
 def run_without_gpu(
@@ -83,7 +113,7 @@ def stock_logits(folder: Path, tokens: Tensor) -> tuple[Tensor, int]:
     from transformers import AutoModelForCausalLM, __version__
 
     if tuple(map(int, __version__.split(".")[:2])) < tuple(map(int, TRANSFORMERS.split("."))):
-        raise ExportError(f"transformers {__version__} is installed. {stock_versions()}")
+        raise ExportError(f"transformers {__version__} is installed. {STOCK_VERSIONS}")
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True

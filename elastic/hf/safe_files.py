@@ -85,10 +85,8 @@ def parse_json(content: bytes, name: str, infinity_in: Collection[str] = ()) -> 
 
 def shown(value: object) -> str:
     """Return a value from a foreign file as short printable text."""
-    if isinstance(value, str) and value.isprintable() and value == value.strip() and value:
-        text = value
-    else:
-        text = repr(value)
+    is_plain = isinstance(value, str) and value != "" and value.isprintable() and value == value.strip()
+    text = str(value) if is_plain else repr(value)
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
 
 

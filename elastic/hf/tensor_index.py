@@ -6,9 +6,10 @@ a hundred gigabytes are judged in a second and every damage is named.
 
 import math
 import os
+import re
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,19 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     file_name = shown(path.name)
     try:
         with open_regular(path) as file:
-            file_bytes = os.fstat(file.fileno()).st_size
-            header_bytes = _header_length(file.read(_LENGTH_BYTES), file_bytes, file_name)
+            file_bytes, prefix = os.fstat(file.fileno()).st_size, file.read(_LENGTH_BYTES)
+            if len(prefix) < _LENGTH_BYTES:
+                too_few = f"{file_bytes} bytes are too few for a safetensors file"
+                raise UnsafeFileError(f"{file_name} is truncated: {too_few}")
+            header_bytes = struct.unpack("<Q", prefix)[0]
+            end_of_header = _LENGTH_BYTES + header_bytes
+            if header_bytes > _MAX_HEADER_BYTES:
+                raise UnsafeFileError(
+                    f"{file_name} is not a safetensors file, or damaged: it announces a header of {header_bytes:,} "
+                    f"bytes, more than {_MAX_HEADER_BYTES:,}"
+                )
+            if end_of_header > file_bytes:
+                raise _truncated(file_name, file_bytes, f"alone ends at {end_of_header:,}")
             entries = parse_json(file.read(header_bytes), f"header of {path.name}")
     except OSError as error:
         raise UnsafeFileError(f"{file_name} cannot be read: {error.strerror}") from error
@@ -63,32 +75,17 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UnsafeFileError(f"header of {file_name} is damaged: __metadata__ must map text to text")
     tensors = {name: _entry(name, entry, path) for name, entry in entries.items()}
-    needed = _LENGTH_BYTES + header_bytes + _contiguous_end(tensors.values(), file_name)
+    needed = end_of_header + _contiguous_end(tensors.values(), file_name)
     if file_bytes < needed:
-        raise UnsafeFileError(
-            f"{file_name} is truncated: {file_bytes:,} bytes are there, its header promises {needed:,}; download or "
-            f"copy it again"
-        )
+        raise _truncated(file_name, file_bytes, f"promises {needed:,}")
     if file_bytes > needed:
         raise UnsafeFileError(f"{file_name} has {file_bytes:,} bytes, but its header describes only {needed:,}")
     return tensors
 
 
-def _header_length(prefix: bytes, file_bytes: int, file_name: str) -> int:
-    if len(prefix) < _LENGTH_BYTES:
-        raise UnsafeFileError(f"{file_name} is truncated: {file_bytes} bytes are too few for a safetensors file")
-    length = struct.unpack("<Q", prefix)[0]
-    if length > _MAX_HEADER_BYTES:
-        raise UnsafeFileError(
-            f"{file_name} is not a safetensors file, or damaged: it announces a header of {length:,} bytes, more than "
-            f"{_MAX_HEADER_BYTES:,}"
-        )
-    if _LENGTH_BYTES + length > file_bytes:
-        raise UnsafeFileError(
-            f"{file_name} is truncated: {file_bytes:,} bytes are there, its header alone ends at "
-            f"{_LENGTH_BYTES + length:,}; download or copy it again"
-        )
-    return length
+def _truncated(file_name: str, file_bytes: int, says: str) -> UnsafeFileError:
+    there = f"{file_name} is truncated: {file_bytes:,} bytes are there"
+    return UnsafeFileError(f"{there}, its header {says}; download or copy it again")
 
 
 def _entry(name: str, entry: Any, path: Path) -> StoredTensor:
@@ -103,7 +100,7 @@ def _entry(name: str, entry: Any, path: Path) -> StoredTensor:
         raise UnsafeFileError(f"{where} has shape {shown(size)} and data_offsets {shown(offsets)}")
     tensor = StoredTensor(path, name, dtype, tuple(size), *offsets)
     bits = math.prod(size) * _BITS[dtype]
-    if tensor.num_bytes < 0 or bits != 8 * tensor.num_bytes:
+    if bits != 8 * tensor.num_bytes:
         raise UnsafeFileError(
             f"{where} has {tensor.num_bytes:,} bytes (data_offsets {shown(offsets)}), but {dtype} of shape "
             f"{shown(size)} takes {shown(-(-bits // 8))}"
@@ -134,6 +131,7 @@ def _contiguous_end(tensors: Iterable[StoredTensor], file_name: str) -> int:
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _SUFFIX = ".safetensors"
+_PLAIN_NAME = r"""[^./\\:*?"<>|][^/\\:*?"<>|]*\.safetensors"""
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_INDEX_BYTES = 32_000_000
 
@@ -163,7 +161,7 @@ def scan_tensors(folder: Path) -> TensorScan:
         elif has_single:
             scan.tensors = read_header(folder / SINGLE_FILE)
         elif has_index:
-            _scan_shards(folder, _read_index(folder), scan)
+            _scan_shards(folder, scan)
         else:
             scan.problems.append(_nothing_found(folder))
     except UnsafeFileError as error:
@@ -175,19 +173,14 @@ def scan_tensors(folder: Path) -> TensorScan:
     return scan
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
-    """Return the index, which has a map from tensors to files; raises UnsafeFileError."""
+def _scan_shards(folder: Path, scan: TensorScan) -> None:
     try:
         index = read_json(folder / INDEX_FILE, _MAX_INDEX_BYTES)
-        if not isinstance(index.get("weight_map"), dict):
-            raise UnsafeFileError("it has no weight_map from tensors to files")
     except UnsafeFileError as error:
         raise UnsafeFileError(f"{INDEX_FILE} is not a valid index: {error}") from error
-    return index
-
-
-def _scan_shards(folder: Path, index: Mapping[str, Any], scan: TensorScan) -> None:
-    weight_map = index["weight_map"]
+    weight_map, metadata = index.get("weight_map"), index.get("metadata")
+    if not isinstance(weight_map, dict):
+        raise UnsafeFileError(f"{INDEX_FILE} is not a valid index: it has no weight_map from tensors to files")
     if not weight_map:
         scan.problems.append(f"{INDEX_FILE} names no tensors")
     wanted: dict[str, set[str]] = defaultdict(set)
@@ -211,7 +204,6 @@ def _scan_shards(folder: Path, index: Mapping[str, Any], scan: TensorScan) -> No
         for name, files in held.items()
         if len(files) > 1
     ]
-    metadata = index.get("metadata")
     said = metadata.get("total_size") if isinstance(metadata, dict) else None
     there = sum(tensor.num_bytes for tensor in scan.tensors.values())
     if said not in (None, there) and not scan.problems:  # only a warning, for every shard was checked by itself
@@ -243,14 +235,7 @@ def _scan_shard(path: Path, wanted: set[str], indexed: Set[str], scan: TensorSca
 
 def _is_plain_file_name(file: object) -> bool:
     """Tell whether an index entry names a safetensors file in its own folder and nothing cleverer."""
-    return (
-        isinstance(file, str)
-        and file.isprintable()
-        and Path(file).name == file
-        and not set(file) & set('/\\:*?"<>|')
-        and file.endswith(_SUFFIX)
-        and not file.startswith(".")
-    )
+    return isinstance(file, str) and file.isprintable() and re.fullmatch(_PLAIN_NAME, file) is not None
 
 
 def _nothing_found(folder: Path) -> str:

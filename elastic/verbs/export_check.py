@@ -15,10 +15,11 @@ from torch import Tensor
 
 from elastic.checkpoint.read import StoredTensors
 from elastic.checkpoint.record import Record
-from elastic.hf.check import FolderCheck, logit_check, value_check
+from elastic.hf.export import FolderCheck
 from elastic.hf.export_settings import DtypeRule
 from elastic.hf.names import hf_names
-from elastic.hf.reload import run_without_gpu
+from elastic.hf.nested_values import value_check
+from elastic.hf.reload import logit_check, run_without_gpu
 from elastic.model.initialize import named_global_parameters
 from elastic.model.model import build_model
 from elastic.space.cost import shape_cost

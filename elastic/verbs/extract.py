@@ -52,7 +52,7 @@ def run_extract(config: ExtractConfig, console: Console) -> Path:
                     "hugging_face": str(report.folder),
                     "params": report.params,
                     "stored_params": report.stored_params,
-                    "verification": str(report.outcome.verification),
+                    "verification": report.outcome.verification,
                     "max_abs_logit_diff": report.outcome.max_abs_logit_diff,
                 }
                 console.print(_line(member, member.subnet.shape(opened.space.parent), report))

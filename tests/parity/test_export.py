@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from elastic.hf.card import CardInfo
-from elastic.hf.check import FolderCheck, Verification, logit_check, value_check
 from elastic.hf.config import ExportError
-from elastic.hf.export import ExportReport, export_folder
+from elastic.hf.export import ExportReport, FolderCheck, export_folder
 from elastic.hf.export_settings import DtypeRule, ExportSettings, HfSettings
 from elastic.hf.folder import HfFolderError, open_hf_folder
 from elastic.hf.names import from_hf
-from elastic.hf.reload import stock_logits
+from elastic.hf.nested_values import value_check
+from elastic.hf.reload import logit_check, stock_logits
 from elastic.hf.tokenizer_files import find_tokenizer
 from elastic.rank.slicing import TensorSource
 from elastic.space.cost import Budget, Metric, shape_cost, subnet_cost
@@ -55,7 +55,8 @@ def export(
 def test_every_shape_loads_in_stock_transformers_and_gives_the_same_logits(name: str, tmp_path: Path) -> None:
     shape = SHAPES[name]
     report = export(tmp_path / "model", shape)
-    assert report.outcome.verification is Verification.LOGITS and (report.outcome.relative or 0) < 1e-5
+    assert report.outcome.verification == "logits of the reloaded folder against the subnet's"
+    assert report.outcome.relative is not None and report.outcome.relative < 1e-5
     assert report.params == shape_cost(shape).params
     opened = open_hf_folder(report.folder)
     source, _ = parent_tensors(shape)

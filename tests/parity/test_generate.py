@@ -15,9 +15,9 @@ from elastic.generate.decoder import Decoder
 from elastic.generate.sampling import Sampling
 from elastic.generate.text import End, GenerateError, Generation, Limits, Marker, ThinkPlan, generate
 from elastic.hf.card import CardInfo
-from elastic.hf.check import value_check
 from elastic.hf.export import export_folder
 from elastic.hf.export_settings import DtypeRule, ExportSettings
+from elastic.hf.nested_values import value_check
 from elastic.model.initialize import named_global_parameters
 from elastic.model.model import ElasticModel
 from elastic.rank.slicing import submodel_source

@@ -1,12 +1,16 @@
 """The value check of an export agrees with the slicing code on random subnets, and notices every kind of slip."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from elastic.hf.config import ExportError, export_shape
+from elastic.hf.config import ExportError
+from elastic.hf.export_settings import DtypeRule, ExportSettings
+from elastic.hf.folder import HfFolder
 from elastic.hf.names import to_hf
-from elastic.hf.nested_values import check_values, nested_origins
+from elastic.hf.nested_values import value_check
 from elastic.rank.slicing import submodel_source
 from elastic.space.layers import parameter_names
 from elastic.space.nesting import parameter_size
@@ -30,8 +34,9 @@ def exported(space: Space, subnet: Subnet, tensors: dict[str, Tensor]) -> dict[s
 
 
 def check(space: Space, subnet: Subnet, tensors: dict[str, Tensor], stored: dict[str, Tensor]) -> int:
-    origins = nested_origins(space.parent, subnet, space.lanes, export_shape(subnet.shape(space.parent)))
-    return check_values(stored.__getitem__, tensors.__getitem__, origins)
+    shape, exports = subnet.shape(space.parent), ExportSettings(DtypeRule(torch.float32))
+    written = HfFolder(Path("nowhere"), shape, exports, stored, ())  # as if these were its values
+    return value_check(tensors, space.parent, subnet, space.lanes)(written, shape).num_values
 
 
 @pytest.mark.parametrize("name", SPACES)

@@ -8,12 +8,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from elastic.hf.check import logit_check
 from elastic.hf.config import ExportError
 from elastic.hf.export import ExportReport, export_folder
 from elastic.hf.export_settings import DtypeRule, ExportSettings
 from elastic.hf.names import from_hf
-from elastic.hf.reload import stock_logits
+from elastic.hf.reload import logit_check, stock_logits
 from elastic.space.shape import ModelShape, Subnet
 from tests.nested import submodel_tensors
 from tests.parity.hf_models import card_of, logits, stock_model, stock_model_of, tiny

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, NemotronHConfig, PreTrainedModel
 from transformers.utils import logging as stock_logging
 
-from elastic.hf.check import value_check
 from elastic.hf.config import hf_config
 from elastic.hf.export import export_folder
 from elastic.hf.export_settings import (
@@ -26,6 +25,7 @@ from elastic.hf.export_settings import (
 )
 from elastic.hf.folder import HfFolderError, open_hf_folder
 from elastic.hf.names import from_hf
+from elastic.hf.nested_values import value_check
 from elastic.space.shape import ModelShape, Subnet
 from tests.parity.hf_models import SHAPES, card_of, stock_model, tiny
 from tests.unit.hf.hf_folders import PUBLISHED
