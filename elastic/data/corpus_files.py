@@ -99,7 +99,7 @@ class Tally:
     kept: int = 0
     kept_bytes: int = 0
     stopped_at_max_bytes: bool = False
-    skipped: dict[SkipReason, SkipRecord] = field(default_factory=dict)
+    skipped: dict[str, SkipRecord] = field(default_factory=dict)
     digest: Any = field(default_factory=hashlib.sha256)
 
     def skip(self, reason: SkipReason, path: Path, line: int | None = None, count: int = 1) -> None:

@@ -140,12 +140,13 @@ def sampled_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_folder(folder: Path, manifest: Manifest, splits: Iterable[str] | None = None, *, full: bool = False) -> None:
-    """Raise DataError unless the splits (None: all) and the tokenizer are what the manifest says.
+def checked_manifest(folder: Path, splits: Iterable[str] | None = None, *, full: bool = False) -> Manifest:
+    """Read the manifest; raises DataError unless the splits (None: all) and the tokenizer are what it says.
 
     Names every file that is missing, truncated, swapped or altered. Reads at most 4 MiB of each file of a split, `full`
     all of it; of the tokenizer everything, settings and chat template included.
     """
+    manifest = read_manifest(folder)
     for split in manifest.splits if splits is None else splits:
         if split not in manifest.splits:
             held = ", ".join(manifest.splits)
@@ -159,6 +160,7 @@ def check_folder(folder: Path, manifest: Manifest, splits: Iterable[str] | None 
             raise DataError(
                 f"{folder / name} is missing or is not the one the tokens were made with; restore it or {REMEDY}"
             )
+    return manifest
 
 
 def _content_problem(files: Mapping[str, FileRecord], full: bool, name: str, path: Path) -> str | None:

@@ -24,8 +24,7 @@ from elastic.data.manifest import (
     SkipRecord,
     SplitRecord,
     TokenizerRecord,
-    check_folder,
-    read_manifest,
+    checked_manifest,
     record_file,
 )
 from elastic.data.prepare_config import PrepareConfig
@@ -42,6 +41,7 @@ from elastic.world.files import REMEDIES, written_aside
 
 TRAIN = "train"
 VALIDATION = "validation"
+OURS = {MANIFEST_NAME, *TOKENIZER_FILES, "train.bin", "train.idx", "validation.bin", "validation.idx"}
 BATCH_BYTES = 4 << 20
 BATCH_DOCUMENTS = 4096
 SAMPLE_DOCUMENT_CHARACTERS = 1 << 20
@@ -88,16 +88,15 @@ def _existing(folder: Path, config: PrepareConfig, source: dict[str, Any]) -> Ma
     """Return the manifest when `folder` already holds what is asked for, None when it may be (re)written."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
-    strangers = [str(folder)] if not folder.is_dir() else sorted(_strangers(folder))
+    strangers = sorted({path.name for path in folder.iterdir()} - OURS) if folder.is_dir() else [str(folder)]
     if strangers:
         raise DataError(
             f"output_dir = {folder}: holds what no preparation wrote ({', '.join(strangers[:5])}), so it is not "
             "replaced even with overwrite=true; choose another folder"
         )
     try:
-        manifest = read_manifest(folder)
         # Told to overwrite, look at every byte before deciding that nothing needs to be done.
-        check_folder(folder, manifest, full=config.overwrite)
+        manifest = checked_manifest(folder, full=config.overwrite)
         differences = _differences(manifest.settings, config.settings()) + _differences(manifest.source, source)
         if differences:
             raise DataError(
@@ -109,11 +108,6 @@ def _existing(folder: Path, config: PrepareConfig, source: dict[str, Any]) -> Ma
             return None
         raise
     return manifest
-
-
-def _strangers(folder: Path) -> set[str]:
-    ours = {f"{split}.{suffix}" for split in (TRAIN, VALIDATION) for suffix in ("bin", "idx")}
-    return {path.name for path in folder.iterdir()} - ours - {MANIFEST_NAME, *TOKENIZER_FILES}
 
 
 def _differences(old: Any, new: Any) -> list[str]:
@@ -136,7 +130,7 @@ def _build(config: PrepareConfig, source: dict[str, Any], aside: Path) -> Manife
         settings=config.settings(),
         source=source,
         num_documents=tally.kept,
-        skipped=_by_name(tally),
+        skipped=dict(sorted(tally.skipped.items())),
         stopped_at_max_bytes=tally.stopped_at_max_bytes,
         documents_sha256=tally.digest.hexdigest(),
         tokenizer=TokenizerRecord(
@@ -176,7 +170,7 @@ def _scan(config: PrepareConfig, source_bytes: int, tally: Tally) -> tuple[int, 
             sample.append(document.text[:SAMPLE_DOCUMENT_CHARACTERS])
             sample_bytes += min(document.num_bytes, 4 * SAMPLE_DOCUMENT_CHARACTERS)
     if not tally.kept:
-        skipped = ", ".join(skip_lines(_by_name(tally))) or "nothing"
+        skipped = ", ".join(skip_lines(tally.skipped)) or "nothing"
         raise DataError(f"data: no usable document in {', '.join(config.paths)}; skipped: {skipped}{_advice(tally)}")
     # Few large documents may all miss the sample; the tokenizer still needs one that is not validation.
     return _split_threshold(nominal, lowest, highest), sample or [surely_training]
@@ -246,10 +240,6 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _by_name(tally: Tally) -> dict[str, SkipRecord]:
-    return {reason.value: tally.skipped[reason] for reason in sorted(tally.skipped)}
-
-
 def _advice(tally: Tally) -> str:
     """Say what to do about what most users mean when nothing of their corpus can be used."""
     remedies = {
@@ -264,4 +254,4 @@ def _advice(tally: Tally) -> str:
 
 def skip_lines(skipped: Mapping[str, SkipRecord]) -> list[str]:
     """Say in one line per reason how many were left out, and which was the first."""
-    return [f"{record.count:,} {reason} (first {record.example})" for reason, record in skipped.items()]
+    return [f"{record.count:,} {reason} (first {record.example})" for reason, record in sorted(skipped.items())]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from elastic.data.manifest import REMEDY, DataError, check_folder, read_manifest
+from elastic.data.manifest import REMEDY, DataError, checked_manifest
 from elastic.data.order import SampleOrder, mixed_seed
 from elastic.router.phases import Curriculum, Moment
 from elastic.world.groups import World
@@ -28,8 +28,7 @@ class TokenStream:
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = Path(prefix)
-        self.manifest = read_manifest(self.prefix.parent)
-        check_folder(self.prefix.parent, self.manifest, [self.prefix.name])
+        self.manifest = checked_manifest(self.prefix.parent, [self.prefix.name])
         if self.manifest.dtype not in DTYPES:
             raise DataError(f"{self.prefix}.bin: data.json says {self.manifest.dtype}, no type of token ids; {REMEDY}")
         self._tokens = np.asarray(np.memmap(f"{self.prefix}.bin", dtype=self.manifest.dtype, mode="r"))
@@ -199,11 +198,7 @@ def source_labels(sources: Iterable[str]) -> dict[str, str]:
 
 
 def validation_batches(
-    held_out: HeldOut,
-    num_sequences: int,
-    data_parallel_rank: int,
-    data_parallel_size: int,
-    micro_batch_size: int,
+    held_out: HeldOut, num_sequences: int, data_parallel_rank: int, data_parallel_size: int, micro_batch_size: int
 ) -> Iterator[tuple[str, Batch]]:
     """Yield (source, micro-batch): one rank's share of `num_sequences` sequences, the same set at any layout.
 

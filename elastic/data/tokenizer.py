@@ -111,7 +111,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((_without_long_runs(text) for text in texts), trainer)
+    # Runs without (or of) white space are cut to 256 characters: training is quadratic in the length of a word.
+    tokenizer.train_from_iterator((_LONG_RUN.sub(r"\1\2", text) for text in texts), trainer)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_prefix_space": False,
@@ -124,11 +125,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
     # Not `tokenizer.save`, whose error on a full disk is no OSError.
     (folder / TOKENIZER_JSON).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     (folder / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _without_long_runs(text: str) -> str:
-    """Cut runs without (or of) white space to 256 characters: BPE training is quadratic in the length of a word."""
-    return _LONG_RUN.sub(r"\1\2", text)
 
 
 def load_tokenizer(folder: Path, *, parse_special_tokens: bool = False, add_bos: AddBos = "auto") -> LoadedTokenizer:

@@ -185,10 +185,9 @@ def _check_tensors(
     """Raise DistillationError unless shapes and dtypes agree."""
     _check_pair("student", student_hidden, student_head)
     num_tokens, vocab = student_hidden.shape[0], student_head.shape[0]
-    of_token = "per token of student_hidden"
     expected: list[tuple[str, Tensor | None, tuple[int, ...], str]] = [
-        ("labels", labels, (num_tokens,), f"one id {of_token}"),
-        ("token_weights", token_weights, (num_tokens,), f"one weight {of_token}"),
+        ("labels", labels, (num_tokens,), "one id per token of student_hidden"),
+        ("token_weights", token_weights, (num_tokens,), "one weight per token of student_hidden"),
     ]
     if (teacher_hidden is None) != (teacher_head is None):
         raise DistillationError("teacher_hidden and teacher_head: one of them is missing; give both or neither")

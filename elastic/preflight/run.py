@@ -13,7 +13,7 @@ from elastic.config.rules_layout import Cluster, data_parallel
 from elastic.config.sections import ParallelConfig
 from elastic.config.serving import EvaluateConfig
 from elastic.config.training import ElasticConfig, ImportanceConfig, TrainConfig, VerbConfig
-from elastic.data.manifest import DataError, check_folder, read_manifest
+from elastic.data.manifest import DataError, checked_manifest
 from elastic.preflight.node import Gpu, gib
 from elastic.run.folder import FINISHED_FILE
 from elastic.space.cost import shape_cost
@@ -88,7 +88,7 @@ def data_problems(config: VerbConfig) -> Iterator[Problem]:
         return
     folder = Path(config.data.path)
     try:
-        check_folder(folder, read_manifest(folder))
+        checked_manifest(folder)
     except DataError as error:
         yield Problem("data.path", config.data.path, str(error), "or give another folder")
 

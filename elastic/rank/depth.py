@@ -63,9 +63,8 @@ def rank_layers(
     passes done and passes in all. Raises RankingError without tokens or if a logit is not finite.
     """
     num_layers = len(space.parent.pattern)
-    if stop_after is None:
-        stop_after = num_layers - (space.axes[Axis.DEPTH].choices[-1] if space.is_elastic(Axis.DEPTH) else 1)
-    rounds = 1 if method == "one_shot" else stop_after
+    smallest = space.axes[Axis.DEPTH].choices[-1] if space.is_elastic(Axis.DEPTH) else 1
+    rounds = 1 if method == "one_shot" else num_layers - smallest if stop_after is None else stop_after
     if method not in ("iterative", "one_shot") or not 1 <= rounds < num_layers:
         raise RankingError(
             f"depth: method = {method}, stop_after = {stop_after}: the method is iterative or one_shot, and of "
@@ -86,11 +85,10 @@ def rank_layers(
         worst = min(reversed(present), key=history[-1].__getitem__)
         present.remove(worst)
         removed_first.append(worst)
-    last = {layer_index: score for scores in history for layer_index, score in scores.items()}
+    last = {layer_index: score for measured in history for layer_index, score in measured.items()}
     best = sorted(present, key=lambda layer_index: -last[layer_index])  # stable: ties by index
-    return DepthScores(
-        (*best, *reversed(removed_first)), tuple(map(last.__getitem__, range(num_layers))), tuple(history)
-    )
+    scores = tuple(last[layer_index] for layer_index in range(num_layers))
+    return DepthScores((*best, *reversed(removed_first)), scores, tuple(history))
 
 
 class _LogitMeter:

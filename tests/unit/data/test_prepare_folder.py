@@ -11,7 +11,7 @@ import pytest
 
 from elastic.data import manifest as manifest_module
 from elastic.data import prepare as prepare_module
-from elastic.data.manifest import DataError, Manifest, check_folder, read_manifest
+from elastic.data.manifest import DataError, Manifest, checked_manifest, read_manifest
 from elastic.data.prepare import prepare
 from elastic.data.stream import TokenStream
 from tests.unit.data.preparing import config, contents, texts, write_jsonl
@@ -186,8 +186,8 @@ def test_change_that_samples_miss_is_found_when_all_is_read(
     content[1] ^= 1
     (folder / "train.bin").write_bytes(content)
     TokenStream(folder / "train")
-    check_folder(folder, read_manifest(folder))
+    checked_manifest(folder)
     with pytest.raises(DataError, match=r"train\.bin has the right size and another content"):
-        check_folder(folder, read_manifest(folder), full=True)
+        checked_manifest(folder, full=True)
     assert not prepare(config(source, folder, overwrite=True)).already_prepared
     assert contents(folder) == before
