@@ -101,7 +101,17 @@ def load_checkpoint(folder: Path, into: Trainable) -> TrainingState | None:
     All ranks call this together. Raises CheckpointError for a checkpoint that is not whole (sizes; `verified` looks at
     the checksums), in which a pickle asks for code (nothing of it is run), or that does not fit.
     """
-    _refuse_unsafe(folder)
+    # Rank 0 looks, all ranks raise.
+    problem: list[CheckpointError | None] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            check_whole(folder)
+            refuse_code(folder)
+        except CheckpointError as error:
+            problem[0] = error
+    torch.distributed.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise problem[0]
     sharded = _sharded_state(into, is_loading=True)
     strict = "raise_all" if into.optimizer else "assume_ok_unexpected"
     try:
@@ -131,20 +141,6 @@ def read_training_state(folder: Path) -> TrainingState | None:
         return TrainingState(*(content[entry.name] for entry in fields(TrainingState)))
     except (UnsafeFileError, KeyError) as error:
         raise CheckpointError(f"{state_file} is damaged: {error}; take another checkpoint") from error
-
-
-def _refuse_unsafe(folder: Path) -> None:
-    """Rank 0 looks, all ranks raise."""
-    problem: list[CheckpointError | None] = [None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            check_whole(folder)
-            refuse_code(folder)
-        except CheckpointError as error:
-            problem[0] = error
-    torch.distributed.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise problem[0]
 
 
 def load_router(

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import SavePlan, WriteItem
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
@@ -71,38 +71,24 @@ def save_streamed(
 
     try:
         writer = Writer(writing)
-        metadata, results = _write_parameters(writer, writing, record.shape, dtypes, source, identity, progress)
+        common = SavePlan([WriteItem(MetadataIndex(COMMON.unique_key), WriteItemType.BYTE_IO)])
+        plans, metadata = create_default_global_save_plan([common, *_plans(record.shape, dtypes)])
+        first, *plans = writer.prepare_global_plan(plans)
+        finished, read = _finished_files(writing, identity), _ReadWhenWritten(reader(source), record.shape)
+        results = [writer.write(first, lambda _item: _common_state())]  # at every start: it takes no time
+        like = results[0][0].storage_data
+        for plan, line in zip_longest(plans, finished):
+            if line is None:
+                results.append(writer.write(plan, read))
+                _note_finished(writing, results[-1], writer.stored)
+            else:
+                results.append(_noted(writing, line, plan, like, writer.stored))
+            progress(sum(map(num_bytes, plan.items)))
         publish(folder, writer, metadata, results, add_all, leave_out=(JOURNAL,))
     except OSError as error:
         raise CheckpointError(
             f"{folder} was not written: {explained(error, writing)}. What is finished stays in {writing.name}"
         ) from error
-
-
-def _write_parameters(
-    writer: Writer,
-    folder: Path,
-    shape: ModelShape,
-    dtypes: Mapping[str, torch.dtype],
-    source: TensorSource,
-    identity: str,
-    progress: Callable[[int], None],
-) -> tuple[Metadata, list[list[WriteResult]]]:
-    """Write what an earlier run did not finish; returns the index, and where everything lies."""
-    common = SavePlan([WriteItem(MetadataIndex(COMMON.unique_key), WriteItemType.BYTE_IO)])
-    plans, metadata = create_default_global_save_plan([common, *_plans(shape, dtypes)])
-    first, *plans = writer.prepare_global_plan(plans)
-    finished, read = _finished_files(folder, identity), _ReadWhenWritten(reader(source), shape)
-    results = [writer.write(first, lambda _item: _common_state())]  # at every start: it takes no time
-    like = results[0][0].storage_data
-    for plan, line in zip_longest(plans, finished):
-        if line is None:
-            results.append(writer.write(plan, read))
-            _note_finished(folder, results[-1], writer.stored)
-        else:
-            results.append(_noted(folder, line, plan, like, writer.stored))
-        progress(sum(map(num_bytes, plan.items)))
-    return metadata, results
 
 
 def stored_bytes(shape: ModelShape, dtypes: Mapping[str, torch.dtype]) -> int:

@@ -1,31 +1,29 @@
 """The one writer of checkpoints: torch's own, with Megatron-Core's planner, over files that hash what they take.
 
 A checkpoint is a list of files and a file is a plan: items, whose values are asked for when they are written. Here all
-ranks of a training run plan and write together; stream.py writes the same files in one process, a layer at a time,
-with the same `Writer` and `publish`.
+ranks of a training run plan and write together; stream.py writes the same files in one process, a layer at a time.
 
     1. all ranks   the folder `<name>.writing`, a plan, enough disk for it?
     2. each rank   its files, hashed while written; in a thread if training goes on meanwhile, from copies of tensors
     3. all ranks   did everybody succeed? then rank 0 writes index and contents and renames the folder
 
-Whatever fails on one rank ends the save on all, with the first cause, and leaves the earlier checkpoints alone.
-
-A thread and not a forked process (Megatron-Core's own way): a process with CUDA and communication threads is not safe
-to fork, an exception of a thread arrives whole, and a killed run leaves no writer behind that still fills the folder
-the next run is cleaning.
+Whatever fails on one rank ends the save on all, with the first cause, and leaves the earlier checkpoints alone. A
+thread and not a forked process (Megatron-Core's own way): a process with CUDA and communication threads is not safe to
+fork, and a killed run leaves no writer behind that still fills the folder the next run is cleaning.
 """
 
 import errno
 import io
 import os
 import shutil
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -146,47 +144,42 @@ class CheckpointWrite:
         """
         self._since, self._needed_bytes = time.perf_counter(), 0
         self.folder, self._world, self._writer = folder, world, Writer(writing_folder(folder))
-        self._agree(_failure(self._prepare) if world.is_main else None)
+        self._on_rank_0(self._prepare)
         planner = _planner(sharded, world)
         local_plans = _gathered(planner.create_local_plan(), world)
         self._rank_plans: list[list[SavePlan]] | None = None  # of each rank, its files; on rank 0
-        self._agree(_failure(lambda: self._plan(planner, local_plans, add_files)) if world.is_main else None)
+        self._on_rank_0(lambda: self._plan(planner, local_plans, add_files))
         own: list[Any] = [None]
         torch.distributed.scatter_object_list(own, self._rank_plans, src=0)
         self._plans: list[SavePlan] = own[0]
         self._values = {item.index: planner.resolve_data(item) for plan in self._plans for item in plan.items}
-        self._results: list[WriteResult] = []
-        self._error: Exception | None = None
-        self._thread: threading.Thread | None = None
+        self._written: Future[list[WriteResult]] = Future()
         if in_background:
             self._copy_tensors()
             # A daemon: a run that fails in the meantime ends at once, and the folder is never renamed.
-            self._thread = threading.Thread(target=self._write, name=f"save {folder.name}", daemon=True)
-            self._thread.start()
+            Thread(target=self._write, name=f"save {folder.name}", daemon=True).start()
         else:
             self._write()
         self._blocked = time.perf_counter() - self._since
 
     def is_written(self) -> bool:
         """Tell whether every rank has written its tensors, so that `finish` need not wait."""
-        still = torch.tensor([float(self._thread is not None and self._thread.is_alive())], device=self._world.device)
-        torch.distributed.all_reduce(still)
-        return still.item() == 0
+        still_writing = torch.tensor([float(not self._written.done())], device=self._world.device)
+        torch.distributed.all_reduce(still_writing)
+        return still_writing.item() == 0
 
     def finish(self) -> SavedCheckpoint:
         """Wait for all ranks and make the folder a checkpoint; raises CheckpointError on all ranks if one failed."""
         since = time.perf_counter()
-        if self._thread is not None:
-            self._thread.join()
-        self._agree(self._error)
-        written, size = _gathered((self._results, self._writer.stored), self._world), [0]
+        self._agree(self._written.exception())
+        written, size = _gathered((self._written.result(), self._writer.stored), self._world), [0]
 
         def make() -> None:
             for _, stored in written:
                 self._writer.stored.update(stored)
             size[0] = publish(self.folder, self._writer, self._metadata, [results for results, _ in written])
 
-        self._agree(_failure(make) if self._world.is_main else None)
+        self._on_rank_0(make)
         torch.distributed.broadcast_object_list(size, src=0)
         now = time.perf_counter()
         return SavedCheckpoint(self.folder, size[0], now - self._since, self._blocked + now - since)
@@ -218,13 +211,23 @@ class CheckpointWrite:
 
     def _write(self) -> None:
         """Write this rank's files; what went wrong waits for `finish`."""
-        self._error = _failure(self._write_files)
+        try:
+            results = [self._writer.write(plan, lambda item: self._values[item.index]) for plan in self._plans]
+            self._written.set_result([result for of_file in results for result in of_file])
+        except Exception as error:
+            self._written.set_exception(error)
 
-    def _write_files(self) -> None:
-        for plan in self._plans:
-            self._results += self._writer.write(plan, lambda item: self._values[item.index])
+    def _on_rank_0(self, action: Callable[[], object]) -> None:
+        """Run `action` on rank 0; what it raises ends the save on all ranks."""
+        failure = None
+        try:
+            if self._world.is_main:
+                action()
+        except Exception as error:
+            failure = error
+        self._agree(failure)
 
-    def _agree(self, error: Exception | None) -> None:
+    def _agree(self, error: BaseException | None) -> None:
         """Raise CheckpointError on all ranks if one has an error; what was written so far is removed."""
         causes: list[str | None] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(causes, None if error is None else self._explained(error))
@@ -241,7 +244,7 @@ class CheckpointWrite:
             raise error  # our bug or torch's: with its traceback, where it happened
         raise CheckpointError(message[0]) from error
 
-    def _explained(self, error: Exception) -> str:
+    def _explained(self, error: BaseException) -> str:
         if not isinstance(error, OSError):
             return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         text = explained(error, writing_folder(self.folder))
@@ -289,12 +292,3 @@ def _gathered(value: object, world: World) -> list[Any]:
     box: list[Any] | None = [None] * torch.distributed.get_world_size() if world.is_main else None
     torch.distributed.gather_object(value, box, dst=0)
     return box or []
-
-
-def _failure(action: Callable[[], object]) -> Exception | None:
-    """Run `action`; return what it raised, so that all ranks can hear of it."""
-    try:
-        action()
-    except Exception as error:
-        return error
-    return None
