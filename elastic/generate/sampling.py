@@ -26,8 +26,9 @@ class Sampling:
         """Return the token for `position`, counted from the start of the prompt; of equal logits the first one."""
         if self.temperature == 0:
             return int(self._allowed(logits).argmax())
-        probabilities = self.probabilities(logits)
-        return int(torch.multinomial(probabilities, 1, generator=self._generator(position)))
+        digest = hashlib.blake2b(f"{self.seed}:{self.text}:{position}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        return int(torch.multinomial(self.probabilities(logits), 1, generator=generator))
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return what a draw is made from, fp32 [V] on the CPU: temperature, then top_k, then top_p.
@@ -52,7 +53,3 @@ class Sampling:
         if not self.suppressed:
             return logits
         return logits.index_fill(0, torch.tensor(self.suppressed, device=logits.device), float("-inf"))
-
-    def _generator(self, position: int) -> torch.Generator:
-        digest = hashlib.blake2b(f"{self.seed}:{self.text}:{position}".encode(), digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,20 +1,63 @@
 """Write one text with one subnet, or think with one and answer with another.
 
-Texts are written one after another: a batch of prompts is a loop around this.
+The weights stay where they are: a decoder holds caches only, so decoders of several budgets share one model. A layer
+that is cut along its rows copies what it keeps for the length of its own call, one layer at a time. Texts are written
+one after another: a batch of prompts is a loop around this.
+
+Shapes: B batch (one), d kept width, V vocab, v this rank's.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
-from elastic.generate.decoder import Decoder
+import torch
+from torch import Tensor
+
 from elastic.generate.sampling import Sampling
+from elastic.model.cache import empty_cache
+from elastic.model.forward import gathered_logits
 from elastic.model.model import ElasticModel
+from elastic.space.gates import Gates
 from elastic.space.shape import Subnet
 
 # A decoder of tokens may drop white space where a text begins, so a little more than the marker is decoded.
 _MARGIN_TOKENS = 4
+
+
+class Decoder:
+    """Reads one sequence piece by piece in slice execution and remembers it in caches.
+
+    The model may be split over tensor-parallel ranks, all of which feed the same tokens and get the same logits;
+    pipeline stages, context and sequence parallelism have no place here.
+    """
+
+    def __init__(self, model: ElasticModel, subnet: Subnet, capacity_tokens: int) -> None:
+        groups, config = model.pg_collection, model.config
+        assert groups.pp.size() == groups.cp.size() == 1 and not config.sequence_parallel
+        self.subnet = subnet
+        self._model, self._gates = model, Gates.slice(subnet)
+        self._device = next(model.parameters()).device
+        self.cache = empty_cache(
+            model.decoder.masks.space.parent,
+            subnet,
+            capacity_tokens,
+            tensor_parallel=groups.tp.size(),
+            dtype=config.params_dtype,
+            device=self._device,
+        )
+
+    @torch.no_grad()
+    def feed(self, tokens: Sequence[int]) -> Tensor:
+        """Append `tokens` to the sequence; returns the logits of the token after them, fp32 [V].
+
+        Any number of tokens may come at any time: a prompt, one token, or what another subnet wrote meanwhile.
+        """
+        ids = torch.tensor([list(tokens)], device=self._device)
+        last = self._model(ids, self._gates, cache=self.cache)[-1]  # [B, d]
+        head = self._model.head_weight(self._gates)  # [v, d]
+        return gathered_logits(last, head, self._model.pg_collection.tp)[0].float()
 
 
 class GenerateError(ValueError):
@@ -97,17 +140,13 @@ class Generation:
     forced_marker: bool = False
 
 
-def ignore(token: int) -> None:
-    """Do nothing with a token."""
-
-
 def generate(
     model: ElasticModel,
     plan: Subnet | ThinkPlan,
     prompt: Sequence[int],
     sampling: Sampling,
     limits: Limits,
-    on_token: Callable[[int], None] = ignore,
+    on_token: Callable[[int], None] | None = None,
 ) -> Generation:
     """Write on from `prompt`; `on_token` receives every token, a forced marker's too, as soon as it is there.
 
@@ -115,65 +154,57 @@ def generate(
     """
     if not prompt:
         raise GenerateError("the prompt has no tokens; give a text to go on from")
+    text = _Text(model, prompt, sampling, limits.eos_ids, len(prompt) + limits.max_new_tokens, on_token)
     if isinstance(plan, Subnet):
-        text = _Text(model, prompt, sampling, limits.eos_ids, len(prompt) + limits.max_new_tokens, on_token)
         part = text.write(plan, limits.max_new_tokens)
         return Generation(tuple(text.new), (part,), text.end)
-    marker = plan.marker
-    room = len(prompt) + plan.max_think_tokens + len(marker.ids) + limits.max_new_tokens
-    text = _Text(model, prompt, sampling, limits.eos_ids, room, on_token)
+    text.capacity_tokens += plan.max_think_tokens + len(plan.marker.ids)
     # 1. Think.
-    thinking = text.write(plan.think, plan.max_think_tokens, marker.has_come)
+    thinking = text.write(plan.think, plan.max_think_tokens, plan.marker)
     if text.end is End.EOS:
         return Generation(tuple(text.new), (thinking,), text.end)
     # 2. Put the marker there if it has not come.
-    forced = not marker.has_come(text.new)
-    if forced:
-        for token in marker.ids:
-            text.append(token)
+    forced = not plan.marker.has_come(text.new)
+    for token in plan.marker.ids if forced else ():
+        text.append(token)
     # 3. Answer.
     switch = len(text.new)
     answering = text.write(plan.answer, limits.max_new_tokens)
     return Generation(tuple(text.new), (thinking, answering), text.end, switch, forced)
 
 
+@dataclass
 class _Text:
-    """A text in the making: its tokens, and a decoder that has read them up to some point."""
+    """A text in the making: its new tokens, and a decoder that has read all but the `unread` ones."""
 
-    def __init__(
-        self,
-        model: ElasticModel,
-        prompt: Sequence[int],
-        sampling: Sampling,
-        eos_ids: frozenset[int],
-        capacity_tokens: int,
-        on_token: Callable[[int], None],
-    ) -> None:
-        self.new: list[int] = []
-        self.end = End.LENGTH
-        self._model, self._prompt, self._on_token = model, list(prompt), on_token
-        self._sampling, self._eos_ids, self._capacity_tokens = sampling, eos_ids, capacity_tokens
-        self._decoder: Decoder | None = None
-        self._unread: list[int] = []  # by the decoder
+    model: ElasticModel
+    prompt: Sequence[int]
+    sampling: Sampling
+    eos_ids: frozenset[int]
+    capacity_tokens: int
+    on_token: Callable[[int], None] | None
+    new: list[int] = field(default_factory=list)
+    unread: list[int] = field(default_factory=list)
+    decoder: Decoder | None = None
+    end: End = End.LENGTH
 
     def append(self, token: int) -> None:
         """Take one more token."""
         self.new.append(token)
-        self._unread.append(token)
-        self._on_token(token)
+        self.unread.append(token)
+        if self.on_token is not None:
+            self.on_token(token)
 
-    def write(
-        self, subnet: Subnet, max_tokens: int, until: Callable[[Sequence[int]], bool] = lambda new: False
-    ) -> Part:
-        """Let `subnet` write at most `max_tokens`, to the end of the text or until `until` holds for all new tokens."""
+    def write(self, subnet: Subnet, max_tokens: int, marker: Marker | None = None) -> Part:
+        """Let `subnet` write at most `max_tokens`, to the end of the text or until the marker has come."""
         decoder = self._decoder_of(subnet)
         written, read_tokens, steps, read_s, step_s = 0, 0, 0, 0.0, 0.0
-        while written < max_tokens:
+        while written < max_tokens and self.end is not End.EOS:
             start_s = time.perf_counter()
-            fed, self._unread = self._unread, []
+            fed, self.unread = self.unread, []
             logits = decoder.feed(fed)
             # The choice waits for the device, so the clock is right.
-            token = self._sampling.choose(logits, len(self._prompt) + len(self.new))
+            token = self.sampling.choose(logits, len(self.prompt) + len(self.new))
             elapsed_s = time.perf_counter() - start_s
             if len(fed) == 1:
                 steps, step_s = steps + 1, step_s + elapsed_s
@@ -181,17 +212,16 @@ class _Text:
                 read_tokens, read_s = read_tokens + len(fed), read_s + elapsed_s
             self.append(token)
             written += 1
-            if token in self._eos_ids:
+            if token in self.eos_ids:
                 self.end = End.EOS
-                break
-            if until(self.new):
+            elif marker is not None and marker.has_come(self.new):
                 break
         return Part(subnet, read_tokens, read_s, written, steps, step_s)
 
     def _decoder_of(self, subnet: Subnet) -> Decoder:
         """Return the decoder at work if it runs `subnet`, else a new one that has read nothing yet."""
-        if self._decoder is None or self._decoder.subnet != subnet:
-            self._decoder = None  # its caches go before the next ones come
-            self._decoder = Decoder(self._model, subnet, self._capacity_tokens)
-            self._unread = self._prompt + self.new
-        return self._decoder
+        if self.decoder is None or self.decoder.subnet != subnet:
+            self.decoder = None  # its caches go before the next ones come
+            self.decoder = Decoder(self.model, subnet, self.capacity_tokens)
+            self.unread = [*self.prompt, *self.new]
+        return self.decoder

@@ -1,17 +1,23 @@
 """What differs between a run and the checkpoint it goes on from, and what of it may: fields by one table of rules, the
 phases of the curriculum by where the run stands."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
+from itertools import accumulate
 from typing import Any
 
-from elastic.config.load import config_dict, show
+from elastic.checkpoint.record import Record
+from elastic.checkpoint.state import TrainingState
+from elastic.config.load import config_dict, load_with_problems, show
 from elastic.config.training import ElasticConfig, TrainConfig
 from elastic.router.phases import ElasticPhase, Phase
+from elastic.run.folder import RunFolderError
+from elastic.space.axes import Axis
 
 ABSENT = "absent"
+REPLICAS = "replicas"  # what a checkpoint says of its run, beside the checksums of its inputs
 TRAINED = "this phase has been trained"
 SAMPLES = "samples of the phase would be skipped or read twice"
 SCHEDULE = "rates, temperature and logit scale follow the length of the phase and jump to where they stand in it"
@@ -29,9 +35,7 @@ class Difference:
     remedy: str = ""
 
     def __str__(self) -> str:
-        remedy = self.remedy
-        if not self.acceptable and not remedy:
-            remedy = f"set it back to {show(self.then)}"
+        remedy = self.remedy or ("" if self.acceptable else f"set it back to {show(self.then)}")
         values = f"{self.field} = {show(self.now)}, the checkpoint has {show(self.then)}"
         return f"{values}: {self.why}" + (f"; {remedy}" if remedy else "")
 
@@ -49,11 +53,19 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def refusal(where: object, step: int, differences: Iterable[Difference]) -> str:
-    """Say what keeps a run from going on: every difference, and the one setting that accepts those that can be."""
-    found = list(differences)
+class ResumeError(RunFolderError):
+    """A checkpoint of another run, or changes that nobody accepted."""
+
+
+def check_accepted(where: object, step: int, found: Sequence[Difference], accepted: Collection[str]) -> None:
+    """Raise ResumeError listing all differences, and the one setting that accepts those that can be, unless all are.
+
+    A name without a difference is no mistake: the same command goes on after the next interruption.
+    """
     fixed = [difference for difference in found if not difference.acceptable]
     open_ = [difference for difference in found if difference.acceptable]
+    if not fixed and all(difference.field in accepted for difference in open_):
+        return
     count = "1 difference" if len(found) == 1 else f"{len(found)} differences"
     lines = [f"{where} (step {step}) is of another run, {count} from this configuration:"]
     if fixed:
@@ -62,11 +74,9 @@ def refusal(where: object, step: int, differences: Iterable[Difference]) -> str:
         lines += ["  change the run from here on:", *(f"    {difference}" for difference in open_)]
         names = ",".join(dict.fromkeys(difference.field for difference in open_))
         lines.append(f"  to accept {'these' if fixed else 'them'}: 'exp_manager.accept_changes=[{names}]'")
-    lines.append(
-        "  to leave that run alone: choose another exp_manager.version; a new run may start from the same "
-        "permuted parent"
-    )
-    return "\n".join(lines)
+    start = "a new run may start from the same permuted parent"
+    lines.append(f"  to leave that run alone: choose another exp_manager.version; {start}")
+    raise ResumeError("\n".join(lines))
 
 
 class May(StrEnum):
@@ -116,7 +126,65 @@ def rule_of(path: str) -> tuple[May, str]:
     raise KeyError(f"{path}: no rule of changes.py matches")
 
 
-def curriculum_differences(
+def differences(
+    state: TrainingState, saved: Record, config: TrainConfig, record: Record, origin: Mapping[str, Any]
+) -> Iterator[Difference]:
+    """List what differs between a checkpoint (`state`, `saved`) and the run that wants to go on from it."""
+    if saved.kind != record.kind:
+        yield Difference("verb", saved.kind, record.kind, "another verb wrote this checkpoint", False, "use that verb")
+        return
+    then, unreadable = load_with_problems(type(config), state.config)
+    for problem in unreadable:
+        why = f"written by another version of this project ({problem.rule})"
+        yield Difference(problem.field, problem.value, ABSENT, why, False, "go on with that version")
+    yield from _field_differences(then, config)
+    if isinstance(then, ElasticConfig) and isinstance(config, ElasticConfig):
+        names = [b.name for b in then.elastic.budgets], [b.name for b in config.elastic.budgets]
+        yield from _budget_differences(saved, record, config, state.step)
+        yield from _curriculum_differences(then.curriculum, config.curriculum, state.step, names)
+        yield from _draw_differences((then, config), (state.origin.get(REPLICAS, 1), origin[REPLICAS]), state.step)
+    else:
+        yield from _curriculum_differences(then.curriculum, config.curriculum, state.step, ((), ()))
+    yield from _layer_differences(saved, record)
+    for name, checksum in sorted(origin["inputs"].items()):
+        before = state.origin.get("inputs", {}).get(name, checksum)
+        if before != checksum:
+            why = "the same path holds other content, or it is another path: the checksum differs"
+            yield Difference(name, before[:12], checksum[:12], why, False, "give what the run started with")
+
+
+def _field_differences(then: TrainConfig, now: TrainConfig) -> Iterator[Difference]:
+    old, new = flatten(config_dict(then)), flatten(config_dict(now))
+    for path in sorted(old.keys() | new.keys()):
+        first, second = old.get(path, ABSENT), new.get(path, ABSENT)
+        if path == "model.pattern":  # the bars only say where a pipeline is cut
+            first, second = str(first).replace("|", ""), str(second).replace("|", "")
+        may, why = rule_of(path)
+        if first != second and may is not May.CHANGE:
+            yield Difference(path, first, second, why, may is May.BE_ACCEPTED)
+
+
+def _budget_differences(saved: Record, record: Record, config: ElasticConfig, step: int) -> Iterator[Difference]:
+    """Compare budgets by name, metric and absolute target. A new one needs steps in which the router still learns."""
+    assert saved.family is not None and record.family is not None
+    then, now = saved.family.budgets, record.family.budgets
+    if then == now:
+        return
+    old, new = (", ".join(f"{b.name} {b.metric} {b.limit:g}" for b in budgets) for budgets in (then, now))
+    if not all(phase.router_frozen for phase in config.curriculum[_num_over(config.curriculum, step) :]):
+        why = "a target moves, a new budget's inputs to the router start fresh, those of a budget left out are dropped"
+        yield Difference("elastic.budgets", old, new, why, True)
+    else:
+        why = "no step is left in which the router could learn them"
+        yield Difference("elastic.budgets", old, new, why, False, "add a phase with router_frozen=false, or start anew")
+
+
+def _num_over(phases: Sequence[Phase], step: int) -> int:
+    """Count the phases that end at `step` or before."""
+    return sum(end <= step for end in accumulate(phase.num_steps for phase in phases))
+
+
+def _curriculum_differences(
     then: Sequence[Phase], now: Sequence[Phase], step: int, names: tuple[Sequence[str], Sequence[str]]
 ) -> Iterator[Difference]:
     """Compare phase by phase at `step`: past phases are fixed, the running one in part, later ones may be accepted.
@@ -170,45 +238,45 @@ def _meaning(phase: Phase, budget_names: Sequence[str]) -> dict[str, Any]:
     return config_dict(phase)
 
 
-def draw_differences(
-    then: TrainConfig, now: TrainConfig, replicas_then: int, replicas_now: int, step: int
+def _draw_differences(
+    configs: tuple[ElasticConfig, ElasticConfig], replicas: tuple[int, int], step: int
 ) -> Iterator[Difference]:
-    """Compare how often budgets and gate noise are drawn in a step of the phases that are left."""
-    if not isinstance(then, ElasticConfig) or not isinstance(now, ElasticConfig):
-        return
-    left = [
-        (old, new)
-        for old, new, end in zip(then.curriculum, now.curriculum, _ends(now.curriculum), strict=False)
-        if end > step and old.global_batch == new.global_batch
-    ]
-    drawn = [
-        ("draws_per_step", "the samples of a step are shared out to budgets otherwise", _draws, left),
-        ("noise_draws_per_step", "the gates' noise falls on other samples", _noise, [p for p in left if _trains(p[1])]),
-    ]
-    for name, why, count, phases in drawn:
-        old = [count(then, phase, replicas_then) for phase, _ in phases]
-        new = [count(now, phase, replicas_now) for _, phase in phases]
-        if old != new:
-            values = [asdict(config.elastic.router)[name] for config in (then, now)]
+    """Compare how often budgets and gate noise are drawn in a step of the phases that are left, then and now."""
+    over = _num_over(configs[1].curriculum, step)
+    left = zip(*(config.curriculum[over:] for config in configs), strict=False)
+    left_alike = [(old, new) for old, new in left if old.global_batch == new.global_batch]
+    noisy = [(old, new) for old, new in left_alike if not new.router_frozen]
+    for name, phases, shares, why in (
+        ("draws_per_step", left_alike, replicas, "the samples of a step are shared out to budgets otherwise"),
+        ("noise_draws_per_step", noisy, (1, 1), "the gates' noise falls on other samples"),
+    ):
+        values = [asdict(config.elastic.router)[name] for config in configs]
+        counts = [
+            [value or then_now[side].global_batch // config.data.micro_batch // shares[side] for then_now in phases]
+            for side, (value, config) in enumerate(zip(values, configs, strict=True))
+        ]
+        if counts[0] != counts[1]:
             first, second = (
-                f"{'null' if value is None else value} ({', '.join(map(str, counts))} in a step)"
-                for value, counts in zip(values, (old, new), strict=True)
+                f"{'null' if value is None else value} ({', '.join(map(str, drawn))} in a step)"
+                for value, drawn in zip(values, counts, strict=True)
             )
             why += "; without both numbers set, it follows data.micro_batch and the number of replicas"
             yield Difference(f"elastic.router.{name}", first, second, why, True)
 
 
-def _ends(phases: Sequence[Phase]) -> list[int]:
-    return [sum(phase.num_steps for phase in phases[: index + 1]) for index in range(len(phases))]
-
-
-def _trains(phase: ElasticPhase) -> bool:
-    return not phase.router_frozen
-
-
-def _draws(config: ElasticConfig, phase: Phase, replicas: int) -> int:
-    return config.elastic.router.draws_per_step or phase.global_batch // config.data.micro_batch // replicas
-
-
-def _noise(config: ElasticConfig, phase: Phase, replicas: int) -> int:
-    return config.elastic.router.noise_draws_per_step or phase.global_batch // config.data.micro_batch
+def _layer_differences(saved: Record, record: Record) -> Iterator[Difference]:
+    """Compare which layers each depth keeps; where only the rule has changed, what it says for these depths counts."""
+    if saved.depth_ranking != record.depth_ranking:
+        why = "the depth ranking of the permuted parent decides which layers a subnet keeps"
+        name, remedy = "init_from.permuted_parent (depth ranking)", "give the permuted parent the run started from"
+        yield Difference(name, saved.depth_ranking, record.depth_ranking, why, False, remedy)
+        return
+    kept, now_kept = (
+        {depth: space.kept_layers(depth) for depth in space.axes[Axis.DEPTH].choices}
+        for space in (saved.space(), record.space())
+    )
+    if kept != now_kept and kept.keys() == now_kept.keys():
+        why = f"depths would keep other layers than the trained {list(kept.values())}"
+        then, now = (dict(r.family.keep_at_least) if r.family else {} for r in (saved, record))
+        remedy = "give what the run started with (null: no rule)"
+        yield Difference("elastic.space.keep_at_least", then, now, why, False, remedy)

@@ -14,7 +14,8 @@ from elastic.config.sections import ExpManagerConfig
 from elastic.world.files import write_json
 from elastic.world.groups import World, decided_by_rank_0
 
-CONFIG_FILE, FINISHED_FILE, WANDB_FILE = "config.json", "finished.json", "wandb.json"
+CONFIG_FILE, WANDB_FILE = "config.json", "wandb.json"
+FINISHED_FILE = "finished.json"  # of a run that has nothing left to do: a chain of jobs ends on it
 LOGS = ("metrics.jsonl", "events.jsonl", "tensorboard", "wandb", "nonfinite", "watchdog")
 OF_A_START = (CONFIG_FILE, WANDB_FILE, *LOGS, "checkpoints")
 LOCK_WAIT_S = 60.0  # what is left of a killed attempt may take that long to be gone
@@ -45,34 +46,29 @@ def prepare_run_folder(settings: ExpManagerConfig, config: Mapping[str, Any], *,
     holds is a checkpoint or nothing worth keeping. Whether a run may go on from a checkpoint is for resume.py to say.
     """
     folder = Path(settings.run_dir)
-    if folder.exists() and any(folder.iterdir()):
-        checkpoints = list_checkpoints(folder)
-        if settings.overwrite:
-            shutil.rmtree(folder)
-        elif not (resume and (checkpoints or is_unfinished(folder))) and not is_untouched(folder):
-            raise RunFolderError(
-                f"{folder} exists already. Choose another exp_manager.name or exp_manager.version, or set "
-                f"exp_manager.overwrite=true to replace it"
-                + (", or exp_manager.resume_if_exists=true to go on" if not resume and checkpoints else "")
-            )
+    checkpoints = list_checkpoints(folder)
+    if settings.overwrite and folder.exists() and any(folder.iterdir()):
+        shutil.rmtree(folder)
+    elif not (resume and checkpoints) and not is_left_over(folder, resume=resume):
+        raise RunFolderError(
+            f"{folder} exists already. Choose another exp_manager.name or exp_manager.version, or set "
+            f"exp_manager.overwrite=true to replace it"
+            + (", or exp_manager.resume_if_exists=true to go on" if not resume and checkpoints else "")
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG_FILE, config)
 
 
-def is_untouched(folder: Path) -> bool:
-    """Tell whether a folder holds no more than the config that a refused or killed start left."""
-    return all(path.name == CONFIG_FILE or _is_partial(path) for path in folder.iterdir())
+def is_left_over(folder: Path, *, resume: bool) -> bool:
+    """Tell whether a folder holds no more than a refused or killed start left: its config, or nothing.
 
-
-def is_unfinished(folder: Path) -> bool:
-    """Tell whether a run was stopped before its first checkpoint: logs, config and an unfinished checkpoint only."""
-    return not list_checkpoints(folder) and all(
-        path.name in OF_A_START or _is_partial(path) for path in folder.iterdir()
-    )
-
-
-def _is_partial(path: Path) -> bool:
-    return path.name.startswith(".") and ".partial-" in path.name  # world/files.py: written_aside
+    With `resume`, whatever a run has before its first checkpoint: logs, config and an unfinished checkpoint.
+    """
+    expected = OF_A_START if resume else (CONFIG_FILE,)
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    # world/files.py: written_aside leaves .<name>.partial-* where it is killed.
+    others = [name for name in names if name not in expected and not (name[0] == "." and ".partial-" in name)]
+    return not others and not list_checkpoints(folder)
 
 
 @contextmanager
@@ -113,8 +109,3 @@ def run_lock(folder: Path, world: World | None) -> Iterator[None]:
     finally:
         if world is None or world.is_main:
             os.close(descriptor)
-
-
-def write_finished(folder: Path, step: int, reason: str) -> None:
-    """Mark a run that has nothing left to do; a chain of jobs ends on it."""
-    write_json(folder / FINISHED_FILE, {"step": step, "reason": reason})

@@ -1,13 +1,59 @@
-"""Deterministic loss of subnets on the held-out split: argmax choices, no noise, fixed sequences."""
+"""Mean losses: of training steps per budget, and of subnets on the held-out split (argmax, no noise, fixed order)."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from elastic.data.stream import HeldOut, validation_batches
 from elastic.space.gates import Gates
-from elastic.train.metrics import LossMeter, MeanLoss
-from elastic.train.pipeline import PipelineRunner
+from elastic.train.pipeline import MicroBatchLoss, PipelineRunner
 from elastic.world.groups import World
+
+
+@dataclass(frozen=True)
+class MeanLoss:
+    """Means over tokens; None where nothing of the kind was seen."""
+
+    kl: float | None
+    cross_entropy: float | None
+    num_tokens: int
+
+    @property
+    def perplexity(self) -> float | None:
+        """Return exp(cross-entropy)."""
+        return None if self.cross_entropy is None else math.exp(min(self.cross_entropy, 700.0))
+
+
+class LossMeter:
+    """Accumulates MicroBatchLoss sums, one row per budget; row 0 alone for a run without budgets."""
+
+    def __init__(self, num_rows: int, world: World) -> None:
+        self.world = world
+        # Per row the sums of kl and cross-entropy and the tokens of each: no teacher, no kl. fp64: sums over many
+        # tokens, and equal whatever order replicas are added in.
+        self.sums = torch.zeros(num_rows, 4, dtype=torch.float64, device=world.device)
+
+    def add(self, losses: Sequence[MicroBatchLoss], row: int | None = None) -> None:
+        """Add the losses of some micro-batches without waiting for the device; `row` overrides their budget."""
+        for loss in losses:
+            index = row if row is not None else loss.budget or 0
+            kl_tokens = None if loss.kl is None else loss.num_tokens
+            for column, value in enumerate((loss.kl, loss.cross_entropy, kl_tokens, loss.num_tokens)):
+                if value is not None:
+                    self.sums[index, column] += value
+
+    def read(self) -> list[MeanLoss]:
+        """Reduce over all ranks (every rank must call), return the means and begin anew. Waits for the device."""
+        # One tensor-parallel rank speaks for each token; earlier pipeline stages hold none.
+        total = self.sums * float(self.world.groups.tp.rank() == 0)
+        torch.distributed.all_reduce(total)
+        self.sums.zero_()
+        return [
+            MeanLoss(kl / kl_tokens if kl_tokens else None, entropy / tokens if tokens else None, int(tokens))
+            for kl, entropy, kl_tokens, tokens in total.tolist()
+        ]
 
 
 @dataclass(frozen=True)
@@ -19,34 +65,21 @@ class HeldOutLoss:
 
 
 def evaluate_subnets(
-    runner: PipelineRunner,
-    gates: Mapping[str, Gates | None],
-    held_out: HeldOut,
-    *,
-    num_sequences: int,
-    micro_batch_size: int,
-    world: World,
+    runner: PipelineRunner, gates: Mapping[str, Gates | None], data: HeldOut, num_sequences: int, micro_batch_size: int
 ) -> dict[str, HeldOutLoss]:
     """Return the mean cross-entropy of each named choice (None: the whole parent) over the same held-out sequences.
 
     Every rank must call it; all ranks return the same numbers, whatever the layout.
     """
-    batches = list(
-        validation_batches(
-            held_out,
-            num_sequences,
-            micro_batch_size=micro_batch_size,
-            data_parallel_rank=world.data_rank,
-            data_parallel_size=world.data_size,
-        )
-    )
+    world = runner.world
+    batches = list(validation_batches(data, num_sequences, world.data_rank, world.data_size, micro_batch_size))
     sources = list(dict(batches))
     num_rows = 1 + len(sources)  # of each choice: all sequences, then those of each source
     meter = LossMeter(len(gates) * num_rows, world)
-    for first, choice in zip(range(0, len(gates) * num_rows, num_rows), gates.values(), strict=True):
+    for number, choice in enumerate(gates.values()):
         for source, batch in batches:
             loss = runner.evaluate([runner.share(batch, choice)])
-            meter.add(loss, row=first)
-            meter.add(loss, row=first + 1 + sources.index(source))
+            meter.add(loss, row=number * num_rows)
+            meter.add(loss, row=number * num_rows + 1 + sources.index(source))
     means = iter(meter.read())
     return {name: HeldOutLoss(next(means), {source: next(means) for source in sources}) for name in gates}

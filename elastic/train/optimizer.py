@@ -1,6 +1,7 @@
-"""Optimizers: Megatron-Core's Adam for the model, torch's AdamW for the router."""
+"""Optimizers, Megatron-Core's Adam for the model and torch's AdamW for the router, and the gradients they step on."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -12,38 +13,28 @@ from torch.optim import AdamW, Optimizer
 from elastic.checkpoint.optimizer_state import count_in_order
 from elastic.config.sections import OptimConfig
 from elastic.model.model import ElasticModel
+from elastic.space.axes import STREAM_AXES, Axis
 from elastic.world.groups import World
 
 
 def wrap_for_training(model: ElasticModel, optim: OptimConfig) -> DistributedDataParallel:
     """Wrap one stage in Megatron-Core's data-parallel gradient buffers, reduced in at least fp32."""
-    return DistributedDataParallel(
-        model.config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=model.config.bf16,
-            overlap_grad_reduce=optim.overlap_grad_reduce,
-            use_distributed_optimizer=optim.use_distributed_optimizer,
-            check_for_nan_in_grad=False,
-        ),
-        model,
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=model.config.bf16,
+        overlap_grad_reduce=optim.overlap_grad_reduce,
+        use_distributed_optimizer=optim.use_distributed_optimizer,
     )
+    return DistributedDataParallel(model.config, config, model)
 
 
 def build_optimizer(wrapped: DistributedDataParallel, optim: OptimConfig, world: World) -> ChainedOptimizer:
     """Build the model's optimizer; apex or Transformer Engine provide the fused Adam on a GPU, torch elsewhere."""
-    half = world.layout.dtype is torch.bfloat16
     config = OptimizerConfig(
-        optimizer="adam",
-        lr=0.0,  # set before every step from the phase's schedule
-        adam_beta1=optim.adam_beta1,
-        adam_beta2=optim.adam_beta2,
-        adam_eps=optim.eps,
-        weight_decay=optim.weight_decay,
+        lr=0.0,  # set before every step from the phase's schedule; the others by set_hyperparameters
         clip_grad=optim.clip_grad,
-        bf16=half,
+        bf16=world.layout.dtype is torch.bfloat16,
         params_dtype=world.layout.dtype,
         use_distributed_optimizer=optim.use_distributed_optimizer,
-        log_num_zeros_in_grad=False,
     )
     optimizer = get_megatron_optimizer(config, [wrapped])
     assert isinstance(optimizer, ChainedOptimizer)
@@ -58,13 +49,8 @@ def build_optimizer(wrapped: DistributedDataParallel, optim: OptimConfig, world:
 
 def build_router_optimizer(router: nn.Module, optim: OptimConfig) -> Optimizer:
     """Build the router's own AdamW; its weights are replicated on every rank."""
-    return AdamW(
-        router.parameters(),
-        lr=0.0,
-        betas=(optim.adam_beta1, optim.adam_beta2),
-        eps=optim.eps,
-        weight_decay=optim.router_weight_decay,
-    )
+    betas = (optim.adam_beta1, optim.adam_beta2)
+    return AdamW(router.parameters(), lr=0.0, betas=betas, eps=optim.eps, weight_decay=optim.router_weight_decay)
 
 
 def set_hyperparameters(optimizer: MegatronOptimizer, optim: OptimConfig) -> None:
@@ -84,8 +70,7 @@ def set_learning_rate(optimizer: Optimizer | MegatronOptimizer, learning_rate: f
 def gradient_norm(optimizer: ChainedOptimizer) -> Tensor | float:
     """Return the norm of all gradients, equal on all ranks of a replica; the first half of the optimizer's step()."""
     optimizer.prepare_grads()
-    norm: Tensor | float = optimizer.get_grad_norm()
-    return norm
+    return optimizer.get_grad_norm()
 
 
 def largest_gradients(wrapped: DistributedDataParallel) -> list[Tensor]:
@@ -107,3 +92,29 @@ def apply_gradients(optimizer: ChainedOptimizer, norm: Tensor | float) -> None:
         if parameters and part.config.clip_grad > 0.0:
             clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
     optimizer.step_with_ready_grads()
+
+
+def sum_gate_gradients(flat: Tensor, entries: Iterable[tuple[Axis, int]], world: World) -> Tensor:
+    """Sum `flat` over one replica, equal on all its ranks; `entries` lists (axis, number of values) in flat's order.
+
+    The residual stream is replicated over tensor-parallel ranks (unless sequence parallel splits its tokens), so the
+    axes that gate the stream, hidden and depth, count once; inner axes are sharded and are summed. Pipeline stages hold
+    different layers and context-parallel ranks different tokens: always summed.
+    """
+    counted_here = world.layout.sequence or world.groups.tp.rank() == 0
+    weights = [
+        torch.full((size,), float(counted_here or axis not in STREAM_AXES), device=flat.device)
+        for axis, size in entries
+    ]
+    return world.sum_over_replica(flat * torch.cat(weights))
+
+
+def sum_router_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
+    """Sum the router's gradients over replicas, in one exchange over all ranks: equal bits everywhere."""
+    groups = world.groups
+    speaks = groups.tp.rank() == 0 and groups.pp.rank() == 0 and groups.cp.rank() == 0
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients]) * float(speaks)
+    torch.distributed.all_reduce(flat)
+    for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(summed.view_as(gradient))

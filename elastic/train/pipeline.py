@@ -3,7 +3,7 @@
 Shapes: B sequences, S sequence, s this context-parallel rank's share, D hidden, d kept width, N = s*B tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -73,39 +73,33 @@ class PipelineRunner:
         if self.teacher is None:
             return list(micro_batches)
         with torch.no_grad():
-            hidden = self._schedule(self.teacher, micro_batches, forward_only=True, loss=_keep_hidden, keep=True)
+            hidden = self._schedule(self.teacher, micro_batches, _keep_hidden, forward_only=True)
         if not self.world.is_last_stage:
             return list(micro_batches)
         return [replace(batch, teacher_hidden=states) for batch, states in zip(micro_batches, hidden, strict=True)]
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatchLoss]:
         """Run the student forward and backward; gradients are summed over ranks and divided by all tokens."""
-        return self._schedule(self.student, micro_batches, forward_only=False, loss=self._student_loss)
+        return self._schedule(self.student, micro_batches, self._student_loss, forward_only=False)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatchLoss]:
-        """Run the student forward only and report the cross-entropy."""
-        return self._schedule(self.student_model, micro_batches, forward_only=True, loss=self._evaluation_loss)
+        """Run the student forward only and report the loss: without a teacher's states, the cross-entropy."""
+        return self._schedule(self.student_model, micro_batches, self._student_loss, forward_only=True)
 
     def _schedule(
-        self,
-        model: nn.Module,
-        micro_batches: Sequence[MicroBatch],
-        *,
-        forward_only: bool,
-        loss: Any,
-        keep: bool = False,
+        self, model: nn.Module, micro_batches: Sequence[MicroBatch], loss: Callable[..., Any], *, forward_only: bool
     ) -> list[Any]:
-        gated = model is not self.teacher
+        is_teacher = model is self.teacher
 
-        def forward_step(batches: Any, stage: nn.Module, *_args: Any) -> tuple[Tensor, Any]:
+        def forward_step(batches: Iterator[MicroBatch], stage: nn.Module, *_: Any) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches)
-            return stage(batch.tokens, batch.gates if gated else None), partial(loss, batch)
+            return stage(batch.tokens, None if is_teacher else batch.gates), partial(loss, batch)
 
         batch_size, local_tokens = micro_batches[0].tokens.shape
         was_training = model.training
         model.train(not forward_only)
-        outputs = get_forward_backward_func()(
+        outputs: list[Any] = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iter(micro_batches),
             model=[model],
@@ -113,13 +107,14 @@ class PipelineRunner:
             seq_length=local_tokens * self.world.groups.cp.size(),
             micro_batch_size=batch_size,
             forward_only=forward_only,
-            collect_non_loss_data=keep,
+            collect_non_loss_data=is_teacher,
         )
         model.train(was_training)
         return outputs
 
     def _student_loss(self, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, MicroBatchLoss]:
         """Return (sum of the loss over this rank's tokens, their number, report) as the schedule wants it."""
+        weights = None if batch.token_weights is None else batch.token_weights.t().reshape(-1)
         teacher_hidden, teacher_head = None, None
         if batch.teacher_hidden is not None:
             assert self.teacher is not None
@@ -130,7 +125,7 @@ class PipelineRunner:
             teacher_hidden,
             teacher_head,
             batch.labels.t().reshape(-1),
-            None if batch.token_weights is None else batch.token_weights.t().reshape(-1),
+            weights,
             kl_weight=0.0 if teacher_hidden is None else self.loss.kl_weight,
             cross_entropy_weight=self.loss.cross_entropy_weight,
             temperature=self.loss.temperature,
@@ -138,14 +133,11 @@ class PipelineRunner:
             tp_group=self.world.groups.tp,
             report_cross_entropy=True,
         )
-        budget = None if batch.gates is None else batch.gates.budget
         counted = torch.tensor(batch.labels.numel(), dtype=torch.int, device=hidden.device)
-        if batch.token_weights is not None:
-            counted = batch.token_weights.sum().int()
+        if weights is not None:
+            counted = weights.sum().int()
+        budget = None if batch.gates is None else batch.gates.budget
         return terms.total, counted, MicroBatchLoss(budget, counted, terms.kl, terms.cross_entropy)
-
-    def _evaluation_loss(self, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, MicroBatchLoss]:
-        return self._student_loss(replace(batch, teacher_hidden=None), hidden)
 
     def _tokens(self, hidden: Tensor) -> Tensor:
         return parallel_hidden(hidden, self.world.layout.sequence, self.world.groups.tp)

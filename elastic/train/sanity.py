@@ -18,13 +18,13 @@ what was drawn.
 import hashlib
 import platform
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup, ReduceOp
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from elastic.data.stream import Batch
@@ -36,7 +36,7 @@ from elastic.space.gates import Gates
 from elastic.world.files import first_few
 from elastic.world.groups import World
 
-EMBEDDING = "embedding.word_embeddings.weight"
+EMBEDDING = "weight embedding.word_embeddings.weight"
 COPIED = ("weight ", "main weight ", "Adam ")  # what a replica has a copy of
 MAX_SHOWN = 5
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -66,28 +66,23 @@ class Sanity:
         """Compare what a step starts from; raises SanityError on all ranks alike."""
         if moment.step % self.every_n_steps:
             return
-        state = self._state()
-        moved = set()
-        if self._left_after_step == moment.step - 1:
-            values = _read(state)
-            moved = {name for name in values if values[name] != self._left.get(name, values[name])}
-        found = self._compare_state(state, moved)
-        position = {
-            "seed": self.seed,
-            "step": moment.step,
-            "phase": moment.phase_index,
-            "data": moment.consumed_samples,
-        }
+        state, left = self._state(), self._left if self._left_after_step == moment.step - 1 else {}
+        found = self._compare_state(state, {name for name in state if state[name] != left.get(name, state[name])})
+        position = dict(seed=self.seed, step=moment.step, phase=moment.phase_index, data=moment.consumed_samples)
         if choices[0] is not None:
             position["budgets"] = text_fingerprint(sorted(str(gates.budget) for gates in choices if gates is not None))
         found += self._compare(position, None, "all ranks")
-        drawn: dict[str, Tensor | int] = {}
+        drawn: dict[str, Tensor] = {}
         for index, (batch, gates) in enumerate(zip(batches, choices, strict=True)):
             drawn[f"sample ids of micro-batch {index}"] = fingerprint(batch.sample_ids)
-            drawn |= {f"{name} of micro-batch {index}": value for name, value in _gate_values(gates).items()}
+            if gates is not None:
+                budget = text_fingerprint((gates.budget, gates.subnet))
+                drawn[f"budget of micro-batch {index}"] = torch.tensor(budget)
+                for axis, leaf in gates.weights.items():
+                    drawn[f"gates {axis.value} of micro-batch {index}"] = fingerprint(leaf)
         groups = self.world.groups
         for group, over in ((groups.tp, "tensor"), (groups.pp, "pipeline"), (groups.cp, "context")):
-            found += self._compare(drawn, group, f"{over}-parallel ranks")
+            found += self._compare(self._read(drawn), group, f"{over}-parallel ranks")
         self._raise_on_all_ranks(found, f"before step {moment.step + 1}")
 
     def after_step(self, moment: Moment) -> None:
@@ -96,18 +91,17 @@ class Sanity:
             return
         state = self._state()
         self._raise_on_all_ranks(self._compare_state(state, set()), f"after step {moment.step + 1}")
-        self._left, self._left_after_step = _read(state), moment.step
+        self._left, self._left_after_step = state, moment.step
 
-    def _state(self) -> dict[str, Tensor]:
+    def _state(self) -> dict[str, int]:
         """Return the fingerprints of this rank's weights, optimizer state and router, by name."""
         state = {f"weight {name}": fingerprint(weight) for name, weight in named_global_parameters(self.model)}
         state |= self._optimizer_state()
-        if self.router is not None:
-            for name, parameter in self.router.named_parameters():
-                state[f"router weight {name}"] = fingerprint(parameter)
-                adam = {} if self.router_optimizer is None else self.router_optimizer.state.get(parameter, {})
-                state |= {f"router Adam {key} {name}": fingerprint(value) for key, value in adam.items()}
-        return {name: value.to(self.world.device) for name, value in state.items()}
+        for name, parameter in () if self.router is None else self.router.named_parameters():
+            state[f"router weight {name}"] = fingerprint(parameter)
+            adam = {} if self.router_optimizer is None else self.router_optimizer.state.get(parameter, {})
+            state |= {f"router Adam {key} {name}": fingerprint(value) for key, value in adam.items()}
+        return self._read(state)
 
     def _optimizer_state(self) -> dict[str, Tensor]:
         """Return the fingerprints of what the optimizer keeps of each weight. A shard of one has a name of its own."""
@@ -123,75 +117,63 @@ class Sanity:
                 sharded = "shard of " if part.config.use_distributed_optimizer else ""
                 if is_main:
                     state[f"{sharded}main weight {name}"] = fingerprint(parameter)
-                for key, value in part.optimizer.state.get(parameter, {}).items():
-                    if isinstance(value, Tensor):
-                        state[f"{sharded}Adam {key} {name}"] = fingerprint(value)
+                adam = part.optimizer.state.get(parameter, {})
+                tensors = {key: value for key, value in adam.items() if isinstance(value, Tensor)}
+                state |= {f"{sharded}Adam {key} {name}": fingerprint(value) for key, value in tensors.items()}
         return state
 
-    def _compare_state(self, state: Mapping[str, Tensor], moved: set[str]) -> list[str]:
+    def _read(self, values: Mapping[str, Tensor]) -> dict[str, int]:
+        """Bring fingerprints from the device at once."""
+        return dict(zip(values, torch.stack([v.to(self.world.device) for v in values.values()]).tolist(), strict=True))
+
+    def _compare_state(self, state: Mapping[str, int], moved: set[str]) -> list[str]:
         """Return one message per copy that differs, and per value that moved without a step."""
-        groups = self.world.groups
-        rank = torch.distributed.get_rank()
+        groups, rank = self.world.groups, torch.distributed.get_rank()
         found = [f"{name} changed on rank {rank} since the last step" for name in state if name in moved]
         copies = {name: value for name, value in state.items() if name.startswith(COPIED)}
         replicated = {name: value for name, value in copies.items() if sharded_dim(name.rpartition(" ")[2]) is None}
         routers = {name: value for name, value in state.items() if name.startswith("router ")}
         found += self._compare(copies, groups.dp_cp, "data-parallel ranks", moved)
         found += self._compare(replicated, groups.tp, "tensor-parallel ranks", moved)
-        if self.model.share_embeddings_and_output_weights and f"weight {EMBEDDING}" in copies:
-            tied = {f"weight {EMBEDDING}": copies[f"weight {EMBEDDING}"]}
+        if self.model.share_embeddings_and_output_weights and EMBEDDING in copies:
+            tied = {EMBEDDING: copies[EMBEDDING]}
             found += self._compare(tied, groups.embd, "first and last pipeline stage", moved)
         return found + self._compare(routers, None, "all ranks", moved)
 
     def _compare(
-        self, values: Mapping[str, Tensor | int], group: ProcessGroup | None, over: str, moved: set[str] | None = None
+        self, values: Mapping[str, int], group: ProcessGroup | None, over: str, moved: Collection[str] = ()
     ) -> list[str]:
         """Return a message for each value that differs over `group` (None: all ranks), the same on all its ranks."""
         ranks = torch.distributed.get_process_group_ranks(group)
         if len(ranks) == 1 or not values:
             return []
-        device = self.world.device
-        own = torch.stack([torch.as_tensor(value, dtype=torch.int64, device=device) for value in values.values()])
-        flags = torch.tensor([name in (moved or ()) for name in values], dtype=torch.int64, device=device)
-        gathered = [torch.empty(2, len(values), dtype=torch.int64, device=device) for _ in ranks]
-        torch.distributed.all_gather(gathered, torch.stack([own, flags]), group=group)
-        table = torch.stack(gathered).tolist()
+        own = torch.tensor([(value, name in moved) for name, value in values.items()], dtype=torch.int64)
+        own = own.to(self.world.device)
+        gathered = [torch.empty_like(own) for _ in ranks]
+        torch.distributed.all_gather(gathered, own, group=group)
+        table = torch.stack(gathered, dim=1).tolist()  # of each value, what every rank has
         found = []
-        for column, name in enumerate(values):
-            seen = {rank: row[0][column] for rank, row in zip(ranks, table, strict=True)}
+        for name, row in zip(values, table, strict=True):
+            seen = {rank: value for rank, (value, _) in zip(ranks, row, strict=True)}
             if len(set(seen.values())) > 1:
-                suspects = [rank for rank, row in zip(ranks, table, strict=True) if row[1][column]]
-                found.append(f"{name} differs over {over} {_listed(ranks)}: {_blame(seen, suspects)}")
+                suspects = [rank for rank, (_, has_moved) in zip(ranks, row, strict=True) if has_moved]
+                found.append(f"{name} differs over {over} {', '.join(map(str, ranks))}: {_blame(seen, suspects)}")
         return found
 
     def _raise_on_all_ranks(self, found: Sequence[str], when: str) -> None:
-        count = torch.tensor([len(found)], device=self.world.device)
-        torch.distributed.all_reduce(count, op=ReduceOp.MAX)
-        if not count.item():
-            return
         everyone: list[tuple[str, Sequence[str]]] = [("", ())] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, (platform.node(), found))
         messages = list(dict.fromkeys(message for _, theirs in everyone for message in theirs))
-        shown = first_few(messages, MAX_SHOWN)
+        if not messages:
+            return
         named = [rank for rank in range(len(everyone)) if any(f"rank {rank} " in message for message in messages)]
-        hosts = "".join(f"\n  rank {rank} runs on {everyone[rank][0]}" for rank in named)
+        hosts = [f"rank {rank} runs on {everyone[rank][0]}" for rank in named]
         passed = "none yet" if self._left_after_step is None else f"after step {self._left_after_step + 1}"
+        lines = [f"debug.sanity: {when} copies differ", *first_few(messages, MAX_SHOWN), *hosts]
         raise SanityError(
-            f"debug.sanity: {when} copies differ\n  " + "\n  ".join(shown) + hosts + f"\nThe last check that passed: "
-            f"{passed}. Leave the machine of a rank named here out, and go on from a checkpoint up to that step"
+            "\n  ".join(lines) + f"\nThe last check that passed: {passed}. Leave the machine of a rank named here out, "
+            "and go on from a checkpoint up to that step"
         )
-
-
-def _read(state: Mapping[str, Tensor]) -> dict[str, int]:
-    return dict(zip(state, torch.stack(list(state.values())).tolist(), strict=True))
-
-
-def _gate_values(gates: Gates | None) -> dict[str, Tensor | int]:
-    """Return what has to be equal of one micro-batch's gates."""
-    if gates is None:
-        return {}
-    values: dict[str, Tensor | int] = {"budget": text_fingerprint((gates.budget, gates.subnet))}
-    return values | {f"gates {axis.value}": fingerprint(leaf) for axis, leaf in gates.weights.items()}
 
 
 def _blame(seen: Mapping[int, int], moved: Sequence[int]) -> str:
@@ -202,10 +184,6 @@ def _blame(seen: Mapping[int, int], moved: Sequence[int]) -> str:
     if others and others[0][1] == count:
         return "as many ranks for one value as for another, none of them changed between steps"
     return " and ".join(f"rank {rank} contradicts" for rank, value in seen.items() if value != most) + " the others"
-
-
-def _listed(ranks: Sequence[int]) -> str:
-    return ", ".join(map(str, ranks))
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -10,15 +11,15 @@ from rich.console import Console
 from elastic.checkpoint.contents import damages, step_of
 from elastic.checkpoint.find import checkpoint_folder, list_checkpoints
 from elastic.checkpoint.state import begin_save
-from elastic.checkpoint.write import CheckpointWrite, SavedCheckpoint
-from elastic.train.callbacks import NoCallback
+from elastic.checkpoint.write import CheckpointWrite
 from elastic.train.log import RunLog
-from elastic.train.trainer import StepResult, Trainer
+from elastic.train.trainer import Callback, StepResult, Trainer
 
 REMOVING = ".removing"
 
 
-class SaveCheckpoints(NoCallback):
+@dataclass
+class SaveCheckpoints(Callback):
     """Saves every n steps, at the end and before an orderly stop; keeps the newest few and the milestones.
 
     With `in_background` a save is finished at the first step boundary at which every rank has written, a save that is
@@ -26,20 +27,14 @@ class SaveCheckpoints(NoCallback):
     CheckpointError, at the boundary, and leaves the checkpoints before it.
     """
 
-    def __init__(
-        self,
-        every_steps: int,
-        *,
-        keep_last: int,
-        milestone_steps: int | None,
-        in_background: bool,
-        log: RunLog,
-        console: Console,
-    ) -> None:
-        self.every_steps, self.keep_last, self.milestone_steps = every_steps, keep_last, milestone_steps
-        self.in_background, self.log, self.console = in_background, log, console
-        self.saved_step: int | None = None
-        self.running: CheckpointWrite | None = None
+    every_steps: int
+    keep_last: int
+    milestone_steps: int | None
+    in_background: bool
+    log: RunLog
+    console: Console
+    saved_step: int | None = None
+    running: CheckpointWrite | None = None
 
     def on_start(self, trainer: Trainer) -> None:
         """Remember where the run resumed: that checkpoint is there already."""
@@ -60,6 +55,7 @@ class SaveCheckpoints(NoCallback):
     def _save(self, trainer: Trainer) -> None:
         if self.saved_step == trainer.step:
             return
+        self.saved_step = trainer.step
         self._finish(trainer)
         self.running = begin_save(
             checkpoint_folder(trainer.run_folder, trainer.step),
@@ -70,29 +66,22 @@ class SaveCheckpoints(NoCallback):
             trainer.carried_from,
             in_background=self.in_background,
         )
-        self.saved_step = trainer.step
         if not self.in_background:
             self._finish(trainer)
 
     def _finish(self, trainer: Trainer) -> None:
         if self.running is None:
             return
-        saved = self.running.finish()
-        self.running = None
-        if trainer.world.is_main:
-            self._report(trainer, saved)
-            prune(trainer.run_folder, saved.folder, self.keep_last, self.milestone_steps, self.console.print)
-
-    def _report(self, trainer: Trainer, saved: SavedCheckpoint) -> None:
-        values = {
-            "checkpoint/seconds": saved.seconds,
-            "checkpoint/blocked_seconds": saved.blocked_seconds,
-            "checkpoint/bytes": float(saved.size_bytes),
-        }
-        self.log.write(trainer.step, values)  # the step at which it was finished: loggers want steps to go forward
+        saved, self.running = self.running.finish(), None
+        if not trainer.world.is_main:
+            return
+        seconds = {"checkpoint/seconds": saved.seconds, "checkpoint/blocked_seconds": saved.blocked_seconds}
+        # At the step at which it was finished: loggers want steps to go forward.
+        self.log.write(trainer.step, seconds | {"checkpoint/bytes": float(saved.size_bytes)})
         waited = f", training waited {saved.blocked_seconds:.1f} s" if self.in_background else ""
-        size = f"{saved.size_bytes / 1e9:,.3f} GB"
-        self.console.print(f"saved {saved.folder.name}: {size} in {saved.seconds:.1f} s{waited}", highlight=False)
+        text = f"saved {saved.folder.name}: {saved.size_bytes / 1e9:,.3f} GB in {saved.seconds:.1f} s{waited}"
+        self.console.print(text, highlight=False)
+        prune(trainer.run_folder, saved.folder, self.keep_last, self.milestone_steps, self.console.print)
 
 
 def prune(
@@ -107,11 +96,10 @@ def prune(
     if newest not in whole:
         say(f"{newest} is not whole right after it was written; older checkpoints stay")
         return
+    milestones = {folder for folder in whole if milestone_steps and step_of(folder) % milestone_steps == 0}
     for old in whole[:-keep_last]:
-        is_milestone = milestone_steps is not None and step_of(old) % milestone_steps == 0
-        if not is_milestone and old != newest:
-            # Renamed first: killed half-way, what is left does not look like a checkpoint.
-            with _said(say):
+        if old not in milestones and old != newest:
+            with _said(say):  # renamed first: killed half-way, what is left does not look like a checkpoint
                 old.rename(old.with_name(old.name + REMOVING))
     for left in newest.parent.glob(f"step_*{REMOVING}"):
         with _said(say):

@@ -26,42 +26,42 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup, ReduceOp
 
-from elastic.train.callbacks import NoCallback
-from elastic.train.trainer import StepResult, Trainer
+from elastic.train.trainer import Callback, StepResult, Trainer
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SAME_SIGNAL_S = 3.0
 STOP_FILE_VARIABLE = "ELASTIC_STOP_FILE"
 
 
-class StopOnSignal(NoCallback):
-    """Turns a signal on any rank into an orderly stop of all ranks after the running step."""
+class StopOnSignal(Callback):
+    """Turns a signal on any rank into an orderly stop of all ranks after the running step.
+
+    Signals are heard on a thread of its own, so that a main thread inside a collective does not delay the second one:
+    Python's handlers wait until the main thread is back from C code; the byte that the interpreter writes to the
+    wake-up socket for every signal does not.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
         self._received_s = 0.0
-        self._listener: _Listener | None = None
         self._group: ProcessGroup | None = None
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._before: dict[signal.Signals, Any] = {}
+        self._wakeup_before = -1
 
     def on_start(self, trainer: Trainer) -> None:
-        """Install the handlers. Every rank must call: on GPUs a gloo group is made, so that agreeing never waits for
-        the device."""
+        """Install the handlers, from the main thread. Every rank must call: on GPUs a gloo group is made, so that
+        agreeing never waits for the device."""
         if trainer.world.device.type != "cpu":
             self._group = torch.distributed.new_group(backend="gloo")
-        self._listener = _Listener(self)
-        self._listener.start()
+        self._wakeup_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        # A forked helper process would report the signals it gets itself over the inherited socket.
+        register_after_fork(self, lambda _: signal.set_wakeup_fd(-1))
+        self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._thread.start()
         self._look_for_file()
-
-    def _look_for_file(self) -> None:
-        if self.received is None and Path(os.environ.get(STOP_FILE_VARIABLE, "")).is_file():
-            self.hear("the launcher's signal")
-
-    def hear(self, what: str) -> bool:
-        """Note the first reason to stop; tell whether this is another signal, long enough after it to be a second."""
-        if self.received is None:
-            self._received_s, self.received = time.monotonic(), what
-            return False
-        return time.monotonic() - self._received_s > SAME_SIGNAL_S
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Agree over all ranks whether one of them was told to stop: one number on the CPU a step.
@@ -76,37 +76,7 @@ class StopOnSignal(NoCallback):
             trainer.stop_reason = self.received or "a signal to another rank"
 
     def on_end(self, trainer: Trainer) -> None:
-        """Give the signals back."""
-        assert self._listener is not None
-        self._listener.stop()
-
-
-class _Listener:
-    """Hears signals on a thread of its own, so that a main thread inside a collective does not delay the second one.
-
-    Python's handlers wait until the main thread is back from C code; the byte that the interpreter writes to the
-    wake-up socket for every signal does not.
-    """
-
-    def __init__(self, owner: StopOnSignal) -> None:
-        self._owner = owner
-        self._reader, self._writer = socket.socketpair()
-        self._writer.setblocking(False)
-        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
-        self._before: dict[signal.Signals, Any] = {}
-        self._wakeup_before = -1
-
-    def start(self) -> None:
-        """Install handlers and start listening; call from the main thread."""
-        self._wakeup_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        # A forked helper process would report the signals it gets itself over the inherited socket.
-        register_after_fork(self, lambda _: signal.set_wakeup_fd(-1))
-        for number in SIGNALS:
-            self._before[number] = signal.signal(number, lambda *_: None)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Put the handlers back that were there before; call from the main thread."""
+        """Put the handlers back that were there before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_before)
@@ -116,5 +86,16 @@ class _Listener:
 
     def _listen(self) -> None:
         while heard := self._reader.recv(1):
-            if heard[0] in SIGNALS and self._owner.hear(signal.Signals(heard[0]).name):
+            if heard[0] in SIGNALS and self._hear(signal.Signals(heard[0]).name):
                 os._exit(128 + heard[0])
+
+    def _look_for_file(self) -> None:
+        if self.received is None and Path(os.environ.get(STOP_FILE_VARIABLE, "")).is_file():
+            self._hear("the launcher's signal")
+
+    def _hear(self, what: str) -> bool:
+        """Note the first reason to stop; tell whether this is another signal, long enough after it to be a second."""
+        if self.received is None:
+            self._received_s, self.received = time.monotonic(), what
+            return False
+        return time.monotonic() - self._received_s > SAME_SIGNAL_S

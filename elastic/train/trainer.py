@@ -1,11 +1,10 @@
 """The loop: one optimizer step in one screen; logging, validation, checkpoints and signals are callbacks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
@@ -17,9 +16,15 @@ from elastic.data.stream import PhaseData
 from elastic.router.draw import Chooser, Draw, decide
 from elastic.router.phases import Curriculum, Moment
 from elastic.space.shape import Subnet
-from elastic.train.gate_gradients import sum_gate_gradients, sum_router_gradients
-from elastic.train.nonfinite import SkippedSteps, StepParts, finite_on_all_ranks
-from elastic.train.optimizer import apply_gradients, gradient_norm, largest_gradients, set_learning_rate
+from elastic.train.nonfinite import SkippedSteps, nonfinite_on_all_ranks
+from elastic.train.optimizer import (
+    apply_gradients,
+    gradient_norm,
+    largest_gradients,
+    set_learning_rate,
+    sum_gate_gradients,
+    sum_router_gradients,
+)
 from elastic.train.pipeline import MicroBatchLoss, PipelineRunner
 from elastic.train.sanity import Sanity
 from elastic.world.groups import World
@@ -33,19 +38,15 @@ class StepResult:
     `skipped`: something was not finite, so neither weights nor router took the step, on any rank.
     """
 
-    step: int
     moment: Moment
     losses: Sequence[MicroBatchLoss]
-    num_tokens: int
     grad_norm: float
     skipped: bool
-    learning_rate: float
-    router_learning_rate: float | None = None
-    budget_losses: torch.Tensor | None = None
+    budget_losses: Tensor | None
 
 
-class Callback(Protocol):
-    """Something that happens around steps. Methods run on every rank."""
+class Callback:
+    """Something that happens around steps, on every rank. Does nothing but what a kind of callback overrides."""
 
     def on_start(self, trainer: "Trainer") -> None: ...
 
@@ -86,18 +87,21 @@ class Trainer:
 
     def fit(self) -> None:
         """Train from `step` to `total_steps`, or until a callback sets `stop_reason`."""
-        for callback in self.callbacks:
-            self._entering(callback, "on_start")
+        for callback in self._entered("on_start"):
             callback.on_start(self)
         while self.step < self.total_steps and self.stop_reason is None:
             result = self.train_step()
             self.step += 1
-            for callback in self.callbacks:
-                self._entering(callback, "after_step")
+            for callback in self._entered("after_step"):
                 callback.after_step(self, result)
-        for callback in self.callbacks:
-            self._entering(callback, "on_end")
+        for callback in self._entered("on_end"):
             callback.on_end(self)
+
+    def _entered(self, method: str) -> Iterator[Callback]:
+        """Yield the callbacks in turn, and leave a note for the watchdog which one is at work."""
+        for callback in self.callbacks:
+            self.progress.enter(self.step, f"{type(callback).__name__}.{method}")
+            yield callback
 
     def train_step(self) -> StepResult:
         """Run one optimizer step over the global batch; raises NonFiniteError after too many bad ones in a row."""
@@ -126,26 +130,15 @@ class Trainer:
         # 4. One decision for all ranks, then weights and router take the step, or neither does.
         grad_norm = gradient_norm(self.optimizer)
         router = self.chooser.router if self.chooser is not None and trains_router else None
-        finite = finite_on_all_ranks(losses, [grad_norm, *largest_gradients(self.wrapped)], router, self.world)
-        if finite:
-            self._update(moment, grad_norm, trains_router)
+        bad = nonfinite_on_all_ranks(losses, [grad_norm, *largest_gradients(self.wrapped)], router, self.world)
+        if bad:
+            self.skipped.step_skipped(bad, number, batches, draw, losses, float(grad_norm))
         else:
-            names = () if self.chooser is None else [budget.name for budget in self.chooser.budgets]
-            parts = StepParts(number, batches, draw, losses, float(grad_norm), self.runner.student_model, names)
-            self.skipped.step_skipped(finite, parts, self.world)
+            self._update(moment, grad_norm, trains_router)
         if self.sanity is not None:
             self.sanity.after_step(moment)
-        return StepResult(
-            step=self.step,
-            moment=moment,
-            losses=losses,
-            num_tokens=moment.phase.tokens_per_step,
-            grad_norm=float(grad_norm),
-            skipped=not finite,
-            learning_rate=moment.learning_rate,
-            router_learning_rate=moment.router_learning_rate if trains_router else None,
-            budget_losses=None if draw is None else draw.budget_losses,
-        )
+        budget_losses = None if draw is None else draw.budget_losses
+        return StepResult(moment, losses, float(grad_norm), bool(bad), budget_losses)
 
     def _router_gradients(self, moment: Moment, draw: Draw) -> None:
         """Push the gates' gradients through the router once, and sum what came out over replicas."""
@@ -158,16 +151,13 @@ class Trainer:
 
     def _update(self, moment: Moment, grad_norm: Tensor | float, trains_router: bool) -> None:
         """Step the weights, and the router where it trains."""
-        self.skipped.step_taken()
+        self.skipped.in_a_row.clear()
         set_learning_rate(self.optimizer, moment.learning_rate)
         apply_gradients(self.optimizer, grad_norm)
         if trains_router:
             assert self.router_optimizer is not None
             set_learning_rate(self.router_optimizer, moment.router_learning_rate)
             self.router_optimizer.step()
-
-    def _entering(self, callback: Callback, method: str) -> None:
-        self.progress.enter(self.step, f"{type(callback).__name__}.{method}")
 
     def chosen_subnets(self) -> dict[str, Subnet]:
         """Return the subnet the router now chooses for every budget: argmax, no noise; the parent without budgets."""

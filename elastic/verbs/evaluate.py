@@ -45,14 +45,9 @@ def run_evaluate(config: EvaluateConfig, console: Console) -> Path:
             for member in opened.members
         }
         with open_run_folder(config.exp_manager, asdict(config), here) as folder:
-            losses = evaluate_subnets(
-                PipelineRunner(here, opened.load_model(here.layout), DistillConfig(kl_weight=0.0)),
-                gates,
-                HeldOut(held_out, config.sequence_length),
-                num_sequences=config.data.validation_sequences,
-                micro_batch_size=config.data.micro_batch,
-                world=here,
-            )
+            runner = PipelineRunner(here, opened.load_model(here.layout), DistillConfig(kl_weight=0.0))
+            data = HeldOut(held_out, config.sequence_length)
+            losses = evaluate_subnets(runner, gates, data, config.data.validation_sequences, config.data.micro_batch)
             rows = [_row(opened, member, losses[member.name]) for member in opened.members]
             if here.is_main:
                 write_json(folder / EVALUATION_FILE, {"checkpoint": str(opened.checkpoint), "members": rows})

@@ -26,7 +26,7 @@ from elastic.config.training import (
 )
 from elastic.data.manifest import DataError, read_manifest
 from elastic.data.prepare_config import PrepareConfig
-from elastic.run.folder import is_unfinished, is_untouched
+from elastic.run.folder import is_left_over
 from elastic.space.shape import ModelShape
 from elastic.verbs.evaluate import mask_problems
 from elastic.verbs.generate import generate_problems
@@ -186,7 +186,7 @@ def output_problems(config: object) -> Iterator[Problem]:
                 rule = f"would remove {name} = {path} before it is read"
                 remedy = f"set exp_manager.version={free_version(folder)}"
                 yield Problem("exp_manager.overwrite", True, rule, remedy)
-    if manager.overwrite or not folder.exists() or not any(folder.iterdir()) or _goes_on(config, folder):
+    if manager.overwrite or _goes_on(config, folder):
         return
     ways = ["exp_manager.overwrite=true"]
     if isinstance(config, TrainConfig):
@@ -199,7 +199,7 @@ def _goes_on(config: VerbConfig, folder: Path) -> bool:
     """Tell whether the verb continues what it finds: a run if told to, an import cut short, a refused start."""
     if isinstance(config, TrainConfig) and config.exp_manager.resume_if_exists:
         return True
-    return is_untouched(folder) or (isinstance(config, ImportConfig) and is_unfinished(folder))
+    return is_left_over(folder, resume=isinstance(config, ImportConfig))
 
 
 def free_version(folder: Path) -> str:

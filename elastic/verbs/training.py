@@ -17,23 +17,23 @@ from elastic.model.model import ElasticModel, build_model
 from elastic.router.draw import Chooser
 from elastic.router.phases import Curriculum
 from elastic.router.router import Router
-from elastic.run.folder import FINISHED_FILE, write_finished
+from elastic.run.folder import FINISHED_FILE
 from elastic.run.resume import RunStart, load_run_state, open_training_run
 from elastic.run.world import run_world
 from elastic.space.cost import Budget
 from elastic.space.reach import smallest_subnet
 from elastic.space.space import Space
-from elastic.train.callbacks import Validate
-from elastic.train.log import LogSteps, RunLog, ScalarWriter, WandbWriter
+from elastic.train.callbacks import LogSteps, Validate
+from elastic.train.log import RunLog, open_wandb
 from elastic.train.nonfinite import SkippedSteps
 from elastic.train.optimizer import build_optimizer, build_router_optimizer, set_hyperparameters, wrap_for_training
 from elastic.train.pipeline import PipelineRunner
 from elastic.train.sanity import Sanity
 from elastic.train.save_checkpoints import SaveCheckpoints
 from elastic.train.signals import StopOnSignal
-from elastic.train.spikes import LossSpikes
 from elastic.train.trainer import Callback, Trainer
 from elastic.verbs.text import LONGEST
+from elastic.world.files import write_json
 from elastic.world.groups import World
 from elastic.world.watchdog import Watchdog
 
@@ -139,6 +139,7 @@ def _trainer(
     router_optimizer = None if router is None else build_router_optimizer(router, config.optim)
     optimizer = build_optimizer(wrapped, config.optim, here)
     every = config.debug.sanity_every_n_steps
+    names = () if chooser is None else tuple(budget.name for budget in chooser.budgets)
     sanity = Sanity(student, router, router_optimizer, here, config.seed, every, optimizer)
     trainer = Trainer(
         world=here,
@@ -153,7 +154,7 @@ def _trainer(
         config=config_dict(config),
         origin=opened.origin,
         total_steps=min(curriculum.total_steps, config.trainer.max_steps or curriculum.total_steps),
-        skipped=SkippedSteps(opened.folder, config.trainer.max_skipped_in_a_row),
+        skipped=SkippedSteps(opened.folder, config.trainer.max_skipped_in_a_row, student, here, names),
         chooser=chooser,
         router_optimizer=router_optimizer,
         sanity=sanity if config.debug.sanity else None,
@@ -178,13 +179,13 @@ def _fit(
             console.print(f"accepted from step {trainer.step} on: {change}", highlight=False)
         if trainer.step < trainer.total_steps:
             (folder / FINISHED_FILE).unlink(missing_ok=True)  # there is more to do than when it was written
-    extra: tuple[ScalarWriter, ...] = ()
+    wandb_run = None
     if trainer.world.is_main and settings.create_wandb_logger:
-        extra = (WandbWriter(folder, settings.name, settings.version, trainer.config),)
+        wandb_run = open_wandb(folder, settings.name, settings.version, trainer.config)
     log = RunLog(
         folder if trainer.world.is_main else None,
         tensorboard=settings.create_tensorboard_logger,
-        extra=extra,
+        wandb_run=wandb_run,
         step=trainer.step,
         say=console.print,
     )
@@ -198,7 +199,14 @@ def _fit(
             micro_batch_size=config.data.micro_batch,
         ),
         # Before the save: a step whose checkpoint is whole is not run again, and its row would be missing for ever.
-        LogSteps(log, budget_names or ("parent",), config.trainer.log_every_n_steps, console, _spikes(config)),
+        LogSteps(
+            log,
+            budget_names or ("parent",),
+            config.trainer.log_every_n_steps,
+            console,
+            trainer.world,
+            config.trainer.loss_spike_deviations,
+        ),
         SaveCheckpoints(
             config.trainer.checkpoint_every_n_steps,
             keep_last=settings.keep_last_checkpoints,
@@ -217,13 +225,8 @@ def _fit(
         if trainer.step >= trainer.total_steps:
             whole = trainer.curriculum.total_steps
             reason = "the curriculum's end" if trainer.step == whole else f"trainer.max_steps of {whole} steps"
-            write_finished(folder, trainer.step, reason)
+            write_json(folder / FINISHED_FILE, {"step": trainer.step, "reason": reason})
         else:
             again = "run the same command" if settings.resume_if_exists else GO_ON
             console.print(f"stopped by {trainer.stop_reason} after step {trainer.step}; {again} to go on")
     return folder
-
-
-def _spikes(config: TrainConfig) -> LossSpikes | None:
-    threshold = config.trainer.loss_spike_deviations
-    return None if threshold is None else LossSpikes(threshold)

@@ -15,8 +15,7 @@ from elastic.space.axes import Axis
 from elastic.space.gates import Gates
 from elastic.space.shape import ModelShape
 from elastic.space.space import AxisChoices, Space
-from elastic.train.gate_gradients import sum_gate_gradients
-from elastic.train.optimizer import build_optimizer, gradient_norm, wrap_for_training
+from elastic.train.optimizer import build_optimizer, gradient_norm, sum_gate_gradients, wrap_for_training
 from elastic.train.pipeline import PipelineRunner
 from elastic.world.groups import Layout, join_world
 from tests.shapes import random_choice

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from elastic.generate.decoder import Decoder
 from elastic.generate.sampling import Sampling
-from elastic.generate.text import Limits, Marker, ThinkPlan, generate
+from elastic.generate.text import Decoder, Limits, Marker, ThinkPlan, generate
 from elastic.model.cpu_backend import use_cpu_backend
 from elastic.space.shape import Subnet
 from elastic.world.groups import Layout

@@ -15,7 +15,6 @@ from elastic.config.load import load
 from elastic.config.sections import OptimConfig
 from elastic.config.training import ElasticConfig
 from elastic.model.model import build_model
-from elastic.train.callbacks import NoCallback
 from elastic.train.nonfinite import NonFiniteError
 from elastic.train.optimizer import (
     apply_gradients,
@@ -25,6 +24,7 @@ from elastic.train.optimizer import (
     wrap_for_training,
 )
 from elastic.train.pipeline import PipelineRunner
+from elastic.train.trainer import Callback
 from elastic.verbs.training import run_elastic
 from elastic.world.groups import Layout, join_world
 from tests.distributed.elastic_step import tiny_space
@@ -68,7 +68,7 @@ class PoisonedRunner(PipelineRunner):
         return losses
 
 
-class PoisonAndWatch(NoCallback):
+class PoisonAndWatch(Callback):
     """Installs the runner on one rank a deed, and keeps copies of everything trained after every step."""
 
     def __init__(self, deeds):

@@ -15,8 +15,8 @@ from elastic.data.prepare import prepare
 from elastic.data.prepare_config import PrepareConfig
 from elastic.plan.config import PlanConfig
 from elastic.plan.run_plan import run_plan
+from elastic.run.changes import ResumeError
 from elastic.run.folder import RunFolderError, prepare_run_folder
-from elastic.run.resume import ResumeError
 from elastic.verbs.cost import run_cost
 from elastic.verbs.estimate_importance import run_importance
 from elastic.verbs.evaluate import run_evaluate

@@ -17,9 +17,8 @@ from elastic.checkpoint.read import read_metadata
 from elastic.config.load import load
 from elastic.config.training import ElasticConfig
 from elastic.train import trainer as loop
-from elastic.train.callbacks import NoCallback
-from elastic.train.nonfinite import Finite
 from elastic.train.save_checkpoints import SaveCheckpoints
+from elastic.train.trainer import Callback
 from elastic.verbs.training import run_elastic
 from tests.distributed.harness import DistributedRunError, run_distributed
 from tests.distributed.training import (
@@ -136,7 +135,7 @@ def test_the_distributed_optimizer_saves_whole_tensors_whatever_the_rank(start):
 
 def skip_all(values):
     """Train as if every gradient had a NaN in it."""
-    with mock.patch.object(loop, "finite_on_all_ranks", lambda *arguments: Finite(False, True, True)):
+    with mock.patch.object(loop, "nonfinite_on_all_ranks", lambda *arguments: ["losses"]):
         train(values)
 
 
@@ -189,7 +188,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_the_same_command_goes_on(st
     assert rows(start, "told") == uninterrupted
 
 
-class StopAfter(NoCallback):
+class StopAfter(Callback):
     """Tells a run to stop after a step."""
 
     def __init__(self, step):

@@ -14,8 +14,8 @@ from elastic.router.phases import Moment, Phase
 from elastic.router.router import Router
 from elastic.space.axes import Axis
 from elastic.space.gates import Gates
-from elastic.train.callbacks import NoCallback
 from elastic.train.sanity import Sanity, SanityError
+from elastic.train.trainer import Callback
 from elastic.verbs.training import run_elastic
 from elastic.world.groups import Layout, join_world
 from tests.distributed.elastic_step import batch, tiny_space
@@ -146,7 +146,7 @@ def test_the_majority_of_three_replicas_is_right():
 FLIPPED = "decoder.layers.1.mlp.linear_fc1.weight"
 
 
-class FlipBit(NoCallback):
+class FlipBit(Callback):
     """Changes one bit of one weight, or of what the optimizer keeps of it, on rank 1 after the second step."""
 
     def __init__(self, what):

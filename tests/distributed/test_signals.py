@@ -17,9 +17,9 @@ from elastic.checkpoint.find import list_checkpoints
 from elastic.config.load import load
 from elastic.config.training import ElasticConfig
 from elastic.train import callbacks
-from elastic.train.callbacks import NoCallback
 from elastic.train.evaluation import evaluate_subnets
 from elastic.train.signals import SAME_SIGNAL_S, STOP_FILE_VARIABLE
+from elastic.train.trainer import Callback
 from elastic.verbs.training import run_elastic
 from recipes._tiny_family import train_tiny_family
 from tests.distributed.harness import DistributedRunError, run_distributed
@@ -62,7 +62,7 @@ def test_what_is_under_way_is_finished_then_the_run_stops_in_order(start, when):
     assert not list((folder / "checkpoints").glob("*.writing")) and not (folder / "finished.json").exists()
 
 
-class AtStart(NoCallback):
+class AtStart(Callback):
     """Signals this process while it starts, before the handlers are there."""
 
     def on_start(self, trainer):
@@ -77,7 +77,7 @@ def test_a_signal_that_came_while_the_run_loaded_stops_it_after_a_step(start, tm
     assert_stopped_with_a_checkpoint(start / "run" / "told_early")
 
 
-class LeaveFile(NoCallback):
+class LeaveFile(Callback):
     """Does what launch/common.sh does when its time is nearly over, but for the signal."""
 
     def after_step(self, trainer, result):
@@ -97,7 +97,7 @@ def test_the_file_alone_stops_all_ranks(start, tmp_path):
     assert_stopped_with_a_checkpoint(start / "run" / "told_by_file")
 
 
-class SignalOnceMore(NoCallback):
+class SignalOnceMore(Callback):
     """Passes on, during the first step, the signal that the file already stands for."""
 
     def after_step(self, trainer, result):
@@ -125,7 +125,7 @@ def test_before_training_starts_a_signal_takes_its_default_course(start):
         run_distributed(signal_at_start, 1, elastic_values(start, "at_start"))
 
 
-class Hang(NoCallback):
+class Hang(Callback):
     """Stops rank 1 for good after the second step; rank 0 so waits in a collective, and is told twice to stop."""
 
     def after_step(self, trainer, result):

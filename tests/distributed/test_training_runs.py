@@ -20,12 +20,12 @@ from elastic.data.stream import PackedSequences, TokenStream, read_batch
 from elastic.model.model import build_model
 from elastic.router.router import Router
 from elastic.run import folder as folder_module
+from elastic.run.changes import ResumeError
 from elastic.run.folder import RunFolderError, run_lock
-from elastic.run.resume import ResumeError
 from elastic.space.gates import Gates
-from elastic.train.callbacks import NoCallback
-from elastic.train.metrics import LossMeter
+from elastic.train.evaluation import LossMeter
 from elastic.train.pipeline import PipelineRunner
+from elastic.train.trainer import Callback
 from elastic.verbs.training import run_elastic
 from elastic.world.groups import Layout, join_world
 from tests.distributed.elastic_step import MICRO_BATCH, SEQUENCE, LayoutCase, batch, tiny_space
@@ -92,7 +92,7 @@ def test_a_new_budget_starts_fresh_and_the_others_keep_what_they_learnt(start):
     assert not moments[:, 1].any() and moments[:, 0].any() and moments[:, 2].any()
 
 
-class Told(NoCallback):
+class Told(Callback):
     """Sends this process SIGUSR1 after a step."""
 
     def __init__(self, step):
@@ -158,7 +158,7 @@ def test_each_sample_of_an_epoch_once_over_three_interruptions_and_dp_1_2_1(star
     assert phases[0]["global_batch"] * 7 > len(PackedSequences(TokenStream(start / "data" / "train"), 32, 0))
 
 
-class Groups(NoCallback):
+class Groups(Callback):
     """Checks what the model's and the router's Adam compute with."""
 
     def __init__(self, optim):
@@ -198,7 +198,7 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path):
     assert run_distributed(hold_twice, 1, tmp_path / "run" / "version_0") == [True]
 
 
-class KeepRouter(NoCallback):
+class KeepRouter(Callback):
     """Takes the router's weights and the subnets it chose off every rank at the end of a run."""
 
     def on_end(self, trainer):

@@ -15,8 +15,8 @@ from torch.distributed import distributed_c10d
 
 from elastic.config.load import load
 from elastic.config.training import ElasticConfig
-from elastic.train.callbacks import NoCallback
 from elastic.train.pipeline import PipelineRunner
+from elastic.train.trainer import Callback
 from elastic.verbs.training import run_elastic
 from elastic.world.groups import Layout, join_world, world
 from elastic.world.watchdog import EXIT_STALLED, Progress, Sign, Watchdog, verdict
@@ -43,7 +43,7 @@ class RunnerThatEnds(PipelineRunner):
         return super().forward_backward(micro_batches)
 
 
-class EndRankOne(NoCallback):
+class EndRankOne(Callback):
     """Gives rank 1 that runner."""
 
     def __init__(self, number):

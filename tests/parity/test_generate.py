@@ -11,9 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from elastic.generate.decoder import Decoder
 from elastic.generate.sampling import Sampling
-from elastic.generate.text import End, GenerateError, Generation, Limits, Marker, ThinkPlan, generate
+from elastic.generate.text import Decoder, End, GenerateError, Generation, Limits, Marker, ThinkPlan, generate
 from elastic.hf.card import CardInfo
 from elastic.hf.export import export_folder
 from elastic.hf.export_settings import DtypeRule, ExportSettings

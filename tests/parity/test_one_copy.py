@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from elastic.generate.decoder import Decoder
 from elastic.generate.sampling import Sampling
-from elastic.generate.text import Limits, generate
+from elastic.generate.text import Decoder, Limits, generate
 from elastic.space.shape import Subnet
 from elastic.space.space import Space
 from tests.parity.model_factory import A, C, build_lively, one_process, shape_of, smallest_choice

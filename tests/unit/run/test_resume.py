@@ -10,8 +10,8 @@ from elastic.checkpoint.record import Family, Record
 from elastic.checkpoint.state import TrainingState
 from elastic.config.load import config_dict, load
 from elastic.config.training import ElasticConfig, PretrainConfig
-from elastic.run.changes import RULES, flatten, rule_of
-from elastic.run.resume import ResumeError, check_accepted, differences, weights_sha256
+from elastic.run.changes import RULES, ResumeError, check_accepted, differences, flatten, rule_of
+from elastic.run.resume import weights_sha256
 from tests.distributed.training import elastic_values
 
 INPUTS = {"data.path (train split)": "a" * 64, "init_from.permuted_parent": "b" * 64}

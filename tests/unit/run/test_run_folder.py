@@ -18,9 +18,9 @@ from elastic.config.sections import ExpManagerConfig
 from elastic.config.serving import ExtractConfig, ImportConfig
 from elastic.config.training import ElasticConfig
 from elastic.run import folder as folder_module
-from elastic.run.folder import RunFolderError, is_unfinished, open_run_folder, prepare_run_folder
+from elastic.run.folder import RunFolderError, is_left_over, open_run_folder, prepare_run_folder
 from elastic.space.cost import Budget, Metric
-from elastic.train.log import LogError, RunLog, WandbWriter
+from elastic.train.log import LogError, RunLog, open_wandb
 from elastic.verbs.inputs import load_run
 from elastic.world.groups import SharedFileError, decided_by_rank_0
 from tests.unit.config.configs import put, values_of, written_record
@@ -31,9 +31,9 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_is_unfinished(tmp_pat
         (tmp_path / name).touch()
     for name in ("tensorboard", "wandb", "checkpoints", "watchdog", "nonfinite"):
         (tmp_path / name).mkdir()
-    assert is_unfinished(tmp_path)
+    assert is_left_over(tmp_path, resume=True)
     (tmp_path / "extraction.json").touch()
-    assert not is_unfinished(tmp_path)
+    assert not is_left_over(tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("below", ["", "checkpoints/step_00000003", "thin_megatron"])
@@ -194,11 +194,11 @@ def test_a_resumed_run_is_the_same_run_at_wandb(tmp_path: Path, monkeypatch: pyt
     module.init = lambda **given: calls.append(given)
     monkeypatch.setitem(sys.modules, "wandb", module)
     for _ in range(2):
-        WandbWriter(tmp_path, "elastic", "version_0", {"seed": 1})
-    WandbWriter(tmp_path.parent, "elastic", "version_1", {})
+        open_wandb(tmp_path, "elastic", "version_0", {"seed": 1})
+    open_wandb(tmp_path.parent, "elastic", "version_1", {})
     first, resumed, other = calls
     assert first == resumed and first["resume"] == "allow" and len(first["id"]) == 32
-    assert other["id"] != first["id"] and is_unfinished(tmp_path)
+    assert other["id"] != first["id"] and is_left_over(tmp_path, resume=True)
 
 
 def test_wandb_is_missed_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
