@@ -35,7 +35,9 @@ def _texts(size: int) -> dict[str, Any]:
         "drawn": [generate(model, subnet, PROMPT, drawn, LIMITS).tokens for subnet in SUBNETS],
         "phases": (phases.tokens, phases.switch, asdict(phases.parts[1].subnet)),
         "logits": decoder.feed(PROMPT[2:]),
-        "cache": decoder.cache.num_bytes,
+        "cache": sum(
+            t.nbytes for of in decoder.cache.values() for t in vars(of).values() if isinstance(t, torch.Tensor)
+        ),
     }
 
 
