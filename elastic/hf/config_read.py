@@ -5,7 +5,7 @@ type, or of a size, that a model could have.
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from elastic.hf.config import CARRIED, CARRIED_IF_GIVEN, FIXED, MODEL, SIZES, TIME_STEPS, WIDTHS, token_problems
@@ -105,22 +105,15 @@ def settings_from_hf_config(
     return HfSettings(**given, carried=kept, generation=generation, license=license or {})
 
 
-def special_token_problems(
-    config: Mapping[str, Any],
-    vocab: int,
-    lists: Collection[str] = _TOKENS,
-    rule: str = "an integer, a list of them or null",
-) -> list[str]:
-    """List the special tokens of a generation_config.json, or of a config with `lists` and `rule` of its own, that are
-    not numbers (several only under the keys `lists`) or lie outside the vocabulary.
-    """
+def special_token_problems(config: Mapping[str, Any], vocab: int, is_generation: bool) -> list[str]:
+    """List what is wrong with the special tokens of a config, or of a generation_config.json (each may be several)."""
     tokens = {key: config[key] for key in _TOKENS if key in config}
-    wrong = [
-        f"{key} = {shown(value)} must be {rule}"
-        for key, value in tokens.items()
-        if value is not None
-        and not all(type(each) is int for each in (value if isinstance(value, list) and key in lists else [value]))
-    ]
+    rule = "an integer, a list of them or null" if is_generation else "an integer or null"
+    wrong = []
+    for key, value in tokens.items():
+        several = isinstance(value, list) and (is_generation or key == "eos_token_id")
+        if value is not None and not all(type(token) is int for token in (value if several else [value])):
+            wrong.append(f"{key} = {shown(value)} must be {rule}")
     return wrong or token_problems(tokens, vocab)
 
 
@@ -139,7 +132,7 @@ def import_warnings(config: Mapping[str, Any]) -> list[str]:
             "in the type they compute in"
         )
     limit = known.get("time_step_limit")
-    if limit is not None and [_infinity(bound) for bound in limit] != [0.0, math.inf]:
+    if limit is not None and limit != [0.0, math.inf]:
         warnings.append(f"time_step_limit = {shown(limit)} is not kept: stock transformers and vLLM ignore it, too")
     if "auto_map" in config:
         warnings.append("auto_map is ignored: code of the folder is never run, and exports need none")
@@ -157,6 +150,9 @@ def _canonical(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             problems.append(f"{alias} = {shown(value)} and {key} = {shown(config[key])} mean the same and disagree")
         elif value is not None:
             config[key] = value
+    if isinstance(limit := config.get("time_step_limit"), list):
+        wrapped = {"__float__": "Infinity"}  # as transformers 5 writes it
+        config["time_step_limit"] = [math.inf if bound == wrapped else bound for bound in limit]
     return config, problems
 
 
@@ -247,7 +243,7 @@ def _settings_problems(config: Mapping[str, Any], vocab: int) -> list[str]:
         problems.append(f"time_step_min = {shown(floor)} must be a number of at least 0")
     if limit is not None and not _is_range(limit):
         problems.append(f"time_step_limit = {shown(limit)} must be two numbers, the smaller one first")
-    return problems + special_token_problems(config, vocab, ("eos_token_id",), "an integer or null")
+    return problems + special_token_problems(config, vocab, is_generation=False)
 
 
 def _size(config: Mapping[str, Any], key: str, problems: list[str]) -> int:
@@ -264,10 +260,5 @@ def _size(config: Mapping[str, Any], key: str, problems: list[str]) -> int:
 
 
 def _is_range(limit: Any) -> bool:
-    bounds = [_infinity(bound) for bound in limit] if isinstance(limit, list) else []
-    return len(bounds) == 2 and all(type(bound) in (int, float) for bound in bounds) and 0 <= bounds[0] <= bounds[1]
-
-
-def _infinity(bound: Any) -> Any:
-    """Return a number as it is, and Infinity also where transformers 5 wraps it."""
-    return math.inf if bound == {"__float__": "Infinity"} else bound
+    is_pair = isinstance(limit, list) and len(limit) == 2 and all(type(bound) in (int, float) for bound in limit)
+    return is_pair and 0 <= limit[0] <= limit[1]

@@ -83,7 +83,8 @@ def _open(folder: Path) -> HfFolder:
     if (folder / GENERATION_FILE).exists(follow_symlinks=False):
         generation = _read(folder / GENERATION_FILE, problems)
         if generation is not None and shape is not None:
-            problems += [f"{GENERATION_FILE}: {text}" for text in special_token_problems(generation, shape.vocab)]
+            found = special_token_problems(generation, shape.vocab, is_generation=True)
+            problems += [f"{GENERATION_FILE}: {problem}" for problem in found]
     tokenizer = find_tokenizer(folder)
     problems += tokenizer_problems(tokenizer, None if shape is None else shape.vocab)
     scan = scan_tensors(folder)

@@ -5,6 +5,7 @@ than the widest of their kind (zero-padded, because the stock config knows one i
 (stock transformers does not tie `nemotron_h`, so a file always carries the head).
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
@@ -17,7 +18,7 @@ from elastic.space.layers import parameter_dims, parameter_names, split_paramete
 from elastic.space.nesting import Cut, kept_indices, parameter_size
 from elastic.space.shape import ModelShape
 
-PREFIX, _MEMORY_PREFIX = "backbone.", "model."  # in a file; in a loaded stock model's state_dict
+PREFIX = "backbone."  # in a file; a loaded stock model's state_dict has "model."
 HF_HEAD = "lm_head.weight"
 _EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -137,9 +138,7 @@ def megatron_source(tensors: Mapping[str, Tensor], shape: ModelShape) -> Callabl
 
 def stored_names(names: Iterable[str]) -> dict[str, str]:
     """Map the file's name of each tensor to the name it is stored under, in a file or in a loaded model."""
-    return {
-        PREFIX + name.removeprefix(_MEMORY_PREFIX) if name.startswith(_MEMORY_PREFIX) else name: name for name in names
-    }
+    return {re.sub(r"^model\.", PREFIX, name): name for name in names}
 
 
 def split_qkv(fused: Tensor, kv_heads: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:

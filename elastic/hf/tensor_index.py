@@ -31,19 +31,14 @@ _BITS = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor as its file's header says: where its values begin and end, under which name, and what it will be."""
+    """One tensor as its file's header says: where its values begin, under which name, and what it will be."""
 
     path: Path
     name: str
     dtype: str
     size: tuple[int, ...]
     begin: int
-    end: int
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the values."""
-        return self.end - self.begin
+    num_bytes: int
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -98,14 +93,13 @@ def _entry(name: str, entry: Any, path: Path) -> StoredTensor:
         raise UnsafeFileError(f"{where} has the unknown type {shown(dtype)}")
     if not _counts(size) or not _counts(offsets) or len(offsets) != 2:
         raise UnsafeFileError(f"{where} has shape {shown(size)} and data_offsets {shown(offsets)}")
-    tensor = StoredTensor(path, name, dtype, tuple(size), *offsets)
-    bits = math.prod(size) * _BITS[dtype]
-    if bits != 8 * tensor.num_bytes:
+    num_bytes, bits = offsets[1] - offsets[0], math.prod(size) * _BITS[dtype]
+    if bits != 8 * num_bytes:
         raise UnsafeFileError(
-            f"{where} has {tensor.num_bytes:,} bytes (data_offsets {shown(offsets)}), but {dtype} of shape "
-            f"{shown(size)} takes {shown(-(-bits // 8))}"
+            f"{where} has {num_bytes:,} bytes (data_offsets {shown(offsets)}), but {dtype} of shape {shown(size)} "
+            f"takes {shown(-(-bits // 8))}"
         )
-    return tensor
+    return StoredTensor(path, name, dtype, tuple(size), offsets[0], num_bytes)
 
 
 def _counts(value: Any) -> bool:
@@ -117,14 +111,14 @@ def _counts(value: Any) -> bool:
 def _contiguous_end(tensors: Iterable[StoredTensor], file_name: str) -> int:
     """Return where the values end; raises UnsafeFileError if two tensors overlap or bytes belong to none."""
     filled, before = 0, "the header"
-    for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.num_bytes)):
         if tensor.begin != filled:
             what = "overlaps" if tensor.begin < filled else "leaves a hole behind"
             raise UnsafeFileError(
                 f"header of {file_name} is damaged: {shown(tensor.name)} begins at {tensor.begin:,}, it {what} "
                 f"{shown(before)}, which ends at {filled:,}"
             )
-        filled, before = tensor.end, tensor.name
+        filled, before = tensor.begin + tensor.num_bytes, tensor.name
     return filled
 
 
