@@ -68,8 +68,11 @@ def distillation_loss(
     Raises DistillationError for shapes, dtypes or settings that do not fit.
     """
     _check_settings(kl_weight, cross_entropy_weight, temperature, num_chunks)
-    _check_tensors(student_hidden, student_head, teacher_hidden, teacher_head, labels, token_weights)
-    if kl_weight > 0 and teacher_hidden is None:
+    if (teacher_hidden is None) != (teacher_head is None):
+        raise DistillationError("teacher_hidden and teacher_head: one of them is missing; give both or neither")
+    teacher = None if teacher_hidden is None or teacher_head is None else (teacher_hidden, teacher_head)
+    _check_tensors((student_hidden, student_head), teacher, labels, token_weights)
+    if kl_weight > 0 and teacher is None:
         raise DistillationError(f"teacher_hidden: missing, but kl_weight = {kl_weight} needs it; give it, or weight 0")
     if cross_entropy_weight > 0 and labels is None:
         raise DistillationError(
@@ -80,14 +83,14 @@ def distillation_loss(
     settings = LossSettings(
         kl_weight=kl_weight,
         cross_entropy_weight=cross_entropy_weight,
-        temperature=1.0 if teacher_hidden is None else temperature,
+        temperature=1.0 if teacher is None else temperature,
         with_grad=torch.is_grad_enabled() and (student_hidden.requires_grad or student_head.requires_grad),
         shard=VocabShard.of(student_head.shape[0], tp_group),
     )
     total, kl, cross_entropy = _ChunkedLoss.apply(
-        student_hidden, student_head, teacher_hidden, teacher_head, labels, token_weights, settings, num_chunks
+        student_hidden, student_head, teacher, labels, token_weights, settings, num_chunks
     )
-    return LossTerms(total, None if teacher_hidden is None else kl, None if labels is None else cross_entropy)
+    return LossTerms(total, None if teacher is None else kl, None if labels is None else cross_entropy)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -98,8 +101,7 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: Any,
         student_hidden: Tensor,
         student_head: Tensor,
-        teacher_hidden: Tensor | None,
-        teacher_head: Tensor | None,
+        teacher: tuple[Tensor, Tensor] | None,
         labels: Tensor | None,
         token_weights: Tensor | None,
         settings: LossSettings,
@@ -121,13 +123,12 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, num_tokens, step):
             chunk = slice(start, start + step)
             hidden = student_hidden[chunk]
-            logits, teacher = _product(hidden, student_head.t(), dtype), None
-            if teacher_hidden is not None and teacher_head is not None:
-                teacher = _product(teacher_hidden[chunk], teacher_head.t(), dtype)
+            logits = _product(hidden, student_head.t(), dtype)
+            teacher_logits = None if teacher is None else _product(teacher[0][chunk], teacher[1].t(), dtype)
             labels_here = None if labels is None else labels[chunk]
-            losses, gradient = of_chunk(logits, teacher, labels_here, weights[chunk], settings)
+            losses, gradient = of_chunk(logits, teacher_logits, labels_here, weights[chunk], settings)
             sums += losses
-            del logits, teacher  # spent, and the products may need room
+            del logits, teacher_logits  # spent, and the products may need room
             if gradient is None:
                 continue
             gradient = gradient.to(hidden.dtype)
@@ -153,7 +154,7 @@ class _ChunkedLoss(torch.autograd.Function):
             None if saved is None else torch.mul(saved, grad.reshape(1), out=torch.empty_like(saved, dtype=dtype))
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *scaled, None, None, None, None, None, None
+        return *scaled, None, None, None, None, None
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -175,27 +176,23 @@ def _check_settings(kl_weight: float, cross_entropy_weight: float, temperature: 
 
 
 def _check_tensors(
-    student_hidden: Tensor,
-    student_head: Tensor,
-    teacher_hidden: Tensor | None,
-    teacher_head: Tensor | None,
+    student: tuple[Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor] | None,
     labels: Tensor | None,
     token_weights: Tensor | None,
 ) -> None:
-    """Raise DistillationError unless shapes and dtypes agree."""
-    _check_pair("student", student_hidden, student_head)
-    num_tokens, vocab = student_hidden.shape[0], student_head.shape[0]
+    """Raise DistillationError unless shapes and dtypes of (hidden states, head), labels and weights agree."""
+    _check_pair("student", *student)
+    num_tokens, vocab = len(student[0]), len(student[1])
     expected: list[tuple[str, Tensor | None, tuple[int, ...], str]] = [
         ("labels", labels, (num_tokens,), "one id per token of student_hidden"),
         ("token_weights", token_weights, (num_tokens,), "one weight per token of student_hidden"),
     ]
-    if (teacher_hidden is None) != (teacher_head is None):
-        raise DistillationError("teacher_hidden and teacher_head: one of them is missing; give both or neither")
-    if teacher_hidden is not None and teacher_head is not None:
-        _check_pair("teacher", teacher_hidden, teacher_head)
-        width = teacher_hidden.shape[1]
-        expected.append(("teacher_hidden", teacher_hidden, (num_tokens, width), "student_hidden's tokens"))
-        expected.append(("teacher_head", teacher_head, (vocab, width), "student_head's vocabulary rows"))
+    if teacher is not None:
+        _check_pair("teacher", *teacher)
+        width = teacher[0].shape[1]
+        expected.append(("teacher_hidden", teacher[0], (num_tokens, width), "student_hidden's tokens"))
+        expected.append(("teacher_head", teacher[1], (vocab, width), "student_head's vocabulary rows"))
     for name, tensor, shape, rule in expected:
         if tensor is not None and tuple(tensor.shape) != shape:
             raise DistillationError(f"{name}: shape {tuple(tensor.shape)} must be {shape}: {rule}")

@@ -1,6 +1,5 @@
 """Layers ranked by what the logits lose without them: eq. 5 against plain PyTorch, both methods."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -13,25 +12,9 @@ from elastic.space.axes import Axis
 from elastic.space.gates import Gates
 from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import AxisChoices, Space
-from elastic.world.groups import Layout, world
+from elastic.world.groups import Layout
 from tests.shapes import UNEVEN as SHAPE
-from tests.unit.rank.importance_parent import SPACE, random_parent, token_batches, top_of
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process() -> Iterator[None]:
-    with world(Layout()):
-        yield
-
-
-@pytest.fixture
-def model() -> ElasticModel:
-    return random_parent()
-
-
-@pytest.fixture
-def batches() -> list[Tensor]:
-    return token_batches()
+from tests.unit.rank.importance_parent import SPACE, top_of
 
 
 def logits(model: ElasticModel, tokens: Tensor, kept_layers: tuple[int, ...] | None = None) -> Tensor:
@@ -87,6 +70,7 @@ def test_removal_stops_at_the_smallest_depth(model: ElasticModel, batches: list[
     assert list(depth.order[:3]) == sorted(kept, key=lambda layer: -last[layer])
 
 
+@pytest.mark.usefixtures("one_process")
 def test_iterative_keeps_one_of_two_duplicates_that_one_shot_drops_both() -> None:
     """Layer 0 turns channel 0 of the stream around; layers 1 and 2 are the same and each alone outweighs the rest.
 

@@ -3,7 +3,7 @@
 Shapes: B batch, S sequence, D hidden, F ffn, G Mamba groups, H heads, P Mamba channels, A attention channels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,25 +23,9 @@ from elastic.rank.importance import (
 )
 from elastic.rank.permutation import RankingError, save_ranking
 from elastic.space.space import Space
-from elastic.world.groups import Layout, world
+from elastic.world.groups import Layout
 from tests.shapes import UNEVEN as SHAPE
-from tests.unit.rank.importance_parent import SPACE, random_parent, token_batches, top_of
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process() -> Iterator[None]:
-    with world(Layout()):
-        yield
-
-
-@pytest.fixture
-def model() -> ElasticModel:
-    return random_parent()
-
-
-@pytest.fixture
-def batches() -> list[Tensor]:
-    return token_batches()
+from tests.unit.rank.importance_parent import SPACE, top_of
 
 
 def layer_inputs(model: ElasticModel, batches: list[Tensor]) -> list[Tensor]:
