@@ -1,4 +1,7 @@
-"""Rules of the model's sizes, the parallel layout and the batches; each yields one Problem per mistake."""
+"""Rules of the model's sizes, the parallel layout, the batches and the run; each yields one Problem per mistake.
+
+The parameters of a `check_...` are the sections it reads (rules.py).
+"""
 
 import difflib
 import importlib.util
@@ -6,17 +9,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from elastic.config.load import Problem, field_paths
-from elastic.config.sections import ParallelConfig
-from elastic.config.serving import EvaluateConfig
-from elastic.config.training import (
-    ComputedConfig,
-    CostConfig,
-    ElasticConfig,
-    ImportanceConfig,
-    PretrainConfig,
-    TrainConfig,
-    VerbConfig,
+from elastic.config.load import Problem, field_paths, plain_number
+from elastic.config.sections import (
+    DataConfig,
+    ElasticSection,
+    ImportanceSection,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainerConfig,
+    TrainExpManagerConfig,
 )
 from elastic.space.axes import LayerKind
 from elastic.space.ranges import MOST_LAYERS
@@ -50,80 +52,79 @@ def multiple_problem(path: str, value: int, multiple: int, of_what: str) -> Iter
         yield Problem(path, value, f"must be a multiple of {of_what} = {multiple}", remedy)
 
 
+def at_most_problem(path: str, value: float, limit: float, what: str, more: str = "") -> Iterator[Problem]:
+    """Yield a problem if `value` is above `limit`, which `what` writes out; `more` ends the remedy."""
+    if value > limit:
+        yield Problem(path, value, f"must be at most {what}", f"nearest legal value is {plain_number(limit)}{more}")
+
+
 def data_parallel(parallel: ParallelConfig, cluster: Cluster) -> int:
     """Return the number of replicas; 1 while the layout does not fit the processes, which check_world reports."""
     return 1 if cluster.num_processes % parallel.model_size else cluster.num_processes // parallel.model_size
 
 
-def check_pattern(config: TrainConfig, cluster: Cluster) -> Iterator[Problem]:
-    """The layer pattern must parse, by the one parser."""
+def check_model(model: ModelConfig) -> Iterator[Problem]:
+    """The layer pattern must parse, by the one parser, and heads must fill whole groups."""
     try:
-        layers = len(LayerPattern.parse(config.model.pattern))
+        layers = len(LayerPattern.parse(model.pattern))
     except PatternError as error:
-        yield Problem("model.pattern", config.model.pattern, str(error).rstrip("."), "write a pattern like M-M*-")
+        yield Problem("model.pattern", model.pattern, str(error).rstrip("."), "write a pattern like M-M*-")
         return
     if layers > MOST_LAYERS:
         rule = f"must have at most {MOST_LAYERS} layers, it has {layers}"
-        yield Problem("model.pattern", config.model.pattern, rule, "leave some out")
-
-
-def check_sizes(config: TrainConfig, cluster: Cluster) -> Iterator[Problem]:
-    """Heads must fill whole groups."""
-    model = config.model
+        yield Problem("model.pattern", model.pattern, rule, "leave some out")
+        return
     yield from multiple_problem("model.mamba_heads", model.mamba_heads, model.mamba_groups, "model.mamba_groups")
     yield from multiple_problem("model.attention_heads", model.attention_heads, model.kv_heads, "model.kv_heads")
 
 
-def check_world(config: ComputedConfig, cluster: Cluster) -> Iterator[Problem]:
+def check_world(parallel: ParallelConfig, cluster: Cluster) -> Iterator[Problem]:
     """Replicas must fill the processes, and sequence parallelism needs tensor parallelism."""
-    if isinstance(config, CostConfig):
-        return  # the layout is that of the run it prices
-    parallel, world = config.parallel, cluster.num_processes
-    if world % parallel.model_size:
-        yield Problem(
-            "parallel.tensor x pipeline x context",
-            parallel.model_size,
-            f"must divide the number of processes = {world}",
-            f"nearest legal value is {nearest_divisor(parallel.model_size, world)}, or start "
-            f"{math.ceil(world / parallel.model_size) * parallel.model_size} processes",
-        )
+    size, world = parallel.model_size, cluster.num_processes
+    if world % size:
+        remedy = f"nearest legal value is {nearest_divisor(size, world)}, or start {math.ceil(world / size) * size}"
+        rule = f"must divide the number of processes = {world}"
+        yield Problem("parallel.tensor x pipeline x context", size, rule, f"{remedy} processes")
     if parallel.sequence and parallel.tensor == 1:
         rule = "splits the sequence over tensor-parallel ranks and needs parallel.tensor > 1"
         yield Problem("parallel.sequence", True, rule, "nearest legal value is false")
 
 
-def check_one_process(config: VerbConfig, cluster: Cluster) -> Iterator[Problem]:
+def check_one_process(cluster: Cluster) -> Iterator[Problem]:
     """A verb that streams from disk to disk has nothing to share out."""
     if cluster.num_processes > 1:
-        rule = "this verb streams through one process, whatever the layout of the checkpoint"
-        yield Problem(
-            "number of processes", cluster.num_processes, rule, "nearest legal value is 1: leave torchrun out"
+        rule, remedy = (
+            "this verb streams through one process, whatever the layout of the checkpoint",
+            "leave torchrun out",
         )
+        yield Problem("number of processes", cluster.num_processes, rule, f"nearest legal value is 1: {remedy}")
 
 
-def check_layout(config: TrainConfig, cluster: Cluster) -> Iterator[Problem]:
-    """The model must split over the ranks of a replica; a nested one by lanes, any other FFN anywhere."""
-    model = config.model
-    lanes = config.elastic.space.lanes if isinstance(config, ElasticConfig) else None
+def check_layout(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Problem]:
+    """The model must split over the ranks of a replica."""
+    yield from _model_problems(model, parallel, None)
+
+
+def check_nested_layout(model: ModelConfig, elastic: ElasticSection, parallel: ParallelConfig) -> Iterator[Problem]:
+    """A nested FFN splits by lanes, any other one anywhere."""
+    yield from _model_problems(model, parallel, elastic.space.lanes)
+
+
+def _model_problems(model: ModelConfig, parallel: ParallelConfig, lanes: int | None) -> Iterator[Problem]:
     vocab_field = "model.vocab" if model.vocab is not None else "model.vocab_multiple"
-    shape = model.shape(model.vocab_multiple)
-    yield from layout_problems(shape, config.parallel, lanes, vocab_field)
+    yield from layout_problems(model.shape(model.vocab_multiple), parallel, lanes, vocab_field)
 
 
 def layout_problems(
     shape: ModelShape, parallel: ParallelConfig, lanes: int | None, vocab_field: str = "model.vocab"
 ) -> Iterator[Problem]:
-    """Yield what keeps a model of `shape` from splitting over tensor, pipeline and context ranks."""
-    yield from _tensor_problems(shape, parallel, lanes, vocab_field)
-    yield from _pipeline_problems(shape.pattern, parallel)
-    yield from _context_problems(shape, parallel)
+    """Yield what keeps a model of `shape` from splitting over tensor, pipeline and context ranks.
 
-
-def _tensor_problems(
-    shape: ModelShape, parallel: ParallelConfig, lanes: int | None, vocab_field: str
-) -> Iterator[Problem]:
-    """A tensor-parallel rank owns whole groups, KV heads, lanes and vocabulary rows."""
-    kinds = shape.pattern.kinds
+    A tensor-parallel rank owns whole groups, KV heads, lanes and vocabulary rows. Every stage needs a layer; the
+    pattern may say where to cut with |, otherwise stages get equal work. Context parallelism spreads the Mamba heads
+    and groups of a tensor-parallel rank over its ranks.
+    """
+    kinds, tensor, stages, context = shape.pattern.kinds, parallel.tensor, parallel.pipeline, parallel.context
     sizes = {vocab_field: shape.vocab}
     if LayerKind.MAMBA in kinds:
         sizes["model.mamba_groups"] = shape.mamba_groups
@@ -131,38 +132,29 @@ def _tensor_problems(
         sizes["model.kv_heads"] = shape.kv_heads
     if LayerKind.MLP in kinds:
         sizes |= {"model.ffn": math.gcd(*shape.ffn)} if lanes is None else {"lanes": lanes}
-    broken = [f"{field} = {size}" for field, size in sizes.items() if size % parallel.tensor]
+    broken = [f"{field} = {size}" for field, size in sizes.items() if size % tensor]
     if broken:
-        nearest = nearest_divisor(parallel.tensor, math.gcd(*sizes.values()))
-        rule = f"must divide {', '.join(broken)}"
-        yield Problem("parallel.tensor", parallel.tensor, rule, f"nearest legal value is {nearest}")
-
-
-def _pipeline_problems(pattern: LayerPattern, parallel: ParallelConfig) -> Iterator[Problem]:
-    """Every stage needs a layer; the pattern may say where to cut with |, otherwise stages get equal work."""
-    stages, marked = parallel.pipeline, len(pattern.segments)
+        nearest = nearest_divisor(tensor, math.gcd(*sizes.values()))
+        yield Problem(
+            "parallel.tensor", tensor, f"must divide {', '.join(broken)}", f"nearest legal value is {nearest}"
+        )
+    marked, layers = len(shape.pattern.segments), len(shape.pattern)
     if marked > 1 and stages not in (1, marked):
         rule = f"must be the {marked} stages the | in model.pattern mark"
         yield Problem("parallel.pipeline", stages, rule, f"nearest legal value is {marked}")
-    elif marked == 1 and stages > len(pattern):
-        rule = f"must be at most the number of layers = {len(pattern)}"
-        yield Problem("parallel.pipeline", stages, rule, f"nearest legal value is {len(pattern)}")
-
-
-def _context_problems(shape: ModelShape, parallel: ParallelConfig) -> Iterator[Problem]:
-    """Context parallelism spreads the Mamba heads and groups of a tensor-parallel rank over its ranks."""
-    if LayerKind.MAMBA not in shape.pattern.kinds or shape.mamba_groups % parallel.tensor:
+    elif marked == 1:
+        yield from at_most_problem("parallel.pipeline", stages, layers, f"the number of layers = {layers}")
+    if LayerKind.MAMBA not in kinds or shape.mamba_groups % tensor:
         return
-    groups, heads = shape.mamba_groups // parallel.tensor, math.gcd(*shape.mamba_heads) // parallel.tensor
-    if groups % parallel.context and parallel.context % groups:
-        rule = f"must divide, or be a multiple of, the Mamba groups of one tensor-parallel rank = {groups}"
-        nearest = nearest_divisor(parallel.context, groups)
-    elif heads % parallel.context:
-        rule = f"must divide the Mamba heads of one tensor-parallel rank = {heads}"
-        nearest = nearest_divisor(parallel.context, heads)
+    groups, heads = shape.mamba_groups // tensor, math.gcd(*shape.mamba_heads) // tensor
+    if groups % context and context % groups:
+        size, rule = groups, "divide, or be a multiple of, the Mamba groups of one tensor-parallel rank"
+    elif heads % context:
+        size, rule = heads, "divide the Mamba heads of one tensor-parallel rank"
     else:
         return
-    yield Problem("parallel.context", parallel.context, rule, f"nearest legal value is {nearest}")
+    remedy = f"nearest legal value is {nearest_divisor(context, size)}"
+    yield Problem("parallel.context", context, f"must {rule} = {size}", remedy)
 
 
 def sequence_problems(path: str, length: int, parallel: ParallelConfig) -> Iterator[Problem]:
@@ -174,67 +166,60 @@ def sequence_problems(path: str, length: int, parallel: ParallelConfig) -> Itera
 
 
 def batch_problems(
-    path: str, sequences: int, micro_batch: tuple[str, int], parallel: ParallelConfig, cluster: Cluster
+    path: str, sequences: int, section: str, size: int, parallel: ParallelConfig, cluster: Cluster
 ) -> Iterator[Problem]:
-    """A number of sequences must fill whole micro-batches, given as (field, value), on every replica."""
-    replicas, (field, size) = data_parallel(parallel, cluster), micro_batch
-    what = f"{field} x data-parallel size = {size} x {replicas}"
+    """A number of sequences must fill whole micro-batches, of `size` in `section`, on every replica."""
+    replicas = data_parallel(parallel, cluster)
+    what = f"{section}.micro_batch x data-parallel size = {size} x {replicas}"
     yield from multiple_problem(path, sequences, size * replicas, what)
 
 
-def check_validation(config: PretrainConfig | ElasticConfig | EvaluateConfig, cluster: Cluster) -> Iterator[Problem]:
+def check_validation(data: DataConfig, parallel: ParallelConfig, cluster: Cluster) -> Iterator[Problem]:
     """Held-out sequences fill whole micro-batches."""
-    data = config.data
-    micro_batch = ("data.micro_batch", data.micro_batch)
-    path = "data.validation_sequences"
-    yield from batch_problems(path, data.validation_sequences, micro_batch, config.parallel, cluster)
+    path, size = "data.validation_sequences", data.micro_batch
+    yield from batch_problems(path, data.validation_sequences, "data", size, parallel, cluster)
 
 
-def check_evaluation_length(config: EvaluateConfig, cluster: Cluster) -> Iterator[Problem]:
+def check_evaluation_length(sequence_length: int, parallel: ParallelConfig) -> Iterator[Problem]:
     """Evaluated sequences split over the ranks."""
-    yield from sequence_problems("sequence_length", config.sequence_length, config.parallel)
+    yield from sequence_problems("sequence_length", sequence_length, parallel)
 
 
-def check_importance(config: ImportanceConfig, cluster: Cluster) -> Iterator[Problem]:
+def check_importance(importance: ImportanceSection, parallel: ParallelConfig, cluster: Cluster) -> Iterator[Problem]:
     """Calibration sequences fill whole micro-batches; the layers are scored on some of them."""
-    section, parallel = config.importance, config.parallel
-    micro_batch = ("importance.micro_batch", section.micro_batch)
-    for name, sequences in (("num_sequences", section.num_sequences), ("depth_sequences", section.depth_sequences)):
-        yield from batch_problems(f"importance.{name}", sequences, micro_batch, parallel, cluster)
-    if section.depth_sequences > section.num_sequences:
-        rule = f"must be at most importance.num_sequences = {section.num_sequences}"
-        remedy = f"nearest legal value is {section.num_sequences}"
-        yield Problem("importance.depth_sequences", section.depth_sequences, rule, remedy)
-    yield from sequence_problems("importance.sequence_length", section.sequence_length, parallel)
+    scored, used, size = importance.num_sequences, importance.depth_sequences, importance.micro_batch
+    for name, sequences in (("num_sequences", scored), ("depth_sequences", used)):
+        yield from batch_problems(f"importance.{name}", sequences, "importance", size, parallel, cluster)
+    yield from at_most_problem("importance.depth_sequences", used, scored, f"importance.num_sequences = {scored}")
+    yield from sequence_problems("importance.sequence_length", importance.sequence_length, parallel)
 
 
-def check_optimizer(config: TrainConfig, cluster: Cluster) -> Iterator[Problem]:
+def check_optimizer(optim: OptimConfig, cluster: Cluster) -> Iterator[Problem]:
     """The distributed optimizer needs GPUs: with torch's AdamW a resume silently corrupts its state."""
-    if config.optim.use_distributed_optimizer and not cluster.has_gpu:
+    if optim.use_distributed_optimizer and not cluster.has_gpu:
         rule = "needs GPUs (resuming it with torch's AdamW on the CPU is broken upstream)"
         yield Problem("optim.use_distributed_optimizer", True, rule, "nearest legal value is false")
 
 
-def check_exp_manager(config: TrainConfig, cluster: Cluster) -> Iterator[Problem]:
+def check_exp_manager(exp_manager: TrainExpManagerConfig, trainer: TrainerConfig, config: object) -> Iterator[Problem]:
     """An existing run is either continued or replaced; a milestone is one of the steps that are saved."""
-    if config.exp_manager.overwrite and config.exp_manager.resume_if_exists:
+    if exp_manager.overwrite and exp_manager.resume_if_exists:
         rule = "contradicts exp_manager.resume_if_exists = true"
         yield Problem("exp_manager.overwrite", True, rule, "nearest legal value is false")
-    if config.exp_manager.create_wandb_logger and importlib.util.find_spec("wandb") is None:
+    if exp_manager.create_wandb_logger and importlib.util.find_spec("wandb") is None:
         remedy = 'pip install "wandb", or this project with its extra [wandb]; nearest legal value is false'
         yield Problem("exp_manager.create_wandb_logger", True, "the package wandb is not installed", remedy)
-    yield from _accepted_problems(config)
-    milestone, every = config.exp_manager.keep_milestones_every_n_steps, config.trainer.checkpoint_every_n_steps
+    yield from _accepted_problems(exp_manager.accept_changes, sorted(set(field_paths(type(config)))))
+    milestone, every = exp_manager.keep_milestones_every_n_steps, trainer.checkpoint_every_n_steps
     if milestone is not None:
         path = "exp_manager.keep_milestones_every_n_steps"
         yield from multiple_problem(path, milestone, every, "trainer.checkpoint_every_n_steps")
 
 
-def _accepted_problems(config: TrainConfig) -> Iterator[Problem]:
+def _accepted_problems(accepted: tuple[str, ...], known: list[str]) -> Iterator[Problem]:
     """A change is accepted by the name of its field; only a whole phase and the budgets are compared as one."""
-    known = sorted(set(field_paths(type(config))))
     path = "exp_manager.accept_changes"
-    for name in config.exp_manager.accept_changes:
+    for name in accepted:
         parts = name.split(".")
         plain = ".".join(part for part in parts if not part.isdigit())
         if plain == "elastic.budgets" or (len(parts) == 2 and plain == "curriculum"):
@@ -247,10 +232,10 @@ def _accepted_problems(config: TrainConfig) -> Iterator[Problem]:
             yield Problem(path, name, "is no field of this config", f"nearest legal name is {near[0]}")
 
 
-def check_timeouts(config: TrainConfig, cluster: Cluster) -> Iterator[Problem]:
+def check_timeouts(trainer: TrainerConfig) -> Iterator[Problem]:
     """The watchdog speaks first: a collective that times out ends the process without saying which rank stopped."""
-    trainer = config.trainer
-    if trainer.watchdog_timeout_s >= trainer.collective_timeout_s:
-        rule = f"must be below trainer.collective_timeout_s = {trainer.collective_timeout_s:g}"
-        remedy = f"two thirds of it, {trainer.collective_timeout_s * 2 / 3:g}, leaves time for the report"
-        yield Problem("trainer.watchdog_timeout_s", trainer.watchdog_timeout_s, rule, remedy)
+    watchdog, collective = trainer.watchdog_timeout_s, trainer.collective_timeout_s
+    if watchdog >= collective:
+        rule = f"must be below trainer.collective_timeout_s = {collective:g}"
+        remedy = f"two thirds of it, {collective * 2 / 3:g}, leaves time for the report"
+        yield Problem("trainer.watchdog_timeout_s", watchdog, rule, remedy)

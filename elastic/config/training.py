@@ -1,6 +1,6 @@
 """One config dataclass per verb that trains or scores, built from the shared sections; serving.py has the others.
 
-A recipe turns its YAML into one of these (`load.load`), checks it (`rules.check`) and passes it on.
+A recipe turns its YAML into one of these (load.py), checks it (rules.py) and passes it on.
 """
 
 from dataclasses import dataclass, field, replace

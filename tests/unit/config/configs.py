@@ -11,7 +11,9 @@ from omegaconf import OmegaConf
 
 from elastic.checkpoint.contents import write_contents
 from elastic.checkpoint.record import Record
-from elastic.config.load import ConfigError
+from elastic.config.load import ConfigError, Problem, load_with_problems
+from elastic.config.rules import rule_problems
+from elastic.config.rules_layout import Cluster
 from elastic.config.sections import ModelConfig
 from elastic.config.serving import EvaluateConfig, ExtractConfig, GenerateConfig, ImportConfig
 from elastic.config.training import CostConfig, ElasticConfig, ImportanceConfig, PretrainConfig
@@ -69,6 +71,23 @@ def values_of(kind: type, changes: Mapping[str, object]) -> dict[str, Any]:
     for path, value in (INPUTS[kind] | (FAMILY if kind is ElasticConfig else {}) | dict(changes)).items():
         put(values, path, value)
     return values
+
+
+ONE_PROCESS = Cluster()
+
+
+def found(kind: type, values: Mapping[str, Any], cluster: Cluster = ONE_PROCESS) -> tuple[Any, tuple[Problem, ...]]:
+    """Return the config and its problems as `load_run` collects them, before it looks at the files it names."""
+    config, problems = load_with_problems(kind, values)
+    unreliable = frozenset(problem.section for problem in problems)
+    return config, problems + rule_problems(config, cluster, unreliable)
+
+
+def legal[T](kind: type[T], values: Mapping[str, Any], cluster: Cluster = ONE_PROCESS) -> T:
+    """Return the config, whose every field and rule holds."""
+    config, problems = found(kind, values, cluster)
+    assert problems == ()
+    return config
 
 
 DATA_TOKENS = 300

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from elastic.config.load import ConfigError, load
-from elastic.config.rules import check, load_and_check
+from elastic.config.rules import rule_problems
 from elastic.config.rules_layout import Cluster
 from elastic.config.serving import EvaluateConfig, ExtractConfig, GenerateConfig, ImportConfig
 from elastic.config.training import ElasticConfig, ImportanceConfig, PretrainConfig, with_vocab
@@ -22,6 +22,7 @@ from elastic.plan.config import PlanConfig
 from elastic.space.axes import Axis
 from elastic.verbs.parent import fill_from_parent
 from recipes._common import CONF, hydra_arguments
+from tests.unit.config.configs import ONE_PROCESS, legal
 
 WHOLE_RUNS: dict[str, type] = {
     "prepare_data": PrepareConfig,
@@ -39,7 +40,6 @@ WHOLE_RUNS: dict[str, type] = {
     "generate": GenerateConfig,
     "plan": PlanConfig,
 }
-ONE_PROCESS = Cluster()
 STARTED_ON = {
     "elastic_12b": Cluster(num_processes=512, has_gpu=True),
     "elastic_9b": Cluster(num_processes=512, has_gpu=True),
@@ -128,9 +128,9 @@ def test_whole_run_is_legal(name: str) -> None:
         composed_values["model"] = composed("smoke_elastic")["model"]  # its own says: what the parent is
     values, problems, _ = fill_from_parent(kind, composed_values)
     assert not problems
-    config = load_and_check(kind, values, cluster)
+    config = legal(kind, values, cluster)
     if isinstance(config, PretrainConfig | ElasticConfig):
-        check(with_vocab(config, SMOKE_VOCAB), cluster)
+        assert rule_problems(with_vocab(config, SMOKE_VOCAB), cluster) == ()
 
 
 @pytest.mark.parametrize("name", WHOLE_RUNS)
@@ -165,7 +165,7 @@ def test_every_option_of_a_group_loads_in_a_whole_run(group: str, option: str) -
 def test_choices_by_share_fit_a_tiny_model_in_the_small_layout_with_all_kinds_of_ranks() -> None:
     values = composed("train_elastic", "parallel=tp2_pp2", "budgets=halves") | {"model": TINY}
     config = load(ElasticConfig, fill_from_parent(ElasticConfig, values)[0])
-    check(with_vocab(config, 500), Cluster(num_processes=4))
+    assert rule_problems(with_vocab(config, 500), Cluster(num_processes=4)) == ()
 
 
 def test_plain_overrides_reach_the_dataclasses() -> None:

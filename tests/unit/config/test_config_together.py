@@ -1,12 +1,10 @@
 """Several mistakes at once: all in one message, each once."""
 
-from elastic.config.rules import load_and_check
-from elastic.config.rules_layout import Cluster
 from elastic.config.serving import ExtractConfig
 from elastic.config.training import ElasticConfig, ImportanceConfig, PretrainConfig
 from elastic.data.prepare_config import PrepareConfig
 from tests.unit.config.bad_configs import family, fields, generate, layout, verbs
-from tests.unit.config.configs import VERBS, ProblemsOf, values_of
+from tests.unit.config.configs import VERBS, ProblemsOf, legal, values_of
 
 
 def test_unreachable_budget_names_the_nearest_reachable_target(problems_of: ProblemsOf) -> None:
@@ -15,7 +13,7 @@ def test_unreachable_budget_names_the_nearest_reachable_target(problems_of: Prob
     nearest = int(line.rpartition(" ")[2].replace(",", ""))
     # The remedy really is legal, and nothing below it is.
     absolute = {"elastic.budgets.1": {"name": "small", "target": nearest}}
-    load_and_check(ElasticConfig, values_of(ElasticConfig, absolute), Cluster())
+    legal(ElasticConfig, values_of(ElasticConfig, absolute))
     absolute["elastic.budgets.1"]["target"] = nearest * 0.99
     assert problems_of(ElasticConfig, absolute)
 
@@ -113,9 +111,9 @@ def test_all_problems_of_an_export_and_of_a_preparation_come_in_one_error(proble
     ]
     preparation: dict[str, object] = {"document_format": "csv", "vocab_size": 1, "suffixes": [], "output_dir": ""}
     assert [line.partition(" = ")[0] for line in problems_of(PrepareConfig, preparation)] == [
-        "output_dir",
         "document_format",
         "suffixes",
+        "output_dir",
         "vocab_size",
     ]
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from elastic.config.load import load
-from elastic.config.rules import load_and_check
 from elastic.config.rules_layout import Cluster
 from elastic.config.training import CostConfig, ElasticConfig
 from elastic.hf.config import export_warnings
@@ -17,6 +16,7 @@ from elastic.space.gates import Execution
 from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import Space
 from recipes._common import CONF
+from tests.unit.config.configs import legal
 from tests.unit.config.test_conf_files import STARTED_ON, composed
 
 TENSOR_PARALLEL = (1, 2, 4, 8)
@@ -29,13 +29,13 @@ NANO_4B = (
 
 def priced(*arguments: str, name: str = "elastic_12b") -> CostConfig:
     """Load a run, changed, as the verb cost does."""
-    return load_and_check(CostConfig, composed(name, *arguments), Cluster())
+    return legal(CostConfig, composed(name, *arguments))
 
 
 @pytest.fixture(scope="module")
 def run() -> ElasticConfig:
     """Return the whole run as training checks it on 64 nodes of 8 GPUs."""
-    return load_and_check(ElasticConfig, composed("elastic_12b"), STARTED_ON["elastic_12b"])
+    return legal(ElasticConfig, composed("elastic_12b"), STARTED_ON["elastic_12b"])
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_the_other_reading_of_the_second_phase_is_one_line_of_overrides() -> Non
         if line.startswith("#") and word.startswith("curriculum.1.")
     ]
     values = composed("elastic_12b", *overrides)
-    _, long = load_and_check(ElasticConfig, values, STARTED_ON["elastic_12b"]).curriculum
+    _, long = legal(ElasticConfig, values, STARTED_ON["elastic_12b"]).curriculum
     assert (long.router_frozen, long.execution, long.router_lr.peak) == (False, Execution.MASK, 1e-2)
     assert len(overrides) == 4 and long.router_lr.min == 1e-2
 
@@ -111,7 +111,7 @@ def test_distillation_and_router_are_the_published_ones(run: ElasticConfig) -> N
 
 @pytest.mark.parametrize("num_processes", [16, 32, 64, 128, 256, 512])
 def test_the_run_starts_on_2_to_64_nodes(num_processes: int) -> None:
-    load_and_check(ElasticConfig, composed("elastic_12b"), Cluster(num_processes, has_gpu=True))
+    legal(ElasticConfig, composed("elastic_12b"), Cluster(num_processes, has_gpu=True))
 
 
 def exported(space: Space, hidden: int, ffn: int, heads: int, channels: int, queries: int) -> ModelShape:

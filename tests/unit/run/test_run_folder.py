@@ -204,7 +204,7 @@ def test_a_resumed_run_is_the_same_run_at_wandb(tmp_path: Path, monkeypatch: pyt
 def test_wandb_is_missed_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     config = load(ElasticConfig, values_of(ElasticConfig, {"exp_manager.create_wandb_logger": True}))
-    (problem,) = check_exp_manager(config, Cluster())
+    (problem,) = check_exp_manager(config.exp_manager, config.trainer, config)
     assert problem.field == "exp_manager.create_wandb_logger" and "[wandb]" in problem.remedy
 
 
@@ -219,7 +219,7 @@ def test_wandb_is_missed_before_anything_is_loaded(monkeypatch: pytest.MonkeyPat
 )
 def test_only_fields_can_be_accepted_by_name(name: str, rule: str, remedy: str) -> None:
     config = load(ElasticConfig, values_of(ElasticConfig, {"exp_manager.accept_changes": [name]}))
-    (problem,) = check_exp_manager(config, Cluster())
+    (problem,) = check_exp_manager(config.exp_manager, config.trainer, config)
     assert problem.value == name and rule in problem.rule and remedy in problem.remedy
 
 
@@ -227,4 +227,4 @@ def test_what_a_refusal_offers_to_accept_is_accepted() -> None:
     offered = ["curriculum.0.lr.peak", "curriculum.2", "elastic.budgets", "elastic.router.draws_per_step",
                "curriculum.0.budget_weights.half", "distill.temperature", "curriculum.1.steps"]  # fmt: skip
     config = load(ElasticConfig, values_of(ElasticConfig, {"exp_manager.accept_changes": offered}))
-    assert list(check_exp_manager(config, Cluster())) == []
+    assert list(check_exp_manager(config.exp_manager, config.trainer, config)) == []
