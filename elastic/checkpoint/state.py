@@ -77,7 +77,7 @@ def begin_save(
 ) -> CheckpointWrite:
     """Write one checkpoint aside; `finish` of the result, called by all ranks, renames it when everybody is done.
 
-    `carried_from` is the checkpoint whose settings and tokenizer for exports (hf/carried.py) go along, if it has any.
+    `carried_from` is the checkpoint whose settings and tokenizer for exports (hf/export_settings.py) go along, if any.
     `in_background` copies the tensors and returns at once; the caller never lets two saves overlap. Raises
     CheckpointError on all ranks if one of them cannot write; an existing checkpoint is never replaced.
     """

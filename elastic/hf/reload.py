@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -53,8 +53,9 @@ def logit_check(reference_logits: Callable[[Tensor], Tensor], tolerance: float =
 
 
 def logit_difference(logits: Tensor, reference: Tensor) -> tuple[float, float]:
-    """Return the largest difference of logits [B, S, V], absolute and divided by the largest reference logit, NaN if
-    there is one; raises ValueError if the sizes differ.
+    """Return the largest difference of logits [B, S, V], absolute and divided by the largest reference logit.
+
+    A NaN among them makes both NaN. Raises ValueError if the sizes differ.
     """
     if logits.shape != reference.shape:
         raise ValueError(f"logits are {tuple(logits.shape)}, the reference gives {tuple(reference.shape)}")
@@ -72,9 +73,7 @@ def probe_tokens(vocab: int) -> Tensor:
     return torch.randint(vocab, (2, 320), generator=torch.Generator().manual_seed(1234))
 
 
-def run_without_gpu(
-    module: str, arguments: Sequence[str], given: Mapping[str, Tensor], failed: str
-) -> dict[str, Tensor]:
+def run_without_gpu(module: str, arguments: list[str], given: dict[str, Tensor], failed: str) -> dict[str, Tensor]:
     """Run `python -m MODULE ARGUMENTS... GIVEN ANSWER`: GIVEN holds `given`, and ANSWER is read back, both safetensors.
 
     Raises ExportError if it ends with another code than 0: `failed`, and the end of its stderr.
@@ -101,9 +100,7 @@ def reload_logits(folder: Path, tokens: Tensor) -> tuple[Tensor, int]:
     """
     if not any(importlib.util.find_spec(package) for package in _KERNEL_PACKAGES):
         return stock_logits(folder, tokens)
-    answer = run_without_gpu(
-        "elastic.hf.reload", [str(folder)], {"tokens": tokens}, failed=f"{folder} was not reloaded"
-    )
+    answer = run_without_gpu("elastic.hf.reload", [str(folder)], {"tokens": tokens}, f"{folder} was not reloaded")
     return answer["logits"], int(answer["params"])
 
 

@@ -17,7 +17,7 @@ _SHOWN_CHARACTERS = 100
 
 
 class UnsafeFileError(ValueError):
-    """A file that is missing, not a regular file, too large, or not the JSON it should be."""
+    """A file that is missing, not a regular file, too large, or damaged: not the JSON or safetensors it should be."""
 
 
 def open_regular(path: Path) -> BinaryIO:
