@@ -73,7 +73,7 @@ def check_run(options: argparse.Namespace, node: Node) -> list[Problem]:
 
     from elastic.config.load import ConfigError
     from elastic.config.rules_layout import Cluster
-    from elastic.preflight.run import plan_run, run_problems
+    from elastic.preflight.run import phase_problems, plan_run, run_problems
     from elastic.verbs.inputs import load_run
     from recipes._verbs import VERBS
 
@@ -90,10 +90,10 @@ def check_run(options: argparse.Namespace, node: Node) -> list[Problem]:
         return [Problem("override", " ".join(options.arguments), rule, "see conf/ for groups and their files")]
     except ConfigError as error:
         return list(error.problems)
-    plan, problems = plan_run(config, options.phase)
-    if options.plan is not None:
-        options.plan.with_name(f"{options.plan.name}_{node_number()}").write_text(plan.text())
-    return [*problems, *run_problems(config, cluster, node.gpus)]
+    if options.plan is not None:  # one name=value a line, for a shell to read
+        lines = (f"{name}={value}\n" for name, value in plan_run(config, options.phase).items())
+        options.plan.with_name(f"{options.plan.name}_{node_number()}").write_text("".join(lines))
+    return [*phase_problems(config, options.phase), *run_problems(config, cluster, node.gpus)]
 
 
 def main() -> None:

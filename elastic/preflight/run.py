@@ -4,13 +4,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from elastic.config.load import Problem
 from elastic.config.rules_layout import Cluster, data_parallel
-from elastic.config.sections import ParallelConfig
 from elastic.config.serving import EvaluateConfig
 from elastic.config.training import ElasticConfig, ImportanceConfig, TrainConfig, VerbConfig
 from elastic.data.manifest import DataError, checked_manifest
@@ -26,42 +24,34 @@ GRADIENT_BYTES = 4  # reduced in fp32 (optimizer.py)
 USABLE_SHARE = 0.95  # of a GPU's memory; CUDA's and NCCL's own buffers take the rest
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a launcher needs to know of a run. `override` makes it end with a phase; the steps are those of training."""
+def plan_run(config: VerbConfig, phase: str | None) -> dict[str, str | int]:
+    """Say what a launcher needs to know: where a run writes, at which step it ends, and whether it has got there.
 
-    run_dir: str
-    total_steps: int = 0
-    finished: bool = False
-    override: str = ""
+    `phase` is the last one to train, which `override` makes the run end with; the steps are those of training.
+    """
+    run_dir, total, finished, override = Path(config.exp_manager.run_dir).absolute(), 0, False, ""
+    names = [one.name for one in config.curriculum] if isinstance(config, TrainConfig) else []
+    if isinstance(config, TrainConfig) and (phase is None or phase in names):
+        steps = [one.num_steps for one in config.curriculum]
+        last = len(steps) if phase is None else names.index(phase) + 1
+        total = min(sum(steps[:last]), config.trainer.max_steps or sum(steps))
+        finished = finished_step(run_dir) >= total
+        override = "" if phase is None else f"trainer.max_steps={total}"
+    return {
+        "run_dir": str(run_dir),
+        "total_steps": total,
+        "finished": "yes" if finished else "no",
+        "override": override,
+    }
 
-    def text(self) -> str:
-        """Write one `name=value` a line, for a shell to read."""
-        finished = "yes" if self.finished else "no"
-        return (
-            f"run_dir={self.run_dir}\ntotal_steps={self.total_steps}\nfinished={finished}\noverride={self.override}\n"
-        )
 
-
-def plan_run(config: VerbConfig, phase: str | None) -> tuple[Plan, tuple[Problem, ...]]:
-    """Say where a run writes, at which step it ends, and whether it has got there; `phase` is the last one to train."""
-    run_dir = Path(config.exp_manager.run_dir).absolute()
+def phase_problems(config: VerbConfig, phase: str | None) -> Iterator[Problem]:
+    """The last phase to train must be one of the curriculum."""
     if not isinstance(config, TrainConfig):
-        problem = Problem("PHASE", phase, "only a training run has phases", "leave it out")
-        return Plan(str(run_dir)), (problem,) if phase else ()
-    phases = config.curriculum
-    total = min(sum(p.num_steps for p in phases), config.trainer.max_steps or sum(p.num_steps for p in phases))
-    override = ""
-    if phase is not None:
-        names = [p.name for p in phases]
-        if phase not in names:
-            return Plan(str(run_dir)), (
-                Problem("PHASE", phase, "is not in the curriculum", f"it has {', '.join(names)}"),
-            )
-        total = min(total, sum(p.num_steps for p in phases[: names.index(phase) + 1]))
-        override = f"trainer.max_steps={total}"
-    finished = finished_step(run_dir) >= total
-    return Plan(str(run_dir), total, finished, override), ()
+        if phase:
+            yield Problem("PHASE", phase, "only a training run has phases", "leave it out")
+    elif phase is not None and phase not in (names := [one.name for one in config.curriculum]):
+        yield Problem("PHASE", phase, "is not in the curriculum", f"it has {', '.join(names)}")
 
 
 def finished_step(run_dir: Path) -> int:
@@ -143,12 +133,8 @@ def state_bytes_per_rank(config: TrainConfig, cluster: Cluster) -> float:
     shards = replicas if config.optim.use_distributed_optimizer else 1
     weights = WEIGHT_BYTES[precision] * (2 if isinstance(config, ElasticConfig) else 1)
     per_parameter = weights + GRADIENT_BYTES + OPTIMIZER_BYTES[precision] / shards
-    return parameters(config) * per_parameter / model_shards(parallel)
-
-
-def model_shards(parallel: ParallelConfig) -> int:
-    """Return over how many ranks the weights of one replica are spread; context-parallel ranks repeat them."""
-    return parallel.tensor * parallel.pipeline
+    # Context-parallel ranks repeat the weights of their replica.
+    return parameters(config) * per_parameter / (parallel.tensor * parallel.pipeline)
 
 
 def checkpoint_bytes(config: TrainConfig) -> float:

@@ -5,6 +5,7 @@ Every formula but that of the stored size is a polynomial, linear in each axis, 
 uses stands in layers.py; a skipped layer costs nothing.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -78,10 +79,8 @@ class Widths:
                 axes[axis] = per_layer if entry.own else per_layer[0]
         keep: Sequence[Number] = (1,) * len(parent.pattern)
         if Axis.DEPTH in probabilities:
-            kept = space.depth_table().double()
-            keep = (probabilities[Axis.DEPTH][..., 0, :].double() @ kept.to(probabilities[Axis.DEPTH].device)).unbind(
-                -1
-            )
+            chances = probabilities[Axis.DEPTH][..., 0, :].double()
+            keep = (chances @ space.depth_table().to(chances)).unbind(-1)
         return cls(axes, keep)
 
     def of_layer(self, kind: LayerKind, ordinal: int) -> dict[Axis, Number]:
@@ -140,14 +139,9 @@ def _weights(shape: ModelShape, kind: LayerKind, widths: Mapping[Axis, Number]) 
     """Count one layer's weights in matrices and convolutions, and those in vectors."""
     parameters = Counter(LAYERS[kind].parameters.values())
     sizes = {dim: DIMS[dim].size(shape, widths) for dims in parameters for dim in dims}
-    matrices: Number = 0
-    vectors: Number = 0
-    for (first, *others), times in parameters.items():
-        count = times * sizes[first]
-        for dim in others:
-            count = count * sizes[dim]
-        matrices, vectors = (matrices + count, vectors) if others else (matrices, vectors + count)
-    return matrices, vectors
+    counts = {dims: times * math.prod(sizes[dim] for dim in dims) for dims, times in parameters.items()}
+    matrices = sum(count for dims, count in counts.items() if len(dims) > 1)
+    return matrices, sum(count for dims, count in counts.items() if len(dims) == 1)
 
 
 def cost(parent: ModelShape, widths: Widths, deployment: Deployment) -> Cost:
@@ -158,7 +152,7 @@ def cost(parent: ModelShape, widths: Widths, deployment: Deployment) -> Cost:
     stored: Number = params + (parent.vocab * hidden if parent.tied_embeddings else 0)
     widest = {kind: _widest(parent, widths, kind) for kind in PADDED if parent.pattern.layers_of(kind)}
     flops: Number = 2 * parent.vocab * hidden
-    held: dict[str, Number] = {"kv_bytes": 0, "ssm_bytes": 0, "conv_bytes": 0}
+    held: dict[str, Number] = dict.fromkeys(("kv_bytes", "ssm_bytes", "conv_bytes"), 0)
     for layer_index, kind in enumerate(parent.pattern.kinds):
         keep, own = widths.keep[layer_index], widths.of_layer(kind, parent.pattern.ordinal(layer_index))
         matrices, vectors = _weights(parent, kind, own)
@@ -173,10 +167,8 @@ def cost(parent: ModelShape, widths: Widths, deployment: Deployment) -> Cost:
         params=params,
         stored_params=stored,
         weight_bytes=params * deployment.weight_bytes,
-        kv_bytes=held["kv_bytes"] * deployment.batch * deployment.kv_bytes,
-        ssm_bytes=held["ssm_bytes"] * deployment.batch * deployment.ssm_bytes,
-        conv_bytes=held["conv_bytes"] * deployment.batch * deployment.conv_bytes,
         flops_per_token=flops,
+        **{name: elements * deployment.batch * getattr(deployment, name) for name, elements in held.items()},
     )
 
 

@@ -27,11 +27,6 @@ class Block:
     full: tuple[int, ...]
     kept: tuple[int, ...]
 
-    @property
-    def is_whole(self) -> bool:
-        """Tell whether nothing is cut from this block."""
-        return self.full == self.kept
-
 
 @dataclass(frozen=True)
 class Grid:
@@ -53,7 +48,7 @@ class Grid:
     @property
     def is_whole(self) -> bool:
         """Tell whether nothing is cut."""
-        return all(block.is_whole for block in self.blocks)
+        return all(block.full == block.kept for block in self.blocks)
 
 
 @dataclass(frozen=True)
@@ -95,25 +90,22 @@ class Cut:
         return Grid(tuple(Block(block.full[1:], block.kept[1:]) for block in blocks), outer)
 
     def _block(self, directions: Sequence[Direction], ranks: int) -> Block:
-        full: list[int] = []
-        kept: list[int] = []
+        full, kept = list[int](), list[int]()
         for direction in directions:
             if not isinstance(direction, Axis):
                 width = limit = getattr(self.shape, direction)
             else:
                 limit, width = next((f, k) for axis, f, k in (*self.widths, (direction, 0, 0)) if axis is direction)
                 if (name := AXES[direction].parts) is not None:
-                    parts = self._lanes(limit, width) if name == LANES else getattr(self.shape, name)
+                    # What is not cut needs no lanes: one run per rank.
+                    lanes = self.tensor_parallel if limit == width else self.lanes
+                    parts = lanes if name == LANES else getattr(self.shape, name)
                     full, kept = [*full, parts], [*kept, parts]
                     limit, width = limit // parts, width // parts
             full, kept = [*full, limit], [*kept, width]
         if full:
             full[0], kept[0] = full[0] // ranks, kept[0] // ranks
         return Block(tuple(full), tuple(kept))
-
-    def _lanes(self, full: int, kept: int) -> int:
-        """Return the number of lanes; what is not cut needs none: one run per rank."""
-        return self.tensor_parallel if full == kept else self.lanes
 
 
 def parameter_grids(name: str, shape: ModelShape) -> tuple[Grid, ...]:

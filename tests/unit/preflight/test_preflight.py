@@ -218,12 +218,12 @@ def test_gpu_too_small_for_weights_and_optimizer(start: Path, tmp_path: Path) ->
 
 def test_plan_ends_with_the_phase_and_knows_a_finished_run(start: Path, tmp_path: Path) -> None:
     config = tiny_config(start, tmp_path)
-    plan, _ = plan_run(config, "short_context")
-    assert (plan.total_steps, plan.override, plan.finished) == (3, "trainer.max_steps=3", False)
+    plan = plan_run(config, "short_context")
+    assert (plan["total_steps"], plan["override"], plan["finished"]) == (3, "trainer.max_steps=3", "no")
     run = tmp_path / "run" / "run"
     run.mkdir(parents=True)
     (run / FINISHED_FILE).write_text('{"step": 3, "total_steps": 3}')
-    assert plan_run(config, "short_context")[0].finished
-    assert not plan_run(config, None)[0].finished  # the second phase is still to come
+    assert plan_run(config, "short_context")["finished"] == "yes"
+    assert plan_run(config, None)["finished"] == "no"  # the second phase is still to come
     (run / FINISHED_FILE).write_text("{")
-    assert not plan_run(config, "short_context")[0].finished
+    assert plan_run(config, "short_context")["finished"] == "no"
