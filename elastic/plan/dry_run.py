@@ -186,7 +186,7 @@ def comparison(
 
     A dry run has no optimizer, the stand-ins no FLOPs; the gather of new weights belongs to the optimizer.
     """
-    memory, flops = stage_memory(run, stage, count, plan.num_chunks), stage_flops(run, stage)
+    memory, flops = stage_memory(run, stage, count, plan.config.distill.num_chunks), stage_flops(run, stage)
     if traced["optimizer"] == 0:
         memory = replace(memory, optimizer=0)
     planned: dict[str, float] = {
@@ -199,7 +199,7 @@ def comparison(
         "FLOPs": count * (flops.matmul if run.kernels is KernelSet.FUSED else flops.total),
     }
     sent = {key: count * payload for key, payload in micro_batch_traffic(run, stage).items()}
-    sent |= step_traffic(run, stage, plan.distributed_optimizer)
+    sent |= step_traffic(run, stage, plan.config.optim.use_distributed_optimizer)
     planned |= {" ".join(key): sent[key] for key in sorted(sent) if key != ("dp", "all_gather")}
     both = {what: (planned.get(what, 0), traced.get(what, 0)) for what in planned | traced}
     return [

@@ -6,8 +6,7 @@ Megatron-Core does in its own count. The letters are those of `work`.
 
 from dataclasses import dataclass
 
-from elastic.plan.activations import FUSED_CHUNK_TOKENS, TORCH_CHUNK_TOKENS
-from elastic.plan.work import KernelSet, LayerWork, MicroBatchWork, ScanSizes, distinct
+from elastic.plan.work import KernelSet, LayerWork, MicroBatchWork, ScanSizes
 from elastic.space.axes import LayerKind
 
 # Backward over forward: both gradients of a product. Flash attention computes the scores again (FlashAttention 2,
@@ -51,8 +50,7 @@ def scan_flops(scan: ScanSizes, kernels: KernelSet) -> float:
 
     mamba-ssm's chunks are longer than the PyTorch scan's.
     """
-    q = TORCH_CHUNK_TOKENS if kernels is KernelSet.TORCH else FUSED_CHUNK_TOKENS
-    tokens = scan.padded_tokens(q)
+    q, tokens = kernels.chunk_tokens, scan.padded_tokens(kernels.chunk_tokens)
     return 2.0 * tokens * (q * scan.groups * scan.state + q * scan.inner + 2 * scan.state * scan.inner)
 
 
@@ -67,9 +65,9 @@ def attention_flops(layer: LayerWork) -> float:
     return 4.0 * run.tokens * keys * layer.inner
 
 
-def forward_flops(layers: tuple[LayerWork, ...]) -> Flops:
-    """Count one rank's forward pass of some layers."""
-    return sum((layer_flops(layer) * count for layer, count in distinct(layers)), Flops())
+def forward_flops(run: MicroBatchWork, stage: int) -> Flops:
+    """Count one rank's forward pass of the layers of one stage."""
+    return sum((layer_flops(layer) * count for layer, count in run.distinct_layers(stage)), Flops())
 
 
 def backward_flops(forward: Flops, kernels: KernelSet) -> Flops:
@@ -83,8 +81,8 @@ def stage_flops(run: MicroBatchWork, stage: int, *, recompute: bool = True) -> F
 
     `recompute` false leaves out what the layout makes a rank do again.
     """
-    forward = forward_flops(run.layers(stage))
-    total = forward_flops(run.teacher.layers(stage)) + forward + backward_flops(forward, run.kernels)
+    forward = forward_flops(run, stage)
+    total = forward_flops(run.teacher, stage) + forward + backward_flops(forward, run.kernels)
     if recompute and run.layout.recompute:
         total += forward
     if stage == run.layout.pipeline - 1:

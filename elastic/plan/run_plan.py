@@ -12,11 +12,18 @@ from rich.console import Console
 from rich.table import Table
 
 from elastic.config.load import ConfigError
-from elastic.plan.advice import warnings
 from elastic.plan.config import PlanConfig
-from elastic.plan.phases import PhasePlan, budget_samples
-from elastic.plan.search import Candidate, Found, Rejection, candidate, largest_micro_batch, run_problems, search
-from elastic.plan.timing import StepTime
+from elastic.plan.phases import PhasePlan, StepTime, budget_samples
+from elastic.plan.search import (
+    Candidate,
+    Found,
+    Rejection,
+    candidate,
+    largest_micro_batch,
+    run_problems,
+    search,
+    warnings,
+)
 from elastic.verbs.cost import cost_space
 from elastic.verbs.report_file import check_output, write_output
 
@@ -75,7 +82,7 @@ def _print_chosen(console: Console, config: PlanConfig, name: str, report: dict[
 
 def candidate_values(config: PlanConfig, chosen: Candidate) -> dict[str, Any]:
     """Return everything about one layout as plain values."""
-    phases = [phase_values(config, plan, time) for plan, time in zip(chosen.plans, chosen.times, strict=True)]
+    phases = [phase_values(plan) for plan in chosen.plans]
     return {
         "layout": asdict(chosen.parallel) | {"micro_batch": chosen.micro_batch, "replicas": chosen.plans[0].replicas},
         "peak_gb": chosen.peak_bytes / 1e9,
@@ -87,25 +94,21 @@ def candidate_values(config: PlanConfig, chosen: Candidate) -> dict[str, Any]:
 
 def candidate_summary(one: Candidate) -> dict[str, Any]:
     """Return a layout of the ranking in short."""
-    steps = {plan.phase.name: time.total for plan, time in zip(one.plans, one.times, strict=True)}
-    days = one.seconds / SECONDS_PER_DAY
+    steps, days = {plan.phase.name: plan.time.total for plan in one.plans}, one.seconds / SECONDS_PER_DAY
     return {"name": one.name, "days": days, "peak_gb": one.peak_bytes / 1e9, "step_seconds": steps}
 
 
-def phase_values(config: PlanConfig, plan: PhasePlan, time: StepTime) -> dict[str, Any]:
+def phase_values(plan: PhasePlan) -> dict[str, Any]:
     """Return one phase on one layout: memory per stage, work, traffic, time."""
-    cluster = config.cluster
-    peak = cluster.num_gpus * cluster.peak_tflops * 1e12
-    flops = plan.step_flops(recompute=False)
-    steps = plan.phase.num_steps
+    peak = plan.config.cluster.num_gpus * plan.config.cluster.peak_tflops * 1e12
+    flops, steps, time = plan.step_flops(recompute=False), plan.phase.num_steps, plan.time
+    memory = [plan.memory(stage) for stage in range(plan.layout.pipeline)]
     return {
         "name": plan.phase.name,
         "execution": str(plan.phase.execution),
         "micro_batches": plan.micro_batches,
-        "memory_bytes": [
-            asdict(plan.memory(stage)) | {"total": plan.memory(stage).total} for stage in range(plan.layout.pipeline)
-        ],
-        "largest_micro_batch": largest_micro_batch(config, plan),
+        "memory_bytes": [asdict(stage) | {"total": stage.total} for stage in memory],
+        "largest_micro_batch": largest_micro_batch(plan),
         "step_flops": flops,
         "step_flops_with_recompute": plan.step_flops(recompute=True),
         "traffic_bytes": traffic_values(plan),
@@ -113,7 +116,7 @@ def phase_values(config: PlanConfig, plan: PhasePlan, time: StepTime) -> dict[st
         "mfu": flops / (time.total * peak),
         "steps": steps,
         "days": steps * time.total / SECONDS_PER_DAY,
-        "days_at_mfu": steps * flops / (peak * config.plan.mfu) / SECONDS_PER_DAY,
+        "days_at_mfu": steps * flops / (peak * plan.config.plan.mfu) / SECONDS_PER_DAY,
     }
 
 
@@ -190,8 +193,8 @@ def ranking_table(found: Sequence[Candidate], config: PlanConfig) -> Table:
     rows = []
     for one in found[: config.plan.top]:
         seconds: Counter[str] = Counter()
-        for plan, time in zip(one.plans, one.times, strict=True):
-            for name, amount in asdict(time).items():
+        for plan in one.plans:
+            for name, amount in asdict(plan.time).items():
                 seconds[name] += amount * plan.phase.num_steps
         seconds["bubble"] += seconds["pipeline"]
         peak, spare = one.peak_bytes / 1e9, config.cluster.spare_share(one.peak_bytes)
@@ -208,9 +211,9 @@ def alone_lines(found: Found) -> list[str]:
     for number, one in enumerate(found.alone):
         if one is None or not found.fitting:
             continue
-        best, alone = found.fitting[0].times[number].total, one.times[number].total
-        name = one.plans[number].phase.name
-        lines.append(f"{name} alone: {one.name}, {alone:.1f} s a step, {best:.1f} s with {found.fitting[0].name}")
+        best, plan = found.fitting[0], one.plans[number]
+        seconds = f"{plan.time.total:.1f} s a step, {best.plans[number].time.total:.1f} s with {best.name}"
+        lines.append(f"{plan.phase.name} alone: {one.name}, {seconds}")
     return lines
 
 

@@ -1,7 +1,11 @@
-"""Which layouts a run may have on a cluster, and which is fastest: legal by the run's own rules, then by memory."""
+"""Which layouts a run may have on a cluster, and which is fastest: legal by the run's own rules, then by memory.
 
+And the rules of thumb a layout breaks: nothing is refused for them, each costs speed or safety. The limits are ours.
+"""
+
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from elastic.config.load import Problem
 from elastic.config.rules import RULES, rule_problems
@@ -9,18 +13,21 @@ from elastic.config.rules_layout import Cluster
 from elastic.config.sections import ParallelConfig
 from elastic.plan.config import PlanConfig
 from elastic.plan.phases import PhasePlan, phase_plans
-from elastic.plan.timing import StepTime, step_time
+from elastic.plan.work import FP32_BYTES, KernelSet
+from elastic.space.axes import LayerKind
 from elastic.space.reach import Sample
+
+MAX_BUBBLE, MAX_IMBALANCE, MAX_EXPOSED = 0.10, 0.15, 0.25
+MIN_LOCAL_COLUMNS, MIN_LOCAL_TOKENS, MAX_CHUNK_BYTES = 512, 1024, 1 << 30
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One layout and micro-batch, the phases on it, and how long each step takes."""
+    """One layout and micro-batch, and the phases on it."""
 
     parallel: ParallelConfig
     micro_batch: int
     plans: tuple[PhasePlan, ...]
-    times: tuple[StepTime, ...]
 
     @property
     def name(self) -> str:
@@ -35,7 +42,7 @@ class Candidate:
     @property
     def seconds(self) -> float:
         """Return how long the whole curriculum takes."""
-        return sum(plan.phase.num_steps * time.total for plan, time in zip(self.plans, self.times, strict=True))
+        return sum(plan.phase.num_steps * plan.time.total for plan in self.plans)
 
 
 @dataclass(frozen=True)
@@ -56,9 +63,7 @@ def layout_name(parallel: ParallelConfig, micro_batch: int) -> str:
 
 def candidate(config: PlanConfig, parallel: ParallelConfig, micro_batch: int, samples: dict[str, Sample]) -> Candidate:
     """Plan every phase on a legal layout."""
-    plans = phase_plans(config, parallel, micro_batch, samples)
-    times = tuple(step_time(plan, config.cluster, config.plan) for plan in plans)
-    return Candidate(parallel, micro_batch, plans, times)
+    return Candidate(parallel, micro_batch, phase_plans(config, parallel, micro_batch, samples))
 
 
 def run_problems(config: PlanConfig) -> tuple[Problem, ...]:
@@ -106,7 +111,7 @@ def search(config: PlanConfig, samples: dict[str, Sample]) -> Found:
     alone = []
     for number in range(len(config.curriculum)):
         fits = [one for one in legal if one.plans[number].peak_bytes <= limit]
-        alone.append(min(fits, key=lambda one, number=number: one.times[number].total, default=None))  # type: ignore[misc]
+        alone.append(min(fits, key=lambda one, number=number: one.plans[number].time.total, default=None))  # type: ignore[misc]
     ranked = sorted(fitting, key=lambda one: (one.seconds, one.peak_bytes))
     return Found(tuple(ranked), tuple(rejected), tuple(alone))
 
@@ -130,12 +135,74 @@ def layouts(config: PlanConfig) -> Iterator[tuple[ParallelConfig, int]]:
                         yield ParallelConfig(**sizes, sequence=tensor > 1, recompute=recompute), micro_batch
 
 
-def largest_micro_batch(config: PlanConfig, plan: PhasePlan) -> int:
+def largest_micro_batch(plan: PhasePlan) -> int:
     """Return the most sequences of a phase that fit at once on its layout, 0 if not even one does."""
     sizes = range(1, plan.phase.global_batch + 1)
-    too_large = (size for size in sizes if plan.changed(batch=size).peak_bytes > config.cluster.budget_bytes)
+    too_large = (size for size in sizes if plan.changed(batch=size).peak_bytes > plan.config.cluster.budget_bytes)
     return next(too_large, plan.phase.global_batch + 1) - 1
 
 
 def _powers(largest: int) -> list[int]:
     return [1 << power for power in range(largest.bit_length()) if 1 << power <= largest]
+
+
+def warnings(config: PlanConfig, chosen: Candidate) -> list[str]:
+    """List the rules of thumb that a layout breaks, each with what would help."""
+    lines = list(_layout_warnings(config, chosen))
+    return lines + [f"{plan.phase.name}: {text}" for plan in chosen.plans for text in _phase_warnings(plan)]
+
+
+def _layout_warnings(config: PlanConfig, chosen: Candidate) -> Iterator[str]:
+    parallel, cluster = chosen.parallel, config.cluster
+    if parallel.tensor > cluster.gpus_per_node:
+        yield f"tensor parallelism over {parallel.tensor} ranks leaves the node of {cluster.gpus_per_node} GPUs"
+    elif parallel.tensor * parallel.context > cluster.gpus_per_node and parallel.context > 1:
+        yield (
+            f"tensor x context = {parallel.tensor * parallel.context} ranks leave the node of "
+            f"{cluster.gpus_per_node} GPUs, so Mamba's exchange crosses the network"
+        )
+    if parallel.tensor > 1 and not parallel.sequence:
+        yield "parallel.sequence=false keeps the whole stream on every tensor-parallel rank; set it true"
+    if chosen.peak_bytes > cluster.budget_bytes:
+        yield (
+            f"peak {chosen.peak_bytes / 1e9:.1f} GB leaves less than {cluster.spare:.0%} of {cluster.memory_gb:g} GB "
+            f"beside {cluster.reserved_gb:g} GB of context, NCCL and allocator"
+        )
+
+
+def _phase_warnings(plan: PhasePlan) -> Iterator[str]:
+    run, layout, stages, time = plan.shares[0].run, plan.layout, plan.layout.pipeline, plan.time
+    if time.bubble > MAX_BUBBLE * time.total:
+        yield (
+            f"{plan.micro_batches} micro-batches through {stages} stages leave {time.bubble / time.total:.0%} of the "
+            "step waiting; fewer stages or replicas help"
+        )
+    work = [plan.flops(stage).total for stage in range(stages)]
+    if max(work) > (1 + MAX_IMBALANCE) * sum(work) / stages:
+        yield f"the slowest of {stages} stages has {max(work) * stages / sum(work) - 1:.0%} more work than the mean"
+    for name, seconds in (("context", time.context), ("data", time.data), ("tensor", time.tensor)):
+        if seconds > MAX_EXPOSED * time.total:
+            yield f"{name}-parallel traffic takes {seconds / time.total:.0%} of the step where nothing hides it"
+    if run.tokens // layout.tensor < MIN_LOCAL_TOKENS:
+        yield f"{run.tokens // layout.tensor} tokens of the stream on one rank are few; a larger micro-batch helps"
+    all_saved = plan.changed(layout=replace(layout, recompute=False))
+    if layout.recompute and all_saved.peak_bytes <= plan.config.cluster.budget_bytes:
+        yield "fits without recompute: parallel.recompute=none saves a forward pass"
+    chunk = math.ceil(run.tokens / plan.config.distill.num_chunks) * run.local_vocab * FP32_BYTES
+    if chunk > MAX_CHUNK_BYTES:
+        yield f"a chunk of logits takes {chunk / 1e9:.2f} GB three times over; raise distill.num_chunks"
+    yield from _width_warnings(plan)
+
+
+def _width_warnings(plan: PhasePlan) -> Iterator[str]:
+    """Yield widths that kernels serve badly on one rank."""
+    for share in plan.shares:
+        whole = replace(share.run, layout=replace(plan.layout, pipeline=1))
+        for layer, _ in whole.distinct_layers(0):
+            if layer.inner < MIN_LOCAL_COLUMNS:
+                yield f"{share.budget}: {layer.inner} columns of a {layer.kind.name} layer on one rank are few"
+            if layer.kind is LayerKind.MAMBA and layer.scan.rows % 8:
+                yield f"{share.budget}: {layer.scan.rows} in_proj rows on one rank: the convolution's input is copied"
+    length = plan.phase.sequence_length
+    if length % (chunk := KernelSet.FUSED.chunk_tokens):
+        yield f"sequence length {length} is not a multiple of the scan's chunk of {chunk} tokens"

@@ -1,7 +1,7 @@
 """Stand-ins for the GPU's kernels in a dry run: the same tensors kept, exchanged and allocated, nothing computed.
 
 They are what the model's code calls instead of mamba-ssm, causal-conv1d and Transformer Engine on tensors without
-memory; formulas and sources are those of `activations`.
+memory; formulas and sources are those of `memory`.
 """
 
 from typing import Any
@@ -13,7 +13,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from elastic.model.specs import Kernels
-from elastic.plan.activations import FUSED_CHUNK_TOKENS
+from elastic.plan.work import KernelSet
+
+FUSED_CHUNK_TOKENS = KernelSet.FUSED.chunk_tokens
 
 
 class StandInStateSpace:

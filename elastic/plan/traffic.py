@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from elastic.plan.memory import parameter_bytes, rank_parameters
-from elastic.plan.work import FP32_BYTES, KernelSet, LayerWork, MicroBatchWork, distinct
+from elastic.plan.work import FP32_BYTES, KernelSet, LayerWork, MicroBatchWork
 from elastic.space.axes import Axis, LayerKind
 
 Traffic = Mapping[tuple[str, str], int]  # (group, operation) -> payload bytes of one rank
@@ -24,9 +24,9 @@ def micro_batch_traffic(run: MicroBatchWork, stage: int) -> Traffic:
     """Return one rank's traffic for one micro-batch: teacher's and student's pass, recompute and backward."""
     found: Counter[tuple[str, str]] = Counter()
     first, last = stage == 0, stage == run.layout.pipeline - 1
-    for layer, count in distinct(run.teacher.layers(stage)):
+    for layer, count in run.teacher.distinct_layers(stage):
         found.update(_layer(layer, count, gathers=1, scatters=1))
-    for layer, count in distinct(run.layers(stage)):
+    for layer, count in run.distinct_layers(stage):
         found.update(_layer(layer, count, gathers=1, scatters=1))
         # The mirror of forward, and the input gathered once more for the weight.
         found.update(_layer(layer, count, gathers=2, scatters=1, backward=True))

@@ -34,6 +34,11 @@ class KernelSet(StrEnum):
     TORCH = "torch"
     FUSED = "fused"
 
+    @property
+    def chunk_tokens(self) -> int:
+        """Return the tokens of a chunk of the scan, TorchStateSpace's or mamba-ssm's."""
+        return 64 if self is KernelSet.TORCH else 256
+
 
 @dataclass(frozen=True)
 class MicroBatchWork:
@@ -108,6 +113,13 @@ class MicroBatchWork:
         return tuple(
             LayerWork(self, index) for index in stage_layers(self.parent, self.layout.pipeline)[stage] if index in kept
         )
+
+    def distinct_layers(self, stage: int) -> list[tuple["LayerWork", int]]:
+        """Return one layer of each (kind, width) on a stage and how many there are: the others cost the same."""
+        alike: defaultdict[tuple[LayerKind, int], list[LayerWork]] = defaultdict(list)
+        for layer in self.layers(stage):
+            alike[layer.kind, layer.width].append(layer)
+        return [(same[0], len(same)) for same in alike.values()]
 
 
 @dataclass(frozen=True)
@@ -199,14 +211,6 @@ class ScanSizes:
         """Return the tokens once every sequence is filled up to whole chunks."""
         length = self.tokens // self.batch
         return self.batch * -(-length // chunk_tokens) * chunk_tokens
-
-
-def distinct(layers: tuple[LayerWork, ...]) -> list[tuple[LayerWork, int]]:
-    """Return one layer of each (kind, width) and how many there are: the others cost the same."""
-    alike: defaultdict[tuple[LayerKind, int], list[LayerWork]] = defaultdict(list)
-    for layer in layers:
-        alike[layer.kind, layer.width].append(layer)
-    return [(same[0], len(same)) for same in alike.values()]
 
 
 @cache

@@ -46,8 +46,8 @@ def compared(
 ) -> dict[str, tuple[float, float]]:
     """Plan and trace of every quantity, by name."""
     share = Share("all", 1.0, run)
-    distributed = optim.use_distributed_optimizer
-    plan = PhasePlan(ElasticPhase(name="p"), (share,), run.layout.pipeline, 1, NUM_CHUNKS, distributed)
+    config = PlanConfig(distill=DistillConfig(num_chunks=NUM_CHUNKS), optim=optim)
+    plan = PhasePlan(config, ElasticPhase(name="p"), (share,), run.layout.pipeline, 1)
     rows = comparison(plan, run, stage, trace, run.layout.pipeline)
     return {row["what"]: (row["plan"], row["trace"]) for row in rows}
 

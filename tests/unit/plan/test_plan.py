@@ -17,11 +17,10 @@ from elastic.config.load import ConfigError
 from elastic.config.rules_layout import Cluster
 from elastic.config.sections import ParallelConfig
 from elastic.model.model import build_model
-from elastic.plan.activations import saved_bytes
 from elastic.plan.config import PlanConfig
 from elastic.plan.flops import backward_flops, forward_flops, layer_flops, stage_flops
 from elastic.plan.live import LiveBytes, ProductFlops
-from elastic.plan.memory import optimizer_bytes, rank_parameters, stage_memory
+from elastic.plan.memory import optimizer_bytes, rank_parameters, saved_bytes, stage_memory
 from elastic.plan.phases import budget_samples, phase_plans
 from elastic.plan.run_plan import run_plan
 from elastic.plan.search import candidate, largest_micro_batch, layout_name, layout_rule_problems, search
@@ -175,7 +174,7 @@ def test_a_slice_does_less_and_a_mask_does_not() -> None:
     mask, slice_ = (small_run(execution, torch.float32)[0] for execution in (Execution.MASK, Execution.SLICE))
     full = replace(slice_, subnet=Subnet.full(mask.parent))
     assert stage_flops(mask, 0) == stage_flops(full, 0)
-    assert forward_flops(slice_.layers(0)).total < 0.75 * forward_flops(mask.layers(0)).total
+    assert forward_flops(slice_, 0).total < 0.75 * forward_flops(mask, 0).total
     assert slice_.teacher == mask.teacher
 
 
@@ -220,7 +219,7 @@ def test_the_docs_show_what_the_plan_says() -> None:
         assert cells.split(" | ") == [f"{amount / 1e9:.1f}" for amount in columns]
     seconds = re.search(r"The step is estimated at ([\d.]+) s and ([\d.]+) s", text)
     assert seconds is not None
-    assert list(seconds.groups()) == [f"{time.total:.1f}" for time in chosen.times]
+    assert list(seconds.groups()) == [f"{plan.time.total:.1f}" for plan in chosen.plans]
     spare = 1 - chosen.peak_bytes / 1e9 / 80.0 - config.cluster.reserved_gb / 80.0
     assert f"{spare:.0%} of 80 GB is to spare" in text
 
@@ -242,7 +241,7 @@ def test_search_ranks_what_fits_and_says_why_the_rest_is_out() -> None:
     assert times == sorted(times) and len(times) > 3
     assert all(one.peak_bytes <= config.cluster.budget_bytes for one in found.fitting)
     for number, one in enumerate(found.alone):
-        assert one is not None and one.times[number].total <= found.fitting[0].times[number].total
+        assert one is not None and one.plans[number].time.total <= found.fitting[0].plans[number].time.total
     reasons = {one.rule: one for one in found.rejected}
     assert "memory" in reasons and "GB of" in reasons["memory"].reason
     assert layout_name(ParallelConfig(tensor=2, recompute="full"), 4) == "TP2 mb4 recompute"
@@ -251,7 +250,7 @@ def test_search_ranks_what_fits_and_says_why_the_rest_is_out() -> None:
 def test_largest_micro_batch_is_the_last_that_fits() -> None:
     config = values("plan")
     plan = phase_plans(config, config.parallel, 1, budget_samples(config, config.space()))[1]
-    most = largest_micro_batch(config, plan)
+    most = largest_micro_batch(plan)
     fitting, too_large = (plan.changed(batch=batch).peak_bytes for batch in (most, most + 1))
     assert fitting <= config.cluster.budget_bytes < too_large
 
