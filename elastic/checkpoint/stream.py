@@ -40,10 +40,6 @@ from elastic.world.files import explained
 JOURNAL = "written.jsonl"
 
 
-class UnfinishedError(ValueError):
-    """An unfinished checkpoint that this run may not go on with."""
-
-
 def save_streamed(
     folder: Path,
     record: Record,
@@ -59,7 +55,7 @@ def save_streamed(
     `dtypes` says by name how each is stored. `identity` says in words where the tensors come from: what a killed run
     left under the same identity is gone on with. `add_files` puts further files beside the record. `progress` is told
     the bytes of each file when it is on disk. Written aside and renamed when whole; raises CheckpointError for a folder
-    that exists, UnfinishedError for an unfinished one of another run, or one that changed since.
+    that exists, an unfinished one of another run, or one that changed since.
     """
     if folder.exists():
         raise CheckpointError(f"{folder} exists already and is not replaced; remove it or choose another folder")
@@ -154,7 +150,7 @@ def _finished_files(folder: Path, identity: str) -> list[dict[str, Any]]:
         folder.mkdir(parents=True)
         lines = [heading]
     if lines[0] != heading:
-        raise UnfinishedError(
+        raise CheckpointError(
             f"{folder} was left unfinished by another run: {json.loads(lines[0])['identity']}; remove it (or set "
             f"exp_manager.overwrite=true), or choose another exp_manager.version"
         )
@@ -169,7 +165,7 @@ def _noted(
     path, size = folder / line["file"], sum(length for *_, length in line["entries"])
     keys = [key for key, *_ in line["entries"]]
     if keys != [item.index.fqn for item in plan.items] or not path.is_file() or path.stat().st_size != size:
-        raise UnfinishedError(f"{path} is not as an interrupted run left it; remove {folder} and start again")
+        raise CheckpointError(f"{path} is not as an interrupted run left it; remove {folder} and start again")
     stored[path.name] = StoredFile(size, line["sha256"])
     return [
         WriteResult(

@@ -47,16 +47,14 @@ class SdpaCoreAttention(MegatronModule):
             raise ValueError("SdpaCoreAttention is causal over whole sequences: no mask, bias or packed sequences")
         mask = None
         if self.cp_group.size() > 1:
-            mask = self._causal_mask(query.shape[0], query.device)
+            mask = _causal_mask(self._positions(query.shape[0]), query.shape[0] * self.cp_group.size(), query.device)
             gathered = (gather_from_sequence_parallel_region(t, group=self.cp_group) for t in (key, value))
             key, value = (_undo_attention_load_balancing(t, self.cp_group.size()) for t in gathered)
         return _attended(query, key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), mask, is_causal=mask is None)
 
-    def _causal_mask(self, local_tokens: int, device: torch.device) -> Tensor:
+    def _positions(self, local_tokens: int) -> Tensor:
         size, rank, half = self.cp_group.size(), self.cp_group.rank(), local_tokens // 2
-        first, last = rank * half, (2 * size - 1 - rank) * half
-        position = torch.cat([torch.arange(first, first + half), torch.arange(last, last + half)]).to(device)
-        return position[:, None] >= torch.arange(local_tokens * size, device=device)[None]
+        return torch.cat([torch.arange(chunk * half, (chunk + 1) * half) for chunk in (rank, 2 * size - 1 - rank)])
 
 
 def cached_attention(query: Tensor, key: Tensor, value: Tensor, cache: AttentionCache) -> Tensor:
@@ -68,9 +66,13 @@ def cached_attention(query: Tensor, key: Tensor, value: Tensor, cache: Attention
     keys, values = cache.append(key, value)  # [B, kv, T, A]
     mask = None
     if before and length > 1:
-        position = torch.arange(before, before + length, device=query.device)
-        mask = position[:, None] >= torch.arange(before + length, device=query.device)[None]
+        mask = _causal_mask(torch.arange(before, before + length), before + length, query.device)
     return _attended(query, keys, values, mask, is_causal=before == 0)
+
+
+def _causal_mask(positions: Tensor, num_keys: int, device: torch.device) -> Tensor:
+    """Return which of the first `num_keys` tokens the tokens at `positions` may attend to [S, T]."""
+    return positions.to(device)[:, None] >= torch.arange(num_keys, device=device)[None]
 
 
 def _attended(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:

@@ -9,7 +9,7 @@ rows in a batch.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ class _NestedWeight:
 
     hidden_dim: int
     weight: Tensor
+    _forward_impl: Callable[..., Tensor]
 
     def __init__(self, *args: Any, inner: DimKind, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -53,6 +54,11 @@ class _NestedWeight:
         """Return the part of this rank's weight that a cut computes with: [kept rows, kept columns]."""
         return take(self.stream_part(cut), 1 - self.hidden_dim, cut.grid(self.inner))
 
+    def product(self, x: Tensor, cut: Cut, **exchanges: Any) -> Tensor:
+        """Map [..., kept columns] to [..., kept rows] as Megatron-Core does, with its exchanges between ranks."""
+        weight = self.kept_weight(cut)
+        return self._forward_impl(input=x, weight=weight, bias=None, gradient_accumulation_fusion=False, **exchanges)
+
 
 class ElasticColumnParallelLinear(_NestedWeight, ColumnParallelLinear):
     """Y = X W^T from the stream, rows of W sharded."""
@@ -64,15 +70,8 @@ class ElasticColumnParallelLinear(_NestedWeight, ColumnParallelLinear):
         if _is_short_inference(x) and not self.sequence_parallel:
             y = product_with_rows(x.flatten(0, 1), self.stream_part(cut), cut.grid(self.inner))
             return y.unflatten(0, x.shape[:2])
-        return self._forward_impl(
-            input=x,
-            weight=self.kept_weight(cut),
-            bias=None,
-            gradient_accumulation_fusion=False,
-            allreduce_dgrad=self.allreduce_dgrad,
-            sequence_parallel=self.sequence_parallel,
-            tp_group=self.tp_group,
-        )
+        exchanges = dict(allreduce_dgrad=self.allreduce_dgrad, sequence_parallel=self.sequence_parallel)
+        return self.product(x, cut, tp_group=self.tp_group, **exchanges)
 
 
 class ElasticRowParallelLinear(_NestedWeight, RowParallelLinear):
@@ -86,15 +85,7 @@ class ElasticRowParallelLinear(_NestedWeight, RowParallelLinear):
             y = product_with_columns(x.flatten(0, 1), self.stream_part(cut), cut.grid(self.inner))
             partial = y.unflatten(0, x.shape[:2])
         else:
-            partial = self._forward_impl(
-                input=x,
-                weight=self.kept_weight(cut),
-                bias=None,
-                gradient_accumulation_fusion=False,
-                allreduce_dgrad=False,
-                sequence_parallel=False,
-                tp_group=None,
-            )
+            partial = self.product(x, cut, tp_group=None, allreduce_dgrad=False, sequence_parallel=False)
         if self.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(partial, group=self.tp_group)
         return reduce_from_tensor_model_parallel_region(partial, group=self.tp_group)

@@ -63,28 +63,23 @@ class PortableMambaMixer(MambaMixer):
         self.in_proj = build_module(submodules.in_proj, d_model, packed, init_method=config.init_method, **common)
         common |= dict(init_method=config.output_layer_init_method, input_is_parallel=True, skip_bias_add=True)
         self.out_proj = build_module(submodules.out_proj, self.d_inner, d_model, **common)
-        inner = self.d_inner_local_tp
-        self.in_proj.weight.partition_sizes = [inner, inner, state, state, self.nheads_local_tp]
-        self._build_parameters(inner + 2 * state, [inner, state, state])
-        self.norm = GatedGroupNorm(inner, config, self.tp_group, eps=config.layernorm_epsilon)
-        self.cp = self._context_parallel(None)
-
-    def _build_parameters(self, conv_channels: int, conv_blocks: list[int]) -> None:
-        config = self.config
+        inner, heads = self.d_inner_local_tp, self.nheads_local_tp
+        self.in_proj.weight.partition_sizes = [inner, inner, state, state, heads]
 
         def sharded(*shape: int, dtype: torch.dtype = config.params_dtype) -> nn.Parameter:
             parameter = nn.Parameter(torch.zeros(*shape, dtype=dtype, device=parameter_device(config)))
             parameter.tensor_model_parallel, parameter.partition_dim = True, 0  # type: ignore[attr-defined]
             return parameter
 
-        self.conv1d_weight = sharded(conv_channels, 1, self.d_conv)
-        self.conv1d_bias = sharded(conv_channels)
+        self.conv1d_weight, self.conv1d_bias = sharded(inner + 2 * state, 1, d_conv), sharded(inner + 2 * state)
         for parameter in (self.conv1d_weight, self.conv1d_bias):
-            parameter.partition_sizes = conv_blocks  # type: ignore[attr-defined]
+            parameter.partition_sizes = [inner, state, state]  # type: ignore[attr-defined]
         wide = torch.promote_types(config.params_dtype, torch.float32)
         for name in ("dt_bias", "A_log", "D"):
             dtype = wide if f"mixer.{name}" in FP32_PARAMETERS else config.params_dtype
-            self.register_parameter(name, sharded(self.nheads_local_tp, dtype=dtype))
+            self.register_parameter(name, sharded(heads, dtype=dtype))
+        self.norm = GatedGroupNorm(inner, config, self.tp_group, eps=config.layernorm_epsilon)
+        self.cp = self._context_parallel(None)
 
     def _context_parallel(self, cut: Cut | None) -> MambaContextParallel:
         """Bundle the (cut) convolution and per-head parameters with Megatron-Core's context-parallel exchange."""

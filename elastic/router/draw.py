@@ -66,8 +66,8 @@ class Draw:
     def push(self, flat: Tensor, router_loss_scale: float = 1.0) -> None:
         """Send summed gate gradients, in the order of `entries`, and the router's own loss through the router."""
         sources = [source for per_axis in self.sources for source in per_axis.values()]
-        parts = flat.split([source.numel() for source in sources])
-        gradients: list[Tensor] = [part.view_as(source) for part, source in zip(parts, sources, strict=True)]
+        parts = zip(flat.split([source.numel() for source in sources]), sources, strict=True)
+        gradients: list[Tensor] = [part.view_as(source) for part, source in parts]
         assert self.router_loss is not None
         total = self.router_loss * router_loss_scale
         torch.autograd.backward([*sources, total], [*gradients, torch.ones_like(total)])

@@ -19,7 +19,7 @@ from elastic.checkpoint.find import resolve_checkpoint
 from elastic.checkpoint.read import METADATA_FILE, StoredTensors, read_metadata, stored_parts
 from elastic.checkpoint.record import Record
 from elastic.checkpoint.state import Trainable, begin_save, load_checkpoint
-from elastic.checkpoint.stream import JOURNAL, UnfinishedError, save_streamed, stored_bytes
+from elastic.checkpoint.stream import JOURNAL, save_streamed, stored_bytes
 from elastic.model.initialize import named_global_parameters
 from elastic.model.model import build_model
 from elastic.model.sharding import shard_tensor
@@ -188,11 +188,11 @@ def test_a_failure_in_the_last_step_costs_nothing_that_is_finished(tmp_path: Pat
 def test_anothers_unfinished_work_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "step_00000000"
     interrupted(folder, after=12, identity="import of x")
-    with pytest.raises(UnfinishedError, match=r"left unfinished by another run: import of x; remove it"):
+    with pytest.raises(CheckpointError, match=r"left unfinished by another run: import of x; remove it"):
         write(folder, SPLITTABLE, "import of y")
     first = json.loads((writing_folder(folder) / JOURNAL).read_text().split("\n")[1])["file"]
     (writing_folder(folder) / first).write_bytes(b"short")
-    with pytest.raises(UnfinishedError, match="not as an interrupted run left it"):
+    with pytest.raises(CheckpointError, match="not as an interrupted run left it"):
         write(folder, SPLITTABLE, "import of x")
 
 
