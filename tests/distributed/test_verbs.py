@@ -1,5 +1,6 @@
 """The verbs behind the main job, end to end on a tiny family: extract, import, evaluate, and their refusals."""
 
+import io
 import json
 import re
 from unittest import mock
@@ -52,7 +53,9 @@ def _evaluate(values):
 
 
 def _extract(values):
-    run_extract(load(ExtractConfig, values), Console(quiet=True))
+    screen = io.StringIO()
+    run_extract(load(ExtractConfig, values), Console(file=screen, width=500))
+    return screen.getvalue()
 
 
 def _import(values):
@@ -235,14 +238,14 @@ def test_a_subnet_of_so_many_parameters_lies_between_the_budgets(start, family):
 
 def test_what_was_never_trained_is_said_in_the_card(start, family):
     thin = dict(name="thin", hidden=32, ffn=[64], kept_layers=[0, 1, 2])
-    cards = {}
+    cards, shown = {}, {}
     for version, run in (
         ("of_family", family),
         ("of_parent", start / "run" / "parent"),
         ("of_permuted", start / "run" / "permuted"),
     ):
         values = dict(init_from=dict(checkpoint=str(run)), subnets=[thin], exp_manager=place(start, version))
-        run_distributed(_extract, 1, values)
+        (shown[version],) = run_distributed(_extract, 1, values)
         for folder in (start / "run" / version).iterdir():
             cards[version, folder.name] = (folder / "README.md").read_text() if folder.is_dir() else ""
     assert "no budget of the family was trained at these widths" in cards["of_family", "thin"]
@@ -250,6 +253,10 @@ def test_what_was_never_trained_is_said_in_the_card(start, family):
     assert "cut from a permuted parent, and never trained at this size" in cards["of_permuted", "thin"]
     for whole in (("of_family", "half"), ("of_family", "full"), ("of_parent", "parent"), ("of_permuted", "parent")):
         assert "never trained" not in cards[whole] and "given by hand" not in cards[whole]
+    assert "note: thin is given by hand: no budget of the family was trained at" in shown["of_family"]
+    assert "note: thin is cut from a parent, whose channels are in no order of importance, and" in shown["of_parent"]
+    assert "note: thin is cut from a permuted parent, and never trained" in shown["of_permuted"]
+    assert all(text.count("note: ") == 1 for text in shown.values())
 
 
 def _permute_wrongly(values):

@@ -70,9 +70,9 @@ def imported(folder: Path, source: Path, name: str = "imported") -> Path:
     return run_import(load(ImportConfig, {"source": str(source), "exp_manager": place(folder, name)}), QUIET)
 
 
-def extracted(folder: Path, checkpoint: Path, name: str = "back", **values: Any) -> Path:
+def extracted(folder: Path, checkpoint: Path, name: str = "back", console: Console = QUIET, **values: Any) -> Path:
     config = {"init_from": {"checkpoint": str(checkpoint)}, "exp_manager": place(folder, name), **values}
-    return run_extract(load(ExtractConfig, config), QUIET)
+    return run_extract(load(ExtractConfig, config), console)
 
 
 def narrowed(shape: ModelShape) -> dict[str, Any]:

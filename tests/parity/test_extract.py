@@ -1,10 +1,12 @@
 """The verb extract after import_hf: no bit changed there and back, submodels checked and loaded by stock code."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from elastic.checkpoint.find import resolve_checkpoint
@@ -43,7 +45,9 @@ def test_there_and_back_no_bit_changes(name: str, tmp_path: Path) -> None:
     assert Record.read(checkpoint).shape == shape
     tensors = StoredTensors(checkpoint, shape)
     assert sum(tensors[parameter].numel() for parameter in tensors) == shape_cost(shape).params
-    back = extracted(tmp_path, run, export={"shard_bytes": 30_000}) / "parent"
+    screen = io.StringIO()
+    back = extracted(tmp_path, run, console=Console(file=screen, width=500), export={"shard_bytes": 30_000}) / "parent"
+    assert ("note: it keeps no attention layer" in screen.getvalue()) == (not shape.attention_heads)
     original, returned = weights(tmp_path / "stock"), weights(back)
     assert returned.keys() == original.keys()
     for key, tensor in original.items():

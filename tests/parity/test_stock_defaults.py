@@ -84,6 +84,8 @@ def test_every_member_of_a_random_family_does_what_a_stock_folder_does(seed: int
         assert all(parameter.grad is not None for parameter in model.parameters())
         assert_generates_greedily(model)
         assert_padding_changes_nothing(model)
+        is_said = "keeps no attention layer" in (folder / "README.md").read_text()
+        assert is_said == ("*" not in str(subnet.shape(parent).pattern))
 
 
 def assert_generates_greedily(model: PreTrainedModel) -> None:

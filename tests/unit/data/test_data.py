@@ -246,7 +246,7 @@ def test_sources_in_any_order_give_the_same_data_and_the_same_held_out_sequences
     assert [Path(source).name for source in split.sources] == ["code", "notes", "prose"]
     assert sum(split.sources.values()) == split.num_tokens
     held_out = HeldOut(stream, S)
-    assert len(held_out) == split.num_sequences(S)
+    assert len(held_out) == split.num_sequences(S) == sum(map(len, held_out.spread(len(held_out)).values()))
     tokenizer, first = load_tokenizer(output).tokenizer, 0
     for source, starts in held_out.spread(len(held_out)).items():
         end = first + split.sources[source]

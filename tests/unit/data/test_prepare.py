@@ -1,5 +1,6 @@
 """Preparing data: the same bytes each time, no document on both sides, every skipped document counted."""
 
+import io
 import json
 import random
 from dataclasses import replace
@@ -8,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from rich.console import Console
 from tokenizers import Tokenizer, processors
 
 from elastic.data.manifest import DataError, SkipRecord, read_manifest
 from elastic.data.prepare import PrepareConfig, prepare
 from elastic.data.tokenizer import load_tokenizer, train_tokenizer
+from elastic.verbs.prepare_data import run_prepare
 from tests.unit.data.preparing import NUM_DOCUMENTS, config, contents, texts, write_jsonl
 
 
@@ -207,6 +210,30 @@ def test_begin_of_text_is_in_the_manifest_and_in_front_of_every_document(source:
         assert documents and all(document[0] == begin and begin not in document[1:] for document in documents)
     with pytest.raises(DataError, match="add_bos was auto, now False"):
         prepare(replace(given, add_bos=False))
+    assert f"every document begins with the tokenizer's own [{begin}]" in shown(given)
+    plain = replace(given, output_dir=str(tmp_path / "plain"), add_bos=False)
+    assert "begins with" not in shown(plain) and read_manifest(tmp_path / "plain").tokenizer.bos_ids == ()
+    dataset = IndexedDataset(str(tmp_path / "plain" / "train"))
+    assert not any(begin in dataset[index] for index in range(len(dataset)))
+
+
+def shown(settings: PrepareConfig) -> str:
+    """Run the verb and return what stands on the screen."""
+    screen = io.StringIO()
+    run_prepare(settings, Console(file=screen, width=500))
+    return screen.getvalue()
+
+
+def test_what_was_left_out_stands_on_the_screen(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(source.read_bytes())
+    (folder / "b.md").write_text("no lines of JSON")
+    everything = shown(config(folder, tmp_path / "all"))
+    assert f"skipped: 1 other_suffix (first {folder / 'b.md'})" in everything and "stopped" not in everything
+    part = shown(config(folder, tmp_path / "part", max_bytes=9000))
+    assert "stopped at max_bytes = 9,000: there are more documents" in part and "200 documents" not in part
+    assert "skipped: nothing" in shown(config(source, tmp_path / "one"))
 
 
 def test_all_illegal_settings_are_named_in_one_error(tmp_path: Path) -> None:

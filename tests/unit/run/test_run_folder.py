@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -206,6 +207,8 @@ def test_wandb_is_missed_before_anything_is_loaded(monkeypatch: pytest.MonkeyPat
     config = load(ElasticConfig, values_of(ElasticConfig, {"exp_manager.create_wandb_logger": True}))
     (problem,) = check_exp_manager(config.exp_manager, config.trainer, config)
     assert problem.field == "exp_manager.create_wandb_logger" and "[wandb]" in problem.remedy
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    assert [text.partition(">")[0] for text in project["optional-dependencies"]["wandb"]] == ["wandb"]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from elastic.space.cost import Deployment, Metric, subnet_cost
 from elastic.space.shape import Subnet
 from elastic.verbs.cost import quantity, run_cost
 from elastic.verbs.inputs import load_run
+from elastic.verbs.training import family_lines
 from tests.unit.config.test_conf_files import compose_once
 from tests.unit.config.test_published_run import NANO_4B
 
@@ -100,6 +101,22 @@ def test_budget_that_no_subnet_comes_near_is_a_warning() -> None:
     text, report = printed(config_of("elastic_12b", *coarse, budgets))
     assert not report["budgets"][0]["is_near"]
     assert "warning: budget middle: no subnet found within 1% of the target" in text
+
+
+@pytest.mark.parametrize(("kept", "is_said"), [("{attention: 1}", False), ("null", True)])
+def test_members_that_stock_code_runs_without_a_cache_are_named_before_training(kept: str, is_said: bool) -> None:
+    """By cost, of the member it samples, and by train, of the smallest depth; where attention stays, by none."""
+    sizes = ("model.vocab=2048", "model.pattern=M-M-M-M-*", f"model.tied_embeddings={str(is_said).lower()}")
+    depth = "elastic.space.depth={choices: [9, 4], per_layer: false}"
+    budget = "elastic.budgets=[{name: small, metric: params, target: null, ratio: 0.25}]"
+    rest = ("init_from.permuted_parent=null", f"elastic.space.keep_at_least={kept}")
+    config = config_of("smoke_elastic", *sizes, depth, budget, *rest)
+    text, report = printed(config)
+    assert len(report["budgets"][0]["subnet"]["kept_layers"]) == 4
+    assert ("small: it keeps no attention layer" in text) == is_said
+    assert ("small: a Hugging Face folder stores" in text) == is_said  # a tied head's copy
+    before = family_lines(config.space(), config.budgets())
+    assert ("note: of a member at the smallest depth, it keeps no attention layer" in before) == is_said
 
 
 def test_mamba_widths_that_differ_between_layers_cannot_be_exported() -> None:
