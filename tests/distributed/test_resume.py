@@ -176,6 +176,8 @@ def test_two_killed_replicas_resume_to_the_last_digit(start):
     assert list_checkpoints(start / "run" / "killed_pair")[0].name == "step_00000003"
     run_distributed(train, 2, values)
     assert rows(start, "killed_pair") == ran(start, "fp32_dp2")
+    written = [json.loads(line) for line in (start / "run" / "killed_pair" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in written if "grad_norm" in row] == list(range(1, 10))  # none twice
 
 
 def test_a_signal_ends_the_run_with_a_checkpoint_and_the_same_command_goes_on(start, uninterrupted):

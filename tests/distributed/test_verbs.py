@@ -80,6 +80,10 @@ def test_the_held_out_loss_is_the_same_for_any_order_of_sources_and_known_for_ea
         assert low < one["loss"] < high
 
 
+def longest_said(folder):
+    return json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+
+
 def test_a_family_leaves_through_hugging_face_and_comes_back(start, family):
     in_place = evaluate(start, "in_place", family)
     assert in_place["half"]["params"] < in_place["full"]["params"]
@@ -93,6 +97,7 @@ def test_a_family_leaves_through_hugging_face_and_comes_back(start, family):
         name = row["name"]
         assert row["max_abs_logit_diff"] <= 1e-4
         assert (start / "run" / "exports" / name / "tokenizer.json").is_file()
+        assert longest_said(start / "run" / "exports" / name) == 64  # of the second phase
         cut = evaluate(start, f"cut_{name}", row["megatron"])["parent"]
         assert cut["params"] == in_place[name]["params"] == row["params"]
         run_distributed(_import, 1, dict(source=row["hugging_face"], exp_manager=place(start, f"imported_{name}")))
@@ -256,7 +261,10 @@ def test_what_was_never_trained_is_said_in_the_card(start, family):
     assert "note: thin is given by hand: no budget of the family was trained at" in shown["of_family"]
     assert "note: thin is cut from a parent, whose channels are in no order of importance, and" in shown["of_parent"]
     assert "note: thin is cut from a permuted parent, and never trained" in shown["of_permuted"]
-    assert all(text.count("note: ") == 1 for text in shown.values())
+    assert all(len(re.findall("note: .* is (?:given|cut)", text)) == 1 for text in shown.values())
+    assert (
+        longest_said(start / "run" / "of_parent" / "thin") == 32 == longest_said(start / "run" / "of_permuted" / "thin")
+    )
 
 
 def _permute_wrongly(values):
