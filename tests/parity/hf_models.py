@@ -98,3 +98,10 @@ def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 def relative_error(ours: Tensor, reference: Tensor) -> float:
     """Return the largest difference over the largest reference value."""
     return ((ours - reference).abs().max() / reference.abs().max()).item()
+
+
+def identical(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    """Tell whether two sets of tensors are the same bits, types included."""
+    return left.keys() == right.keys() and all(
+        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
+    )

@@ -19,7 +19,7 @@ from elastic.space.layers import parameter_names
 from elastic.space.nesting import parameter_size
 from elastic.space.shape import ModelShape, Subnet
 from tests.nested import permuted_tensors, submodel_tensors
-from tests.parity.hf_models import SHAPES, logits, relative_error, stock_model, stock_model_of, tiny
+from tests.parity.hf_models import SHAPES, identical, logits, relative_error, stock_model, stock_model_of, tiny
 
 LANES = 4
 TOKENS = torch.randint(40, (2, 33), generator=torch.Generator().manual_seed(0))
@@ -27,13 +27,6 @@ TOKENS = torch.randint(40, (2, 33), generator=torch.Generator().manual_seed(0))
 
 def file_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.replace("model.", "backbone.", 1): tensor for name, tensor in state.items()}
-
-
-def identical(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    """Tell whether two sets of tensors are the same bits, types included."""
-    return left.keys() == right.keys() and all(
-        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -27,7 +27,7 @@ from elastic.hf.folder import HfFolderError, open_hf_folder
 from elastic.hf.names import from_hf
 from elastic.hf.nested_values import value_check
 from elastic.space.shape import ModelShape, Subnet
-from tests.parity.hf_models import SHAPES, card_of, stock_model, tiny
+from tests.parity.hf_models import SHAPES, card_of, identical, stock_model, tiny
 from tests.unit.hf.hf_folders import PUBLISHED
 
 SHAPE, WHOLE = tiny("M-*"), 5_000_000_000
@@ -81,13 +81,6 @@ def export_whole(
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
-def identical(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    """Tell whether two sets of tensors are the same bits of the same types."""
-    return left.keys() == right.keys() and all(
-        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
-    )
 
 
 def read(path: Path) -> dict[str, Any]:

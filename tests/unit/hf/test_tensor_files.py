@@ -1,4 +1,4 @@
-"""Safetensors folders: written tensor by tensor, read back by the library, and every broken folder refused by name."""
+"""Safetensors folders: written tensor by tensor, read back by the library (broken ones: test_broken_hf_folder.py)."""
 
 import json
 import weakref
@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from elastic.hf.names import HfTensorError
-from elastic.hf.safe_files import UnsafeFileError
 from elastic.hf.tensor_files import TensorFolder, plan_shards, planned, write_tensors
 from elastic.hf.tensor_index import INDEX_FILE, SINGLE_FILE, scan_tensors
 
@@ -25,8 +24,7 @@ SPECS = {name: planned(tuple(tensor.shape), tensor.dtype) for name, tensor in TE
 
 def opened(folder: Path) -> TensorFolder:
     scan = scan_tensors(folder)
-    if scan.problems:
-        raise UnsafeFileError("; ".join(scan.problems))
+    assert not scan.problems
     return TensorFolder(scan.tensors)
 
 
@@ -82,66 +80,3 @@ def test_memory_does_not_grow_with_the_number_of_tensors(tmp_path: Path) -> None
 
     write_tensors(tmp_path, SPECS, (made(name) for name in SPECS), 40)
     assert len(alive) == 5
-
-
-def broken_folder(folder: Path, how: str) -> None:
-    if how == "a pickle":
-        torch.save(TENSORS, folder / "pytorch_model.bin")
-        return
-    if how == "empty":
-        return
-    write_tensors(folder, SPECS, TENSORS.items(), shard_bytes=40)
-    shard = folder / "model-00002-of-00003.safetensors"
-    index = json.loads((folder / INDEX_FILE).read_text())
-    match how:
-        case "a missing shard":
-            shard.unlink()
-        case "a truncated shard":
-            shard.write_bytes(shard.read_bytes()[:-3])
-        case "a shard that is not safetensors":
-            shard.write_bytes(b"\x80\x04 this is no header")
-        case "a tensor missing":
-            save_file({}, shard)
-        case "a tensor left over":
-            save_file(load_file(shard) | {"surplus": torch.zeros(1)}, shard)
-        case "a path outside":
-            (folder.parent / "outside.safetensors").write_bytes(shard.read_bytes())
-            index["weight_map"]["matrix"] = "../outside.safetensors"
-        case "an absolute path":
-            index["weight_map"]["matrix"] = str(shard)
-        case "a pickle in the index":
-            index["weight_map"]["matrix"] = "pytorch_model.bin"
-        case "no map":
-            index = {"metadata": {}}
-        case "an empty map":
-            index["weight_map"] = {}
-    (folder / INDEX_FILE).write_text("{not json" if how == "no JSON" else json.dumps(index))
-
-
-@pytest.mark.parametrize(
-    "how, message",
-    [
-        ("a pickle", "pytorch_model.bin is a pickle, which can run code"),
-        ("empty", f"has neither {SINGLE_FILE} nor"),
-        ("a missing shard", "shard model-00002-of-00003.safetensors is missing"),
-        (
-            "a truncated shard",
-            r"00002-of-00003.safetensors is truncated: \d+ bytes are there, its header promises \d+",
-        ),
-        ("a shard that is not safetensors", "model-00002-of-00003.safetensors is not a safetensors file, or damaged"),
-        ("a tensor missing", "disagree about: matrix"),
-        ("a tensor left over", "disagree about: surplus"),
-        ("a path outside", "points to '../outside.safetensors' for matrix; only"),
-        ("an absolute path", "only safetensors files beside it"),
-        ("a pickle in the index", "points to 'pytorch_model.bin' for matrix"),
-        ("no map", "not a valid index"),
-        ("no JSON", "not a valid index"),
-        ("an empty map", "names no tensors"),
-    ],
-)
-def test_broken_folders_are_refused_by_name(tmp_path: Path, how: str, message: str) -> None:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    broken_folder(folder, how)
-    with pytest.raises(UnsafeFileError, match=message):
-        opened(folder)
