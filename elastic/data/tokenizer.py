@@ -67,7 +67,7 @@ class LoadedTokenizer:
         for piece in _pieces(text):
             ids = self.tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0].ids
             pieces.append(np.array(ids if pieces else self._begun(ids), dtype=np.int32))
-        return np.append(np.concatenate(pieces), np.int32(self.eos_id))
+        return np.concatenate([*pieces, np.array([self.eos_id], dtype=np.int32)])
 
 
 def _pieces(text: str) -> Iterator[str]:
