@@ -14,16 +14,7 @@ from rich.table import Table
 from elastic.config.load import ConfigError
 from elastic.plan.config import PlanConfig
 from elastic.plan.phases import PhasePlan, StepTime, budget_samples
-from elastic.plan.search import (
-    Candidate,
-    Found,
-    Rejection,
-    candidate,
-    largest_micro_batch,
-    run_problems,
-    search,
-    warnings,
-)
+from elastic.plan.search import Candidate, Found, Rejection, candidate, largest_micro_batch, run_problems, search
 from elastic.verbs.cost import cost_space
 from elastic.verbs.report_file import check_output, write_output
 
@@ -45,7 +36,7 @@ def run_plan(config: PlanConfig, console: Console) -> dict[str, Any]:
     if problems := run_problems(config):
         raise ConfigError(problems)
     chosen = candidate(config, config.parallel, config.data.micro_batch, samples)
-    report |= {"chosen": candidate_values(config, chosen), "warnings": warnings(config, chosen)}
+    report |= {"chosen": candidate_values(config, chosen), "warnings": chosen.warnings()}
     _print_chosen(console, config, chosen.name, report)
     # 2. The others.
     if config.plan.search:
@@ -136,11 +127,8 @@ def _bill(config: PlanConfig, seconds: float, seconds_at_mfu: float) -> dict[str
     bill: dict[str, float] = {}
     for suffix, amount in (("", seconds), ("_at_mfu", seconds_at_mfu)):
         hours = amount / 3600 * gpus
-        bill |= {
-            f"days{suffix}": amount / SECONDS_PER_DAY,
-            f"gpu_hours{suffix}": hours,
-            f"price{suffix}": hours * price,
-        }
+        bill |= {f"days{suffix}": amount / SECONDS_PER_DAY, f"gpu_hours{suffix}": hours}
+        bill[f"price{suffix}"] = hours * price
     return bill
 
 

@@ -6,6 +6,7 @@ And the rules of thumb a layout breaks: nothing is refused for them, each costs 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from elastic.config.load import Problem
 from elastic.config.rules import RULES, rule_problems
@@ -38,6 +39,11 @@ class Candidate:
     def peak_bytes(self) -> int:
         """Return the peak over phases and stages."""
         return max(plan.peak_bytes for plan in self.plans)
+
+    def warnings(self) -> list[str]:
+        """List the rules of thumb that the layout breaks, each with what would help."""
+        of_phases = [f"{plan.phase.name}: {text}" for plan in self.plans for text in _phase_warnings(plan)]
+        return [*_layout_warnings(self), *of_phases]
 
     @property
     def seconds(self) -> float:
@@ -98,8 +104,9 @@ def search(config: PlanConfig, samples: dict[str, Sample]) -> Found:
     limit = config.cluster.budget_bytes
     for parallel, micro_batch in layouts(config):
         if problems := layout_rule_problems(config, parallel, micro_batch):
-            name = layout_name(parallel, micro_batch)
-            rejected.append(Rejection(name, _rule(problems[0]), str(problems[0])))
+            name, field = layout_name(parallel, micro_batch), problems[0].field
+            rule = field.rpartition(".choices.")[0] or field  # the entry of a list left out
+            rejected.append(Rejection(name, rule, str(problems[0])))
             continue
         one = candidate(config, parallel, micro_batch, samples)
         legal.append(one)
@@ -116,23 +123,15 @@ def search(config: PlanConfig, samples: dict[str, Sample]) -> Found:
     return Found(tuple(ranked), tuple(rejected), tuple(alone))
 
 
-def _rule(problem: Problem) -> str:
-    """Return the field a problem is about, the entry of a list left out."""
-    return problem.field.rpartition(".choices.")[0] or problem.field
-
-
 def layouts(config: PlanConfig) -> Iterator[tuple[ParallelConfig, int]]:
     """List layouts by powers of two whose replicas fill the cluster; always with sequence parallelism."""
     cluster, depth = config.cluster, len(config.parent_shape().pattern)
-    for tensor in _powers(min(8, cluster.gpus_per_node)):
-        for pipeline in _powers(depth):
-            for context in _powers(cluster.num_gpus):
-                if cluster.num_gpus % (tensor * pipeline * context):
-                    continue
-                sizes = dict(tensor=tensor, pipeline=pipeline, context=context)
-                for micro_batch in _powers(config.plan.max_micro_batch):
-                    for recompute in ("none", "full"):
-                        yield ParallelConfig(**sizes, sequence=tensor > 1, recompute=recompute), micro_batch
+    sizes = product(_powers(min(8, cluster.gpus_per_node)), _powers(depth), _powers(cluster.num_gpus))
+    for tensor, pipeline, context in sizes:
+        if cluster.num_gpus % (tensor * pipeline * context) == 0:
+            one = ParallelConfig(tensor=tensor, pipeline=pipeline, context=context, sequence=tensor > 1)
+            for micro_batch in _powers(config.plan.max_micro_batch):
+                yield from ((replace(one, recompute=again), micro_batch) for again in ("none", "full"))
 
 
 def largest_micro_batch(plan: PhasePlan) -> int:
@@ -146,21 +145,13 @@ def _powers(largest: int) -> list[int]:
     return [1 << power for power in range(largest.bit_length()) if 1 << power <= largest]
 
 
-def warnings(config: PlanConfig, chosen: Candidate) -> list[str]:
-    """List the rules of thumb that a layout breaks, each with what would help."""
-    lines = list(_layout_warnings(config, chosen))
-    return lines + [f"{plan.phase.name}: {text}" for plan in chosen.plans for text in _phase_warnings(plan)]
-
-
-def _layout_warnings(config: PlanConfig, chosen: Candidate) -> Iterator[str]:
-    parallel, cluster = chosen.parallel, config.cluster
-    if parallel.tensor > cluster.gpus_per_node:
-        yield f"tensor parallelism over {parallel.tensor} ranks leaves the node of {cluster.gpus_per_node} GPUs"
-    elif parallel.tensor * parallel.context > cluster.gpus_per_node and parallel.context > 1:
-        yield (
-            f"tensor x context = {parallel.tensor * parallel.context} ranks leave the node of "
-            f"{cluster.gpus_per_node} GPUs, so Mamba's exchange crosses the network"
-        )
+def _layout_warnings(chosen: Candidate) -> Iterator[str]:
+    parallel, cluster = chosen.parallel, chosen.plans[0].config.cluster
+    ranks, node = parallel.tensor * parallel.context, cluster.gpus_per_node
+    if parallel.tensor > node:
+        yield f"tensor parallelism over {parallel.tensor} ranks leaves the node of {node} GPUs"
+    elif ranks > node:
+        yield f"tensor x context = {ranks} ranks leave the node of {node} GPUs, so Mamba's exchange crosses the network"
     if parallel.tensor > 1 and not parallel.sequence:
         yield "parallel.sequence=false keeps the whole stream on every tensor-parallel rank; set it true"
     if chosen.peak_bytes > cluster.budget_bytes:

@@ -52,11 +52,11 @@ class Node:
 def probe_packages(requirements: Sequence[str]) -> dict[str, str | None]:
     """Look up the installed version of every requirement."""
     versions: dict[str, str | None] = {}
-    for requirement in map(Requirement, requirements):
+    for name in (Requirement(one).name for one in requirements):
         try:
-            versions[requirement.name] = metadata.version(requirement.name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            versions[requirement.name] = None
+            versions[name] = None
     return versions
 
 
@@ -111,13 +111,11 @@ def package_problems(
         yield Problem("python", ".".join(map(str, python)), f"must be {legal}", "run `make setup`, or set PY=FILE")
     for requirement in map(Requirement, requirements):
         version, wanted = versions.get(requirement.name), str(requirement.specifier)
-        remedy = "install it, or take the image of the Dockerfile"
+        field, remedy = f"package {requirement.name}", "install it, or take the image of the Dockerfile"
         if version is None:
-            yield Problem(
-                f"package {requirement.name}", None, f"is not installed{wanted and f', needs {wanted}'}", remedy
-            )
+            yield Problem(field, None, f"is not installed{wanted and f', needs {wanted}'}", remedy)
         elif not requirement.specifier.contains(version, prereleases=True):  # NVIDIA's images carry 2.9.0a0+...
-            yield Problem(f"package {requirement.name}", version, f"must be {wanted}", remedy)
+            yield Problem(field, version, f"must be {wanted}", remedy)
 
 
 def node_problems(node: Node, gpus_per_node: int) -> Iterator[Problem]:

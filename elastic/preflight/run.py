@@ -37,12 +37,8 @@ def plan_run(config: VerbConfig, phase: str | None) -> dict[str, str | int]:
         total = min(sum(steps[:last]), config.trainer.max_steps or sum(steps))
         finished = finished_step(run_dir) >= total
         override = "" if phase is None else f"trainer.max_steps={total}"
-    return {
-        "run_dir": str(run_dir),
-        "total_steps": total,
-        "finished": "yes" if finished else "no",
-        "override": override,
-    }
+    says = "yes" if finished else "no"
+    return {"run_dir": str(run_dir), "total_steps": total, "finished": says, "override": override}
 
 
 def phase_problems(config: VerbConfig, phase: str | None) -> Iterator[Problem]:
@@ -101,15 +97,11 @@ def overwrite_problems(config: TrainConfig) -> Iterator[Problem]:
 
 def disk_problems(config: TrainConfig) -> Iterator[Problem]:
     """The disk must hold the checkpoints that stay and the one being written, less those that are there already."""
-    run_dir = Path(config.exp_manager.run_dir)
-    existing = nearest_existing(run_dir)
-    free = shutil.disk_usage(existing).free
-    there = len(list((run_dir / "checkpoints").glob("step_*")))
-    keep = config.exp_manager.keep_last_checkpoints
-    count = max(1, keep + 1 - there)
-    need = count * checkpoint_bytes(config)
-    if free < need:
-        rule = f"{gib(need)} needed for {count} checkpoints of {gib(checkpoint_bytes(config))}"
+    run_dir, each = Path(config.exp_manager.run_dir), checkpoint_bytes(config)
+    existing, there = nearest_existing(run_dir), len(list((run_dir / "checkpoints").glob("step_*")))
+    free, count = shutil.disk_usage(existing).free, max(1, config.exp_manager.keep_last_checkpoints + 1 - there)
+    if free < count * each:
+        rule = f"{gib(count * each)} needed for {count} checkpoints of {gib(each)}"
         remedy = "free some, lower exp_manager.keep_last_checkpoints, or set exp_manager.exp_dir to another disk"
         yield Problem(f"free disk at {existing}", gib(free), rule, remedy)
 

@@ -66,18 +66,18 @@ def sample_subnet(space: Space, budget: Budget, deployment: Deployment) -> Sampl
 
 def _narrowed(space: Space, axes: tuple[Axis, ...], candidates: Tensor) -> Tensor:
     """Return the candidates [C, A] with every per-layer axis one choice narrower, where there is one."""
-    step = torch.tensor([int(space.axes[axis].per_layer) for axis in axes])
-    last = torch.tensor([len(space.axes[axis].choices) - 1 for axis in axes])
-    return torch.minimum(candidates + step, last)
+    own = [space.axes[axis] for axis in axes]
+    last = torch.tensor([len(axis.choices) - 1 for axis in own])
+    return torch.minimum(candidates + torch.tensor([int(axis.per_layer) for axis in own]), last)
 
 
 def _ratios(space: Space, axes: tuple[Axis, ...], candidates: Tensor, budget: Budget, deployment: Deployment) -> Tensor:
     """Return cost / target of all candidates at once, [C] in fp64, exact for costs below 2^53."""
     homogeneous = replace(space, axes={axis: AxisChoices(own.choices) for axis, own in space.axes.items()})
-    chosen = {}
-    for column, axis in enumerate(axes):
-        one_hot = torch.nn.functional.one_hot(candidates[:, column], len(space.axes[axis].choices))
-        chosen[axis] = one_hot.unsqueeze(-2)  # [C, 1 slot, K]
+    chosen = {
+        axis: torch.nn.functional.one_hot(index, len(space.axes[axis].choices)).unsqueeze(-2)  # [C, 1 slot, K]
+        for axis, index in zip(axes, candidates.T, strict=True)
+    }
     used = cost(space.parent, Widths.expected(homogeneous, chosen), deployment)[budget.metric]
     # A metric that no elastic axis touches is a plain number.
     return torch.as_tensor(used, dtype=torch.float64).expand(len(candidates)) / budget.limit
@@ -88,10 +88,8 @@ def _spread(space: Space, axes: tuple[Axis, ...], candidates: Tensor) -> Tensor:
 
     Shares of the range and not of the full width, because the choices say how much each axis can bear.
     """
-    shares = []
-    for column, axis in enumerate(axes):
-        widths = torch.tensor(space.axes[axis].choices, dtype=torch.float64)
-        shares.append(((widths[0] - widths) / (widths[0] - widths[-1]))[candidates[:, column]])
+    choices = [torch.tensor(space.axes[axis].choices, dtype=torch.float64) for axis in axes]
+    shares = [((own[0] - own) / (own[0] - own[-1]))[index] for own, index in zip(choices, candidates.T, strict=True)]
     return torch.stack(shares).var(dim=0, correction=0)
 
 
