@@ -72,14 +72,6 @@ class End(StrEnum):
 
 
 @dataclass(frozen=True)
-class Limits:
-    """When a text ends: at one of `eos_ids`, or after `max_new_tokens` tokens; thinking has a limit of its own."""
-
-    max_new_tokens: int
-    eos_ids: frozenset[int] = frozenset()
-
-
-@dataclass(frozen=True)
 class Marker:
     """What ends the thinking. `ids` are put there when it does not come by itself; `decode` turns tokens into text.
 
@@ -145,18 +137,20 @@ def generate(
     plan: Subnet | ThinkPlan,
     prompt: Sequence[int],
     sampling: Sampling,
-    limits: Limits,
+    max_new_tokens: int,
+    eos_ids: frozenset[int] = frozenset(),
     on_token: Callable[[int], None] | None = None,
 ) -> Generation:
-    """Write on from `prompt`; `on_token` receives every token, a forced marker's too, as soon as it is there.
+    """Write on from `prompt` to one of `eos_ids`, at most `max_new_tokens`; thinking has a limit of its own.
 
+    `on_token` receives every token, a forced marker's too, as soon as it is there.
     Every tensor-parallel rank calls this alike and gets the same text. Raises GenerateError for an empty prompt.
     """
     if not prompt:
         raise GenerateError("the prompt has no tokens; give a text to go on from")
-    text = _Text(model, prompt, sampling, limits.eos_ids, len(prompt) + limits.max_new_tokens, on_token)
+    text = _Text(model, prompt, sampling, eos_ids, len(prompt) + max_new_tokens, on_token)
     if isinstance(plan, Subnet):
-        part = text.write(plan, limits.max_new_tokens)
+        part = text.write(plan, max_new_tokens)
         return Generation(tuple(text.new), (part,), text.end)
     text.capacity_tokens += plan.max_think_tokens + len(plan.marker.ids)
     # 1. Think.
@@ -169,7 +163,7 @@ def generate(
         text.append(token)
     # 3. Answer.
     switch = len(text.new)
-    answering = text.write(plan.answer, limits.max_new_tokens)
+    answering = text.write(plan.answer, max_new_tokens)
     return Generation(tuple(text.new), (thinking, answering), text.end, switch, forced)
 
 

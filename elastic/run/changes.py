@@ -19,8 +19,6 @@ from elastic.space.axes import Axis
 ABSENT = "absent"
 REPLICAS = "replicas"  # what a checkpoint says of its run, beside the checksums of its inputs
 TRAINED = "this phase has been trained"
-SAMPLES = "samples of the phase would be skipped or read twice"
-SCHEDULE = "rates, temperature and logit scale follow the length of the phase and jump to where they stand in it"
 
 
 @dataclass(frozen=True)
@@ -220,10 +218,11 @@ def _judged(path: str, name: str, then: Any, now: Any, done: int, over: bool) ->
     if name == "steps":
         if now < done:
             return Difference(path, then, now, f"{done} steps are done", False, f"nearest legal value is {done}")
-        return Difference(path, then, now, SCHEDULE, True)
+        why = "rates, temperature and logit scale follow the length of the phase and jump to where they stand in it"
+        return Difference(path, then, now, why, True)
     if name in ("sequence_length", "global_batch"):
         remedy = f"end the phase here with {path.rpartition('.')[0]}.steps={done} and add a phase"
-        return Difference(path, then, now, SAMPLES, False, remedy)
+        return Difference(path, then, now, "samples of the phase would be skipped or read twice", False, remedy)
     return Difference(path, then, now, f"holds for the rest of the phase, {done} steps of it are done", True)
 
 

@@ -116,7 +116,7 @@ class LogSteps(Callback):
         tokens_per_s = sum(moment.phase.tokens_per_step for moment in moments) / max(now - self._since, 1e-9)
         self._since = now
         self._report_spikes(trainer, means, moments)
-        row: dict[str, float | str] = {
+        row: dict[str, float | str | None] = {
             "phase": result.moment.phase.name,
             "grad_norm": result.grad_norm,
             "learning_rate": result.moment.learning_rate,
@@ -124,8 +124,7 @@ class LogSteps(Callback):
             "skipped_steps": trainer.skipped.count,
         }
         for name, mean in means.items():
-            losses = {"kl": mean.kl, "cross_entropy": mean.cross_entropy}
-            row |= {f"train/{name}/{kind}": loss for kind, loss in losses.items() if loss is not None}
+            row |= {f"train/{name}/kl": mean.kl, f"train/{name}/cross_entropy": mean.cross_entropy}
         row |= self._router_values(trainer, result)
         self.log.write(trainer.step, row)
         shown = [
@@ -193,10 +192,9 @@ class Validate(Callback):
         gates = {name: None if bare else Gates.slice(subnet) for name, subnet in subnets.items()}
         data = self.datasets[result.moment.phase_index]
         losses = evaluate_subnets(trainer.runner, gates, data, self.num_sequences, self.micro_batch_size)
-        values = {f"validation/{name}/loss": loss.mean for name, loss in losses.items()}
+        row = {f"validation/{name}/loss": loss.mean.cross_entropy for name, loss in losses.items()}
         for name, loss in losses.items():
-            if len(loss.by_source) > 1:
-                labels = source_labels(loss.by_source)
-                values |= {f"validation/{name}/loss/{labels[at]}": mean for at, mean in loss.by_source.items()}
-        found = {name: mean.cross_entropy for name, mean in values.items()}
-        self.log.write(trainer.step, {name: loss for name, loss in found.items() if loss is not None})
+            labels = source_labels(loss.by_source) if len(loss.by_source) > 1 else {}
+            for source, label in labels.items():
+                row[f"validation/{name}/loss/{label}"] = loss.by_source[source].cross_entropy
+        self.log.write(trainer.step, row)

@@ -73,9 +73,10 @@ class RunLog:
 
             self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
-    def write(self, step: int, values: Mapping[str, float | str]) -> None:
-        """Write one row: all values to metrics.jsonl (NaN and Inf as text), finite numbers to TensorBoard and W&B."""
-        row = {name: value if isinstance(value, str) else readable(value) for name, value in values.items()}
+    def write(self, step: int, values: Mapping[str, float | str | None]) -> None:
+        """Write one row: all but None to metrics.jsonl (NaN and Inf as text), finite numbers to TensorBoard and W&B."""
+        found = {name: value for name, value in values.items() if value is not None}
+        row = {name: value if isinstance(value, str) else readable(value) for name, value in found.items()}
         self._append(METRICS_FILE, [{"step": step, **row}])
         numbers = {name: value for name, value in row.items() if not isinstance(value, str)}
         if self._wandb is not None:

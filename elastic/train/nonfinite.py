@@ -1,11 +1,9 @@
 """Losses and gradients that are not finite: all ranks leave the step out alike, count it, and say what caused it.
 
-The rule: if any loss, the gradient norm or any gradient of the router is NaN or Inf on any rank, neither weights nor
-router nor their Adam states take the step on any rank. The step still counts, so data, draws and schedules go on. After
-`max_in_a_row` such steps the run ends with NonFiniteError. The count in a row is not in a checkpoint: a run that is
-resumed among bad steps counts from zero again.
-
-Steps in messages and files count from 1, as in metrics.jsonl and in the names of checkpoints.
+If any loss, the gradient norm or any gradient of the router is NaN or Inf on any rank, neither weights nor router nor
+their Adam states take the step on any rank. The step still counts, so data, draws and schedules go on. After
+`max_in_a_row` such steps the run ends with NonFiniteError; a run resumed among bad steps counts from zero again. Steps
+in messages and files count from 1, as in metrics.jsonl and in the names of checkpoints.
 """
 
 import math
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ReduceOp
 
 from elastic.data.stream import Batch
@@ -39,18 +37,16 @@ class NonFiniteError(ValueError):
 
 
 def nonfinite_on_all_ranks(
-    losses: Iterable[MicroBatchLoss], gradients: Sequence[Tensor | float], router: nn.Module | None, world: World
+    losses: Iterable[MicroBatchLoss], gradients: Sequence[Tensor | float], router: Sequence[Tensor], world: World
 ) -> list[str]:
     """Name what is not finite on some rank, the same answer on each. Waits for the device: three numbers a step.
 
-    `gradients` are numbers that are not finite where a gradient is not: the norm, the largest ones. `router` None: it
-    does not train in this step.
+    `gradients` are numbers that are not finite where a gradient is not: the norm, the largest ones. `router` are the
+    gradients of the router, where it trains.
     """
-    kinds: dict[str, Sequence[Tensor | float]] = {
-        "losses": [value for loss in losses for value in (loss.kl, loss.cross_entropy) if value is not None],
-        "gradients": gradients,
-        "router gradients": [] if router is None else [p.grad for p in router.parameters() if p.grad is not None],
-    }
+    of_losses = [value for loss in losses for value in (loss.kl, loss.cross_entropy) if value is not None]
+    kinds: dict[str, Sequence[Tensor | float]] = dict(losses=of_losses, gradients=gradients)
+    kinds["router gradients"] = router
     wrong = torch.zeros(len(kinds), dtype=torch.int64, device=world.device)
     for count, values in zip(wrong, kinds.values(), strict=True):
         for value in values:

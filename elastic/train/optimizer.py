@@ -109,8 +109,8 @@ def sum_gate_gradients(flat: Tensor, entries: Iterable[tuple[Axis, int]], world:
     return world.sum_over_replica(flat * torch.cat(weights))
 
 
-def sum_router_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
-    """Sum the router's gradients over replicas, in one exchange over all ranks: equal bits everywhere."""
+def sum_router_gradients(parameters: Iterable[nn.Parameter], world: World) -> list[Tensor]:
+    """Sum the router's gradients over replicas, in one exchange over all ranks: equal bits everywhere. Returns them."""
     groups = world.groups
     speaks = groups.tp.rank() == 0 and groups.pp.rank() == 0 and groups.cp.rank() == 0
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -118,3 +118,4 @@ def sum_router_gradients(parameters: Iterable[nn.Parameter], world: World) -> No
     torch.distributed.all_reduce(flat)
     for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(summed.view_as(gradient))
+    return gradients

@@ -1,6 +1,6 @@
 """debug.sanity: what has to be equal on several ranks is equal, bit for bit, before and after a step.
 
-Fingerprints (fingerprint.py), never tensors, travel between ranks. Compared are
+Fingerprints, never tensors, travel between ranks. Compared are
 
     over data- and context-parallel ranks   every weight, its fp32 main weight and Adam state
     over tensor-parallel ranks              of those, what is not sharded
@@ -9,10 +9,9 @@ Fingerprints (fingerprint.py), never tensors, travel between ranks. Compared are
                                             budgets (each replica's in any order)
     over the ranks of one replica           the gates and sample ids of each micro-batch
 
-and every rank with itself: between two steps nothing may change, which also tells which of only two copies is wrong,
-and is all that can be said of the parts of a distributed optimizer, which have no copies. Everything random is a
-function of (seed, step, micro-batch) and reaches the model as gates, so random state is compared by its seed and by
-what was drawn.
+and every rank with itself: between two steps nothing may change. That tells which of two copies is wrong, and is all
+that can be said of the parts of a distributed optimizer, which have no copies. Everything random follows from (seed,
+step, micro-batch) and reaches the model as gates: it is compared by its seed and by what was drawn.
 """
 
 import hashlib
@@ -22,14 +21,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from megatron.core.optimizer import ChainedOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.optim import Optimizer
 
+from elastic.checkpoint.state import Trainable
 from elastic.data.stream import Batch
 from elastic.model.initialize import named_global_parameters
-from elastic.model.model import ElasticModel
 from elastic.model.sharding import sharded_dim
 from elastic.router.phases import Moment
 from elastic.space.gates import Gates
@@ -52,13 +49,10 @@ class SanityError(ValueError):
 class Sanity:
     """Compares the copies around every nth step; every method is called by all ranks. Waits for the device."""
 
-    model: ElasticModel
-    router: nn.Module | None
-    router_optimizer: Optimizer | None
+    trained: Trainable
     world: World
     seed: int
     every_n_steps: int = 1
-    optimizer: ChainedOptimizer | None = None
     _left: Mapping[str, int] = field(default_factory=dict)
     _left_after_step: int | None = None
 
@@ -95,22 +89,24 @@ class Sanity:
 
     def _state(self) -> dict[str, int]:
         """Return the fingerprints of this rank's weights, optimizer state and router, by name."""
-        state = {f"weight {name}": fingerprint(weight) for name, weight in named_global_parameters(self.model)}
+        state = {f"weight {name}": fingerprint(weight) for name, weight in named_global_parameters(self.trained.model)}
         state |= self._optimizer_state()
-        for name, parameter in () if self.router is None else self.router.named_parameters():
+        router, optimizer = self.trained.router, self.trained.router_optimizer
+        for name, parameter in () if router is None else router.named_parameters():
             state[f"router weight {name}"] = fingerprint(parameter)
-            adam = {} if self.router_optimizer is None else self.router_optimizer.state.get(parameter, {})
+            adam = {} if optimizer is None else optimizer.state.get(parameter, {})
             state |= {f"router Adam {key} {name}": fingerprint(value) for key, value in adam.items()}
         return self._read(state)
 
     def _optimizer_state(self) -> dict[str, Tensor]:
         """Return the fingerprints of what the optimizer keeps of each weight. A shard of one has a name of its own."""
         names = {}
-        for name, weight in named_global_parameters(self.model):
+        for name, weight in named_global_parameters(self.trained.model):
             main = getattr(weight, "main_param", None)
             names[id(weight if main is None else main)] = (name, main is not None)
         state = {}
-        for number, part in enumerate(() if self.optimizer is None else self.optimizer.chained_optimizers):
+        optimizer = self.trained.optimizer
+        for number, part in enumerate(() if optimizer is None else optimizer.chained_optimizers):
             kept = [] if part.is_stub_optimizer else [p for group in part.param_groups for p in group["params"]]
             for index, parameter in enumerate(kept):
                 name, is_main = names.get(id(parameter), (f"{index} of optimizer {number}", True))
@@ -135,7 +131,7 @@ class Sanity:
         routers = {name: value for name, value in state.items() if name.startswith("router ")}
         found += self._compare(copies, groups.dp_cp, "data-parallel ranks", moved)
         found += self._compare(replicated, groups.tp, "tensor-parallel ranks", moved)
-        if self.model.share_embeddings_and_output_weights and EMBEDDING in copies:
+        if self.trained.model.share_embeddings_and_output_weights and EMBEDDING in copies:
             tied = {EMBEDDING: copies[EMBEDDING]}
             found += self._compare(tied, groups.embd, "first and last pipeline stage", moved)
         return found + self._compare(routers, None, "all ranks", moved)

@@ -4,14 +4,14 @@
                     written and every rank leaves with code 0. That takes at most a step, a validation and a save.
     second signal   the process leaves at once, with code 128 + number, also when it hangs in a collective.
 
-A signal that follows the first within SAME_SIGNAL_S counts as the same one: Slurm and a terminal signal all processes
-of a job, and torchrun's agent hands SIGTERM on to its workers as well, so that they get each one twice. torchrun's
-agent itself dies of SIGUSR1 unless it is ignored there (`trap "" USR1` before it), kills its workers 30 s after
-SIGTERM, and returns an error after it: signal the workers, as `srun` does, where the exit code matters.
+A signal within SAME_SIGNAL_S of the first counts as the same one: Slurm and a terminal signal all processes of a job,
+and torchrun's agent hands SIGTERM on to its workers as well, so that they get it twice. The agent itself dies of
+SIGUSR1 unless it is ignored there (`trap "" USR1` before it), kills its workers 30 s after SIGTERM, and returns an
+error after it: signal the workers, as `srun` does, where the exit code matters.
 
-Before training starts (building and loading the model) signals take their default course: there is nothing to lose.
-Under a launcher, whose ranks ignore SIGUSR1 until then, the file that STOP_FILE_VARIABLE names stands for the signal:
-when training starts, and after every step, for a Slurm with proctrack/cgroup signals torchrun alone, not its ranks.
+While the model is built and loaded signals take their default course: there is nothing to lose. Under a launcher, whose
+ranks ignore SIGUSR1 until then, the file that STOP_FILE_VARIABLE names stands for the signal: when training starts, and
+after every step, for a Slurm with proctrack/cgroup signals torchrun alone, not its ranks.
 """
 
 import os
@@ -52,8 +52,7 @@ class StopOnSignal(Callback):
         self._wakeup_before = -1
 
     def on_start(self, trainer: Trainer) -> None:
-        """Install the handlers, from the main thread. Every rank must call: on GPUs a gloo group is made, so that
-        agreeing never waits for the device."""
+        """Install the handlers, from the main thread. On GPUs all ranks make a gloo group: agreeing never waits."""
         if trainer.world.device.type != "cpu":
             self._group = torch.distributed.new_group(backend="gloo")
         self._wakeup_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)

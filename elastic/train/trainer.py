@@ -124,30 +124,33 @@ class Trainer:
         losses = self.runner.forward_backward(work)
         # 3. Through the gates to the router, outside the sharded graph.
         self.progress.enter(number, "optimizer")
-        trains_router = draw is not None and not moment.elastic.router_frozen
-        if draw is not None and trains_router:
-            self._router_gradients(moment, draw)
+        router_gradients = self._router_gradients(moment, draw)
         # 4. One decision for all ranks, then weights and router take the step, or neither does.
         grad_norm = gradient_norm(self.optimizer)
-        router = self.chooser.router if self.chooser is not None and trains_router else None
-        bad = nonfinite_on_all_ranks(losses, [grad_norm, *largest_gradients(self.wrapped)], router, self.world)
+        largest = largest_gradients(self.wrapped)
+        bad = nonfinite_on_all_ranks(losses, [grad_norm, *largest], router_gradients, self.world)
         if bad:
             self.skipped.step_skipped(bad, number, batches, draw, losses, float(grad_norm))
         else:
-            self._update(moment, grad_norm, trains_router)
+            self._update(moment, grad_norm, bool(router_gradients))
         if self.sanity is not None:
             self.sanity.after_step(moment)
         budget_losses = None if draw is None else draw.budget_losses
         return StepResult(moment, losses, float(grad_norm), bool(bad), budget_losses)
 
-    def _router_gradients(self, moment: Moment, draw: Draw) -> None:
-        """Push the gates' gradients through the router once, and sum what came out over replicas."""
+    def _router_gradients(self, moment: Moment, draw: Draw | None) -> list[Tensor]:
+        """Push the gates' gradients through the router once, sum what came out over replicas, and return it.
+
+        Empty where no router trains in this step.
+        """
+        if draw is None or moment.elastic.router_frozen:
+            return []
         assert self.chooser is not None and self.router_optimizer is not None
         # The task loss is a mean over the tokens of the global batch; gate gradients are sums over one replica.
         flat = sum_gate_gradients(draw.flat_gradients(), draw.entries(), self.world) / moment.phase.tokens_per_step
         self.router_optimizer.zero_grad(set_to_none=False)
         draw.push(flat, router_loss_scale=1.0 / self.world.data_size)
-        sum_router_gradients(self.chooser.router.parameters(), self.world)
+        return sum_router_gradients(self.chooser.router.parameters(), self.world)
 
     def _update(self, moment: Moment, grad_norm: Tensor | float, trains_router: bool) -> None:
         """Step the weights, and the router where it trains."""

@@ -22,7 +22,7 @@ from elastic.config.serving import GenerateConfig
 from elastic.data.manifest import DataError
 from elastic.data.tokenizer import LoadedTokenizer, load_tokenizer
 from elastic.generate.sampling import Sampling
-from elastic.generate.text import End, Generation, Limits, Marker, Part, ThinkPlan, generate
+from elastic.generate.text import End, Generation, Marker, Part, ThinkPlan, generate
 from elastic.hf.export_settings import ExportSettingsError, HfSettings, read_export_settings
 from elastic.hf.folder import HfFolderError, open_hf_folder
 from elastic.model.model import ElasticModel
@@ -73,7 +73,7 @@ def run_generate(config: GenerateConfig, console: Console) -> list[dict[str, Any
         prompts.append(_read(Path(config.prompt_file)))
     with run_world(config) as here:
         served = open_served(config, here, console)
-        limits, rows = Limits(config.max_new_tokens, served.eos_ids), []
+        rows = []
         for number, prompt in enumerate(prompts):
             tokens = served.encode(prompt)
             narrowed = (config.temperature, config.top_k, config.top_p, config.seed)
@@ -82,7 +82,9 @@ def run_generate(config: GenerateConfig, console: Console) -> list[dict[str, Any
                 console.rule(f"prompt {number + 1} of {len(prompts)}, {len(tokens)} tokens", align="left")
                 console.out(prompt, style="bold", end="", highlight=False)
             show = _shown(served, console) if here.is_main else None
-            text = generate(served.model, _plan(config, served), tokens, sampling, limits, show)
+            text = generate(
+                served.model, _plan(config, served), tokens, sampling, config.max_new_tokens, served.eos_ids, show
+            )
             rows.append(_row(config, served, prompt, tokens, text))
             if here.is_main:
                 console.out("")

@@ -138,9 +138,9 @@ def _trainer(
     router = None if chooser is None else chooser.router
     router_optimizer = None if router is None else build_router_optimizer(router, config.optim)
     optimizer = build_optimizer(wrapped, config.optim, here)
-    every = config.debug.sanity_every_n_steps
     names = () if chooser is None else tuple(budget.name for budget in chooser.budgets)
-    sanity = Sanity(student, router, router_optimizer, here, config.seed, every, optimizer)
+    trained = Trainable(student, optimizer, router, router_optimizer)
+    sanity = Sanity(trained, here, config.seed, config.debug.sanity_every_n_steps)
     trainer = Trainer(
         world=here,
         runner=PipelineRunner(here, wrapped, loss, teacher),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from elastic.generate.sampling import Sampling
-from elastic.generate.text import Limits, generate
+from elastic.generate.text import generate
 from elastic.model.model import ElasticModel, build_model
 from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import Space
@@ -68,7 +68,7 @@ def serve(case: str) -> float:
         # Filling the weights took more memory than serving them does: forget that peak.
         Path("/proc/self/clear_refs").write_text("5")
         for model, subnet in served:
-            generate(model, subnet, PROMPT, Sampling(), Limits(NEW_TOKENS))
+            generate(model, subnet, PROMPT, Sampling(), NEW_TOKENS)
         return (_memory_kib("VmHWM") - before) / KIB_PER_GIB
 
 

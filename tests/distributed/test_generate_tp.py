@@ -7,7 +7,7 @@ import torch
 from megatron.core import parallel_state
 
 from elastic.generate.sampling import Sampling
-from elastic.generate.text import Decoder, Limits, Marker, ThinkPlan, generate
+from elastic.generate.text import Decoder, Marker, ThinkPlan, generate
 from elastic.model.cpu_backend import use_cpu_backend
 from elastic.space.shape import Subnet
 from elastic.world.groups import Layout
@@ -16,7 +16,7 @@ from tests.distributed.test_same_heads_any_tp import CHOICES, SPACE
 from tests.parity.model_factory import build_lively, relative_error
 
 PROMPT = [5, 60, 33, 2, 2, 41]
-LIMITS = Limits(max_new_tokens=12)
+NEW_TOKENS = 12
 SUBNETS = [Subnet.full(SPACE.parent), *(SPACE.subnet(choice) for choice in CHOICES[:2])]
 
 
@@ -29,10 +29,10 @@ def _texts(size: int) -> dict[str, Any]:
     plan = ThinkPlan(SUBNETS[1], SUBNETS[0], Marker("never", (40, 41), lambda tokens: ""), max_think_tokens=4)
     decoder = Decoder(model, SUBNETS[1], 16)
     decoder.feed(PROMPT[:2])
-    phases = generate(model, plan, PROMPT, Sampling(), LIMITS)
+    phases = generate(model, plan, PROMPT, Sampling(), NEW_TOKENS)
     return {
-        "greedy": [generate(model, subnet, PROMPT, Sampling(), LIMITS).tokens for subnet in SUBNETS],
-        "drawn": [generate(model, subnet, PROMPT, drawn, LIMITS).tokens for subnet in SUBNETS],
+        "greedy": [generate(model, subnet, PROMPT, Sampling(), NEW_TOKENS).tokens for subnet in SUBNETS],
+        "drawn": [generate(model, subnet, PROMPT, drawn, NEW_TOKENS).tokens for subnet in SUBNETS],
         "phases": (phases.tokens, phases.switch, asdict(phases.parts[1].subnet)),
         "logits": decoder.feed(PROMPT[2:]),
         "cache": sum(

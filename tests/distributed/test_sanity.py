@@ -6,6 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from elastic.checkpoint.state import Trainable
 from elastic.config.load import load
 from elastic.config.training import ElasticConfig
 from elastic.model.initialize import named_global_parameters
@@ -44,7 +45,7 @@ class Copies:
         optimizer = torch.optim.AdamW(router.parameters())
         sum(p.sum() for p in router.parameters()).backward()
         optimizer.step()
-        self.sanity = Sanity(model, router, optimizer, self.world, seed=7)
+        self.sanity = Sanity(Trainable(model, None, router, optimizer), self.world, seed=7)
         self.batches = [batch(self.world.data_rank * 2 + number) for number in range(2)]
         weights = {axis: values[0].detach().softmax(-1) for axis, values in router().items()}
         self.gates = [Gates.mask({axis: w.clone() for axis, w in weights.items()}, budget) for budget in (1, 0)]

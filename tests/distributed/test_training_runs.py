@@ -15,7 +15,7 @@ from elastic.checkpoint.state import load_router, read_training_state
 from elastic.config.load import load
 from elastic.config.sections import DistillConfig
 from elastic.config.training import ElasticConfig
-from elastic.data import phases as phase_data
+from elastic.data import stream
 from elastic.data.stream import PackedSequences, TokenStream, read_batch
 from elastic.model.model import build_model
 from elastic.router.router import Router
@@ -111,11 +111,11 @@ def counted(log, rank_function, *arguments):
         ids = batch.sample_ids.tolist()
         row = dict(length=dataset.sequence_length, consumed=consumed_samples, ids=ids)
         row["chunks"] = [dataset.order.chunk(sample) for sample in ids]
-        with log.open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
+        with log.open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
         return batch
 
-    with mock.patch.object(phase_data, "read_batch", write_down):
+    with mock.patch.object(stream, "read_batch", write_down):
         rank_function(*arguments)
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from elastic.generate.sampling import Sampling
-from elastic.generate.text import Decoder, End, GenerateError, Generation, Limits, Marker, ThinkPlan, generate
+from elastic.generate.text import Decoder, End, GenerateError, Generation, Marker, ThinkPlan, generate
 from elastic.hf.card import CardInfo
 from elastic.hf.export import export_folder
 from elastic.hf.export_settings import DtypeRule, ExportSettings
@@ -97,7 +97,7 @@ def stock_tokens(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int,
 
 
 def written(served: Served, plan: Subnet | ThinkPlan, prompt: Sequence[int], **more: int) -> Generation:
-    return generate(served.model, plan, prompt, GREEDY, Limits(more.get("new_tokens", NEW_TOKENS)))
+    return generate(served.model, plan, prompt, GREEDY, more.get("new_tokens", NEW_TOKENS))
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -130,7 +130,7 @@ def test_an_exported_folder_answers_from_the_same_engine(name: str, served: Serv
     model = load_hf_model(served.folders[name], Layout())
     whole = Subnet.full(model.decoder.masks.space.parent)
     for prompt in PROMPTS:
-        ours = generate(model, whole, prompt, GREEDY, Limits(NEW_TOKENS))
+        ours = generate(model, whole, prompt, GREEDY, NEW_TOKENS)
         assert ours.tokens == written(served, served.subnets[name], prompt).tokens
 
 
@@ -154,12 +154,12 @@ def test_text_ends_at_the_end_of_text(served: Served) -> None:
     fourth = tokens[3]
     first_place = tokens.index(fourth)
     seen: list[int] = []
-    limits = Limits(NEW_TOKENS, frozenset({fourth, 99}))
-    ours = generate(served.model, served.subnets["random"], PROMPTS[2], GREEDY, limits, seen.append)
+    ends = frozenset({fourth, 99})
+    ours = generate(served.model, served.subnets["random"], PROMPTS[2], GREEDY, NEW_TOKENS, ends, seen.append)
     assert ours.tokens == tuple(seen) == tokens[: first_place + 1]
     assert ours.end is End.EOS
     with pytest.raises(GenerateError, match="no tokens"):
-        generate(served.model, served.subnets["random"], [], GREEDY, limits)
+        generate(served.model, served.subnets["random"], [], GREEDY, NEW_TOKENS)
 
 
 # Phases. Tokens stand for letters here, so that a marker may come as other tokens than its own.
@@ -202,7 +202,7 @@ def test_the_switch_at_a_marker_equals_two_models_by_hand(prompt: list[int], ser
 def test_a_forced_marker_equals_two_models_by_hand(prompt: list[int], served: Served) -> None:
     seen: list[int] = []
     plan = plan_of(served, "never", [40, 41, 42], most=5)
-    ours = generate(served.model, plan, prompt, GREEDY, Limits(NEW_TOKENS), seen.append)
+    ours = generate(served.model, plan, prompt, GREEDY, NEW_TOKENS, on_token=seen.append)
     assert (ours.switch, ours.forced_marker) == (8, True)
     assert list(ours.tokens) == seen == by_hand(served, prompt, 8, [40, 41, 42])
 
@@ -230,10 +230,10 @@ def test_a_text_that_ends_early_has_no_answer(served: Served) -> None:
     prompt = PROMPTS[1]
     thought = stock_tokens(served.stock["smallest"], prompt, 6, use_cache=True)
     plan = plan_of(served, "never", [40], most=10)
-    ended = generate(served.model, plan, prompt, GREEDY, Limits(NEW_TOKENS, frozenset({thought[2]})))
+    ended = generate(served.model, plan, prompt, GREEDY, NEW_TOKENS, frozenset({thought[2]}))
     assert ended.end is End.EOS and ended.switch is None and len(ended.parts) == 1
     assert list(ended.tokens) == thought[: thought.index(thought[2]) + 1]
-    shortest = generate(served.model, plan, prompt, GREEDY, Limits(1))
+    shortest = generate(served.model, plan, prompt, GREEDY, 1)
     assert (shortest.end, shortest.switch, len(shortest.tokens)) == (End.LENGTH, 11, 12), "the marker and one token"
 
 
@@ -243,7 +243,7 @@ def test_a_text_that_ends_early_has_no_answer(served: Served) -> None:
 def test_draws_are_a_function_of_seed_text_and_position(served: Served) -> None:
     def drawn(**changes: int) -> tuple[int, ...]:
         sampling = Sampling(temperature=1.5, top_k=40, top_p=0.95, **changes)
-        return generate(served.model, served.subnets["random"], PROMPTS[0], sampling, Limits(NEW_TOKENS)).tokens
+        return generate(served.model, served.subnets["random"], PROMPTS[0], sampling, NEW_TOKENS).tokens
 
     first = drawn(seed=3)
     torch.manual_seed(99)  # the global random state has no say

@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from elastic.generate.sampling import Sampling
-from elastic.generate.text import Decoder, Limits, generate
+from elastic.generate.text import Decoder, generate
 from elastic.space.shape import Subnet
 from elastic.space.space import Space
 from tests.parity.model_factory import A, C, build_lively, one_process, shape_of, smallest_choice
@@ -63,7 +63,7 @@ def test_three_budgets_need_little_more_than_the_parent() -> None:
     def serve(subnets: list[Subnet]) -> Callable[[], None]:
         def run() -> None:
             for subnet in subnets:
-                generate(model, subnet, PROMPT, Sampling(), Limits(4))
+                generate(model, subnet, PROMPT, Sampling(), 4)
 
         return run
 
