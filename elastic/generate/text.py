@@ -106,16 +106,16 @@ class ThinkPlan:
     max_think_tokens: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Part:
     """What one subnet did: tokens it read at once and tokens it wrote; steps are the single tokens it was fed."""
 
     subnet: Subnet
-    read_tokens: int
-    read_s: float
-    new_tokens: int
-    steps: int
-    step_s: float
+    read_tokens: int = 0
+    read_s: float = 0.0
+    new_tokens: int = 0
+    steps: int = 0
+    step_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -191,9 +191,8 @@ class _Text:
 
     def write(self, subnet: Subnet, max_tokens: int, marker: Marker | None = None) -> Part:
         """Let `subnet` write at most `max_tokens`, to the end of the text or until the marker has come."""
-        decoder = self._decoder_of(subnet)
-        written, read_tokens, steps, read_s, step_s = 0, 0, 0, 0.0, 0.0
-        while written < max_tokens and self.end is not End.EOS:
+        decoder, part = self._decoder_of(subnet), Part(subnet)
+        while part.new_tokens < max_tokens and self.end is not End.EOS:
             start_s = time.perf_counter()
             fed, self.unread = self.unread, []
             logits = decoder.feed(fed)
@@ -201,16 +200,16 @@ class _Text:
             token = self.sampling.choose(logits, len(self.prompt) + len(self.new))
             elapsed_s = time.perf_counter() - start_s
             if len(fed) == 1:
-                steps, step_s = steps + 1, step_s + elapsed_s
+                part.steps, part.step_s = part.steps + 1, part.step_s + elapsed_s
             else:
-                read_tokens, read_s = read_tokens + len(fed), read_s + elapsed_s
+                part.read_tokens, part.read_s = part.read_tokens + len(fed), part.read_s + elapsed_s
             self.append(token)
-            written += 1
+            part.new_tokens += 1
             if token in self.eos_ids:
                 self.end = End.EOS
             elif marker is not None and marker.has_come(self.new):
                 break
-        return Part(subnet, read_tokens, read_s, written, steps, step_s)
+        return part
 
     def _decoder_of(self, subnet: Subnet) -> Decoder:
         """Return the decoder at work if it runs `subnet`, else a new one that has read nothing yet."""

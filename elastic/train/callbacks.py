@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 
+from elastic.config.sections import TrainerConfig
 from elastic.data.stream import HeldOut, source_labels
 from elastic.router.phases import Moment
 from elastic.space.cost import subnet_cost
@@ -67,20 +68,15 @@ class LogSteps(Callback):
     """Reduces the losses every n steps, writes them and shows them: loss per budget, cost ratio, tokens/s, ETA."""
 
     def __init__(
-        self,
-        log: RunLog,
-        budget_names: Sequence[str],
-        every_steps: int,
-        console: Console,
-        world: World,
-        spike_deviations: float | None,
+        self, log: RunLog, budget_names: Sequence[str], settings: TrainerConfig, console: Console, world: World
     ) -> None:
-        self.log, self.names, self.every_steps = log, budget_names, every_steps
+        self.log, self.names, self.every_steps = log, budget_names, settings.log_every_n_steps
         bar = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
         texts = ("[bold]{task.description}", "{task.fields[status]}")
         self.progress = Progress(texts[0], *bar, texts[1], console=console, disable=not world.is_main)
         self._task = TaskID(0)
-        self._meter, self._spikes = LossMeter(len(budget_names), world), LossSpikes(spike_deviations)
+        self._meter = LossMeter(len(budget_names), world)
+        self._spikes = LossSpikes(settings.loss_spike_deviations)
         self._since = time.perf_counter()
         self._moments: list[Moment] = []  # of the steps since the last log point
         self._unlogged: StepResult | None = None  # the last of them

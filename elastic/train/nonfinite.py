@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 from torch.distributed import ReduceOp
 
 from elastic.data.stream import Batch
 from elastic.model.initialize import named_global_parameters
-from elastic.model.model import ElasticModel
 from elastic.router.draw import Draw
 from elastic.space.gates import Gates
 from elastic.train.pipeline import MicroBatchLoss
@@ -36,37 +36,35 @@ class NonFiniteError(ValueError):
     """A run whose losses or gradients stayed NaN or Inf for more steps in a row than trainer.max_skipped_in_a_row."""
 
 
-def nonfinite_on_all_ranks(
-    losses: Iterable[MicroBatchLoss], gradients: Sequence[Tensor | float], router: Sequence[Tensor], world: World
-) -> list[str]:
-    """Name what is not finite on some rank, the same answer on each. Waits for the device: three numbers a step.
-
-    `gradients` are numbers that are not finite where a gradient is not: the norm, the largest ones. `router` are the
-    gradients of the router, where it trains.
-    """
-    of_losses = [value for loss in losses for value in (loss.kl, loss.cross_entropy) if value is not None]
-    kinds: dict[str, Sequence[Tensor | float]] = dict(losses=of_losses, gradients=gradients)
-    kinds["router gradients"] = router
-    wrong = torch.zeros(len(kinds), dtype=torch.int64, device=world.device)
-    for count, values in zip(wrong, kinds.values(), strict=True):
-        for value in values:
-            count += torch.as_tensor(value, device=world.device).isfinite().logical_not().sum()
-    torch.distributed.all_reduce(wrong, op=ReduceOp.MAX)
-    return [kind for kind, count in zip(kinds, wrong.tolist(), strict=True) if count]
-
-
 @dataclass
 class SkippedSteps:
-    """Counts the steps that were left out, writes what they were made of, and ends the run after too many."""
+    """Finds the steps to leave out, counts them, writes what they were made of, and ends the run after too many."""
 
     run_folder: Path
     max_in_a_row: int
-    model: ElasticModel
+    wrapped: DistributedDataParallel
     world: World
     budget_names: Sequence[str]
     count: int = 0
     in_a_row: list[int] = field(default_factory=list)
     num_dumps: int = 0
+
+    def nonfinite(
+        self, losses: Iterable[MicroBatchLoss], norm: Tensor | float, router_gradients: Sequence[Tensor]
+    ) -> list[str]:
+        """Name what is not finite on some rank, the same answer on each. Waits for the device: three numbers a step."""
+        kinds: dict[str, Sequence[Tensor | float]] = {
+            "losses": [value for loss in losses for value in (loss.kl, loss.cross_entropy) if value is not None],
+            # The norm counts a weight that several ranks hold only once: it cannot speak for the gradients of copies.
+            "gradients": [norm, *(torch.linalg.vector_norm(b.grad_data, ord=math.inf) for b in self.wrapped.buffers)],
+            "router gradients": router_gradients,
+        }
+        wrong = torch.zeros(len(kinds), dtype=torch.int64, device=self.world.device)
+        for count, values in zip(wrong, kinds.values(), strict=True):
+            for value in values:
+                count += torch.as_tensor(value, device=self.world.device).isfinite().logical_not().sum()
+        torch.distributed.all_reduce(wrong, op=ReduceOp.MAX)
+        return [kind for kind, count in zip(kinds, wrong.tolist(), strict=True) if count]
 
     def step_skipped(
         self,
@@ -121,8 +119,8 @@ class SkippedSteps:
         suspect = any(micro_batch["suspect"] for micro_batch in content["micro_batches"])
         seen = torch.tensor([int(suspect)], device=world.device)
         torch.distributed.all_reduce(seen, op=ReduceOp.MAX)
-        trained = [(name, weight) for name, weight in named_global_parameters(self.model) if weight.requires_grad]
-        names = [name for name, weight in trained if not _is_finite(weight.main_grad)]  # type: ignore[attr-defined]  # the wrapper's
+        weights = [(name, w) for name, w in named_global_parameters(self.wrapped.module) if w.requires_grad]
+        names = [name for name, w in weights if not _is_finite(w.main_grad)]  # type: ignore[attr-defined]  # the wrapper's
         # Gradients are summed over replicas, so a bad one shows in all of them: the first speaks for them. Where no
         # micro-batch shows anything, every replica says which samples it had.
         speaks = bool(names) and world.data_rank == 0

@@ -1,6 +1,5 @@
 """Optimizers, Megatron-Core's Adam for the model and torch's AdamW for the router, and the gradients they step on."""
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -71,14 +70,6 @@ def gradient_norm(optimizer: ChainedOptimizer) -> Tensor | float:
     """Return the norm of all gradients, equal on all ranks of a replica; the first half of the optimizer's step()."""
     optimizer.prepare_grads()
     return optimizer.get_grad_norm()
-
-
-def largest_gradients(wrapped: DistributedDataParallel) -> list[Tensor]:
-    """Return the largest absolute gradient of each buffer on this rank, NaN if one is NaN; reads them all once.
-
-    The norm counts a weight that several ranks hold only once, so it cannot speak for the gradients of the copies.
-    """
-    return [torch.linalg.vector_norm(buffer.grad_data, ord=math.inf) for buffer in wrapped.buffers]
 
 
 def apply_gradients(optimizer: ChainedOptimizer, norm: Tensor | float) -> None:

@@ -4,7 +4,7 @@ Shapes: B sequences, S sequence, s this context-parallel rank's share, D hidden,
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -115,10 +115,11 @@ class PipelineRunner:
     def _student_loss(self, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, MicroBatchLoss]:
         """Return (sum of the loss over this rank's tokens, their number, report) as the schedule wants it."""
         weights = None if batch.token_weights is None else batch.token_weights.t().reshape(-1)
-        teacher_hidden, teacher_head = None, None
+        teacher_hidden, teacher_head, settings = None, None, replace(self.loss, kl_weight=0.0)
         if batch.teacher_hidden is not None:
             assert self.teacher is not None
             teacher_hidden, teacher_head = self._tokens(batch.teacher_hidden), self.teacher.head_weight()
+            settings = self.loss
         terms = distillation_loss(
             self._tokens(hidden),
             self.student_model.head_weight(batch.gates),
@@ -126,10 +127,7 @@ class PipelineRunner:
             teacher_head,
             batch.labels.t().reshape(-1),
             weights,
-            kl_weight=0.0 if teacher_hidden is None else self.loss.kl_weight,
-            cross_entropy_weight=self.loss.cross_entropy_weight,
-            temperature=self.loss.temperature,
-            num_chunks=self.loss.num_chunks,
+            **asdict(settings),
             tp_group=self.world.groups.tp,
             report_cross_entropy=True,
         )

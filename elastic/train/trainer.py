@@ -16,11 +16,10 @@ from elastic.data.stream import PhaseData
 from elastic.router.draw import Chooser, Draw, decide
 from elastic.router.phases import Curriculum, Moment
 from elastic.space.shape import Subnet
-from elastic.train.nonfinite import SkippedSteps, nonfinite_on_all_ranks
+from elastic.train.nonfinite import SkippedSteps
 from elastic.train.optimizer import (
     apply_gradients,
     gradient_norm,
-    largest_gradients,
     set_learning_rate,
     sum_gate_gradients,
     sum_router_gradients,
@@ -127,8 +126,7 @@ class Trainer:
         router_gradients = self._router_gradients(moment, draw)
         # 4. One decision for all ranks, then weights and router take the step, or neither does.
         grad_norm = gradient_norm(self.optimizer)
-        largest = largest_gradients(self.wrapped)
-        bad = nonfinite_on_all_ranks(losses, [grad_norm, *largest], router_gradients, self.world)
+        bad = self.skipped.nonfinite(losses, grad_norm, router_gradients)
         if bad:
             self.skipped.step_skipped(bad, number, batches, draw, losses, float(grad_norm))
         else:

@@ -154,7 +154,7 @@ def _trainer(
         config=config_dict(config),
         origin=opened.origin,
         total_steps=min(curriculum.total_steps, config.trainer.max_steps or curriculum.total_steps),
-        skipped=SkippedSteps(opened.folder, config.trainer.max_skipped_in_a_row, student, here, names),
+        skipped=SkippedSteps(opened.folder, config.trainer.max_skipped_in_a_row, wrapped, here, names),
         chooser=chooser,
         router_optimizer=router_optimizer,
         sanity=sanity if config.debug.sanity else None,
@@ -199,14 +199,7 @@ def _fit(
             micro_batch_size=config.data.micro_batch,
         ),
         # Before the save: a step whose checkpoint is whole is not run again, and its row would be missing for ever.
-        LogSteps(
-            log,
-            budget_names or ("parent",),
-            config.trainer.log_every_n_steps,
-            console,
-            trainer.world,
-            config.trainer.loss_spike_deviations,
-        ),
+        LogSteps(log, budget_names or ("parent",), config.trainer, console, trainer.world),
         SaveCheckpoints(
             config.trainer.checkpoint_every_n_steps,
             keep_last=settings.keep_last_checkpoints,

@@ -16,7 +16,7 @@ from elastic.checkpoint.find import list_checkpoints
 from elastic.checkpoint.read import read_metadata
 from elastic.config.load import load
 from elastic.config.training import ElasticConfig
-from elastic.train import trainer as loop
+from elastic.train.nonfinite import SkippedSteps
 from elastic.train.save_checkpoints import SaveCheckpoints
 from elastic.train.trainer import Callback
 from elastic.verbs.training import run_elastic
@@ -135,7 +135,7 @@ def test_the_distributed_optimizer_saves_whole_tensors_whatever_the_rank(start):
 
 def skip_all(values):
     """Train as if every gradient had a NaN in it."""
-    with mock.patch.object(loop, "nonfinite_on_all_ranks", lambda *arguments: ["losses"]):
+    with mock.patch.object(SkippedSteps, "nonfinite", lambda *arguments: ["losses"]):
         train(values)
 
 
