@@ -21,7 +21,6 @@ from torch.distributed import ReduceOp
 
 from elastic.data.stream import Batch
 from elastic.model.initialize import named_global_parameters
-from elastic.router.draw import Draw
 from elastic.space.gates import Gates
 from elastic.train.pipeline import MicroBatchLoss
 from elastic.world.files import write_json
@@ -71,15 +70,14 @@ class SkippedSteps:
         bad: Sequence[str],
         step: int,
         batches: Sequence[Batch],
-        draw: Draw | None,
+        choices: Sequence[Gates | None],
         losses: Sequence[MicroBatchLoss],
         grad_norm: float,
     ) -> None:
         """Note a step with something `bad`; raises NonFiniteError on all ranks once there were too many in a row."""
         self.count += 1
         self.in_a_row.append(step)
-        # Only the last stage has losses, and only a run with budgets has gates.
-        parts = zip_longest(batches, losses, () if draw is None else draw.gates)
+        parts = zip_longest(batches, losses, choices)  # only the last stage has losses
         micro_batches = [self._micro_batch(*of_one) for of_one in parts]
         self._dump(dict(step=step, not_finite=bad, grad_norm=readable(grad_norm), micro_batches=micro_batches))
         if len(self.in_a_row) < self.max_in_a_row:

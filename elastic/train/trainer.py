@@ -128,7 +128,7 @@ class Trainer:
         grad_norm = gradient_norm(self.optimizer)
         bad = self.skipped.nonfinite(losses, grad_norm, router_gradients)
         if bad:
-            self.skipped.step_skipped(bad, number, batches, draw, losses, float(grad_norm))
+            self.skipped.step_skipped(bad, number, batches, choices, losses, float(grad_norm))
         else:
             self._update(moment, grad_norm, bool(router_gradients))
         if self.sanity is not None:

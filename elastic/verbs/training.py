@@ -23,13 +23,12 @@ from elastic.run.world import run_world
 from elastic.space.cost import Budget
 from elastic.space.reach import smallest_subnet
 from elastic.space.space import Space
-from elastic.train.callbacks import LogSteps, Validate
-from elastic.train.log import RunLog, open_wandb
+from elastic.train.callbacks import SaveCheckpoints, Validate
+from elastic.train.log import LogSteps, RunLog, open_wandb
 from elastic.train.nonfinite import SkippedSteps
 from elastic.train.optimizer import build_optimizer, build_router_optimizer, set_hyperparameters, wrap_for_training
 from elastic.train.pipeline import PipelineRunner
 from elastic.train.sanity import Sanity
-from elastic.train.save_checkpoints import SaveCheckpoints
 from elastic.train.signals import StopOnSignal
 from elastic.train.trainer import Callback, Trainer
 from elastic.verbs.text import LONGEST

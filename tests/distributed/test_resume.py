@@ -16,8 +16,8 @@ from elastic.checkpoint.find import list_checkpoints
 from elastic.checkpoint.read import read_metadata
 from elastic.config.load import load
 from elastic.config.training import ElasticConfig
+from elastic.train.callbacks import SaveCheckpoints
 from elastic.train.nonfinite import SkippedSteps
-from elastic.train.save_checkpoints import SaveCheckpoints
 from elastic.train.trainer import Callback
 from elastic.verbs.training import run_elastic
 from tests.distributed.harness import DistributedRunError, run_distributed

@@ -27,7 +27,7 @@ from elastic.checkpoint.contents import (
 )
 from elastic.checkpoint.find import list_checkpoints, newest_whole, resolve_checkpoint, set_aside_newer
 from elastic.checkpoint.record import RECORD_FILE
-from elastic.train.save_checkpoints import prune
+from elastic.train.callbacks import prune
 from elastic.world.files import explained, hashed_file
 
 LARGE = ALWAYS_HASHED_BYTES + 4096

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-import elastic.train.save_checkpoints as saving
+import elastic.train.callbacks as saving
 from elastic.checkpoint.write import SavedCheckpoint
+from elastic.train.callbacks import SaveCheckpoints
 from elastic.train.log import RunLog
-from elastic.train.save_checkpoints import SaveCheckpoints
 
 
 class FakeSave:

@@ -2,7 +2,7 @@
 
 import random
 
-from elastic.train.callbacks import MIN_HISTORY, WINDOW, LossSpikes
+from elastic.train.log import MIN_HISTORY, WINDOW, LossSpikes
 
 
 def noisy(count: int, level: float = 2.0, noise: float = 0.05) -> list[float]:
