@@ -1,9 +1,8 @@
 """The loop: one optimizer step in one screen; logging, validation, checkpoints and signals are callbacks."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
@@ -58,8 +57,8 @@ class Callback:
 class Trainer:
     """One training run, parent or elastic (then `chooser` and `router_optimizer` are there).
 
-    `carried_from` is the checkpoint whose export settings and tokenizer go into this run's checkpoints. `progress`
-    is where this rank stands, for its watchdog.
+    `started` says what the run was started with; `carried_from` is the checkpoint whose export settings and tokenizer
+    go into this run's checkpoints; `progress` is where this rank stands, for its watchdog.
     """
 
     world: World
@@ -70,9 +69,7 @@ class Trainer:
     curriculum: Curriculum
     record: Record
     run_folder: Path
-    seed: int
-    config: dict[str, Any]
-    origin: Mapping[str, Any]
+    started: TrainingState
     total_steps: int
     skipped: SkippedSteps
     chooser: Chooser | None = None
@@ -174,4 +171,4 @@ class Trainer:
 
     def training_state(self) -> TrainingState:
         """Return what a checkpoint holds beside tensors."""
-        return TrainingState(self.step, self.seed, self.config, self.origin)
+        return replace(self.started, step=self.step)

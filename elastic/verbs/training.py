@@ -7,7 +7,7 @@ from rich.console import Console
 
 from elastic.checkpoint.find import resolve_checkpoint
 from elastic.checkpoint.record import Family, Record, check_same_shape
-from elastic.checkpoint.state import Trainable, load_checkpoint
+from elastic.checkpoint.state import Trainable, TrainingState, load_checkpoint
 from elastic.config.load import config_dict
 from elastic.config.sections import DistillConfig
 from elastic.config.training import ElasticConfig, PretrainConfig, TrainConfig
@@ -149,9 +149,7 @@ def _trainer(
         curriculum=curriculum,
         record=record,
         run_folder=opened.folder,
-        seed=config.seed,
-        config=config_dict(config),
-        origin=opened.origin,
+        started=TrainingState(0, config.seed, config_dict(config), opened.origin),
         total_steps=min(curriculum.total_steps, config.trainer.max_steps or curriculum.total_steps),
         skipped=SkippedSteps(opened.folder, config.trainer.max_skipped_in_a_row, wrapped, here, names),
         chooser=chooser,
@@ -180,7 +178,7 @@ def _fit(
             (folder / FINISHED_FILE).unlink(missing_ok=True)  # there is more to do than when it was written
     wandb_run = None
     if trainer.world.is_main and settings.create_wandb_logger:
-        wandb_run = open_wandb(folder, settings.name, settings.version, trainer.config)
+        wandb_run = open_wandb(folder, settings.name, settings.version, trainer.started.config)
     log = RunLog(
         folder if trainer.world.is_main else None,
         tensorboard=settings.create_tensorboard_logger,
