@@ -28,14 +28,19 @@ class Rule:
     later_rules_need_it: bool = False
 
     @cached_property
+    def reads(self) -> frozenset[str]:
+        """Return the names of what the rule is given."""
+        return frozenset(signature(self.check).parameters)
+
+    @property
     def sections(self) -> frozenset[str]:
         """Return the names of the sections and fields that the rule reads."""
-        return frozenset(signature(self.check).parameters) - {"config", "cluster"}
+        return self.reads - {"config", "cluster"}
 
     def problems(self, config: Any, cluster: Cluster) -> Iterator[Problem]:
         """Yield what is wrong with `config`, which is of one of the verbs, on `cluster`."""
         given = vars(config) | {"config": config, "cluster": cluster}
-        return self.check(**{name: given[name] for name in signature(self.check).parameters})
+        return self.check(**{name: given[name] for name in self.reads})
 
 
 TRAINING = (PretrainConfig, ElasticConfig)

@@ -154,7 +154,7 @@ def test_the_verbs_and_phases_as_a_chain_of_jobs(slurm: LocalSlurm, start: Path,
         ),
     ]
     evaluate = [
-        *(f"init_from.checkpoint={tmp_path}/run/chained", "data=own", "data.micro_batch=1"),
+        *(f"init_from.checkpoint={tmp_path}/run/chained", "data.micro_batch=1"),
         *("data.validation_sequences=4", "sequence_length=32", *place, "exp_manager.version=evaluation"),
     ]
     train = tiny_overrides(start, tmp_path, "chained", steps, f"init_from.permuted_parent={tmp_path}/run/permuted")

@@ -78,18 +78,22 @@ def test_function_that_does_not_pickle_is_refused_at_once() -> None:
 
 def test_silent_death_is_reported() -> None:
     with pytest.raises(DistributedRunError) as caught:
-        run_distributed(_die_on_rank_0, 2, timeout_s=60)
+        run_distributed(_die_on_rank_0, 2)
     assert 0 in caught.value.ranks
 
 
 def test_hung_rank_is_killed_with_its_children_at_the_timeout(tmp_path: object) -> None:
     pid_file = f"{tmp_path}/pids"
-    with pytest.raises(DistributedTimeoutError, match=r"ranks \[1\] of 2") as caught:
-        run_distributed(_hang_on_rank_1, 2, pid_file, timeout_s=8)  # time to start, beside whatever else is running
+    for timeout_s in (8, 60, 240):  # until the rank has come as far as to hang, beside whatever else is running
+        with pytest.raises(DistributedTimeoutError) as caught:
+            run_distributed(_hang_on_rank_1, 2, pid_file, timeout_s=timeout_s)
+        if caught.value.ranks == [1] and os.path.exists(pid_file):
+            break
+    assert caught.value.ranks == [1]
     assert "_hang_on_rank_1" in str(caught.value), "the message shows where the rank stood"
     with open(pid_file) as file:
         pids = [int(pid) for pid in file.read().split()]
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + TOO_LONG_S
     while any(map(_alive, pids)) and time.monotonic() < deadline_s:
         time.sleep(0.05)
     assert not any(map(_alive, pids))

@@ -58,7 +58,7 @@ TINY = dict(
     pattern="M-|M*-", vocab_multiple=32, hidden=64, ffn=128, mamba_heads=8, head_channels=8, mamba_groups=4,
     attention_heads=8, kv_heads=4, attention_channels=16,
 )  # fmt: skip
-GROUPS = {"budgets", "cluster", "data", "exp_manager", "parallel", "space", "trainer"}
+GROUPS = {"budgets", "cluster", "exp_manager", "parallel", "space", "trainer"}
 
 
 def composed(name: str, *arguments: str) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def test_a_run_starts_with_what_how_where_how_long_and_what_comes_out(file: Path
 
 def test_configs_stay_few() -> None:
     """What belongs to one run stands in it; a group is for what users switch."""
-    assert len(list(CONF.rglob("*.yaml"))) <= 40
+    assert len(list(CONF.rglob("*.yaml"))) <= 35
     assert {folder.name for folder in CONF.iterdir() if folder.is_dir()} <= GROUPS
 
 

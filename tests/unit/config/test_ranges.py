@@ -3,14 +3,15 @@
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, make_dataclass, replace
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 
 from elastic.config.load import config_dict, field_paths, load, load_with_problems, show
-from elastic.config.rules_layout import nearest_divisor
+from elastic.config.rules import rule_problems
+from elastic.config.rules_layout import Cluster, nearest_divisor
 from elastic.config.serving import EvaluateConfig, ExtractConfig, GenerateConfig, SubnetConfig
 from elastic.config.training import CostConfig, ElasticConfig, PretrainConfig
 from elastic.data.prepare_config import PrepareConfig
@@ -20,7 +21,7 @@ from elastic.space.cost import Deployment, Metric, Widths, cost, shape_cost
 from elastic.space.ranges import MOST_LAYERS, Range
 from elastic.space.shape import ModelShape
 from elastic.space.space import AxisChoices, Space
-from tests.unit.config.configs import INPUTS, VERBS, found, legal, values_of
+from tests.unit.config.configs import INPUTS, VERBS, found, legal, put, values_of
 
 KINDS = (*VERBS, PlanConfig)
 INPUTS[PlanConfig] = INPUTS[CostConfig]
@@ -71,15 +72,17 @@ def test_any_value_in_any_field_is_a_problem_or_legal() -> None:
         whole = config_dict(
             load(kind, values_of(kind, {"subnets": [subnet]} if "subnets" in field_paths(kind) else {}))
         )
+        base, hints = load(kind, whole), get_type_hints(kind, include_extras=True)
         for path in set(paths_of(whole)) - seen:
+            # Loaded alone: the other fields are what they were, and a rule that reads this one runs if it is legal.
+            name = path.partition(".")[0]
+            alone = make_dataclass("Alone", [(name, hints[name])], frozen=True)
             for value in EXTREMES[len(path) % 3 :: 3]:  # every third, another one from path to path
-                changed = copy.deepcopy(whole)
-                *parents, last = path.split(".")
-                node: Any = changed
-                for key in parents:
-                    node = node[int(key)] if isinstance(node, list) else node[key]
-                node[int(last) if isinstance(node, list) else last] = value
-                _, problems = found(kind, changed)
+                changed = {name: copy.deepcopy(whole[name])}
+                put(changed, path, value)
+                loaded, problems = load_with_problems(alone, changed)
+                if not problems:
+                    problems = rule_problems(replace(base, **vars(loaded)), Cluster())
                 refused += bool(problems)
                 assert all(problem.rule and problem.remedy and str(problem) for problem in problems), path
         seen |= set(paths_of(whole))  # the verbs share most sections
