@@ -29,13 +29,14 @@ def model_card(info: CardInfo, shape: ModelShape, exports: ExportSettings, verif
     tags = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- nemotron_h", "- elastic"]
     front = ["---", *(f"{key}: {value}" for key, value in exports.settings.license.items()), *tags, "---"]
     notes = "".join(f" {note[0].upper()}{note[1:]}." for note in stock_notes(shape))
+    warnings = export_warnings(shape)
     sections = [
         "\n".join(front),
         f"# {info.title}\n\nA hybrid of Mamba-2, attention and MLP layers, loadable with stock transformers.",
         "## Sizes\n\n" + _table(_size_rows(info, shape, DTYPE_NAMES[exports.dtypes.main])),
         "## Cost\n\n" + _table(_cost_rows(info, shape)),
         _padding(shape),
-        "\n- ".join(["## Kernel notes\n", *warnings]) if (warnings := export_warnings(shape)) else "",
+        "\n- ".join(["## Kernel notes\n", *warnings]) if warnings else "",
         "## Provenance\n\n" + (_table(list(info.provenance.items())) if info.provenance else "Not given."),
         f"## Verification\n\n{verification}",
         f"## Use\n\n{STOCK_VERSIONS}{notes}\n\n"
