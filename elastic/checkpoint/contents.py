@@ -149,11 +149,7 @@ def _quick_damages(folder: Path) -> tuple[list[str], Files]:
         return [str(error)], {}
     except OSError as error:
         return [f"cannot be read ({error})"], {}
-    problems = [
-        problem
-        for name, file in files.items()
-        for problem in _problems(folder, name, file, hashed=file.size_bytes <= ALWAYS_HASHED_BYTES)
-    ]
+    problems = [problem for name, file in files.items() for problem in _problems(folder, name, file, full=False)]
     problems += [f"{name} is not in {CONTENTS_FILE}: move it away" for name in sorted(held.difference(files))]
     return problems, files
 
@@ -161,13 +157,13 @@ def _quick_damages(folder: Path) -> tuple[list[str], Files]:
 def _changed(folder: Path, files: Files, names: Iterable[str]) -> list[str]:
     """Hash the files of `names`, a few at a time."""
     with ThreadPoolExecutor(HASHING_THREADS) as threads:
-        found = threads.map(lambda name: _problems(folder, name, files[name], hashed=True), names)
+        found = threads.map(lambda name: _problems(folder, name, files[name], full=True), names)
         return list(chain.from_iterable(found))
 
 
-def _problems(folder: Path, name: str, file: StoredFile, *, hashed: bool) -> list[str]:
+def _problems(folder: Path, name: str, file: StoredFile, *, full: bool) -> list[str]:
     def content_problem(_name: str, path: Path) -> str | None:
-        found = sha256_of(path) if hashed else file.sha256
+        found = sha256_of(path) if full or file.size_bytes <= ALWAYS_HASHED_BYTES else file.sha256
         return None if found == file.sha256 else f"has checksum {found}, the manifest says {file.sha256}"
 
     return file_problems(folder, {name: file.size_bytes}, content_problem)

@@ -9,11 +9,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.optimizer import (
-    get_param_id_to_sharded_param_map,
-    make_sharded_optimizer_tensor,
-    optim_state_to_sharding_state,
-)
+from megatron.core.dist_checkpointing import optimizer as dist_optimizer
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
@@ -78,17 +74,17 @@ def _sharded_half_precision(
     """Return what Megatron-Core would, with fp32 parameters counted where they stand among the bf16 ones."""
     state: dict[str, Any] = optimizer.state_dict()
     is_half, parameters = zip(*_model_parameters(optimizer), strict=True)
-    by_id = get_param_id_to_sharded_param_map(sharded_model, parameters)
+    by_id = dist_optimizer.get_param_id_to_sharded_param_map(sharded_model, parameters)
     state[MAIN] = [
         [
-            make_sharded_optimizer_tensor(by_id[number], main, prefix="optimizer.state.fp32_param")
+            dist_optimizer.make_sharded_optimizer_tensor(by_id[number], main, prefix="optimizer.state.fp32_param")
             for number, main in zip((n for n in group["params"] if is_half[n]), mains, strict=True)
         ]
         for group, mains in zip(state["optimizer"]["param_groups"], state[MAIN], strict=True)
     ]
     steps = [own["step"] for own in state["optimizer"]["state"].values() if "step" in own]
     assert all(step == steps[0] for step in steps), "one step count is stored for all parameters"
-    optim_state_to_sharding_state(state["optimizer"], by_id, exclude_keys="step")
+    dist_optimizer.optim_state_to_sharding_state(state["optimizer"], by_id, exclude_keys="step")
     if steps:
         state["optimizer"]["state"][STEP] = steps[0]
     return state

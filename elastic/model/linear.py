@@ -15,12 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    reduce_from_tensor_model_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
+from megatron.core import tensor_parallel
 from torch import Tensor
 
 from elastic.space.layers import DimKind
@@ -60,7 +55,7 @@ class _NestedWeight:
         return self._forward_impl(input=x, weight=weight, bias=None, gradient_accumulation_fusion=False, **exchanges)
 
 
-class ElasticColumnParallelLinear(_NestedWeight, ColumnParallelLinear):
+class ElasticColumnParallelLinear(_NestedWeight, tensor_parallel.ColumnParallelLinear):
     """Y = X W^T from the stream, rows of W sharded."""
 
     hidden_dim = 1
@@ -74,7 +69,7 @@ class ElasticColumnParallelLinear(_NestedWeight, ColumnParallelLinear):
         return self.product(x, cut, tp_group=self.tp_group, **exchanges)
 
 
-class ElasticRowParallelLinear(_NestedWeight, RowParallelLinear):
+class ElasticRowParallelLinear(_NestedWeight, tensor_parallel.RowParallelLinear):
     """Y = X W^T to the stream, columns of W sharded; the sum over ranks is part of it."""
 
     hidden_dim = 0
@@ -87,8 +82,8 @@ class ElasticRowParallelLinear(_NestedWeight, RowParallelLinear):
         else:
             partial = self.product(x, cut, tp_group=None, allreduce_dgrad=False, sequence_parallel=False)
         if self.sequence_parallel:
-            return reduce_scatter_to_sequence_parallel_region(partial, group=self.tp_group)
-        return reduce_from_tensor_model_parallel_region(partial, group=self.tp_group)
+            return tensor_parallel.reduce_scatter_to_sequence_parallel_region(partial, group=self.tp_group)
+        return tensor_parallel.reduce_from_tensor_model_parallel_region(partial, group=self.tp_group)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from elastic.router.budget_loss import budget_loss, choice_entropy, cost_shares
 from elastic.router.phases import Moment
 from elastic.router.router import Router, choice_probabilities, gumbel_noise
-from elastic.router.sampler import budget_of, check_draws, draw_budgets
+from elastic.router.sampler import budget_of, draw_budgets
 from elastic.space.axes import Axis
 from elastic.space.cost import Budget, Deployment
 from elastic.space.gates import Execution, Gates
@@ -88,7 +88,7 @@ class Chooser:
         """Return the gates of this replica's micro-batches at one step."""
         phase, in_step = moment.elastic, num_micro_batches * replicas
         draws = self.settings.draws_per_step or num_micro_batches
-        check_draws(draws, in_step, replicas)
+        assert num_micro_batches % draws == 0, "the rules of the config refuse draws that replicas cannot share evenly"
         drawn = draw_budgets(phase.weights([budget.name for budget in self.budgets]), self.seed, moment.step, draws)
         numbers = [index * replicas + replica for index in range(num_micro_batches)]
         budgets = [budget_of(drawn, number, in_step) for number in numbers]

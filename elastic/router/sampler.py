@@ -6,10 +6,6 @@ from collections.abc import Sequence
 import torch
 
 
-class SamplerError(ValueError):
-    """Weights or counts that no balanced draw exists for."""
-
-
 def stream(seed: int, purpose: str, *numbers: int) -> torch.Generator:
     """Return a CPU generator seeded by a hash of everything given.
 
@@ -42,12 +38,3 @@ def budget_of(budgets: Sequence[int], global_index: int, num_micro_batches: int)
     every replica the same budget at the same time, and the assignment does not depend on that count.
     """
     return budgets[global_index * len(budgets) // num_micro_batches]
-
-
-def check_draws(num_draws: int, num_micro_batches: int, replicas: int) -> None:
-    """Raise SamplerError unless replicas share every draw evenly."""
-    if num_micro_batches % num_draws or (num_micro_batches // num_draws) % replicas:
-        raise SamplerError(
-            f"router.draws_per_step = {num_draws}: the {num_micro_batches} micro-batches of a step do not fall into "
-            f"that many equal runs of a multiple of {replicas} replicas; {num_micro_batches // replicas} is legal"
-        )

@@ -284,3 +284,11 @@ def test_budgets_are_met_with_many_slots():
     }
     _, ratios = _anneal(0, task=0.5, where=Space(shape, choices))
     assert all(abs(ratio - 1) < 0.02 for ratio in ratios), ratios
+
+
+def test_draws_that_replicas_cannot_share_evenly_are_our_own_bug():
+    """A person's mistake is named by the rules of the config."""
+    assert len(source(draws=3).draw(moment(), 6, 0, 4).gates) == 6
+    for draws in (5, 12):
+        with pytest.raises(AssertionError, match="cannot share evenly"):
+            source(draws=draws).draw(moment(), 6, 0, 4)
