@@ -11,7 +11,7 @@ import pytest
 from elastic.config.load import config_dict, load
 from elastic.config.rules import rule_problems
 from elastic.config.rules_layout import Cluster
-from elastic.config.sections import ModelConfig
+from elastic.config.sections import ModelConfig, SpaceConfig
 from elastic.config.serving import GenerateConfig, SubnetConfig
 from elastic.config.training import ElasticConfig, PretrainConfig, with_vocab
 from elastic.router.draw import RouterSettings
@@ -19,7 +19,9 @@ from elastic.router.phases import Curriculum, ElasticPhase, Phase
 from elastic.space.axes import Axis
 from elastic.space.cost import Budget, Metric, shape_cost
 from elastic.space.gates import Execution
+from elastic.space.space import AxisChoices
 from tests.unit.config.configs import VERBS, legal, values_of
+from tests.unit.config.test_conf_files import composed
 
 ROOT = Path(__file__).parents[3]
 
@@ -83,6 +85,14 @@ def test_space_section_names_every_axis() -> None:
     assert {axis: choices.choices for axis, choices in config.elastic.space.axes().items()} == {
         Axis(axis): (full, full - 8) for axis, full in _full_widths().items()
     }
+
+
+def test_a_space_keeps_an_attention_layer_unless_told_otherwise() -> None:
+    parent, depth = ModelConfig(pattern="MM-*", vocab=64).shape(), AxisChoices((4, 1))
+    assert SpaceConfig(depth=depth).space(parent).kept_layers(1) == (3,)
+    assert SpaceConfig(depth=depth, keep_at_least={}).space(parent).kept_layers(1) == (0,)
+    for run in ("train_elastic", "smoke_elastic", "elastic_12b", "elastic_9b"):
+        assert composed(run)["elastic"]["space"]["keep_at_least"] == {"attention": 1}
 
 
 def _full_widths() -> dict[str, int]:
