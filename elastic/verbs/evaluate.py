@@ -1,6 +1,5 @@
 """The verb evaluate: deterministic loss, perplexity and cost of every budget and of subnets given by hand."""
 
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from elastic.config.load import Problem
 from elastic.config.sections import DistillConfig
 from elastic.config.serving import EvaluateConfig
 from elastic.data.stream import HeldOut, TokenStream, source_labels
@@ -21,15 +19,7 @@ from elastic.space.shape import Subnet
 from elastic.space.space import Space
 from elastic.train.evaluation import HeldOutLoss, evaluate_subnets
 from elastic.train.pipeline import PipelineRunner
-from elastic.verbs.members import (
-    Member,
-    MembersError,
-    OpenCheckpoint,
-    one_hot_weights,
-    open_checkpoint,
-    open_configured,
-    subnet_summary,
-)
+from elastic.verbs.members import Member, OpenCheckpoint, one_hot_weights, open_checkpoint, subnet_summary
 from elastic.world.files import write_json
 
 EVALUATION_FILE = "evaluation.json"
@@ -39,7 +29,8 @@ def run_evaluate(config: EvaluateConfig, console: Console) -> Path:
     """Evaluate and write evaluation.json; returns the run folder."""
     held_out = TokenStream(Path(config.data.path) / "validation")
     with run_world(config) as here:
-        opened = open_configured(config, world=here, say=console.print)
+        asked = (config.init_from, config.budget_names, config.subnets)
+        opened = open_checkpoint(*asked, world=here, say=console.print)
         gates = {
             member.name: member_gates(member.subnet, opened.space, config.execution, here.device)
             for member in opened.members
@@ -62,17 +53,6 @@ def member_gates(subnet: Subnet, space: Space, execution: str, device: torch.dev
     return Gates.mask({axis: weights.to(device) for axis, weights in one_hot_weights(subnet, space).items()})
 
 
-def mask_problems(config: EvaluateConfig) -> Iterator[Problem]:
-    """Yield a problem for the first member that full-size masks cannot run."""
-    if config.execution == "mask":
-        opened = open_checkpoint(config.init_from, config.budget_names, config.subnets, full=False)
-        try:
-            for member in opened.members:
-                one_hot_weights(member.subnet, opened.space)
-        except MembersError as error:
-            yield from error.problems
-
-
 def evaluation_table(rows: list[dict[str, Any]]) -> Table:
     """Render the rows of evaluation.json."""
     table = Table(title="held-out loss per budget")
@@ -82,12 +62,10 @@ def evaluation_table(rows: list[dict[str, Any]]) -> Table:
     for label in sources.values():
         table.add_column(f"on {label}", justify="right", no_wrap=True)
     for row in rows:
-        target = "-" if row["target"] is None else f"{row['target'] / 1e6:,.3f}M"
-        used = "-" if row["cost_ratio"] is None else f"{row['cost_ratio']:.1%}"
         table.add_row(
             row["name"],
-            target,
-            used,
+            "-" if row["target"] is None else f"{row['target'] / 1e6:,.3f}M",
+            "-" if row["cost_ratio"] is None else f"{row['cost_ratio']:.1%}",
             f"{row['params'] / 1e6:,.3f}M",
             f"{row['loss']:.4f}",
             f"{row['perplexity']:.2f}",

@@ -26,7 +26,7 @@ from elastic.space.layers import parameter_names
 from elastic.space.shape import ModelShape
 from elastic.verbs.export_check import choose_check
 from elastic.verbs.import_hf import transfer_progress
-from elastic.verbs.members import Member, OpenCheckpoint, open_configured, subnet_summary
+from elastic.verbs.members import Member, OpenCheckpoint, open_checkpoint, subnet_summary
 from elastic.verbs.text import text_settings
 from elastic.world.files import write_json
 from elastic.world.groups import DTYPES
@@ -40,7 +40,7 @@ def run_extract(config: ExtractConfig, console: Console) -> Path:
     Each Hugging Face folder has been reloaded in stock transformers and its logits compared with the subnet in the
     nested checkpoint before this returns, or, where memory does not allow it, every stored value with the parent's.
     """
-    opened = open_configured(config, say=console.print)
+    opened = open_checkpoint(config.init_from, config.budget_names, config.subnets, say=console.print)
     carried = _carried(opened, config)
     rows = []
     with open_run_folder(config.exp_manager, asdict(config), None) as folder:

@@ -106,10 +106,7 @@ def open_served(config: GenerateConfig, here: World, console: Console) -> Served
         model, source = load_hf_model(Path(config.folder), here.layout), config.folder
         named: dict[str, Subnet] = {}
     else:
-        full = config.init_from.verify == "full"
-        opened = open_checkpoint(
-            config.init_from, _budgets(config), config.subnets, full=full, world=here, say=console.print
-        )
+        opened = open_checkpoint(config.init_from, _budgets(config), config.subnets, world=here, say=console.print)
         model, source = opened.load_model(here.layout), str(opened.checkpoint)
         named = {member.name: member.subnet for member in opened.members}
         settings, own = HfSettings(eos_token_id=None), None

@@ -27,8 +27,8 @@ from elastic.config.training import (
 from elastic.data.manifest import DataError, read_manifest
 from elastic.data.prepare_config import PrepareConfig
 from elastic.run.folder import is_left_over
+from elastic.space.gates import Execution
 from elastic.space.shape import ModelShape
-from elastic.verbs.evaluate import mask_problems
 from elastic.verbs.generate import generate_problems
 from elastic.verbs.members import CHECKPOINT_REMEDY, members_problems
 from elastic.verbs.parent import fill_from_parent, model_problems
@@ -134,11 +134,10 @@ def checkpoint_problems(config: object) -> Iterator[Problem]:
         case ElasticConfig() | CostConfig():
             yield from _nesting_problems(config, record, name, path)
         case EvaluateConfig() | ExtractConfig():
-            wrong = tuple(members_problems(config.init_from, config.budget_names, config.subnets))
-            yield from wrong
+            masked = isinstance(config, EvaluateConfig) and config.execution is Execution.MASK
+            yield from members_problems(config.init_from, config.budget_names, config.subnets, masked=masked)
             if isinstance(config, EvaluateConfig):
                 yield from layout_problems(record.shape, config.parallel, record.lanes if record.lanes > 1 else None)
-                yield from () if wrong else mask_problems(config)
 
 
 def _removal_problems(section: ImportanceSection, num_layers: int) -> Iterator[Problem]:

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -15,7 +15,7 @@ from elastic.checkpoint.record import Record, RecordError, check_same_shape
 from elastic.checkpoint.state import Trainable, load_checkpoint, load_router
 from elastic.config.load import ConfigError, Problem
 from elastic.config.rules_layout import nearest_multiple
-from elastic.config.serving import MembersConfig, SubnetConfig
+from elastic.config.serving import MembersInput, ServedInput, SubnetConfig
 from elastic.model.model import ElasticModel, build_model
 from elastic.router.draw import decide
 from elastic.router.router import Router
@@ -31,15 +31,6 @@ CHECKPOINT_REMEDY = "give a run folder of an earlier verb, or one checkpoint in 
 
 class MembersError(ConfigError):
     """Budgets or subnets that the checkpoint does not have: all of them."""
-
-
-class Source(Protocol):
-    """The checkpoint to read, and whose router decides its budgets (None: the one saved beside the weights)."""
-
-    @property
-    def checkpoint(self) -> str | None: ...
-    @property
-    def router(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -74,25 +65,25 @@ class OpenCheckpoint:
 
 
 def open_checkpoint(
-    source: Source,
+    source: MembersInput | ServedInput,
     budget_names: Sequence[str] | None,
     subnets: Sequence[SubnetConfig],
     *,
-    full: bool = True,
+    full: bool | None = None,
     world: World | None = None,
     say: Callable[[str], object] = lambda text: None,
 ) -> OpenCheckpoint:
     """Take weights from `source.checkpoint`, choices from `source.router`'s checkpoint (None: the same one).
 
     `budget_names` None takes all, an empty list none. Weights that come without a router have one member, the whole
-    parent. `full`, `world` and `say`: how the checkpoints are verified (checkpoint/find.py). Raises MembersError with
-    every budget and subnet that cannot be taken, CheckpointError or RecordError for checkpoints that are damaged or do
-    not fit together.
+    parent. `full` (None: as `source.verify` says), `world` and `say`: how the checkpoints are verified
+    (checkpoint/find.py). Raises MembersError with every budget and subnet that cannot be taken, CheckpointError or
+    RecordError for checkpoints that are damaged or do not fit together.
     """
     assert source.checkpoint is not None, "the rules of the config let nothing without weights through"
-    folder = resolve_checkpoint(source.checkpoint, full=full, world=world, say=say)
+    full = source.verify == "full" if full is None else full
+    folder = chooser_folder = resolve_checkpoint(source.checkpoint, full=full, world=world, say=say)
     record = chooser = Record.read(folder)
-    chooser_folder = folder
     if source.router is not None:
         chooser_folder = resolve_checkpoint(source.router, full=full, world=world, say=say)
         chooser = Record.read(chooser_folder)
@@ -100,27 +91,28 @@ def open_checkpoint(
     if chooser.depth_ranking != record.depth_ranking or chooser.lanes != record.lanes:
         rule = f"{folder} and {chooser_folder} are nested differently"
         raise MembersError([Problem("init_from.router", source.router, rule, "use the same permuted parent")])
-    space, deployment = chooser.space(), Deployment() if chooser.family is None else chooser.family.deployment
-    budgets = () if chooser.family is None else chooser.family.budgets
+    space, family, deployment = chooser.space(), chooser.family, Deployment()
     chosen: dict[str, Member] = {}
-    if chooser.family is not None and (budget_names is None or budget_names or subnets):
-        router = Router(space, len(budgets), chooser.family.router_width, seed=0)
-        load_router(chooser_folder, router)
-        for index, budget in enumerate(budgets):
-            subnet = decide(router, space, index)
-            chosen[budget.name] = Member(budget.name, subnet, budget, _untrained(record, subnet, by_hand=False))
+    if family is not None:
+        deployment = family.deployment
+        if budget_names is None or budget_names or subnets:
+            router = Router(space, len(family.budgets), family.router_width, seed=0)
+            load_router(chooser_folder, router)
+            for index, budget in enumerate(family.budgets):
+                subnet = decide(router, space, index)
+                chosen[budget.name] = Member(budget.name, subnet, budget, _untrained(record, subnet, by_hand=False))
     problems = list(_unknown_budgets(budget_names, list(chosen), chooser_folder))
-    wanted = chosen if budget_names is None else {name: chosen[name] for name in budget_names if name in chosen}
-    members = list(wanted.values())
+    wanted = chosen if budget_names is None else dict.fromkeys(budget_names)
+    members = [chosen[name] for name in wanted if name in chosen]
     if not chosen and budget_names is None:
         members = [Member("parent", Subnet.full(space.parent))]
     taken = {member.name for member in members}
     for index, given in enumerate(subnets):
-        try:
-            subnet = _given_subnet(f"subnets.{index}", given, space, list(chosen.values()), deployment)
-            members.append(Member(given.name, subnet, None, _untrained(record, subnet, by_hand=True)))
-        except MembersError as error:
-            problems += error.problems
+        found = _given_subnet(f"subnets.{index}", given, space, list(chosen.values()), deployment)
+        if isinstance(found, Problem):
+            problems.append(found)
+        else:
+            members.append(Member(given.name, found, None, _untrained(record, found, by_hand=True)))
         if given.name in taken:
             remedy = "give the subnet another, or leave the budget out of budget_names"
             problems.append(Problem(f"subnets.{index}.name", given.name, "a budget has that name already", remedy))
@@ -129,30 +121,31 @@ def open_checkpoint(
     return OpenCheckpoint(folder, record, space, deployment, tuple(members))
 
 
-def open_configured(
-    config: MembersConfig, *, world: World | None = None, say: Callable[[str], object] = lambda text: None
-) -> OpenCheckpoint:
-    """Open what a verb's config names; errors of `open_checkpoint`."""
-    full = config.init_from.verify == "full"
-    return open_checkpoint(config.init_from, config.budget_names, config.subnets, full=full, world=world, say=say)
-
-
 def members_problems(
-    source: Source, budget_names: Sequence[str] | None, subnets: Sequence[SubnetConfig]
+    source: MembersInput | ServedInput,
+    budget_names: Sequence[str] | None,
+    subnets: Sequence[SubnetConfig],
+    *,
+    masked: bool = False,
 ) -> Iterator[Problem]:
-    """Yield what `open_checkpoint` would raise, without a look at tensors but the router's."""
+    """Yield what `open_checkpoint` would raise, without a look at tensors but the router's.
+
+    `masked`: a problem, too, for the first member that full-size masks cannot run.
+    """
     if problems := tuple(source_problems(source)):
         yield from problems
         return
     try:
-        open_checkpoint(source, budget_names, subnets, full=False)
+        opened = open_checkpoint(source, budget_names, subnets, full=False)
+        for member in opened.members if masked else ():
+            one_hot_weights(member.subnet, opened.space)
     except MembersError as error:
         yield from error.problems
     except (CheckpointError, RecordError) as error:
         yield Problem("init_from.router", source.router, str(error), CHECKPOINT_REMEDY)
 
 
-def source_problems(source: Source) -> Iterator[Problem]:
+def source_problems(source: MembersInput | ServedInput) -> Iterator[Problem]:
     """Yield a problem for every checkpoint that cannot be opened."""
     for name, path in (("checkpoint", source.checkpoint), ("router", source.router)):
         try:
@@ -194,41 +187,43 @@ def _unknown_budgets(wanted: Sequence[str] | None, known: Sequence[str], folder:
 
 def _given_subnet(
     field: str, given: SubnetConfig, space: Space, budgets: Sequence[Member], deployment: Deployment
-) -> Subnet:
-    """Return a subnet given by its widths or by its parameters; raises MembersError if the checkpoint has none such."""
+) -> Subnet | Problem:
+    """Return a subnet given by its widths or by its parameters, or why the checkpoint has none such."""
     if given.params is not None:
-        return _solved(field, given, space, budgets, deployment)
+        return _solved(f"{field}.params", given, space, budgets, deployment)
     try:
         subnet = given.subnet(space.parent)
     except (SubnetError, ShapeError) as error:
-        remedy = "a width that is left out stays full"
-        raise MembersError([Problem(field, given.name, str(error), remedy)]) from error
+        return Problem(field, given.name, str(error), "a width that is left out stays full")
     if any(width % space.lanes for width in subnet.ffn):
         legal = sorted({nearest_multiple(width, space.lanes) for width in subnet.ffn}, reverse=True)
         rule = f"widths must be multiples of the lanes = {space.lanes}"
-        raise MembersError([Problem(f"{field}.ffn", list(given.ffn or ()), rule, f"nearest legal is {legal}")])
+        return Problem(f"{field}.ffn", list(given.ffn or ()), rule, f"nearest legal is {legal}")
     return subnet
 
 
-def _solved(field: str, given: SubnetConfig, space: Space, budgets: Sequence[Member], deployment: Deployment) -> Subnet:
+def _solved(
+    field: str, given: SubnetConfig, space: Space, budgets: Sequence[Member], deployment: Deployment
+) -> Subnet | Problem:
     """Find a subnet of so many parameters on the way from the next larger budget to the next smaller one."""
-    assert given.params is not None
+    params = given.params
+    assert params is not None
     if given.has_widths:
-        remedy = f"set {field}.params=null or leave the widths out"
-        raise MembersError([Problem(f"{field}.params", given.params, "widths are given beside it", remedy)])
+        remedy = f"set {field}=null or leave the widths out"
+        return Problem(field, params, "widths are given beside it", remedy)
     if not budgets:
         rule, remedy = "needs a router, whose budgets lie around it", "give the widths, or name init_from.router"
-        raise MembersError([Problem(f"{field}.params", given.params, rule, remedy)])
-    wanted = Budget(given.name, Metric.PARAMS, float(given.params))
+        return Problem(field, params, rule, remedy)
+    wanted = Budget(given.name, Metric.PARAMS, float(params))
     try:
         check_reachable(wanted, space.parent, smallest_subnet(space), deployment)
     except BudgetError as error:
         rule, _, remedy = str(error).removeprefix(f"budget {given.name}: ").partition("; ")
-        raise MembersError([Problem(f"{field}.params", given.params, rule, remedy)]) from error
+        return Problem(field, params, rule, remedy)
     ends = [Subnet.full(space.parent), *(member.subnet for member in budgets), smallest_subnet(space)]
     sizes = [(int(subnet_cost(space.parent, subnet, deployment).params), subnet) for subnet in ends]
-    larger = min((pair for pair in sizes if pair[0] >= given.params), key=lambda pair: pair[0], default=sizes[0])
-    smaller = max((pair for pair in sizes if pair[0] <= given.params), key=lambda pair: pair[0], default=sizes[-1])
+    larger = min((pair for pair in sizes if pair[0] >= params), key=lambda pair: pair[0], default=sizes[0])
+    smaller = max((pair for pair in sizes if pair[0] <= params), key=lambda pair: pair[0], default=sizes[-1])
     return subnet_between(space, larger[1], smaller[1], wanted, deployment).subnet
 
 

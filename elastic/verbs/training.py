@@ -13,7 +13,7 @@ from elastic.config.sections import DistillConfig
 from elastic.config.training import ElasticConfig, PretrainConfig, TrainConfig
 from elastic.data.stream import HeldOut, PhaseData, TokenStream
 from elastic.hf.config import stock_notes
-from elastic.model.model import ElasticModel, build_model
+from elastic.model.model import build_model
 from elastic.router.draw import Chooser
 from elastic.router.phases import Curriculum
 from elastic.router.router import Router
@@ -42,16 +42,10 @@ GO_ON = "set exp_manager.resume_if_exists=true and exp_manager.overwrite=false"
 def run_pretrain(config: PretrainConfig, console: Console) -> Path:
     """Train a parent from scratch with cross-entropy; returns the run folder."""
     stream = TokenStream(Path(config.data.path) / "train")
-    space = Space(config.parent_shape(), {}, lanes=1)
-    record = Record("parent", space.parent, data=config.data.path, provenance=_longest(config))
-    with (
-        run_world(config) as here,
-        open_training_run(config, stream.manifest, record, here, console.print) as opened,
-    ):
-        model = build_model(space, here.layout, seed=config.seed, init_std=config.model.init_std)
-        loss = DistillConfig(kl_weight=0.0, cross_entropy_weight=1.0, num_chunks=1)
-        trainer = _trainer(config, opened, stream, here, model, None, record, loss)
-        return _fit(trainer, config, opened, stream, (), console)
+    record = Record("parent", config.parent_shape(), data=config.data.path, provenance=_longest(config))
+    loss = DistillConfig(kl_weight=0.0, cross_entropy_weight=1.0, num_chunks=1)
+    with run_world(config) as here:
+        return _train(config, here, stream, record, loss, console)
 
 
 def run_elastic(config: ElasticConfig, console: Console, callbacks: Sequence[Callback] = ()) -> Path:
@@ -70,12 +64,7 @@ def run_elastic(config: ElasticConfig, console: Console, callbacks: Sequence[Cal
         family = Family(space.axes, config.budgets(), config.elastic.deployment, router_width, space.keep_at_least)
         provenance = {"permuted parent": str(start), "data": config.data.path, **_longest(config)}
         record = Record("elastic", space.parent, space.lanes, space.depth_ranking, config.data.path, family, provenance)
-        with open_training_run(config, stream.manifest, record, here, console.print, start) as opened:
-            trainer = _elastic_trainer(config, opened, stream, here, space, record, start)
-            trainer.callbacks = list(callbacks)
-            if here.is_main:
-                console.print(family_lines(space, family.budgets), markup=False, highlight=False)
-            return _fit(trainer, config, opened, stream, tuple(budget.name for budget in family.budgets), console)
+        return _train(config, here, stream, record, config.distill, console, start, callbacks)
 
 
 def _longest(config: TrainConfig) -> dict[str, str]:
@@ -92,50 +81,75 @@ def family_lines(space: Space, budgets: Sequence[Budget]) -> str:
     return "\n".join([*lines, *(f"note: of a member at the smallest depth, {note}" for note in notes)])
 
 
-def _elastic_trainer(
-    config: ElasticConfig,
-    opened: RunStart,
-    stream: TokenStream,
+def _train(
+    config: TrainConfig,
     here: World,
-    space: Space,
+    stream: TokenStream,
     record: Record,
-    start: Path,
-) -> Trainer:
-    """Build student, teacher and router, and load them: from the run's own checkpoint, else from the parent."""
-    family = record.family
-    assert family is not None
-    student = build_model(space, here.layout, seed=config.seed)
-    teacher = build_model(space, here.layout, seed=config.seed)
-    for model in (teacher,) if opened.checkpoint else (student, teacher):
-        load_checkpoint(start, Trainable(model))
-    teacher.requires_grad_(False)
-    chooser = Chooser(
-        router=Router(space, len(family.budgets), family.router_width, seed=config.seed).to(here.device),
-        space=space,
-        budgets=family.budgets,
-        deployment=family.deployment,
-        settings=config.elastic.router,
-        seed=config.seed,
-    )
-    trainer = _trainer(config, opened, stream, here, student, teacher, record, config.distill, chooser)
-    trainer.carried_from = start
-    return trainer
+    loss: DistillConfig,
+    console: Console,
+    start: Path | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Path:
+    """Train what `record` describes, a family from the permuted parent `start`, to its end or until it is stopped."""
+    with open_training_run(config, stream.manifest, record, here, console.print, start) as opened:
+        trainer = _trainer(config, here, stream, record, loss, start, opened)
+        settings, folder = config.exp_manager, opened.folder
+        if here.is_main:
+            if trainer.chooser is not None:
+                lines = family_lines(trainer.chooser.space, trainer.chooser.budgets)
+                console.print(lines, markup=False, highlight=False)
+            for change in opened.changes:
+                console.print(f"accepted from step {trainer.step} on: {change}", highlight=False)
+            if trainer.step < trainer.total_steps:
+                (folder / FINISHED_FILE).unlink(missing_ok=True)  # there is more to do than when it was written
+        wandb_run = None
+        if here.is_main and settings.create_wandb_logger:
+            wandb_run = open_wandb(folder, settings.name, settings.version, trainer.started.config)
+        log = RunLog(
+            folder if here.is_main else None,
+            tensorboard=settings.create_tensorboard_logger,
+            wandb_run=wandb_run,
+            step=trainer.step,
+            say=console.print,
+        )
+        trainer.callbacks = _callbacks(trainer, config, stream, log, console, callbacks)
+        with Watchdog(trainer.progress, folder, config.trainer.watchdog_timeout_s):
+            trainer.fit()
+        log.close()
+        if here.is_main and trainer.step >= trainer.total_steps:
+            whole = trainer.curriculum.total_steps
+            reason = "the curriculum's end" if trainer.step == whole else f"trainer.max_steps of {whole} steps"
+            write_json(folder / FINISHED_FILE, {"step": trainer.step, "reason": reason})
+        elif here.is_main:
+            again = "run the same command" if settings.resume_if_exists else GO_ON
+            console.print(f"stopped by {trainer.stop_reason} after step {trainer.step}; {again} to go on")
+        return folder
 
 
 def _trainer(
     config: TrainConfig,
-    opened: RunStart,
-    stream: TokenStream,
     here: World,
-    student: ElasticModel,
-    teacher: ElasticModel | None,
+    stream: TokenStream,
     record: Record,
     loss: DistillConfig,
-    chooser: Chooser | None = None,
+    start: Path | None,
+    opened: RunStart,
 ) -> Trainer:
-    curriculum, wrapped = Curriculum(config.curriculum), wrap_for_training(student, config.optim)
-    router = None if chooser is None else chooser.router
-    router_optimizer = None if router is None else build_router_optimizer(router, config.optim)
+    """Build student, teacher and router, and load them: from the run's own checkpoint, else from the parent `start`."""
+    space, curriculum = record.space(), Curriculum(config.curriculum)
+    student = build_model(space, here.layout, seed=config.seed, init_std=config.model.init_std)
+    teacher = chooser = router = router_optimizer = None
+    if start is not None:
+        teacher = build_model(space, here.layout, seed=config.seed)
+        for model in (teacher,) if opened.checkpoint else (student, teacher):
+            load_checkpoint(start, Trainable(model))
+        teacher.requires_grad_(False)
+    if isinstance(config, ElasticConfig) and (family := record.family) is not None:
+        router = Router(space, len(family.budgets), family.router_width, seed=config.seed).to(here.device)
+        chooser = Chooser(router, space, family.budgets, family.deployment, config.elastic.router, config.seed)
+        router_optimizer = build_router_optimizer(router, config.optim)
+    wrapped = wrap_for_training(student, config.optim)
     optimizer = build_optimizer(wrapped, config.optim, here)
     names = () if chooser is None else tuple(budget.name for budget in chooser.budgets)
     trained = Trainable(student, optimizer, router, router_optimizer)
@@ -154,6 +168,7 @@ def _trainer(
         skipped=SkippedSteps(opened.folder, config.trainer.max_skipped_in_a_row, wrapped, here, names),
         chooser=chooser,
         router_optimizer=router_optimizer,
+        carried_from=start,
         sanity=sanity if config.debug.sanity else None,
     )
     if opened.checkpoint is not None:
@@ -162,61 +177,35 @@ def _trainer(
     return trainer
 
 
-def _fit(
+def _callbacks(
     trainer: Trainer,
     config: TrainConfig,
-    opened: RunStart,
     stream: TokenStream,
-    budget_names: tuple[str, ...],
+    log: RunLog,
     console: Console,
-) -> Path:
-    settings, folder = config.exp_manager, trainer.run_folder
-    if trainer.world.is_main:
-        for change in opened.changes:
-            console.print(f"accepted from step {trainer.step} on: {change}", highlight=False)
-        if trainer.step < trainer.total_steps:
-            (folder / FINISHED_FILE).unlink(missing_ok=True)  # there is more to do than when it was written
-    wandb_run = None
-    if trainer.world.is_main and settings.create_wandb_logger:
-        wandb_run = open_wandb(folder, settings.name, settings.version, trainer.started.config)
-    log = RunLog(
-        folder if trainer.world.is_main else None,
-        tensorboard=settings.create_tensorboard_logger,
-        wandb_run=wandb_run,
-        step=trainer.step,
-        say=console.print,
-    )
-    held_out = TokenStream(stream.prefix.with_name("validation"))
-    trainer.callbacks = [
+    further: Sequence[Callback],
+) -> list[Callback]:
+    settings, held_out = config.exp_manager, TokenStream(stream.prefix.with_name("validation"))
+    names = ("parent",) if trainer.chooser is None else tuple(budget.name for budget in trainer.chooser.budgets)
+    section = config.trainer
+    return [
         Validate(
             [HeldOut(held_out, phase.sequence_length) for phase in trainer.curriculum.phases],
             log,
-            every_steps=config.trainer.val_check_interval,
+            every_steps=section.val_check_interval,
             num_sequences=config.data.validation_sequences,
             micro_batch_size=config.data.micro_batch,
         ),
         # Before the save: a step whose checkpoint is whole is not run again, and its row would be missing for ever.
-        LogSteps(log, budget_names or ("parent",), config.trainer, console, trainer.world),
+        LogSteps(log, names, config.trainer, console, trainer.world),
         SaveCheckpoints(
-            config.trainer.checkpoint_every_n_steps,
+            section.checkpoint_every_n_steps,
             keep_last=settings.keep_last_checkpoints,
             milestone_steps=settings.keep_milestones_every_n_steps,
             in_background=settings.async_save,
             log=log,
             console=console,
         ),
-        *trainer.callbacks,
+        *further,
         StopOnSignal(),  # last: its handlers stay until the final checkpoint is written
     ]
-    with Watchdog(trainer.progress, folder, config.trainer.watchdog_timeout_s):
-        trainer.fit()
-    log.close()
-    if trainer.world.is_main:
-        if trainer.step >= trainer.total_steps:
-            whole = trainer.curriculum.total_steps
-            reason = "the curriculum's end" if trainer.step == whole else f"trainer.max_steps of {whole} steps"
-            write_json(folder / FINISHED_FILE, {"step": trainer.step, "reason": reason})
-        else:
-            again = "run the same command" if settings.resume_if_exists else GO_ON
-            console.print(f"stopped by {trainer.stop_reason} after step {trainer.step}; {again} to go on")
-    return folder
