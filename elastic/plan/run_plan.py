@@ -16,7 +16,7 @@ from elastic.plan.config import PlanConfig
 from elastic.plan.phases import PhasePlan, StepTime, budget_samples
 from elastic.plan.search import Candidate, Found, Rejection, candidate, largest_micro_batch, run_problems, search
 from elastic.verbs.cost import cost_space
-from elastic.verbs.report_file import check_output, write_output
+from elastic.verbs.report_file import check_output, table, write_output
 
 MEMORY = ("parameters", "gradients", "optimizer", "teacher", "teacher_hidden", "activations", "working_set", "logits")
 SECONDS_PER_DAY = 86400.0
@@ -130,16 +130,6 @@ def _bill(config: PlanConfig, seconds: float, seconds_at_mfu: float) -> dict[str
         bill |= {f"days{suffix}": amount / SECONDS_PER_DAY, f"gpu_hours{suffix}": hours}
         bill[f"price{suffix}"] = hours * price
     return bill
-
-
-def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Render rows under headings, all but the first column to the right."""
-    found = Table(title=title)
-    for number, heading in enumerate(headings):
-        found.add_column(heading, justify="left" if number == 0 else "right", no_wrap=True)
-    for row in rows:
-        found.add_row(*row)
-    return found
 
 
 def memory_table(values: dict[str, Any]) -> Table:

@@ -17,7 +17,7 @@ from elastic.space.reach import TOLERANCE, Sample, sample_subnet, smallest_subne
 from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import Space
 from elastic.verbs.members import subnet_summary
-from elastic.verbs.report_file import check_output, write_output
+from elastic.verbs.report_file import check_output, table, write_output
 
 TENSOR_PARALLEL = (1, 2, 4, 8)  # sizes a submodel is served at
 COSTS = ("params", "weight_bytes", "kv_bytes", "ssm_bytes", "conv_bytes", "deploy_bytes", "flops_per_token")
@@ -78,11 +78,7 @@ def cost_values(used: Cost) -> dict[str, int | float]:
 def budget_row(budget: Budget, sample: Sample, space: Space) -> dict[str, Any]:
     """Return one budget with its sample subnet, as it stands in cost.json."""
     shape = sample.subnet.shape(space.parent)
-    unclean = {}
-    for ranks in TENSOR_PARALLEL:
-        if warnings := kernel_warnings(shape, ranks):
-            unclean[ranks] = warnings
-    kept = sample.subnet.shape(space.parent)
+    found = {ranks: kernel_warnings(shape, ranks) for ranks in TENSOR_PARALLEL}
     return {
         "name": budget.name,
         "metric": str(budget.metric),
@@ -91,8 +87,8 @@ def budget_row(budget: Budget, sample: Sample, space: Space) -> dict[str, Any]:
         "is_near": sample.is_near,
         **cost_values(sample.cost),
         "subnet": subnet_summary(sample.subnet),
-        "kept": {kind.name: list(getattr(kept, AXES[axis].size)) for kind, axis in INNER_AXIS.items()},
-        "kernel_warnings": unclean,
+        "kept": {kind.name: list(getattr(shape, AXES[axis].size)) for kind, axis in INNER_AXIS.items()},
+        "kernel_warnings": {ranks: warnings for ranks, warnings in found.items() if warnings},
         "notes": stock_notes(shape),
     }
 
@@ -107,38 +103,25 @@ def kernel_warnings(shape: ModelShape, tensor_parallel: int) -> list[str]:
 
 def cost_table(report: dict[str, Any]) -> Table:
     """Render what the parent, the samples and the extremes cost."""
-    table = Table(title="what the space can reach, and one sample subnet per budget")
-    headings = ("", "params", "weights", "KV", "SSM", "conv", "deployed", "FLOPs")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "" else "right", no_wrap=True)
     rows = {"parent": report["parent"], **{row["name"]: row for row in report["budgets"]}}
     rows |= {"router's start": report["router_start"], "smallest": report["smallest"]}
-    for name, row in rows.items():
-        table.add_row(name, *(quantity(cost_name, row[cost_name]) for cost_name in COSTS))
-    return table
+    lines = [(name, *(quantity(cost_name, row[cost_name]) for cost_name in COSTS)) for name, row in rows.items()]
+    headings = ("", "params", "weights", "KV", "SSM", "conv", "deployed", "FLOPs")
+    return table("what the space can reach, and one sample subnet per budget", headings, lines)
 
 
 def sample_table(report: dict[str, Any], parent: ModelShape) -> Table:
     """Render the sizes of the sample subnets."""
-    table = Table(title="sample subnet per budget")
-    headings = ("budget", "target", "used", "layers", "hidden", "FFN", "Mamba", "queries", "clean at TP")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "budget" else "right", no_wrap=True)
+    rows = []
     for row in report["budgets"]:
         subnet, kept = row["subnet"], row["kept"]
         clean = [str(ranks) for ranks in TENSOR_PARALLEL if ranks not in row["kernel_warnings"]]
-        table.add_row(
-            row["name"],
-            quantity(row["metric"], row["target"]),
-            f"{row['cost_ratio']:.1%}",
-            f"{len(subnet['kept_layers'])} of {len(parent.pattern)}",
-            str(subnet["hidden"]),
-            span(kept["MLP"]),
-            f"{span(kept['MAMBA'])} x {subnet['head_channels']}" if kept["MAMBA"] else "-",
-            span(kept["ATTENTION"]),
-            " ".join(clean) or "none",
-        )
-    return table
+        cells = [row["name"], quantity(row["metric"], row["target"]), f"{row['cost_ratio']:.1%}"]
+        cells += [f"{len(subnet['kept_layers'])} of {len(parent.pattern)}", str(subnet["hidden"]), span(kept["MLP"])]
+        cells += [f"{span(kept['MAMBA'])} x {subnet['head_channels']}" if kept["MAMBA"] else "-"]
+        rows.append([*cells, span(kept["ATTENTION"]), " ".join(clean) or "none"])
+    headings = ("budget", "target", "used", "layers", "hidden", "FFN", "Mamba", "queries", "clean at TP")
+    return table("sample subnet per budget", headings, rows)
 
 
 def conditions(deployment: Deployment) -> str:
@@ -182,11 +165,10 @@ def span(widths: list[int]) -> str:
 
 def quantity(name: str, value: float) -> str:
     """Write a cost in the unit of its name: parameters and FLOPs by thousands, bytes by 1024."""
-    base, units = (1024.0, ("B", "KiB", "MiB", "GiB")) if name.endswith("_bytes") else (1000.0, ("", "K", "M", "B"))
+    base, units = (1024.0, (" B", " KiB", " MiB", " GiB")) if name.endswith("_bytes") else (1000.0, ("", "K", "M", "B"))
     if name == Metric.FLOPS_PER_TOKEN:
         units = ("", "K", "M", "G")
     power = 0
     while power + 1 < len(units) and value >= base:
         value, power = value / base, power + 1
-    number = f"{value:.3f}" if name == Metric.PARAMS else f"{value:.4g}"
-    return f"{number} {units[power]}" if base == 1024.0 else f"{number}{units[power]}"
+    return (f"{value:.3f}" if name == Metric.PARAMS else f"{value:.4g}") + units[power]

@@ -99,29 +99,26 @@ def _rank_layers(
     with Progress(console=console, disable=not here.is_main) as bar:
         task = bar.add_task("ranking layers", total=None)
 
-        def show(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        stop_after = config.importance.max_removed_layers
-        return rank_layers(model, space, batches, method, stop_after=stop_after, progress=show)
+        return rank_layers(
+            model,
+            space,
+            batches,
+            method,
+            stop_after=config.importance.max_removed_layers,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
 
 
 @torch.no_grad()
 def _permute_in_place(model: ElasticModel, ranking: Ranking, space: Space, here: World) -> None:
     """Permute the parameters of this pipeline stage: gather a tensor's shards, reorder, keep this rank's shard."""
     own, shape, tp = dict(named_global_parameters(model)), space.parent, here.groups.tp
-
-    def full(name: str) -> Tensor:
-        parameter = own[name].detach()
-        shards = [torch.empty_like(parameter) for _ in range(tp.size())]
-        if tp.size() > 1:
-            torch.distributed.all_gather(shards, parameter.contiguous(), group=tp)
-        else:
-            shards = [parameter]
-        return unshard_tensors(shards, name, shape)
-
     for name, parameter in own.items():
-        permuted = permute_parameter(full(name), name, shape, ranking, space.lanes)
+        shards = [parameter.detach() for _ in range(tp.size())]
+        if tp.size() > 1:
+            shards = [torch.empty_like(shard) for shard in shards]
+            torch.distributed.all_gather(shards, parameter.contiguous(), group=tp)
+        permuted = permute_parameter(unshard_tensors(shards, name, shape), name, shape, ranking, space.lanes)
         parameter.copy_(shard_tensor(permuted, name, shape, tp.rank(), tp.size()))
 
 

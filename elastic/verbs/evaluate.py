@@ -20,6 +20,7 @@ from elastic.space.space import Space
 from elastic.train.evaluation import HeldOutLoss, evaluate_subnets
 from elastic.train.pipeline import PipelineRunner
 from elastic.verbs.members import Member, OpenCheckpoint, one_hot_weights, open_checkpoint, subnet_summary
+from elastic.verbs.report_file import table
 from elastic.world.files import write_json
 
 EVALUATION_FILE = "evaluation.json"
@@ -55,14 +56,10 @@ def member_gates(subnet: Subnet, space: Space, execution: str, device: torch.dev
 
 def evaluation_table(rows: list[dict[str, Any]]) -> Table:
     """Render the rows of evaluation.json."""
-    table = Table(title="held-out loss per budget")
-    for heading in ("name", "target", "used", "params", "loss", "perplexity", "deployed"):
-        table.add_column(heading, justify="left" if heading == "name" else "right", no_wrap=True)
     sources = source_labels(rows[0]["loss_by_source"]) if len(rows[0]["loss_by_source"]) > 1 else {}
-    for label in sources.values():
-        table.add_column(f"on {label}", justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
+    headings = ("name", "target", "used", "params", "loss", "perplexity", "deployed")
+    lines = [
+        (
             row["name"],
             "-" if row["target"] is None else f"{row['target'] / 1e6:,.3f}M",
             "-" if row["cost_ratio"] is None else f"{row['cost_ratio']:.1%}",
@@ -72,7 +69,9 @@ def evaluation_table(rows: list[dict[str, Any]]) -> Table:
             f"{row['deploy_bytes'] / 2**20:,.1f} MiB",
             *(f"{row['loss_by_source'][source]:.4f}" for source in sources),
         )
-    return table
+        for row in rows
+    ]
+    return table("held-out loss per budget", (*headings, *(f"on {label}" for label in sources.values())), lines)
 
 
 def _row(opened: OpenCheckpoint, member: Member, loss: HeldOutLoss) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from tokenizers.decoders import DecodeStream
 
@@ -24,15 +25,18 @@ from elastic.data.tokenizer import LoadedTokenizer, load_tokenizer
 from elastic.generate.sampling import Sampling
 from elastic.generate.text import End, Generation, Marker, Part, ThinkPlan, generate
 from elastic.hf.export_settings import ExportSettingsError, HfSettings, read_export_settings
-from elastic.hf.folder import HfFolderError, open_hf_folder
-from elastic.model.model import ElasticModel
+from elastic.hf.folder import HfFolder, HfFolderError, open_hf_folder
+from elastic.hf.names import from_hf
+from elastic.model.initialize import named_global_parameters
+from elastic.model.model import ElasticModel, build_model
+from elastic.model.sharding import shard_tensor
 from elastic.run.world import run_world
 from elastic.space.shape import ModelShape, Subnet
-from elastic.verbs.hf_model import load_hf_model
+from elastic.space.space import Space
 from elastic.verbs.members import members_problems, open_checkpoint, source_problems, subnet_summary
 from elastic.verbs.report_file import check_output, write_output
 from elastic.verbs.text import text_settings
-from elastic.world.groups import World
+from elastic.world.groups import Layout, World
 
 TOKENIZER_REMEDY = "set tokenizer=FOLDER, one with a tokenizer.json"
 WHOLE = "whole model"
@@ -50,11 +54,6 @@ class Served:
     tokenizer: LoadedTokenizer
     eos_ids: frozenset[int]
     suppressed: tuple[int, ...] = ()
-
-    def encode(self, text: str) -> list[int]:
-        """Turn a prompt into tokens as stock transformers does: special tokens are read, and added if it adds any."""
-        ids = self.tokenizer.encode_prompt(text)
-        return ids
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Turn tokens into text, special tokens too; an id that only fills up the vocabulary is nothing."""
@@ -75,9 +74,9 @@ def run_generate(config: GenerateConfig, console: Console) -> list[dict[str, Any
         served = open_served(config, here, console)
         rows = []
         for number, prompt in enumerate(prompts):
-            tokens = served.encode(prompt)
-            narrowed = (config.temperature, config.top_k, config.top_p, config.seed)
-            sampling = Sampling(*narrowed, text=number, suppressed=served.suppressed)
+            tokens = served.tokenizer.encode_prompt(prompt)
+            drawn = (config.temperature, config.top_k, config.top_p, config.seed, number)
+            sampling = Sampling(*drawn, suppressed=served.suppressed)
             if here.is_main:
                 console.rule(f"prompt {number + 1} of {len(prompts)}, {len(tokens)} tokens", align="left")
                 console.out(prompt, style="bold", end="", highlight=False)
@@ -102,8 +101,12 @@ def unescaped(prompt: str) -> str:
 def open_served(config: GenerateConfig, here: World, console: Console) -> Served:
     """Load the checkpoint or the folder, and find the subnets that `config` names."""
     if config.folder is not None:
-        settings, own = open_hf_folder(Path(config.folder)).exports.settings, Path(config.folder)
-        model, source = load_hf_model(Path(config.folder), here.layout), config.folder
+        opened_folder, own = open_hf_folder(Path(config.folder)), Path(config.folder)
+        model, source, settings = (
+            load_hf_model(opened_folder, here.layout),
+            config.folder,
+            opened_folder.exports.settings,
+        )
         named: dict[str, Subnet] = {}
     else:
         opened = open_checkpoint(config.init_from, _budgets(config), config.subnets, world=here, say=console.print)
@@ -121,6 +124,20 @@ def open_served(config: GenerateConfig, here: World, console: Console) -> Served
     ends = settings.end_tokens() or frozenset((tokenizer.eos_id,))
     suppressed = tuple((settings.generation or {}).get("suppress_tokens") or ())
     return Served(source, model.eval(), {WHOLE: whole, **named}, tokenizer, ends, suppressed)
+
+
+@torch.no_grad()
+def load_hf_model(source: HfFolder, layout: Layout) -> ElasticModel:
+    """Build a model of the folder's sizes, with nothing to choose, and read this rank's part tensor by tensor.
+
+    Raises HfTensorError; no code in the folder is run.
+    """
+    model = build_model(Space(source.shape, {}, lanes=1), layout)
+    parameters, tp = dict(named_global_parameters(model)), model.pg_collection.tp
+    for name, tensor in from_hf(source.tensors, source.shape):
+        if name in parameters:  # other pipeline stages hold the rest
+            parameters[name].copy_(shard_tensor(tensor, name, source.shape, tp.rank(), tp.size()))
+    return model
 
 
 def _budgets(config: GenerateConfig) -> list[str]:

@@ -1,10 +1,11 @@
-"""The JSON file that a verb without a run folder writes when it is asked to: never over another one unasked."""
+"""What verbs report: tables, and the JSON file of a verb without a run folder, never over another one unasked."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from elastic.config.load import ConfigError, Problem
 from elastic.config.serving import GenerateConfig
@@ -40,3 +41,13 @@ def write_output(config: CostConfig | GenerateConfig, report: Mapping[str, Any],
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, report)
     console.print(f"written to {path}", highlight=False)
+
+
+def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Render rows under headings, all but the first column to the right."""
+    found = Table(title=title)
+    for number, heading in enumerate(headings):
+        found.add_column(heading, justify="left" if number == 0 else "right", no_wrap=True)
+    for row in rows:
+        found.add_row(*row)
+    return found

@@ -16,13 +16,14 @@ from elastic.generate.text import Decoder, End, GenerateError, Generation, Marke
 from elastic.hf.card import CardInfo
 from elastic.hf.export import export_folder
 from elastic.hf.export_settings import DtypeRule, ExportSettings
+from elastic.hf.folder import open_hf_folder
 from elastic.hf.nested_values import value_check
 from elastic.model.initialize import named_global_parameters
 from elastic.model.model import ElasticModel
 from elastic.rank.slicing import submodel_source
 from elastic.space.shape import Subnet
 from elastic.space.space import Space
-from elastic.verbs.hf_model import load_hf_model
+from elastic.verbs.generate import load_hf_model
 from elastic.world.groups import Layout
 from tests.parity.model_factory import SPACES, build_lively, one_process, smallest_choice
 from tests.shapes import random_choice
@@ -127,7 +128,7 @@ def test_a_tied_head_and_one_group(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["full", "random", "smallest"])
 def test_an_exported_folder_answers_from_the_same_engine(name: str, served: Served) -> None:
     """Its narrower FFN layers are padded with zeros, so it is another shape and the same function."""
-    model = load_hf_model(served.folders[name], Layout())
+    model = load_hf_model(open_hf_folder(served.folders[name]), Layout())
     whole = Subnet.full(model.decoder.masks.space.parent)
     for prompt in PROMPTS:
         ours = generate(model, whole, prompt, GREEDY, NEW_TOKENS)
