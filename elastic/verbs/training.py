@@ -197,7 +197,7 @@ def _callbacks(
             micro_batch_size=config.data.micro_batch,
         ),
         # Before the save: a step whose checkpoint is whole is not run again, and its row would be missing for ever.
-        LogSteps(log, names, config.trainer, console, trainer.world),
+        LogSteps(log, names, section, console, trainer.world),
         SaveCheckpoints(
             section.checkpoint_every_n_steps,
             keep_last=settings.keep_last_checkpoints,
