@@ -1,37 +1,54 @@
 """The verb extract: cut budgets out of a nested checkpoint, to Hugging Face folders and Megatron-Core checkpoints.
 
 Everything streams from the checkpoint's files to the exported ones, one tensor in memory, whatever layout trained it.
+Run as a program, it computes the logits that an export is compared with, in a process that sees no GPU.
 """
 
+import json
+import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from elastic.checkpoint.find import checkpoint_folder
+from elastic.checkpoint.read import StoredTensors
 from elastic.checkpoint.record import Record
 from elastic.checkpoint.stream import save_streamed
-from elastic.config.serving import ExtractConfig
+from elastic.config.serving import ExportConfig, ExtractConfig
 from elastic.hf.card import CardInfo
 from elastic.hf.config import stock_notes
-from elastic.hf.export import ExportReport, export_folder
+from elastic.hf.export import ExportReport, FolderCheck, export_folder
 from elastic.hf.export_settings import DtypeRule, ExportSettings, kind_of_tensor, write_export_settings
 from elastic.hf.names import hf_names
+from elastic.hf.nested_values import value_check
+from elastic.hf.reload import logit_check, run_without_gpu
 from elastic.hf.tokenizer_files import find_tokenizer
+from elastic.model.initialize import named_global_parameters
+from elastic.model.model import build_model
 from elastic.rank.slicing import parent_parameter, submodel_source
 from elastic.run.folder import open_run_folder
+from elastic.space.cost import shape_cost
+from elastic.space.gates import Gates
 from elastic.space.layers import parameter_names
-from elastic.space.shape import ModelShape
-from elastic.verbs.export_check import choose_check
+from elastic.space.shape import ModelShape, Subnet
 from elastic.verbs.import_hf import transfer_progress
 from elastic.verbs.members import Member, OpenCheckpoint, open_checkpoint, subnet_summary
 from elastic.verbs.text import text_settings
 from elastic.world.files import write_json
-from elastic.world.groups import DTYPES
+from elastic.world.groups import DTYPES, Layout, world
 
 EXTRACTION_FILE = "extraction.json"
+_FP32_BYTES = 4
+# Transient copies while a folder is loaded, activations and logits of the probe.
+_HEADROOM = 1.25
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def run_extract(config: ExtractConfig, console: Console) -> Path:
@@ -106,7 +123,7 @@ def _export_hugging_face(
             **({} if member.untrained is None else {"training": member.untrained}),
         },
     )
-    check = choose_check(opened, member, carried.dtypes, config.export.check, config.export.max_logit_difference)
+    check = choose_check(opened, member, carried.dtypes, config.export)
     with transfer_progress(console) as bar:
         task = bar.add_task(f"writing {member.name}", total=None)
         return export_folder(
@@ -149,3 +166,65 @@ def _line(member: Member, shape: ModelShape, report: ExportReport) -> str:
         f"{member.name}: {report.params:,} parameters{stored} -> {report.folder} ({report.outcome.verification}; "
         f"{difference}){notes}"
     )
+
+
+def choose_check(opened: OpenCheckpoint, member: Member, dtypes: DtypeRule, export: ExportConfig) -> FolderCheck:
+    """Return the check of one member's folder; `auto` decides by the memory that is free now: logits where the nested
+    parent and the reloaded submodel fit, both in fp32, with headroom.
+    """
+    parent, wanted = opened.space.parent, export.check
+    if wanted == "auto":
+        params = shape_cost(parent).params + shape_cost(member.subnet.shape(parent)).stored_params
+        wanted = "logits" if params * _FP32_BYTES * _HEADROOM <= available_memory_bytes() else "values"
+    if wanted == "values":
+        return value_check(opened.tensors(), parent, member.subnet, opened.space.lanes)
+    # A GPU's matrix units round fp32 to TF32 and a right export would be refused: a child process computes there.
+    computed = logits_in_child if torch.cuda.is_available() else nested_logits
+    return logit_check(partial(computed, opened.checkpoint, member.subnet, dtypes), export.max_logit_difference)
+
+
+def available_memory_bytes() -> int:
+    """Return the memory this process may still take: the machine's, or less in a container with a limit."""
+    available = psutil.virtual_memory().available
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())
+        return min(available, limit - int((_CGROUP / "memory.current").read_text()))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return available
+
+
+def logits_in_child(checkpoint: Path, subnet: Subnet, dtypes: DtypeRule, tokens: Tensor) -> Tensor:
+    """Compute `nested_logits` in a process that sees no GPU; raises ExportError if it fails."""
+    told = json.dumps({"subnet": asdict(subnet), "dtypes": dtypes.to_json()})
+    failed = "the logits to compare with were not computed"
+    return run_without_gpu("elastic.verbs.extract", [str(checkpoint), told], {"tokens": tokens}, failed)["logits"]
+
+
+@torch.no_grad()
+def nested_logits(checkpoint: Path, subnet: Subnet, dtypes: DtypeRule, tokens: Tensor) -> Tensor:
+    """Return logits [B, S, V] of `subnet` in the checkpoint's nested model, in fp32, from tokens [B, S].
+
+    The weights are rounded as the export rounds them: only the structure is compared.
+    """
+    record, gates = Record.read(checkpoint), Gates.slice(subnet)
+    tensors = StoredTensors(checkpoint, record.shape)
+    with world(Layout()) as here:
+        model = build_model(record.space(), Layout()).eval()
+        for name, parameter in named_global_parameters(model):
+            parameter.copy_(tensors[name].to(dtypes.of(hf_names(name)[0])))
+        hidden = model(tokens.to(here.device), gates)
+        return (hidden @ model.head_weight(gates).t()).transpose(0, 1).cpu()
+
+
+def _main(checkpoint: str, told: str, given: str, answer: str) -> None:
+    content = json.loads(told)
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in content["subnet"].items()
+    }
+    tokens = load_file(given)["tokens"]
+    logits = nested_logits(Path(checkpoint), Subnet(**fields), DtypeRule.from_json(content["dtypes"]), tokens)
+    save_file({"logits": logits.contiguous()}, answer)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -33,7 +33,7 @@ from elastic.model.sharding import shard_tensor
 from elastic.run.world import run_world
 from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import Space
-from elastic.verbs.members import members_problems, open_checkpoint, source_problems, subnet_summary
+from elastic.verbs.members import members_problems, open_checkpoint, subnet_summary
 from elastic.verbs.report_file import check_output, write_output
 from elastic.verbs.text import text_settings
 from elastic.world.groups import Layout, World
@@ -147,7 +147,9 @@ def _budgets(config: GenerateConfig) -> list[str]:
 
 
 def generate_problems(config: GenerateConfig) -> Iterator[Problem]:
-    """Yield a problem for weights that cannot be opened or split, unknown names, a tokenizer that does not fit."""
+    """Yield a problem for a folder that cannot be opened, weights that cannot be split, unknown names, a tokenizer that
+    does not fit; checkpoints can be opened (`source_problems`).
+    """
     source, folder = config.init_from, config.folder
     if (source.checkpoint is None) == (folder is None):
         return  # the rules between fields say so
@@ -159,9 +161,6 @@ def generate_problems(config: GenerateConfig) -> Iterator[Problem]:
             yield Problem("folder", folder, str(error), "give a folder that recipes/extract.py wrote")
             return
     else:
-        if problems := tuple(source_problems(source)):
-            yield from problems
-            return
         assert source.checkpoint is not None
         checkpoint = resolve_checkpoint(source.checkpoint)
         record = Record.read(checkpoint)

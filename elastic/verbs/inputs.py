@@ -3,13 +3,11 @@
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from elastic.checkpoint.contents import CheckpointError
 from elastic.checkpoint.find import resolve_checkpoint
-from elastic.checkpoint.record import Record, RecordError
+from elastic.checkpoint.record import Record
 from elastic.config.load import ConfigError, Problem, load_with_problems
 from elastic.config.rules import rule_problems
 from elastic.config.rules_layout import Cluster, layout_problems, nearest_divisor
@@ -30,11 +28,13 @@ from elastic.run.folder import is_left_over
 from elastic.space.gates import Execution
 from elastic.space.shape import ModelShape
 from elastic.verbs.generate import generate_problems
-from elastic.verbs.members import CHECKPOINT_REMEDY, members_problems
+from elastic.verbs.members import members_problems, source_problems, sources
 from elastic.verbs.parent import fill_from_parent, model_problems
 from elastic.verbs.report_file import output_file_problems
 from elastic.verbs.text import length_problems, tokenizer_problems, vocab_problems
 from elastic.world.files import nearest_existing
+
+FROM_CHECKPOINTS = (ImportanceConfig, ElasticConfig, CostConfig, EvaluateConfig, ExtractConfig, GenerateConfig)
 
 
 def load_run[T](kind: type[T], values: Mapping[str, Any], cluster: Cluster, *, is_main: bool) -> T:
@@ -86,13 +86,8 @@ def input_paths(config: object) -> Iterator[tuple[str, str | None]]:
         yield "source", config.source
     if isinstance(config, GenerateConfig):
         yield from (("folder", config.folder), ("tokenizer", config.tokenizer), ("prompt_file", config.prompt_file))
-    if isinstance(
-        config, ImportanceConfig | ElasticConfig | CostConfig | EvaluateConfig | ExtractConfig | GenerateConfig
-    ):
-        for field in fields(config.init_from):
-            if field.name == "verify":
-                continue  # says how, not what
-            yield f"init_from.{field.name}", getattr(config.init_from, field.name)
+    if isinstance(config, FROM_CHECKPOINTS):
+        yield from sources(config.init_from)
 
 
 def input_problems(config: object) -> Iterator[Problem]:
@@ -107,37 +102,30 @@ def input_problems(config: object) -> Iterator[Problem]:
 
 def checkpoint_problems(config: object) -> Iterator[Problem]:
     """Yield a problem for a checkpoint that cannot be opened, or does not have or allow what is asked of it."""
-    match config:
-        case ImportanceConfig():
-            name, path = "init_from.parent", config.init_from.parent
-        case ElasticConfig() | CostConfig() if config.init_from.permuted_parent is not None:
-            name, path = "init_from.permuted_parent", config.init_from.permuted_parent
-        case EvaluateConfig() | ExtractConfig():
-            name, path = "init_from.checkpoint", config.init_from.checkpoint
-        case GenerateConfig():
-            yield from generate_problems(config)
-            return
-        case _:
-            return
-    try:
-        checkpoint = resolve_checkpoint(path)  # sizes only: the verb itself looks at the checksums
-        record = Record.read(checkpoint)
-    except (CheckpointError, RecordError) as error:
-        yield Problem(name, path, str(error), CHECKPOINT_REMEDY)
+    if not isinstance(config, FROM_CHECKPOINTS):
         return
-    yield from tokenizer_problems(config.data.path, checkpoint, record)
-    match config:
-        case ImportanceConfig():
-            yield from _lane_problems(record.shape, config.lanes)
-            yield from _removal_problems(config.importance, len(record.shape.pattern))
-            yield from layout_problems(record.shape, config.parallel, config.lanes)
-        case ElasticConfig() | CostConfig():
-            yield from _nesting_problems(config, record, name, path)
-        case EvaluateConfig() | ExtractConfig():
-            masked = isinstance(config, EvaluateConfig) and config.execution is Execution.MASK
-            yield from members_problems(config.init_from, config.budget_names, config.subnets, masked=masked)
-            if isinstance(config, EvaluateConfig):
-                yield from layout_problems(record.shape, config.parallel, record.lanes if record.lanes > 1 else None)
+    if broken := tuple(source_problems(config.init_from)):
+        yield from broken
+    elif isinstance(config, GenerateConfig):
+        yield from generate_problems(config)
+    elif found := sources(config.init_from):
+        name, path = found[0]
+        checkpoint = resolve_checkpoint(path)
+        record = Record.read(checkpoint)
+        yield from tokenizer_problems(config.data.path, checkpoint, record)
+        match config:
+            case ImportanceConfig():
+                yield from _lane_problems(record.shape, config.lanes)
+                yield from _removal_problems(config.importance, len(record.shape.pattern))
+                yield from layout_problems(record.shape, config.parallel, config.lanes)
+            case ElasticConfig() | CostConfig():
+                yield from _nesting_problems(config, record, name, path)
+            case EvaluateConfig() | ExtractConfig():
+                masked = isinstance(config, EvaluateConfig) and config.execution is Execution.MASK
+                yield from members_problems(config.init_from, config.budget_names, config.subnets, masked=masked)
+                if isinstance(config, EvaluateConfig):
+                    lanes = record.lanes if record.lanes > 1 else None
+                    yield from layout_problems(record.shape, config.parallel, lanes)
 
 
 def _removal_problems(section: ImportanceSection, num_layers: int) -> Iterator[Problem]:

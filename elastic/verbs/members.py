@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from elastic.checkpoint.state import Trainable, load_checkpoint, load_router
 from elastic.config.load import ConfigError, Problem
 from elastic.config.rules_layout import nearest_multiple
 from elastic.config.serving import MembersInput, ServedInput, SubnetConfig
+from elastic.config.training import CheckpointInput
 from elastic.model.model import ElasticModel, build_model
 from elastic.router.draw import decide
 from elastic.router.router import Router
@@ -128,13 +129,10 @@ def members_problems(
     *,
     masked: bool = False,
 ) -> Iterator[Problem]:
-    """Yield what `open_checkpoint` would raise, without a look at tensors but the router's.
+    """Yield what `open_checkpoint` would raise where `source_problems` yields nothing; of tensors, reads the router's.
 
     `masked`: a problem, too, for the first member that full-size masks cannot run.
     """
-    if problems := tuple(source_problems(source)):
-        yield from problems
-        return
     try:
         opened = open_checkpoint(source, budget_names, subnets, full=False)
         for member in opened.members if masked else ():
@@ -145,14 +143,19 @@ def members_problems(
         yield Problem("init_from.router", source.router, str(error), CHECKPOINT_REMEDY)
 
 
-def source_problems(source: MembersInput | ServedInput) -> Iterator[Problem]:
-    """Yield a problem for every checkpoint that cannot be opened."""
-    for name, path in (("checkpoint", source.checkpoint), ("router", source.router)):
+def sources(init_from: CheckpointInput) -> list[tuple[str, str]]:
+    """List (field, path) of the checkpoints that a verb starts from, as far as they are given."""
+    given = ((field.name, getattr(init_from, field.name)) for field in fields(init_from) if field.name != "verify")
+    return [(f"init_from.{name}", path) for name, path in given if path is not None]
+
+
+def source_problems(init_from: CheckpointInput) -> Iterator[Problem]:
+    """Yield a problem for every checkpoint that cannot be opened; sizes only: the verb itself looks at checksums."""
+    for name, path in sources(init_from):
         try:
-            if path is not None:
-                Record.read(resolve_checkpoint(path))
+            Record.read(resolve_checkpoint(path))
         except (CheckpointError, RecordError) as error:
-            yield Problem(f"init_from.{name}", path, str(error), CHECKPOINT_REMEDY)
+            yield Problem(name, path, str(error), CHECKPOINT_REMEDY)
 
 
 def subnet_summary(subnet: Subnet) -> dict[str, Any]:

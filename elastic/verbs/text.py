@@ -33,30 +33,30 @@ def vocab_problems(config: object) -> Iterator[Problem]:
 
 def length_problems(config: object) -> Iterator[Problem]:
     """Yield a problem for sequences that a split of the prepared data is too short for."""
-    lengths: dict[str, tuple[str, int]] = {}  # what a problem calls it -> its field and the length
-    match config:
+    match config:  # what a problem calls a sequence, its field, its length
         case PretrainConfig() | ElasticConfig():
-            for index, phase in enumerate(config.curriculum):
-                lengths[f"phase {phase.name}"] = (f"curriculum.{index}.sequence_length", phase.sequence_length)
+            lengths = [
+                (f"phase {phase.name}", f"curriculum.{index}.sequence_length", phase.sequence_length)
+                for index, phase in enumerate(config.curriculum)
+            ]
         case EvaluateConfig():
-            lengths["sequence_length"] = ("sequence_length", config.sequence_length)
+            lengths = [("sequence_length", "sequence_length", config.sequence_length)]
         case ImportanceConfig():
-            lengths["calibration"] = ("importance.sequence_length", config.importance.sequence_length)
+            lengths = [("calibration", "importance.sequence_length", config.importance.sequence_length)]
         case _:
             return
     manifest = _manifest(config.data.path)
     splits = {} if manifest is None else manifest.splits
     if "train" in splits and not isinstance(config, EvaluateConfig):
         tokens = splits["train"].num_tokens
-        for field, length in lengths.values():
+        for _, field, length in lengths:
             if length >= tokens:
                 rule = f"the training split of {config.data.path} holds {tokens:,} tokens, and a sequence needs one "
-                yield Problem(
-                    field, length, f"{rule}more than its length", f"nearest legal value is {max(1, tokens - 1)}"
-                )
+                remedy = f"nearest legal value is {max(1, tokens - 1)}"
+                yield Problem(field, length, f"{rule}more than its length", remedy)
     if "validation" in splits and not isinstance(config, ImportanceConfig):
         wanted = config.data.validation_sequences
-        for where, (_, length) in lengths.items():
+        for where, _, length in lengths:
             available = splits["validation"].num_sequences(length)
             if wanted > available:
                 rule = f"{where}: the held-out split has {available:,} sequences of {length:,} tokens"
@@ -75,17 +75,15 @@ def tokenizer_problems(data: str | None, checkpoint: Path, record: Record) -> It
     manifest = None if data is None else _manifest(data)
     if data is None or manifest is None:
         return
-    if record.shape.vocab < manifest.tokenizer.vocab_size:
-        rule = (
-            f"its {manifest.tokenizer.vocab_size:,} tokens do not fit in the vocabulary of the checkpoint = "
-            f"{record.shape.vocab:,}"
-        )
-        yield Problem("data.path", data, rule, _remedy(_trained_tokenizer(checkpoint, record)))
-        return
-    trained = _trained_tokenizer(checkpoint, record)
-    if trained is not None and not _is_same(trained, Path(data), manifest):
+    trained, tokens = _trained_tokenizer(checkpoint, record), manifest.tokenizer.vocab_size
+    folder = "the folder of the checkpoint's tokenizer" if trained is None else trained.parent
+    remedy = f"prepare the text with tokenizer_path={folder}"
+    if record.shape.vocab < tokens:
+        rule = f"its {tokens:,} tokens do not fit in the vocabulary of the checkpoint = {record.shape.vocab:,}"
+        yield Problem("data.path", data, rule, remedy)
+    elif trained is not None and not _is_same(trained, Path(data), manifest):
         rule = f"is of another tokenizer than the checkpoint, which was trained with {trained}"
-        yield Problem("data.path", data, rule, _remedy(trained))
+        yield Problem("data.path", data, rule, remedy)
 
 
 def _manifest(data: str) -> Manifest | None:
@@ -111,11 +109,6 @@ def _is_same(trained: Path, data: Path, manifest: Manifest) -> bool:
     except Exception:  # the library raises nothing narrower; a damaged or absent file is reported when it is opened
         return False
     return bool(own.get_vocab(with_added_tokens=True) == other.get_vocab(with_added_tokens=True))
-
-
-def _remedy(trained: Path | None) -> str:
-    folder = "the folder of the checkpoint's tokenizer" if trained is None else trained.parent
-    return f"prepare the text with tokenizer_path={folder}"
 
 
 def text_settings(checkpoint: Path, record: Record, data: str | None = None) -> tuple[HfSettings, Path | None]:

@@ -17,8 +17,7 @@ from elastic.config.serving import ImportConfig, SubnetConfig
 from elastic.hf.config import ExportError, hf_config
 from elastic.hf.export_settings import HfSettings
 from elastic.space.cost import shape_cost
-from elastic.verbs.export_check import logits_in_child, nested_logits
-from elastic.verbs.extract import EXTRACTION_FILE
+from elastic.verbs.extract import EXTRACTION_FILE, logits_in_child, nested_logits
 from elastic.verbs.import_hf import run_import
 from tests.parity.hf_models import SHAPES, relative_error
 from tests.parity.import_extract import (
