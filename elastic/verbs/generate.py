@@ -101,13 +101,8 @@ def unescaped(prompt: str) -> str:
 def open_served(config: GenerateConfig, here: World, console: Console) -> Served:
     """Load the checkpoint or the folder, and find the subnets that `config` names."""
     if config.folder is not None:
-        opened_folder, own = open_hf_folder(Path(config.folder)), Path(config.folder)
-        model, source, settings = (
-            load_hf_model(opened_folder, here.layout),
-            config.folder,
-            opened_folder.exports.settings,
-        )
-        named: dict[str, Subnet] = {}
+        folder, own, source = open_hf_folder(Path(config.folder)), Path(config.folder), config.folder
+        model, settings, named = load_hf_model(folder, here.layout), folder.exports.settings, dict[str, Subnet]()
     else:
         opened = open_checkpoint(config.init_from, _budgets(config), config.subnets, world=here, say=console.print)
         model, source = opened.load_model(here.layout), str(opened.checkpoint)
