@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 
 import torch
@@ -100,22 +100,17 @@ def mask_against_slice() -> dict[str, float]:
         for gates in (Gates.mask(weights), Gates.slice(space.subnet(chosen))):
             logits = model(tokens, gates) @ model.head_weight(gates).T
             gradients = torch.autograd.grad(logits.square().mean(), list(model.parameters()), allow_unused=True)
-            found = {str(i): g for i, g in enumerate(gradients) if g is not None}
-            outcomes.append(({"logits": logits.detach()}, found))
+            outcomes.append((logits.detach(), gradients))
     (mask_logits, mask_gradients), (slice_logits, slice_gradients) = outcomes
-    kept = mask_gradients.keys() & slice_gradients.keys()
-    return {
-        "logits": largest_difference(mask_logits, slice_logits),
-        "gradients": largest_difference(
-            {name: mask_gradients[name] for name in kept}, {name: slice_gradients[name] for name in kept}
-        ),
-    }
+    both = zip(mask_gradients, slice_gradients, strict=True)
+    kept = [(mask, slice_) for mask, slice_ in both if mask is not None and slice_ is not None]
+    return {"logits": largest_difference([(mask_logits, slice_logits)]), "gradients": largest_difference(kept)}
 
 
-def largest_difference(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
-    """Return the largest difference of two sets of tensors over the largest value; infinite for a NaN or nothing."""
-    scale = max((float(tensor.abs().max()) for tensor in right.values()), default=0.0)
-    differences = [float((left[name] - tensor).abs().max()) for name, tensor in right.items()]
+def largest_difference(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Return the largest difference within pairs of tensors over the largest value; infinite for a NaN or nothing."""
+    scale = max((float(right.abs().max()) for _, right in pairs), default=0.0)
+    differences = [float((left - right).abs().max()) for left, right in pairs]
     if not differences or not all(map(math.isfinite, differences)) or scale == 0:
         return math.inf
     return max(differences) / scale

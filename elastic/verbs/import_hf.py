@@ -1,7 +1,6 @@
 """The verb import_hf: a stock nemotron_h folder becomes a Megatron-Core checkpoint of an (unordered) parent."""
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from elastic.hf.tensor_index import INDEX_FILE
 from elastic.run.folder import RunFolderError, open_run_folder
 from elastic.space.layers import parameter_names
 from elastic.space.nesting import parameter_size
-from elastic.space.shape import ModelShape
 from elastic.verbs.parent import DEFAULT_LANES
 from elastic.world.files import check_free_space, remove
 
@@ -45,7 +43,8 @@ def run_import(config: ImportConfig, console: Console) -> Path:
         exports = replace(exports, settings=replace(exports.settings, num_tokens=source.shape.vocab))
     dtypes = {name: exports.dtypes.of(hf_names(name)[0]) for name in parameter_names(shape)}
     total = stored_bytes(shape, dtypes)
-    check_free_space(checkpoint, total - _bytes_below(writing_folder(checkpoint)), "the checkpoint")
+    written = sum(path.stat().st_size for path in writing_folder(checkpoint).glob("*"))
+    check_free_space(checkpoint, total - written, "the checkpoint")
     read = megatron_source(source.tensors, source.shape)
     with open_run_folder(config.exp_manager, asdict(config), None, resume=True) as folder:
         if list_checkpoints(folder):
@@ -60,7 +59,7 @@ def run_import(config: ImportConfig, console: Console) -> Path:
                     checkpoint,
                     Record("parent", shape, provenance={"imported from": str(source.path)}),
                     dtypes,
-                    _filled_up(read, shape),
+                    lambda name: _filled_up(read(name), parameter_size(name, shape)[0]),
                     identity=f"{_identity(source)}, vocabulary of {rows} rows",
                     add_files=lambda into: write_export_settings(exports, into),
                     progress=lambda num_bytes: bar.advance(task, num_bytes),
@@ -87,15 +86,10 @@ def next_commands(source: HfFolder, run_folder: Path) -> list[str]:
     ]
 
 
-def _filled_up(read: Callable[[str], Tensor], shape: ModelShape) -> Callable[[str], Tensor]:
-    """Return the source of a shape that may have more rows of the vocabulary: they are zeros."""
-
-    def filled(name: str) -> Tensor:
-        tensor = read(name)
-        missing = parameter_size(name, shape)[0] - tensor.shape[0]
-        return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
-
-    return filled
+def _filled_up(tensor: Tensor, num_rows: int) -> Tensor:
+    """Return the tensor with rows of zeros up to `num_rows`: a vocabulary may have got more."""
+    missing = num_rows - tensor.shape[0]
+    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
 
 
 def transfer_progress(console: Console) -> Progress:
@@ -106,13 +100,8 @@ def transfer_progress(console: Console) -> Progress:
 
 def _identity(source: HfFolder) -> str:
     """Say which files a checkpoint is made from, so that an interrupted import never goes on with others."""
-    named = (source.path / name for name in (CONFIG_FILE, GENERATION_FILE, INDEX_FILE))
-    described = [path for path in named if path.exists()]
-    files = sorted({*source.tensors.files, *source.exports.tokenizer_files, *described})
-    return f"import of {source.path.resolve()}: " + ", ".join(
-        f"{path.name} {path.stat().st_size} bytes of {path.stat().st_mtime_ns}" for path in files
-    )
-
-
-def _bytes_below(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*")) if folder.is_dir() else 0
+    described = {source.path / name for name in (CONFIG_FILE, GENERATION_FILE, INDEX_FILE)}
+    files = {*source.tensors.files, *source.exports.tokenizer_files, *filter(Path.exists, described)}
+    stats = [(path.name, path.stat()) for path in sorted(files)]
+    listed = ", ".join(f"{name} {stat.st_size} bytes of {stat.st_mtime_ns}" for name, stat in stats)
+    return f"import of {source.path.resolve()}: {listed}"

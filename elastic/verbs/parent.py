@@ -34,7 +34,7 @@ def fill_from_parent(
 
     Only for verbs that describe a run of the main job. A checkpoint that cannot be opened is reported elsewhere.
     """
-    filled, problems, unknown = dict(values), [], frozenset[str]()
+    filled, problems, unknown = dict(values), list[Problem](), frozenset[str]()
     if not issubclass(kind, ElasticRunConfig):
         return filled, (), unknown
     path, given = _section(values, "init_from").get("permuted_parent"), values.get("model")
@@ -47,9 +47,8 @@ def fill_from_parent(
             pass  # model_problems says so
     elif given in OPEN and issubclass(kind, CostConfig) and path in OPEN:
         rule = "missing, and no checkpoint says how large the parent is"
-        problems.append(
-            Problem("model", None, rule, "set init_from.permuted_parent=RUN, or its sizes, model.hidden=...")
-        )
+        remedy = "set init_from.permuted_parent=RUN, or its sizes, model.hidden=..."
+        problems.append(Problem("model", None, rule, remedy))
     if filled.get("model") in OPEN:
         unknown |= {"model", "elastic"}
     section = _section(values, "elastic", "space")
@@ -90,10 +89,9 @@ def model_problems(model: ModelConfig, record: Record, path: str) -> Iterator[Pr
         return
     for name, there in known.items():
         here = getattr(model, name)
-        if name in {AXES[axis].size for axis in INNER_AXIS.values()} and not getattr(record.shape, name):
-            continue  # a width of no layer
+        of_no_layer = getattr(record.shape, name) == ()
         same = str(here).replace("|", "") == there if name == "pattern" else here in (there, None)
-        if not same:
+        if not same and not of_no_layer:
             remedy = f"nearest legal value is {there}; section model may be left out"
             yield Problem(f"model.{name}", here, f"the checkpoint holds {name} = {there}", remedy)
 
