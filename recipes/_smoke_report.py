@@ -84,11 +84,7 @@ def hugging_face_loss(folder: Path, data: Path, num_tokens: int, sequence_length
     held_out = HeldOut(TokenStream(data / "validation"), sequence_length)
     total, count = 0.0, 0
     batches = validation_batches(
-        held_out,
-        num_tokens // sequence_length,
-        micro_batch_size=8,
-        data_parallel_rank=0,
-        data_parallel_size=1,
+        held_out, num_tokens // sequence_length, micro_batch_size=8, data_parallel_rank=0, data_parallel_size=1
     )
     with torch.no_grad():
         for _, batch in batches:

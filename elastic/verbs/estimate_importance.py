@@ -98,7 +98,6 @@ def _rank_layers(
     batches = list(_calibration(config, stream, here, config.importance.depth_sequences))
     with Progress(console=console, disable=not here.is_main) as bar:
         task = bar.add_task("ranking layers", total=None)
-
         return rank_layers(
             model,
             space,

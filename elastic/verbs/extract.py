@@ -95,11 +95,8 @@ def _stored_formats(opened: OpenCheckpoint) -> DtypeRule:
     """Return the number formats of the checkpoint's parameters as a rule over the exported tensors."""
     stored, parent = opened.tensors(), opened.space.parent
     main = stored.dtype(next(iter(stored)))
-    exceptions: dict[str, torch.dtype] = {}
-    for name in parameter_names(parent):
-        if stored.dtype(name) != main:
-            exceptions |= {kind_of_tensor(hf_name): stored.dtype(name) for hf_name in hf_names(name)}
-    return DtypeRule(main, exceptions)
+    others = {name: dtype for name in parameter_names(parent) if (dtype := stored.dtype(name)) != main}
+    return DtypeRule(main, {kind_of_tensor(hf): dtype for name, dtype in others.items() for hf in hf_names(name)})
 
 
 def _export_hugging_face(

@@ -1,5 +1,6 @@
 """Configs and the file system: inputs that must exist, and a run folder that must be free."""
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -173,7 +174,9 @@ def output_problems(config: object) -> Iterator[Problem]:
                 rule = f"would remove {name} = {path} before it is read"
                 remedy = f"set exp_manager.version={free_version(folder)}"
                 yield Problem("exp_manager.overwrite", True, rule, remedy)
-    if manager.overwrite or _goes_on(config, folder):
+    goes_on = isinstance(config, TrainConfig) and config.exp_manager.resume_if_exists
+    # An import cut short goes on, and nobody misses what a refused start left.
+    if manager.overwrite or goes_on or is_left_over(folder, resume=isinstance(config, ImportConfig)):
         return
     ways = ["exp_manager.overwrite=true"]
     if isinstance(config, TrainConfig):
@@ -182,16 +185,7 @@ def output_problems(config: object) -> Iterator[Problem]:
     yield Problem("exp_manager.version", manager.version, f"the folder {folder} is not empty", remedy)
 
 
-def _goes_on(config: VerbConfig, folder: Path) -> bool:
-    """Tell whether the verb continues what it finds: a run if told to, an import cut short, a refused start."""
-    if isinstance(config, TrainConfig) and config.exp_manager.resume_if_exists:
-        return True
-    return is_left_over(folder, resume=isinstance(config, ImportConfig))
-
-
 def free_version(folder: Path) -> str:
     """Return the first of version_0, version_1, ... that does not exist beside `folder`."""
-    number = 0
-    while (folder.parent / f"version_{number}").exists():
-        number += 1
-    return f"version_{number}"
+    names = (f"version_{number}" for number in itertools.count())
+    return next(name for name in names if not (folder.parent / name).exists())
