@@ -4,7 +4,7 @@ GB are 10^9 bytes, FLOPs count a multiply and an add as two.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
