@@ -35,6 +35,9 @@ class Problem:
         return self.field.partition(".")[0]
 
 
+Problems = Iterator[Problem]
+
+
 class ConfigError(ValueError):
     """Everything that is wrong with a configuration, in one error."""
 
@@ -56,8 +59,7 @@ def show(value: object) -> str:
 
 def config_dict(config: Any) -> dict[str, Any]:
     """Return a config as plain dicts, lists and scalars, ready for YAML or JSON; `load` reads it back."""
-    plain: dict[str, Any] = _plain(config)
-    return plain
+    return dict(_plain(config))
 
 
 def load[T](kind: type[T], values: Mapping[str, Any]) -> T:
@@ -137,7 +139,8 @@ class _Loader:
             return self._value(hint, {} if given == NOT_GIVEN else given, path, "")
         default = _default(field)
         given = default if given == NOT_GIVEN else given
-        requirement = next((extra for extra in _extras(hint) if isinstance(extra, Required)), None)
+        extras = typing.get_args(hint) if typing.get_origin(hint) is Annotated else ()
+        requirement = next((extra for extra in extras if isinstance(extra, Required)), None)
         if requirement is not None and given in (NOT_GIVEN, "", None, []):
             raise _illegal(path, None, "missing, it has no default", f"set {path}=..., {requirement.hint}")
         has_default = default not in (NOT_GIVEN, "", [], {})
@@ -207,10 +210,6 @@ class _Loader:
 
 def _illegal(path: str, value: object, rule: str, remedy: str) -> ConfigError:
     return ConfigError([Problem(path, value, rule, remedy)])
-
-
-def _extras(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
 
 
 def _default(field: Field[Any]) -> Any:

@@ -3,14 +3,14 @@
 A rule runs only when the sections it reads loaded without a problem of their own, so one mistake is reported once.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
 from typing import Any
 
 from elastic.config import rules_elastic, rules_layout, rules_serving
-from elastic.config.load import Problem
+from elastic.config.load import Problem, Problems
 from elastic.config.rules_layout import Cluster
 from elastic.config.serving import EvaluateConfig, ExtractConfig, GenerateConfig, ImportConfig, MembersConfig
 from elastic.config.training import CostConfig, ElasticConfig, ElasticRunConfig, ImportanceConfig, PretrainConfig
@@ -24,23 +24,18 @@ class Rule:
     """
 
     verbs: type | tuple[type, ...]
-    check: Callable[..., Iterator[Problem]]
+    check: Callable[..., Problems]
     later_rules_need_it: bool = False
 
     @cached_property
-    def reads(self) -> frozenset[str]:
-        """Return the names of what the rule is given."""
+    def sections(self) -> frozenset[str]:
+        """Return the names of what the rule reads."""
         return frozenset(signature(self.check).parameters)
 
-    @property
-    def sections(self) -> frozenset[str]:
-        """Return the names of the sections and fields that the rule reads."""
-        return self.reads - {"config", "cluster"}
-
-    def problems(self, config: Any, cluster: Cluster) -> Iterator[Problem]:
+    def problems(self, config: Any, cluster: Cluster) -> Problems:
         """Yield what is wrong with `config`, which is of one of the verbs, on `cluster`."""
         given = vars(config) | {"config": config, "cluster": cluster}
-        return self.check(**{name: given[name] for name in self.reads})
+        return self.check(**{name: given[name] for name in self.sections})
 
 
 TRAINING = (PretrainConfig, ElasticConfig)

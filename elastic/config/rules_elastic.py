@@ -6,9 +6,8 @@ The parameters of a `check_...` are the sections it reads (rules.py).
 import difflib
 import math
 from collections import Counter
-from collections.abc import Iterator
 
-from elastic.config.load import Problem, show
+from elastic.config.load import Problem, Problems, show
 from elastic.config.rules_layout import (
     Cluster,
     at_most_problem,
@@ -39,7 +38,7 @@ from elastic.space.space import Space, SpaceError
 Phases = tuple[Phase, ...]
 
 
-def one_of_two(path: str, **values: object) -> Iterator[Problem]:
+def one_of_two(path: str, **values: object) -> Problems:
     """Yield a problem unless exactly one of two optional fields of `path` is given."""
     (first, value), (second, other) = values.items()
     if (value is None) == (other is None):
@@ -47,7 +46,7 @@ def one_of_two(path: str, **values: object) -> Iterator[Problem]:
         yield Problem(f"{path}.{first}", value, f"exactly one of {first} and {second} must be given", remedy)
 
 
-def unique_names(path: str, names: list[str]) -> Iterator[Problem]:
+def unique_names(path: str, names: list[str]) -> Problems:
     """Yield a problem for every name used more than once."""
     for name, count in Counter(names).items():
         if count > 1:
@@ -56,7 +55,7 @@ def unique_names(path: str, names: list[str]) -> Iterator[Problem]:
             yield Problem(f"{path}.{last}.name", name, rule, f"choose another, for example {name}_{count}")
 
 
-def check_phases(curriculum: Phases, parallel: ParallelConfig) -> Iterator[Problem]:
+def check_phases(curriculum: Phases, parallel: ParallelConfig) -> Problems:
     """Each phase has one length, a schedule that fits in it, and sequences the layout can split."""
     yield from unique_names("curriculum", [phase.name for phase in curriculum])
     for index, phase in enumerate(curriculum):
@@ -70,9 +69,7 @@ def check_phases(curriculum: Phases, parallel: ParallelConfig) -> Iterator[Probl
         yield from sequence_problems(f"{path}.sequence_length", phase.sequence_length, parallel)
 
 
-def check_phase_batches(
-    curriculum: Phases, data: DataConfig, parallel: ParallelConfig, cluster: Cluster
-) -> Iterator[Problem]:
+def check_phase_batches(curriculum: Phases, data: DataConfig, parallel: ParallelConfig, cluster: Cluster) -> Problems:
     """Each phase's global batch fills whole micro-batches on every replica."""
     for index, phase in enumerate(curriculum):
         path = f"curriculum.{index}.global_batch"
@@ -81,7 +78,7 @@ def check_phase_batches(
 
 def check_draws(
     curriculum: Phases, elastic: ElasticSection, data: DataConfig, parallel: ParallelConfig, cluster: Cluster
-) -> Iterator[Problem]:
+) -> Problems:
     """Budgets drawn in a step serve equally many micro-batches of a replica; noises of the gates of a step, too."""
     replicas = data_parallel(parallel, cluster)
     if any(phase.global_batch % (data.micro_batch * replicas) for phase in curriculum):
@@ -103,7 +100,7 @@ def check_draws(
             return
 
 
-def check_max_steps(curriculum: Phases, trainer: TrainerConfig) -> Iterator[Problem]:
+def check_max_steps(curriculum: Phases, trainer: TrainerConfig) -> Problems:
     """trainer.max_steps may stop a curriculum early; beyond its end there is nothing to run."""
     if trainer.max_steps is not None and all(map(_has_length, curriculum)):
         whole = Curriculum(curriculum).total_steps
@@ -115,7 +112,7 @@ def _has_length(phase: Phase) -> bool:
     return (phase.steps is None) != (phase.tokens is None)
 
 
-def learning_rate_problems(path: str, rate: LearningRate, phase: Phase) -> Iterator[Problem]:
+def learning_rate_problems(path: str, rate: LearningRate, phase: Phase) -> Problems:
     """A schedule falls from peak to min and warms up inside its phase."""
     if rate.schedule == "constant" and rate.min not in (0.0, rate.peak):
         rule, remedy = f"says nothing while {path}.schedule = constant", f"set {path}.schedule=cosine or {path}.min=0"
@@ -127,9 +124,7 @@ def learning_rate_problems(path: str, rate: LearningRate, phase: Phase) -> Itera
         yield from at_most_problem(f"{path}.warmup_steps", rate.warmup_steps, phase.num_steps, what)
 
 
-def check_elastic_phases(
-    curriculum: tuple[ElasticPhase, ...], elastic: ElasticSection, optim: OptimConfig
-) -> Iterator[Problem]:
+def check_elastic_phases(curriculum: tuple[ElasticPhase, ...], elastic: ElasticSection, optim: OptimConfig) -> Problems:
     """Budget weights name budgets, temperatures fall, and slice execution needs choices that no longer move."""
     names = [budget.name for budget in elastic.budgets]
     for index, phase in enumerate(curriculum):
@@ -156,7 +151,7 @@ def check_elastic_phases(
             yield Problem("optim.overlap_grad_reduce", True, rule, "nearest legal value is false")
 
 
-def check_space(model: ModelConfig, elastic: ElasticSection) -> Iterator[Problem]:
+def check_space(model: ModelConfig, elastic: ElasticSection) -> Problems:
     """Choices are what the nested layout allows; each axis is tried alone so that each gets its own message."""
     parent, space = model.shape(model.vocab_multiple), elastic.space
     if LayerKind.MLP in parent.pattern.kinds and model.ffn % space.lanes:
@@ -177,7 +172,7 @@ def check_space(model: ModelConfig, elastic: ElasticSection) -> Iterator[Problem
             yield Problem(f"elastic.space.{axis.value}.choices", list(choices.choices), rule, remedy)
 
 
-def check_choice(model: ModelConfig, elastic: ElasticSection) -> Iterator[Problem]:
+def check_choice(model: ModelConfig, elastic: ElasticSection) -> Problems:
     """A router needs something to choose: without it there is nothing to train, and one subnet is no family."""
     named = {axis.value: list(choices.choices) for axis, choices in elastic.space.axes().items()}
     if not any(len(choices) > 1 for choices in named.values()):
@@ -195,7 +190,7 @@ def _example_choices(parent: ModelShape, lanes: int, axis: Axis) -> list[int]:
     return sorted({full} | {width for width in smaller if width <= full}, reverse=True)
 
 
-def check_context_choices(model: ModelConfig, elastic: ElasticSection, parallel: ParallelConfig) -> Iterator[Problem]:
+def check_context_choices(model: ModelConfig, elastic: ElasticSection, parallel: ParallelConfig) -> Problems:
     """Every choice of Mamba heads must spread over tensor x context ranks."""
     chosen, ranks = elastic.space.mamba_head, parallel.tensor * parallel.context
     if parallel.context == 1 or chosen is None:
@@ -205,14 +200,14 @@ def check_context_choices(model: ModelConfig, elastic: ElasticSection, parallel:
         yield from multiple_problem(path, choice, ranks, "parallel.tensor x parallel.context")
 
 
-def check_budget_fields(elastic: ElasticSection) -> Iterator[Problem]:
+def check_budget_fields(elastic: ElasticSection) -> Problems:
     """Budgets have names of their own, and one way to say how much."""
     yield from unique_names("elastic.budgets", [budget.name for budget in elastic.budgets])
     for index, budget in enumerate(elastic.budgets):
         yield from one_of_two(f"elastic.budgets.{index}", target=budget.target, ratio=budget.ratio)
 
 
-def check_budgets(model: ModelConfig, elastic: ElasticSection) -> Iterator[Problem]:
+def check_budgets(model: ModelConfig, elastic: ElasticSection) -> Problems:
     """Every budget lies between the smallest subnet and the parent."""
     if model.vocab is None:
         return
@@ -229,7 +224,7 @@ def check_budgets(model: ModelConfig, elastic: ElasticSection) -> Iterator[Probl
             yield Problem(f"elastic.budgets.{index}.{name}", value, rule, remedy or "choose smaller widths")
 
 
-def check_distill(distill: DistillConfig) -> Iterator[Problem]:
+def check_distill(distill: DistillConfig) -> Problems:
     """The loss needs a term."""
     if distill.kl_weight == 0 and distill.cross_entropy_weight == 0:
         rule = "distill.kl_weight and distill.cross_entropy_weight must not both be 0"
@@ -238,7 +233,7 @@ def check_distill(distill: DistillConfig) -> Iterator[Problem]:
 
 def check_num_chunks(
     distill: DistillConfig, curriculum: Phases, data: DataConfig, parallel: ParallelConfig
-) -> Iterator[Problem]:
+) -> Problems:
     """A micro-batch must have a token for every chunk."""
     shortest = min(phase.sequence_length for phase in curriculum) // parallel.context
     tokens = max(1, shortest * data.micro_batch)

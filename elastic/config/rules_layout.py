@@ -6,10 +6,9 @@ The parameters of a `check_...` are the sections it reads (rules.py).
 import difflib
 import importlib.util
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from elastic.config.load import Problem, field_paths, plain_number
+from elastic.config.load import Problem, Problems, field_paths, plain_number
 from elastic.config.sections import (
     DataConfig,
     ElasticSection,
@@ -45,14 +44,14 @@ def nearest_divisor(value: int, number: int) -> int:
     return min(divisors, key=lambda divisor: (abs(divisor - value), divisor))
 
 
-def multiple_problem(path: str, value: int, multiple: int, of_what: str) -> Iterator[Problem]:
+def multiple_problem(path: str, value: int, multiple: int, of_what: str) -> Problems:
     """Yield a problem unless `value` is a multiple of `multiple`, which `of_what` explains."""
     if value % multiple:
         remedy = f"nearest legal value is {nearest_multiple(value, multiple)}"
         yield Problem(path, value, f"must be a multiple of {of_what} = {multiple}", remedy)
 
 
-def at_most_problem(path: str, value: float, limit: float, what: str, more: str = "") -> Iterator[Problem]:
+def at_most_problem(path: str, value: float, limit: float, what: str, more: str = "") -> Problems:
     """Yield a problem if `value` is above `limit`, which `what` writes out; `more` ends the remedy."""
     if value > limit:
         yield Problem(path, value, f"must be at most {what}", f"nearest legal value is {plain_number(limit)}{more}")
@@ -63,7 +62,7 @@ def data_parallel(parallel: ParallelConfig, cluster: Cluster) -> int:
     return 1 if cluster.num_processes % parallel.model_size else cluster.num_processes // parallel.model_size
 
 
-def check_model(model: ModelConfig) -> Iterator[Problem]:
+def check_model(model: ModelConfig) -> Problems:
     """The layer pattern must parse, by the one parser, and heads must fill whole groups."""
     try:
         layers = len(LayerPattern.parse(model.pattern))
@@ -78,7 +77,7 @@ def check_model(model: ModelConfig) -> Iterator[Problem]:
     yield from multiple_problem("model.attention_heads", model.attention_heads, model.kv_heads, "model.kv_heads")
 
 
-def check_world(parallel: ParallelConfig, cluster: Cluster) -> Iterator[Problem]:
+def check_world(parallel: ParallelConfig, cluster: Cluster) -> Problems:
     """Replicas must fill the processes, and sequence parallelism needs tensor parallelism."""
     size, world = parallel.model_size, cluster.num_processes
     if world % size:
@@ -90,7 +89,7 @@ def check_world(parallel: ParallelConfig, cluster: Cluster) -> Iterator[Problem]
         yield Problem("parallel.sequence", True, rule, "nearest legal value is false")
 
 
-def check_one_process(cluster: Cluster) -> Iterator[Problem]:
+def check_one_process(cluster: Cluster) -> Problems:
     """A verb that streams from disk to disk has nothing to share out."""
     if cluster.num_processes > 1:
         rule, remedy = (
@@ -100,24 +99,24 @@ def check_one_process(cluster: Cluster) -> Iterator[Problem]:
         yield Problem("number of processes", cluster.num_processes, rule, f"nearest legal value is 1: {remedy}")
 
 
-def check_layout(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Problem]:
+def check_layout(model: ModelConfig, parallel: ParallelConfig) -> Problems:
     """The model must split over the ranks of a replica."""
     yield from _model_problems(model, parallel, None)
 
 
-def check_nested_layout(model: ModelConfig, elastic: ElasticSection, parallel: ParallelConfig) -> Iterator[Problem]:
+def check_nested_layout(model: ModelConfig, elastic: ElasticSection, parallel: ParallelConfig) -> Problems:
     """A nested FFN splits by lanes, any other one anywhere."""
     yield from _model_problems(model, parallel, elastic.space.lanes)
 
 
-def _model_problems(model: ModelConfig, parallel: ParallelConfig, lanes: int | None) -> Iterator[Problem]:
+def _model_problems(model: ModelConfig, parallel: ParallelConfig, lanes: int | None) -> Problems:
     vocab_field = "model.vocab" if model.vocab is not None else "model.vocab_multiple"
     yield from layout_problems(model.shape(model.vocab_multiple), parallel, lanes, vocab_field)
 
 
 def layout_problems(
     shape: ModelShape, parallel: ParallelConfig, lanes: int | None, vocab_field: str = "model.vocab"
-) -> Iterator[Problem]:
+) -> Problems:
     """Yield what keeps a model of `shape` from splitting over tensor, pipeline and context ranks.
 
     A tensor-parallel rank owns whole groups, KV heads, lanes and vocabulary rows. Every stage needs a layer; the
@@ -157,7 +156,7 @@ def layout_problems(
     yield Problem("parallel.context", context, f"must {rule} = {size}", remedy)
 
 
-def sequence_problems(path: str, length: int, parallel: ParallelConfig) -> Iterator[Problem]:
+def sequence_problems(path: str, length: int, parallel: ParallelConfig) -> Problems:
     """A sequence must split into two chunks per context rank, then over tensor ranks under sequence parallelism."""
     context = 2 * parallel.context if parallel.context > 1 else 1
     tensor = parallel.tensor if parallel.sequence else 1
@@ -167,25 +166,25 @@ def sequence_problems(path: str, length: int, parallel: ParallelConfig) -> Itera
 
 def batch_problems(
     path: str, sequences: int, section: str, size: int, parallel: ParallelConfig, cluster: Cluster
-) -> Iterator[Problem]:
+) -> Problems:
     """A number of sequences must fill whole micro-batches, of `size` in `section`, on every replica."""
     replicas = data_parallel(parallel, cluster)
     what = f"{section}.micro_batch x data-parallel size = {size} x {replicas}"
     yield from multiple_problem(path, sequences, size * replicas, what)
 
 
-def check_validation(data: DataConfig, parallel: ParallelConfig, cluster: Cluster) -> Iterator[Problem]:
+def check_validation(data: DataConfig, parallel: ParallelConfig, cluster: Cluster) -> Problems:
     """Held-out sequences fill whole micro-batches."""
     path, size = "data.validation_sequences", data.micro_batch
     yield from batch_problems(path, data.validation_sequences, "data", size, parallel, cluster)
 
 
-def check_evaluation_length(sequence_length: int, parallel: ParallelConfig) -> Iterator[Problem]:
+def check_evaluation_length(sequence_length: int, parallel: ParallelConfig) -> Problems:
     """Evaluated sequences split over the ranks."""
     yield from sequence_problems("sequence_length", sequence_length, parallel)
 
 
-def check_importance(importance: ImportanceSection, parallel: ParallelConfig, cluster: Cluster) -> Iterator[Problem]:
+def check_importance(importance: ImportanceSection, parallel: ParallelConfig, cluster: Cluster) -> Problems:
     """Calibration sequences fill whole micro-batches; the layers are scored on some of them."""
     scored, used, size = importance.num_sequences, importance.depth_sequences, importance.micro_batch
     for name, sequences in (("num_sequences", scored), ("depth_sequences", used)):
@@ -194,14 +193,14 @@ def check_importance(importance: ImportanceSection, parallel: ParallelConfig, cl
     yield from sequence_problems("importance.sequence_length", importance.sequence_length, parallel)
 
 
-def check_optimizer(optim: OptimConfig, cluster: Cluster) -> Iterator[Problem]:
+def check_optimizer(optim: OptimConfig, cluster: Cluster) -> Problems:
     """The distributed optimizer needs GPUs: with torch's AdamW a resume silently corrupts its state."""
     if optim.use_distributed_optimizer and not cluster.has_gpu:
         rule = "needs GPUs (resuming it with torch's AdamW on the CPU is broken upstream)"
         yield Problem("optim.use_distributed_optimizer", True, rule, "nearest legal value is false")
 
 
-def check_exp_manager(exp_manager: TrainExpManagerConfig, trainer: TrainerConfig, config: object) -> Iterator[Problem]:
+def check_exp_manager(exp_manager: TrainExpManagerConfig, trainer: TrainerConfig, config: object) -> Problems:
     """An existing run is either continued or replaced; a milestone is one of the steps that are saved."""
     if exp_manager.overwrite and exp_manager.resume_if_exists:
         rule = "contradicts exp_manager.resume_if_exists = true"
@@ -216,7 +215,7 @@ def check_exp_manager(exp_manager: TrainExpManagerConfig, trainer: TrainerConfig
         yield from multiple_problem(path, milestone, every, "trainer.checkpoint_every_n_steps")
 
 
-def _accepted_problems(accepted: tuple[str, ...], known: list[str]) -> Iterator[Problem]:
+def _accepted_problems(accepted: tuple[str, ...], known: list[str]) -> Problems:
     """A change is accepted by the name of its field; only a whole phase and the budgets are compared as one."""
     path = "exp_manager.accept_changes"
     for name in accepted:
@@ -232,7 +231,7 @@ def _accepted_problems(accepted: tuple[str, ...], known: list[str]) -> Iterator[
             yield Problem(path, name, "is no field of this config", f"nearest legal name is {near[0]}")
 
 
-def check_timeouts(trainer: TrainerConfig) -> Iterator[Problem]:
+def check_timeouts(trainer: TrainerConfig) -> Problems:
     """The watchdog speaks first: a collective that times out ends the process without saying which rank stopped."""
     watchdog, collective = trainer.watchdog_timeout_s, trainer.collective_timeout_s
     if watchdog >= collective:

@@ -3,9 +3,7 @@
 The parameters of a `check_...` are the sections and fields it reads (rules.py).
 """
 
-from collections.abc import Iterator
-
-from elastic.config.load import Problem
+from elastic.config.load import Problem, Problems
 from elastic.config.rules_elastic import unique_names
 from elastic.config.rules_layout import Cluster
 from elastic.config.sections import ParallelConfig
@@ -14,14 +12,14 @@ from elastic.config.serving import ExportConfig, ServedInput, SubnetConfig
 Subnets = tuple[SubnetConfig, ...]
 
 
-def check_subnets(budget_names: tuple[str, ...] | None, subnets: Subnets) -> Iterator[Problem]:
+def check_subnets(budget_names: tuple[str, ...] | None, subnets: Subnets) -> Problems:
     """Something is asked for, and subnets given by hand have names of their own, apart from the budgets'."""
     if budget_names == () and not subnets:
         yield Problem("budget_names", [], "names nothing, and no subnets are given", "null takes all budgets")
     yield from unique_names("subnets", [subnet.name for subnet in subnets])
 
 
-def check_export(export: ExportConfig) -> Iterator[Problem]:
+def check_export(export: ExportConfig) -> Problems:
     """Extract must have something to write."""
     if not export.hugging_face and not export.megatron:
         rule = "export.hugging_face and export.megatron must not both be false"
@@ -30,7 +28,7 @@ def check_export(export: ExportConfig) -> Iterator[Problem]:
 
 def check_source(
     init_from: ServedInput, folder: str | None, budget: str | None, think: str | None, answer: str | None
-) -> Iterator[Problem]:
+) -> Problems:
     """Weights come from one place, and a Hugging Face folder is one model without budgets."""
     if (init_from.checkpoint is None) == (folder is None):
         rule = "exactly one of init_from.checkpoint and folder must be given"
@@ -47,7 +45,7 @@ def check_source(
             yield Problem(name, value, rule, f"set {name}=null or give init_from.checkpoint")
 
 
-def check_writers(budget: str | None, think: str | None, answer: str | None, subnets: Subnets) -> Iterator[Problem]:
+def check_writers(budget: str | None, think: str | None, answer: str | None, subnets: Subnets) -> Problems:
     """One budget writes, or two take turns; every subnet given by hand has a use."""
     yield from unique_names("subnets", [subnet.name for subnet in subnets])
     for index, name in enumerate(subnet.name for subnet in subnets):
@@ -61,7 +59,7 @@ def check_writers(budget: str | None, think: str | None, answer: str | None, sub
         yield Problem("budget", budget, "contradicts think and answer", "set budget=null")
 
 
-def check_prompts(prompts: tuple[str, ...], prompt_file: str | None) -> Iterator[Problem]:
+def check_prompts(prompts: tuple[str, ...], prompt_file: str | None) -> Problems:
     """There is something to go on from."""
     if not prompts and prompt_file is None:
         yield Problem("prompts", [], "there is nothing to go on from", "set prompts='[\"def f(\"]' or prompt_file=FILE")
@@ -70,7 +68,7 @@ def check_prompts(prompts: tuple[str, ...], prompt_file: str | None) -> Iterator
             yield Problem(f"prompts.{index}", prompt, "must not be empty", "give a text to go on from")
 
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> Iterator[Problem]:
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> Problems:
     """What narrows a draw needs one."""
     for name, value in {"top_k": top_k, "top_p": top_p}.items():
         if value is not None and temperature == 0:
@@ -78,7 +76,7 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
             yield Problem(name, value, rule, f"set temperature=1.0 or {name}=null")
 
 
-def check_ranks(parallel: ParallelConfig, cluster: Cluster) -> Iterator[Problem]:
+def check_ranks(parallel: ParallelConfig, cluster: Cluster) -> Problems:
     """One copy of the model, split over tensor-parallel ranks only: single tokens cannot be shared out."""
     for name, value in {"pipeline": parallel.pipeline, "context": parallel.context}.items():
         if value > 1:

@@ -6,22 +6,8 @@ A recipe turns its YAML into one of these (load.py), checks it (rules.py) and pa
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
-from elastic.config.sections import (
-    ComputeConfig,
-    DataConfig,
-    DataFolder,
-    DebugConfig,
-    DistillConfig,
-    ElasticSection,
-    ExpManagerConfig,
-    ImportanceSection,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    TrainerConfig,
-    TrainExpManagerConfig,
-    Verification,
-)
+from elastic.config import sections
+from elastic.config.sections import DataConfig, DataFolder, Verification
 from elastic.router.phases import ElasticPhase, Phase
 from elastic.space.cost import Budget
 from elastic.space.ranges import Range, Required, Seed, Size
@@ -35,7 +21,7 @@ Checkpoint = Annotated[str, Required("a run folder of an earlier verb, or one ch
 class VerbConfig:
     """What every verb that writes a run folder has."""
 
-    exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
+    exp_manager: sections.ExpManagerConfig = field(default_factory=sections.ExpManagerConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +29,8 @@ class ComputedConfig:
     """What every verb that runs a model has, with or without a run folder."""
 
     seed: Seed = 1234
-    trainer: ComputeConfig = field(default_factory=ComputeConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    trainer: sections.ComputeConfig = field(default_factory=sections.ComputeConfig)
+    parallel: sections.ParallelConfig = field(default_factory=sections.ParallelConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +42,13 @@ class RunConfig(ComputedConfig, VerbConfig):
 class TrainConfig(RunConfig):
     """What both training verbs have beyond that; the other verbs find the model's sizes beside its weights."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: sections.ModelConfig = field(default_factory=sections.ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    exp_manager: TrainExpManagerConfig = field(default_factory=TrainExpManagerConfig)
+    optim: sections.OptimConfig = field(default_factory=sections.OptimConfig)
+    trainer: sections.TrainerConfig = field(default_factory=sections.TrainerConfig)
+    exp_manager: sections.TrainExpManagerConfig = field(default_factory=sections.TrainExpManagerConfig)
     curriculum: Annotated[tuple[Phase, ...], Range(low=1)] = (Phase(name="pretrain", steps=100),)
-    debug: DebugConfig = field(default_factory=DebugConfig)
+    debug: sections.DebugConfig = field(default_factory=sections.DebugConfig)
 
     def parent_shape(self) -> ModelShape:
         """Return the parent's shape; raises ValueError while model.vocab is null."""
@@ -101,7 +87,7 @@ class ImportanceConfig(RunConfig):
 
     init_from: ParentInput = field(default_factory=ParentInput)
     data: CalibrationData = field(default_factory=CalibrationData)
-    importance: ImportanceSection = field(default_factory=ImportanceSection)
+    importance: sections.ImportanceSection = field(default_factory=sections.ImportanceSection)
     lanes: Size = 8
 
 
@@ -116,9 +102,9 @@ class PermutedParentInput(CheckpointInput):
 class ElasticRunConfig(TrainConfig):
     """What describes a run of the main job, for the verbs that train it or price it."""
 
-    elastic: ElasticSection = field(default_factory=ElasticSection)
+    elastic: sections.ElasticSection = field(default_factory=sections.ElasticSection)
     curriculum: Annotated[tuple[ElasticPhase, ...], Range(low=1)] = (ElasticPhase(name="train", steps=100),)
-    distill: DistillConfig = field(default_factory=DistillConfig)
+    distill: sections.DistillConfig = field(default_factory=sections.DistillConfig)
 
     def space(self, depth_ranking: tuple[int, ...] = ()) -> Space:
         """Build the space of subnets; raises SpaceError."""

@@ -9,6 +9,7 @@ error passes. A stopped or killed rank cannot speak: the others name it.
 
 import contextlib
 import faulthandler
+import json
 import os
 import platform
 import sys
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -47,24 +49,13 @@ class Progress:
         self.mark = (self.mark[0] + 1, step, doing)
 
 
-@dataclass(frozen=True)
-class Sign:
-    """One sign of life: its number, how many things its rank has begun, in which step, doing what."""
+class Sign(NamedTuple):
+    """A sign of life: its number, how many things its rank has begun, in which step, doing what. Stored as JSON."""
 
     beat: int
     begun: int
     step: int
     doing: str
-
-    def encode(self) -> str:
-        """Write the sign as the store keeps it."""
-        return f"{self.beat} {self.begun} {self.step} {self.doing}"
-
-    @classmethod
-    def decode(cls, text: bytes) -> "Sign":
-        """Read what `encode` wrote."""
-        beat, begun, step, doing = text.decode().split(" ", 3)
-        return cls(int(beat), int(begun), int(step), doing)
 
     def __str__(self) -> str:
         return f"step {self.step}, {self.doing}"
@@ -147,7 +138,7 @@ class Watchdog:
         begun, step, doing = self.progress.mark
         sign = Sign(self._beat, begun, step, self._failure or doing)
         with contextlib.suppress(RuntimeError):  # the store's rank is gone or slow: this rank's own clock runs on
-            store.set(_key(self.rank), sign.encode())
+            store.set(_key(self.rank), json.dumps(sign))
 
     def _end(self, mark: tuple[int, int, str]) -> None:
         """Report and end this process, whatever its main thread is stuck in; let it live if it moves on meanwhile."""
@@ -194,7 +185,7 @@ class Watchdog:
         keys = [_key(rank) for rank in range(self.num_ranks)]
         found = [key for key in keys if self._store.check([key])]
         values = dict(zip(found, self._store.multi_get(found), strict=True))
-        return [Sign.decode(values[key]) if key in values else None for key in keys]
+        return [Sign(*json.loads(values[key])) if key in values else None for key in keys]
 
     def _me(self) -> str:
         return f"watchdog: rank {self.rank} on {platform.node()}"

@@ -1,6 +1,7 @@
 """A rank that is killed, stopped or stuck: the others end in time, name rank and step, and nothing stays behind."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -29,7 +30,7 @@ NAMED = "rank 1 gives no sign of life, last seen at step 3, forward and backward
 
 def last_sign(rank):
     """Return the last sign of life of a rank, from the store."""
-    return Sign.decode(distributed_c10d._get_default_store().get(f"watchdog/{rank}"))
+    return Sign(*json.loads(distributed_c10d._get_default_store().get(f"watchdog/{rank}")))
 
 
 class RunnerThatEnds(PipelineRunner):
@@ -182,7 +183,6 @@ def test_verdicts():
     assert verdict(failed, later(failed)) == "rank 1 failed: DataError in step 5"
     many = [sign(30, 5)] * 20
     assert verdict(many, [*many[:19], *later(many[19:])]).endswith("; and 11 more ranks")
-    assert Sign.decode(sign(3, 4, "a b c").encode().encode()) == sign(3, 4, "a b c")
 
 
 def test_the_thread_ends_with_the_block_and_slow_work_that_goes_on_is_left_alone(tmp_path):
