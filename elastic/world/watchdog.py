@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 import psutil
@@ -103,9 +102,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # An error of torch.distributed says that somebody was waited for in vain, not who.
         if error is not None:
             self._failure = f"failed: {type(error).__name__}"
@@ -113,7 +110,7 @@ class Watchdog:
             self._send(self._store)
             if isinstance(error, RuntimeError) and self.num_ranks > 1:
                 _, step, doing = self.progress.mark
-                print(f"{self._me()} failed in step {step}, {doing}: {self._verdict()}", file=sys.stderr, flush=True)
+                self._say(f" failed in step {step}, {doing}: {self._verdict()}")
         self._stop.set()
         assert self._thread is not None
         self._thread.join(timeout=END_ANYWAY_S)
@@ -144,14 +141,13 @@ class Watchdog:
         """Report and end this process, whatever its main thread is stuck in; let it live if it moves on meanwhile."""
         faulthandler.dump_traceback_later(END_ANYWAY_S, exit=True)
         _, step, doing = mark
-        header = f"{self._me()} has made no progress for {self.timeout_s:g} s: step {step}, {doing}"
         try:
-            print(header, file=sys.stderr, flush=True)
+            header = self._say(f" has made no progress for {self.timeout_s:g} s: step {step}, {doing}")
             faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
             found = self._verdict()
-            print(f"{self._me()}: {found}", file=sys.stderr, flush=True)
+            self._say(f": {found}")
             if self.progress.mark != mark:
-                print(f"{self._me()} goes on after all, at step {self.progress.mark[1]}", file=sys.stderr, flush=True)
+                self._say(f" goes on after all, at step {self.progress.mark[1]}")
                 faulthandler.cancel_dump_traceback_later()
                 return
             folder = self.run_folder / WATCHDOG_FOLDER
@@ -163,7 +159,7 @@ class Watchdog:
             for child in psutil.Process().children(recursive=True):  # of a checkpoint that was being written
                 child.kill()
         except Exception as error:
-            print(f"{self._me()}: no full report, {error!r}", file=sys.stderr, flush=True)
+            self._say(f": no full report, {error!r}")
         os._exit(EXIT_STALLED)
 
     def _verdict(self) -> str:
@@ -187,8 +183,11 @@ class Watchdog:
         values = dict(zip(found, self._store.multi_get(found), strict=True))
         return [Sign(*json.loads(values[key])) if key in values else None for key in keys]
 
-    def _me(self) -> str:
-        return f"watchdog: rank {self.rank} on {platform.node()}"
+    def _say(self, what: str) -> str:
+        """Print to stderr at once what there is to say of this rank; returns the line."""
+        line = f"watchdog: rank {self.rank} on {platform.node()}{what}"
+        print(line, file=sys.stderr, flush=True)
+        return line
 
 
 def _key(rank: int) -> str:
