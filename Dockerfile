@@ -11,7 +11,6 @@ FROM ${BASE_IMAGE}
 ARG KERNELS=auto
 ARG TRANSFORMER_ENGINE_VERSION=2.7.0
 ARG MAMBA_SSM_VERSION=2.3.1
-ARG CAUSAL_CONV1D_VERSION=1.5.3.post1
 # Compute capabilities they are built for: 8.0 A100, 9.0 H100, 10.0 B200.
 ARG TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0"
 
@@ -41,7 +40,6 @@ RUN python3 launch/image_requirements.py . && \
     python3 -m pip install --constraint image-constraints.txt --requirement image-requirements.txt && \
     python3 launch/image_requirements.py --kernels "${KERNELS}" \
         "transformer-engine[pytorch]==${TRANSFORMER_ENGINE_VERSION}" \
-        "causal-conv1d==${CAUSAL_CONV1D_VERSION}" \
         "mamba-ssm==${MAMBA_SSM_VERSION}" > image-kernels.txt && \
     if [ -s image-kernels.txt ]; then \
         TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST}" MAX_JOBS=8 python3 -m pip install --no-build-isolation \

@@ -5,7 +5,6 @@ forward and backward as masks and as slices and compares the two. Leaves with co
 is installed does not work. Needs no data, no network and no other process; a second on a CPU after the imports.
 """
 
-import importlib
 import math
 import os
 import platform
@@ -16,11 +15,10 @@ from importlib import metadata
 import torch
 from torch import Tensor
 
+from elastic.model.backends import GPU_PARTS, import_module
+
 # package (as pip knows it): the module a run imports, and what stands in where it is missing
-OPTIONAL = {
-    "transformer-engine": ("transformer_engine.pytorch", "attention by PyTorch (CPU only: a GPU run needs it)"),
-    "mamba-ssm": ("mamba_ssm.ops.triton.ssd_combined", "state-space scan by PyTorch (CPU only: a GPU run needs it)"),
-    "causal-conv1d": ("causal_conv1d", "convolution by PyTorch (CPU only: a GPU run needs it)"),
+OPTIONAL = {part.package: (part.module, f"{part.name} by {part.instead}") for part in GPU_PARTS} | {
     "apex": ("amp_C", "fused Adam by Transformer Engine, else torch's"),
 }
 NEEDED = ("torch", "megatron-core", "transformers", "nemo-toolkit", "hydra-core")
@@ -58,7 +56,7 @@ def backends() -> Iterator[tuple[str, str, bool]]:
             yield package, f"{version}, not tried without a device", False
             continue
         try:
-            importlib.import_module(module)
+            import_module(module)
         except Exception as error:  # a broken wheel can raise anything
             yield package, f"{version}, BROKEN: {type(error).__name__}: {error}".splitlines()[0], True
         else:

@@ -31,6 +31,10 @@ class SdpaCoreAttention(MegatronModule):
     def __init__(self, config: TransformerConfig, *_args: Any, pg_collection: Any = None, **_kwargs: Any) -> None:
         super().__init__(config)
         self.cp_group = pg_collection.cp
+        if self.cp_group.size() > 1 and not config.use_cpu_initialization:
+            rule = "must be 1 on GPUs without Transformer Engine, whose attention alone spares a mask of all pairs"
+            remedy = "install transformer-engine, or set parallel.context=1 and parallel.tensor higher"
+            raise ValueError(f"parallel.context = {self.cp_group.size()}: {rule}; {remedy}")
 
     def forward(
         self,
@@ -45,16 +49,15 @@ class SdpaCoreAttention(MegatronModule):
         """Attend [S, B, h, A] over [S, B, kv, A]; returns [S, B, h*A]. Packed sequences are refused."""
         if packed_seq_params is not None or attention_mask is not None or attention_bias is not None:
             raise ValueError("SdpaCoreAttention is causal over whole sequences: no mask, bias or packed sequences")
-        mask = None
-        if self.cp_group.size() > 1:
-            mask = _causal_mask(self._positions(query.shape[0]), query.shape[0] * self.cp_group.size(), query.device)
-            gathered = (gather_from_sequence_parallel_region(t, group=self.cp_group) for t in (key, value))
-            key, value = (_undo_attention_load_balancing(t, self.cp_group.size()) for t in gathered)
-        return _attended(query, key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), mask, is_causal=mask is None)
-
-    def _positions(self, local_tokens: int) -> Tensor:
-        size, rank, half = self.cp_group.size(), self.cp_group.rank(), local_tokens // 2
-        return torch.cat([torch.arange(chunk * half, (chunk + 1) * half) for chunk in (rank, 2 * size - 1 - rank)])
+        size, rank, half = self.cp_group.size(), self.cp_group.rank(), query.shape[0] // 2
+        if size == 1:
+            return _attended(query, key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3))
+        gathered = (gather_from_sequence_parallel_region(t, group=self.cp_group) for t in (key, value))
+        keys, values = (_undo_attention_load_balancing(t, size).permute(1, 2, 0, 3) for t in gathered)
+        # A chunk sees what is in front of it, and itself causally.
+        ends = [(chunk + 1) * half for chunk in (rank, 2 * size - 1 - rank)]
+        chunks = zip(query.split(half), ends, strict=True)
+        return torch.cat([_attended(own, keys[:, :, :end], values[:, :, :end]) for own, end in chunks])
 
 
 def cached_attention(query: Tensor, key: Tensor, value: Tensor, cache: AttentionCache) -> Tensor:
@@ -62,25 +65,17 @@ def cached_attention(query: Tensor, key: Tensor, value: Tensor, cache: Attention
 
     torch's scaled_dot_product_attention on every device: the training kernel of a GPU takes no cache of ours.
     """
-    before, length = cache.num_tokens, query.shape[0]
-    keys, values = cache.append(key, value)  # [B, kv, T, A]
+    return _attended(query, *cache.append(key, value))
+
+
+def _attended(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attend the last S of T tokens [S, B, h, A] causally over [B, kv, T, A]; returns [S, B, h*A]."""
+    q, (length, num_keys) = query.permute(1, 2, 0, 3), (query.shape[0], keys.shape[2])
     mask = None
-    if before and length > 1:
-        mask = _causal_mask(torch.arange(before, before + length), before + length, query.device)
-    return _attended(query, keys, values, mask, is_causal=before == 0)
-
-
-def _causal_mask(positions: Tensor, num_keys: int, device: torch.device) -> Tensor:
-    """Return which of the first `num_keys` tokens the tokens at `positions` may attend to [S, T]."""
-    return positions.to(device)[:, None] >= torch.arange(num_keys, device=device)[None]
-
-
-def _attended(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-    """Attend [S, B, h, A] over [B, kv, T, A]; returns [S, B, h*A]."""
-    q = query.permute(1, 2, 0, 3)
-    context = F.scaled_dot_product_attention(
-        q, keys, values, attn_mask=mask, is_causal=is_causal, enable_gqa=q.shape[1] != keys.shape[1]
-    )
+    if 1 < length < num_keys:
+        mask = torch.ones(length, num_keys, dtype=torch.bool, device=q.device).tril(num_keys - length)
+    grouped, whole = q.shape[1] != keys.shape[1], length == num_keys
+    context = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=whole, enable_gqa=grouped)
     return context.permute(2, 0, 1, 3).flatten(2)
 
 

@@ -7,7 +7,6 @@ The input projection packs its rows as [z, x, B, C, dt]; the convolution runs ov
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.ssm.mamba_context_parallel import MambaContextParallel
 from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
@@ -17,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from elastic.model.cache import MambaCache
+from elastic.model.elementwise import TorchElementwise
 from elastic.model.masks import ElasticLayer, LayerGates
 from elastic.model.norm import GatedGroupNorm, parameter_device
 from elastic.model.observe import LayerObserver
@@ -39,6 +39,7 @@ class PortableMambaMixer(MambaMixer):
         submodules: MambaMixerSubmodules,
         d_model: int,
         state_space: StateSpaceBackend,
+        elementwise: TorchElementwise,
         d_conv: int = 4,
         layer_number: int | None = None,
         pg_collection: Any = None,
@@ -46,7 +47,7 @@ class PortableMambaMixer(MambaMixer):
         name: str | None = None,
     ) -> None:
         MegatronModule.__init__(self, config)
-        self.state_space = state_space
+        self.state_space, self.elementwise = state_space, elementwise
         self.d_model, self.d_conv = d_model, d_conv
         self.layer_number, self.pp_layer_offset = layer_number, pp_layer_offset
         self.pg_collection, self.tp_group = pg_collection, pg_collection.tp
@@ -78,7 +79,7 @@ class PortableMambaMixer(MambaMixer):
         for name in ("dt_bias", "A_log", "D"):
             dtype = wide if f"mixer.{name}" in FP32_PARAMETERS else config.params_dtype
             self.register_parameter(name, sharded(heads, dtype=dtype))
-        self.norm = GatedGroupNorm(inner, config, self.tp_group, eps=config.layernorm_epsilon)
+        self.norm = GatedGroupNorm(inner, config, self.tp_group, config.layernorm_epsilon, elementwise)
         self.cp = self._context_parallel(None)
 
     def _context_parallel(self, cut: Cut | None) -> MambaContextParallel:
@@ -107,28 +108,34 @@ class PortableMambaMixer(MambaMixer):
         """Run the stock call: state space, then the gated norm over all channels."""
         if packed_seq_params is not None:
             raise ValueError("packed sequences are not supported: the state would leak from document to document")
-        y = self.cp.post_conv_ssm(self._state_space(zxBCdt, self.cp))
-        return self.norm(y, self.ngroups_local_tp, self.d_inner // self.ngroups)
+        y, z = self._state_space(zxBCdt, self.cp)
+        if self.cp.cp_size > 1:
+            y, z = (self.cp.post_conv_ssm(t.contiguous()) for t in (y, z))
+        return self.norm(y, z, self.ngroups_local_tp, self.d_inner // self.ngroups)
 
-    def _state_space(self, zxBCdt: Tensor, cp: MambaContextParallel, cache: MambaCache | None = None) -> Tensor:
-        """Convolve, scan and gate: [S, B, z x B C dt] -> silu(z) * scan, [S, B, i]; from where a cache ends."""
+    def _state_space(
+        self, zxBCdt: Tensor, cp: MambaContextParallel, cache: MambaCache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Convolve and scan [S, B, z x B C dt], from where a cache ends; returns y and z [S, B, i]."""
         state = cp.ngroups_local_tpcp * cp.d_state
         inner, heads = cp.d_inner_local_tpcp, cp.nheads_local_tpcp
         z, conv_in, dt = zxBCdt.transpose(0, 1).split([inner, inner + 2 * state, heads], dim=-1)
         before, last_state = (None, None) if cache is None else (cache.conv_inputs, cache.state)
-        xbc = self.state_space.causal_conv(conv_in, cp.get_conv1d_weight().squeeze(1), cp.get_conv1d_bias(), before)
+        conv_weight, conv_bias = cp.get_conv1d_weight().squeeze(1), cp.get_conv1d_bias()
+        xbc = self.elementwise.causal_conv(conv_in, conv_weight, conv_bias, before)
         x, b, c = xbc.split([inner, state, state], dim=-1)
-        wide = torch.promote_types(dt.dtype, torch.float32)
+        a_log = cp.get_A_log()
         y = self.state_space.scan(
             x.unflatten(-1, (heads, -1)),
-            F.softplus(dt.to(wide) + cp.get_dt_bias().to(wide)),
-            -torch.exp(cp.get_A_log().to(wide)),
+            dt,
+            cp.get_dt_bias(),
+            -torch.exp(a_log.to(torch.promote_types(a_log.dtype, torch.float32))),
             b.unflatten(-1, (cp.ngroups_local_tpcp, -1)),
             c.unflatten(-1, (cp.ngroups_local_tpcp, -1)),
             cp.get_D(),
             last_state,
         )
-        return (y.flatten(-2) * F.silu(z)).transpose(0, 1).contiguous()
+        return y.flatten(-2).transpose(0, 1), z.transpose(0, 1)
 
 
 class ElasticMambaMixer(PortableMambaMixer):
@@ -145,16 +152,23 @@ class ElasticMambaMixer(PortableMambaMixer):
         if observer is not None:
             x_rows = zxbcdt.narrow(-1, inner.kept_size, inner.kept_size)
             observer.mamba_inner(x_rows.unflatten(-1, (cp.nheads_local_tp, -1)))
-        y = cp.post_conv_ssm(self._state_space(cp.pre_conv_ssm(zxbcdt), cp, cache))  # [S, B, i]
+        y, z = self._state_space(cp.pre_conv_ssm(zxbcdt), cp, cache)
+        if cp.cp_size > 1:  # back to this rank's tokens, whose own z never left
+            y, z = cp.post_conv_ssm(y.contiguous()), zxbcdt[..., : inner.kept_size]
         heads, channels = gates[Axis.MAMBA_HEAD], gates[Axis.MAMBA_CHANNEL]
-        if heads.vector is not None or channels.vector is not None:
-            y = channels.apply(y.unflatten(-1, (cp.nheads_local_tp, -1)))
-            if heads.vector is not None:
-                y = y * heads.vector.to(y.dtype).unsqueeze(-1)
-            y = y.flatten(-2)
-        active = heads.active * channels.active / self.ngroups  # of one group
-        y = self.norm(y, self.ngroups_local_tp, active, take(self.norm.weight, 0, inner))
+        gate, active = _outer(heads.vector, channels.vector, cp.nheads_local_tp, self.headdim), None
+        if gate is None:
+            active = heads.active * channels.active / self.ngroups  # of one group
+        y = self.norm(y, z, self.ngroups_local_tp, active, gate, take(self.norm.weight, 0, inner))
         return self.out_proj.forward_cut(y, cut)
+
+
+def _outer(heads: Tensor | None, channels: Tensor | None, num_heads: int, num_channels: int) -> Tensor | None:
+    """Return the gate of every channel of every head [i] from those of heads and of channels; None: all ones."""
+    if heads is None or channels is None:
+        alone = channels if heads is None else heads.unsqueeze(-1)
+        return None if alone is None else alone.expand(num_heads, num_channels).flatten()
+    return (heads.unsqueeze(-1) * channels).flatten()
 
 
 class ElasticMambaLayer(ElasticLayer, MambaLayer):

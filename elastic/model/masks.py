@@ -6,11 +6,13 @@ Shapes: D hidden, K choices, L layers; lower case = this tensor-parallel rank's 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from elastic.model.cache import LayerCache
+from elastic.model.elementwise import TorchElementwise
 from elastic.model.observe import LayerObserver
 from elastic.space.axes import AXES, LANES, Axis
 from elastic.space.gates import Execution, Gates
@@ -52,17 +54,14 @@ class LayerGates:
         return self.widths[Axis.HIDDEN]
 
 
-def residual(x: Tensor, y: Tensor, gates: LayerGates) -> Tensor:
-    """Add a layer's gated output to the stream: x + g_depth g_hidden y, where a gate that is None is all ones."""
-    depth, hidden = gates.depth, gates.hidden.vector
-    scale = hidden if depth is None else depth if hidden is None else depth * hidden
-    return x + y if scale is None else torch.addcmul(x, y, scale.to(y.dtype))
-
-
 class ElasticLayer(nn.Module):
     """x + g_depth g_hidden F(norm(x)): norm and F are the submodules `norm_and_function` of Megatron-Core's layer."""
 
     norm_and_function: tuple[str, str]
+
+    def __init__(self, *args: Any, elementwise: TorchElementwise, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.elementwise = elementwise
 
     def forward(
         self, x: Tensor, gates: LayerGates, observer: LayerObserver | None = None, cache: LayerCache | None = None
@@ -72,7 +71,8 @@ class ElasticLayer(nn.Module):
         normalised = norm(x, gates.hidden)
         if observer is not None:
             observer.normalised(normalised)
-        return residual(x, function.forward_gated(normalised, gates, observer, cache), gates)
+        y = function.forward_gated(normalised, gates, observer, cache)
+        return self.elementwise.residual(x, y, gates.depth, gates.hidden.vector)
 
 
 class Masks(nn.Module):

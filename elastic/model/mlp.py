@@ -1,16 +1,32 @@
 """The elastic squared-ReLU MLP and its layer. Shapes: S sequence, B batch, D hidden, F ffn; lower case = this rank."""
 
+from dataclasses import dataclass, field
+from typing import Any
+
 from megatron.core.ssm.mlp_layer import MLPLayer
-from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from elastic.model.elementwise import TorchElementwise
 from elastic.model.masks import ElasticLayer, LayerGates
 from elastic.model.observe import LayerObserver
 from elastic.space.axes import Axis
 
 
+@dataclass
+class ElasticMLPSubmodules(MLPSubmodules):
+    """What an MLP is built of, its activation included."""
+
+    elementwise: TorchElementwise = field(default_factory=TorchElementwise)
+
+
 class ElasticMLP(MLP):
     """W2 (g_ffn * relu(W1 x)^2)."""
+
+    def __init__(self, config: TransformerConfig, submodules: ElasticMLPSubmodules, **kwargs: Any) -> None:
+        super().__init__(config, submodules, **kwargs)
+        self.elementwise = submodules.elementwise
 
     def forward_gated(
         self, x: Tensor, gates: LayerGates, observer: LayerObserver | None = None, cache: None = None
@@ -19,7 +35,7 @@ class ElasticMLP(MLP):
         pre_activation = self.linear_fc1.forward_cut(x, gates.cut)  # [S, B, f]
         if observer is not None:
             observer.ffn(pre_activation)
-        neurons = gates[Axis.FFN].apply(self.activation_func(pre_activation))
+        neurons = self.elementwise.squared_relu(pre_activation, gates[Axis.FFN].vector)
         return self.linear_fc2.forward_cut(neurons, gates.cut)
 
 

@@ -10,12 +10,13 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from elastic.model.backends import Kernels
 from elastic.model.cache import ModelCache
 from elastic.model.cpu_backend import use_cpu_backend
 from elastic.model.initialize import initialize_parameters
 from elastic.model.observe import Observer
 from elastic.model.sharding import pipeline_pattern
-from elastic.model.specs import Kernels, elastic_stack_spec
+from elastic.model.specs import elastic_stack_spec
 from elastic.space.gates import Gates
 from elastic.space.shape import ModelShape
 from elastic.space.space import Space

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
+from elastic.model.elementwise import TorchElementwise
 from elastic.model.masks import Width
 
 
@@ -18,19 +19,20 @@ def parameter_device(config: TransformerConfig) -> torch.device | None:
     return None if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
 
 
-def gated_rms(x: Tensor, active: Tensor | int, epsilon: float) -> Tensor:
-    """Divide `x` [..., n] by sqrt(sum(x^2) / active + epsilon), statistics in at least fp32; returns x's dtype."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    square_sum = torch.linalg.vecdot(wide, wide).unsqueeze(-1)
-    return (wide * torch.rsqrt(square_sum / active + epsilon)).to(x.dtype)
-
-
 class ElasticRMSNorm(nn.Module):
     """RMSNorm over the active hidden channels; its weight is replicated over tensor-parallel ranks."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_kwargs: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-5,
+        *,
+        elementwise: TorchElementwise,
+        **_kwargs: Any,
+    ) -> None:
         super().__init__()
-        self.epsilon = eps
+        self.epsilon, self.elementwise = eps, elementwise
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=parameter_device(config)))
         # Under sequence parallelism each rank sees some tokens only; Megatron-Core then sums this gradient.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
@@ -39,23 +41,33 @@ class ElasticRMSNorm(nn.Module):
         """Normalise `x` [S, B, d] over its active channels; `hidden` None means all of them."""
         width = x.shape[-1]
         active = width if hidden is None else hidden.active
-        return gated_rms(x, active, self.epsilon) * self.weight[:width]
+        weight = self.weight if width == len(self.weight) else self.weight[:width]
+        return self.elementwise.norm(x, weight, active, self.epsilon)
 
 
 class GatedGroupNorm(nn.Module):
     """Mamba-2's gated norm: RMS over the active heads and channels of each group, weight [i] sharded with the heads."""
 
-    def __init__(self, size: int, config: TransformerConfig, tp_group: Any, eps: float = 1e-5) -> None:
+    def __init__(
+        self, size: int, config: TransformerConfig, tp_group: Any, eps: float, elementwise: TorchElementwise
+    ) -> None:
         super().__init__()
-        self.epsilon, self.tp_group = eps, tp_group
+        self.epsilon, self.tp_group, self.elementwise = eps, tp_group, elementwise
         self.weight = nn.Parameter(torch.ones(size, dtype=config.params_dtype, device=parameter_device(config)))
         self.weight.tensor_model_parallel, self.weight.partition_dim = True, 0  # type: ignore[attr-defined]
 
-    def forward(self, y: Tensor, groups: int, active: Tensor | int, weight: Tensor | None = None) -> Tensor:
-        """Normalise `y` [..., i] in `groups` equal groups of which `active` channels each count."""
+    def forward(
+        self,
+        y: Tensor,
+        z: Tensor,
+        groups: int,
+        active: float | None,
+        gate: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        """Normalise y silu(z) gate [S, B, i] in equal groups; without a gate `active` channels of each count."""
         weight = self.weight if weight is None else weight
-        grouped = y.unflatten(-1, (groups, -1))
-        return gated_rms(grouped, active, self.epsilon).flatten(-2) * weight
+        return self.elementwise.norm(y, weight, active, self.epsilon, groups, z, gate)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

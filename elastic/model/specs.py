@@ -1,11 +1,9 @@
 """Which module stands where: the elastic specs, and the plain ones of a stock HybridModel with the same kernels."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
@@ -14,36 +12,20 @@ from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from elastic.model.attention import ElasticAttentionLayer, ElasticSelfAttention, SdpaCoreAttention
+from elastic.model.attention import ElasticAttentionLayer, ElasticSelfAttention
+from elastic.model.backends import Kernels
 from elastic.model.linear import ElasticColumnParallelLinear, ElasticRowParallelLinear
 from elastic.model.mamba import ElasticMambaLayer, ElasticMambaMixer, PortableMambaMixer
-from elastic.model.mlp import ElasticMLP, ElasticMLPLayer
+from elastic.model.masks import ElasticLayer
+from elastic.model.mlp import ElasticMLP, ElasticMLPLayer, ElasticMLPSubmodules
 from elastic.model.norm import ElasticRMSNorm
 from elastic.model.stack import ElasticStack
-from elastic.model.state_space import MambaSsmStateSpace, StateSpaceBackend, TorchStateSpace
 from elastic.space.layers import DimKind
 from elastic.space.space import Space
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """The parts that differ between a GPU and a CPU, chosen here and nowhere else."""
-
-    state_space: StateSpaceBackend
-    core_attention: type
-
-    @classmethod
-    def choose(cls, device: torch.device | None = None) -> "Kernels":
-        """Pick mamba-ssm and Transformer Engine on CUDA, PyTorch otherwise."""
-        if (device or torch.device("cuda" if torch.cuda.is_available() else "cpu")).type == "cuda":
-            from megatron.core.extensions.transformer_engine import TEDotProductAttention
-
-            return cls(MambaSsmStateSpace(), TEDotProductAttention)
-        return cls(TorchStateSpace(), SdpaCoreAttention)
 
 
 def elastic_stack_spec(space: Space, kernels: Kernels) -> ModuleSpec:
@@ -56,7 +38,7 @@ def elastic_stack_spec(space: Space, kernels: Kernels) -> ModuleSpec:
         return ModuleSpec(ElasticRowParallelLinear, params={"inner": inner})
 
     return _stack_spec(
-        ModuleSpec(ElasticStack, params={"space": space}),
+        ModuleSpec(ElasticStack, params={"space": space, "elementwise": kernels.elementwise}),
         kernels,
         space.parent.conv_kernel,
         layers=(ElasticMambaLayer, ElasticAttentionLayer, ElasticMLPLayer),
@@ -71,7 +53,7 @@ def plain_stack_spec(kernels: Kernels, conv_kernel: int = 4) -> ModuleSpec:
     Build it with `post_layer_norm` False on a CPU; HybridStack's own final norm is Transformer Engine's.
     """
     return _stack_spec(
-        ModuleSpec(_PlainStack),
+        ModuleSpec(_PlainStack, params={"elementwise": kernels.elementwise}),
         kernels,
         conv_kernel,
         layers=(MambaLayer, TransformerLayer, MLPLayer),
@@ -84,9 +66,11 @@ class _PlainStack(HybridStack):
     """HybridStack with a final norm that runs without Transformer Engine."""
 
     def __init__(self, config: Any, submodules: Any, post_process: bool = True, **kwargs: Any) -> None:
+        elementwise = kwargs.pop("elementwise")
         super().__init__(config, submodules, post_layer_norm=False, post_process=post_process, **kwargs)
         if post_process:
-            self.final_norm = ElasticRMSNorm(config, config.hidden_size, eps=config.layernorm_epsilon)
+            eps = config.layernorm_epsilon
+            self.final_norm = ElasticRMSNorm(config, config.hidden_size, eps, elementwise=elementwise)
             self.post_layer_norm = True
 
 
@@ -101,9 +85,10 @@ def _stack_spec(
 ) -> ModuleSpec:
     """Fill in the Mamba, attention and MLP layers; `linears` give those from and to the stream by inner dimension."""
     (mamba_layer, attention_layer, mlp_layer), (mamba, attention, mlp), (column, row) = layers, functions, linears
+    own = {"elementwise": kernels.elementwise}
     mixer = ModuleSpec(
         mamba,
-        {"state_space": kernels.state_space, "d_conv": conv_kernel},
+        {"state_space": kernels.state_space, "d_conv": conv_kernel, **own},
         MambaMixerSubmodules(in_proj=column(DimKind.IN_PROJ), out_proj=row(DimKind.INNER)),
     )
     self_attention = ModuleSpec(
@@ -111,13 +96,14 @@ def _stack_spec(
         {"attn_mask_type": AttnMaskType.causal},
         SelfAttentionSubmodules(column(DimKind.QKV), kernels.core_attention, row(DimKind.CONTEXT)),
     )
-    neurons = MLPSubmodules(linear_fc1=column(DimKind.FFN), linear_fc2=row(DimKind.FFN))
-    built_mlp, norm, add = partial(mlp.as_mlp_submodule, submodules=neurons), ElasticRMSNorm, get_bias_dropout_add
+    neurons = ElasticMLPSubmodules(linear_fc1=column(DimKind.FFN), linear_fc2=row(DimKind.FFN), **own)
+    built_mlp, norm = partial(mlp.as_mlp_submodule, submodules=neurons), ModuleSpec(ElasticRMSNorm, own)
+    add, layer = get_bias_dropout_add, own if issubclass(mlp_layer, ElasticLayer) else {}
     attention_parts = TransformerLayerSubmodules(input_layernorm=norm, self_attention=self_attention, self_attn_bda=add)
     mlp_parts = TransformerLayerSubmodules(pre_mlp_layernorm=norm, mlp=built_mlp, mlp_bda=add)
     stack.submodules = HybridStackSubmodules(
-        mamba_layer=ModuleSpec(mamba_layer, submodules=MambaLayerSubmodules(norm=norm, mixer=mixer, mamba_bda=add)),
-        attention_layer=ModuleSpec(attention_layer, submodules=attention_parts),
-        mlp_layer=ModuleSpec(mlp_layer, submodules=mlp_parts),
+        mamba_layer=ModuleSpec(mamba_layer, layer, MambaLayerSubmodules(norm=norm, mixer=mixer, mamba_bda=add)),
+        attention_layer=ModuleSpec(attention_layer, layer, attention_parts),
+        mlp_layer=ModuleSpec(mlp_layer, layer, mlp_parts),
     )
     return stack

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from elastic.model.cache import ModelCache
+from elastic.model.elementwise import TorchElementwise
 from elastic.model.masks import LayerGates, Masks
 from elastic.model.norm import ElasticRMSNorm, parameter_device
 from elastic.model.observe import Observer
@@ -40,6 +41,7 @@ class ElasticStack(HybridStack):
         config: TransformerConfig,
         submodules: HybridStackSubmodules,
         space: Space,
+        elementwise: TorchElementwise,
         pre_process: bool = True,
         layer_type_list: list[str] | None = None,
         pp_layer_offset: int = 0,
@@ -64,7 +66,8 @@ class ElasticStack(HybridStack):
             self.layers.append(build_module(getattr(submodules, spec), **common, **taken))
         self.masks = Masks(space, layer_indices, self.tp_group.size(), parameter_device(config))
         if post_process:
-            self.final_norm = ElasticRMSNorm(config, config.hidden_size, eps=config.layernorm_epsilon)
+            eps = config.layernorm_epsilon
+            self.final_norm = ElasticRMSNorm(config, config.hidden_size, eps, elementwise=elementwise)
 
     def forward(
         self, x: Tensor | None, gates: Gates | None, observer: Observer | None = None, cache: ModelCache | None = None

@@ -1,4 +1,4 @@
-"""State-space backends: the causal convolution and the Mamba-2 scan, in plain PyTorch or with mamba-ssm's kernels.
+"""State-space backends: the Mamba-2 scan, in plain PyTorch or with mamba-ssm's kernels.
 
 Shapes: B batch, L length, C chunks of Q tokens, G groups, R heads of a group, H = G*R heads, P channels, N state.
 The scan ("Transformers are SSMs", arXiv 2405.21060): S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t + D x_t.
@@ -13,55 +13,52 @@ from torch import Tensor
 
 
 class StateSpaceBackend(Protocol):
-    """The two operations of a Mamba-2 mixer that need a kernel on a GPU.
-
-    Both start a sequence, or go on with one where `before` and `state` end, which are moved on in place: for inference,
-    nothing is differentiated then.
-    """
-
-    def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None = None) -> Tensor:
-        """Convolve `x` [B, L, I] with depthwise taps `weight` [I, k], add `bias` [I], apply SiLU.
-
-        `before` [B, k-1, I] are the inputs before `x`; None: zeros.
-        """
+    """The operation of a Mamba-2 mixer that differs by what is installed."""
 
     def scan(
-        self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor | None = None
+        self,
+        x: Tensor,
+        dt: Tensor,
+        dt_bias: Tensor,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        d: Tensor,
+        state: Tensor | None = None,
     ) -> Tensor:
-        """Run the recurrence: x [B,L,H,P], dt [B,L,H] after softplus, a [H] < 0, b and c [B,L,G,N], d [H].
+        """Run the recurrence at softplus(dt + dt_bias).
 
-        `state` [B,H,P,N], at least fp32, is that before `x`; None: zeros. One token takes one step from it, without
-        filling up a chunk.
+        x [B,L,H,P], dt [B,L,H], dt_bias, a < 0 and d [H], b and c [B,L,G,N].
+        `state` [B,H,P,N], at least fp32, is that before `x` (None: zeros) and is moved on in place, for inference:
+        nothing is differentiated then. One token takes one step from it, without filling up a chunk.
         """
 
 
 class TorchStateSpace:
-    """Chunked scan and shifted multiply-adds in PyTorch; runs anywhere, any dtype."""
+    """Chunked scan in PyTorch; runs anywhere, any dtype."""
 
     def __init__(self, chunk_tokens: int = 64) -> None:
         self.chunk_tokens = chunk_tokens
 
-    def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None = None) -> Tensor:
-        """Convolve as k shifted multiply-adds, faster on a CPU than conv1d."""
-        length, taps = x.shape[1], weight.shape[1]
-        padded = F.pad(x, (0, 0, taps - 1, 0)) if before is None else _joined(before, x)
-        y = torch.addcmul(bias, padded[:, :length], weight[:, 0])
-        for tap in range(1, taps):
-            y = torch.addcmul(y, padded[:, tap : tap + length], weight[:, tap])
-        return F.silu(y)
-
     def scan(
-        self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor | None = None
+        self,
+        x: Tensor,
+        dt: Tensor,
+        dt_bias: Tensor,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        d: Tensor,
+        state: Tensor | None = None,
     ) -> Tensor:
         """Scan in chunks of Q tokens: matrix products inside a chunk, a short recurrence between chunks."""
-        length = x.shape[1]
+        length, wide = x.shape[1], torch.promote_types(dt.dtype, torch.float32)
+        dt, a = F.softplus(dt.to(wide) + dt_bias.to(wide)), a.to(wide)
         if state is not None and length == 1:
             return _step(x, dt, a, b, c, d, state)
         q = self.chunk_tokens if state is None else min(self.chunk_tokens, length)
         x_padded, dt, b, c = (_pad_length(t, -length % q) for t in (x, dt, b, c))
         groups = b.shape[2]
-        wide = torch.promote_types(dt.dtype, torch.float32)
-        dt, a = dt.to(wide), a.to(wide)
 
         def chunked(t: Tensor, *last: int) -> Tensor:  # [B, C*Q, G*R, ...] -> [B, C, G, R, Q, ...]
             return t.view(t.shape[0], -1, q, groups, t.shape[2] // groups, *last).permute(
@@ -98,35 +95,28 @@ class TorchStateSpace:
 
 
 class MambaSsmStateSpace:
-    """mamba-ssm's and causal-conv1d's Triton / CUDA kernels."""
+    """mamba-ssm's Triton kernels."""
 
     def __init__(self, chunk_tokens: int = 256) -> None:
-        from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
         from mamba_ssm.ops.triton.selective_state_update import selective_state_update
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-        self.chunk_tokens, self._conv, self._scan = chunk_tokens, causal_conv1d_fn, mamba_chunk_scan_combined
-        self._conv_step, self._scan_step = causal_conv1d_update, selective_state_update
-
-    def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None = None) -> Tensor:
-        """Convolve with causal-conv1d, which wants channels before length; a next token with its update kernel."""
-        if before is not None and x.shape[1] == 1:
-            channels_first = before.transpose(1, 2)  # a view: the kernel (1.4) moves the inputs on in place
-            y = self._conv_step(x[:, 0].contiguous(), channels_first, weight.contiguous(), bias, activation="silu")
-            return y.unsqueeze(1)
-        rows = (x if before is None else _joined(before, x)).transpose(1, 2)
-        if any(size % 8 for size in (rows.shape[1], rows.stride(0), rows.stride(2))):
-            # Its kernel for rows of channels moves 8 channels at a time; the other one wants rows of tokens.
-            rows = rows.contiguous()
-        y = self._conv(rows, weight.contiguous(), bias, activation="silu").transpose(1, 2)
-        return y if before is None else y[:, before.shape[1] :]
+        self.chunk_tokens, self._scan, self._step = chunk_tokens, mamba_chunk_scan_combined, selective_state_update
 
     def scan(
-        self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor | None = None
+        self,
+        x: Tensor,
+        dt: Tensor,
+        dt_bias: Tensor,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        d: Tensor,
+        state: Tensor | None = None,
     ) -> Tensor:
-        """Scan with mamba-ssm's chunked kernel, one next token with its update kernel; both without their softplus."""
-        a, d = a.float(), d.float()
-        in_chunks = partial(self._scan, chunk_size=self.chunk_tokens, D=d, dt_softplus=False)
+        """Scan with mamba-ssm's chunked kernel, one next token with its update kernel."""
+        a, d, dt_bias = a.float(), d.float(), dt_bias.float()
+        in_chunks = partial(self._scan, chunk_size=self.chunk_tokens, D=d, dt_bias=dt_bias, dt_softplus=True)
         if state is None:
             return in_chunks(x, dt, a, b, c)
         if x.shape[1] > 1:
@@ -134,9 +124,8 @@ class MambaSsmStateSpace:
             state.copy_(final)
             return y
         channels, num_states = state.shape[2:]
-        # What all channels of a head share is expanded with stride 0, by which the kernel knows it. It asks the bias of
-        # dt for its stride too, so zeros are passed although dt is finished.
-        y = self._scan_step(
+        # What all channels of a head share is expanded with stride 0, by which the kernel knows it.
+        y = self._step(
             state,
             x[:, 0].contiguous(),
             dt[:, 0].unsqueeze(-1).expand(-1, -1, channels),
@@ -144,17 +133,10 @@ class MambaSsmStateSpace:
             b[:, 0].contiguous(),
             c[:, 0].contiguous(),
             d[:, None].expand(-1, channels),
-            dt_bias=torch.zeros_like(a)[:, None].expand(-1, channels),
-            dt_softplus=False,
+            dt_bias=dt_bias[:, None].expand(-1, channels),
+            dt_softplus=True,
         )
         return y.unsqueeze(1)
-
-
-def _joined(before: Tensor, x: Tensor) -> Tensor:
-    """Put the inputs before in front of the next ones, and move `before` on to the last of both."""
-    joined = torch.cat([before, x], dim=1)
-    before.copy_(joined[:, joined.shape[1] - before.shape[1] :])
-    return joined
 
 
 def _step(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor) -> Tensor:

@@ -21,9 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from elastic.config.sections import DistillConfig, OptimConfig
+from elastic.model.backends import Kernels
 from elastic.model.cpu_backend import use_cpu_backend
 from elastic.model.model import build_model
-from elastic.model.specs import Kernels
 from elastic.plan.config import PlanConfig
 from elastic.plan.flops import stage_flops
 from elastic.plan.live import CollectiveBytes, LiveBytes, ProductFlops

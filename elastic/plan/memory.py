@@ -2,8 +2,8 @@
 
 What a layer keeps for its backward pass is read off `elastic.model` and the two kernel sets;
 tests/distributed/test_plan.py holds it against live tensors. The letters are those of `work`; v this rank's rows of the
-vocabulary, n tokens of one chunk of the loss, e the bytes of an element; a half-precision norm works on an fp32 copy,
-which it keeps.
+vocabulary, n tokens of one chunk of the loss, e the bytes of an element. In PyTorch a half-precision norm works on an
+fp32 copy, which it keeps; our kernels keep their inputs alone.
 """
 
 import math
@@ -117,7 +117,8 @@ def stage_activation_bytes(run: MicroBatchWork, stage: int) -> int:
         # The hidden gate keeps the embedding it multiplies. Later stages' received stream lives in the first layer.
         kept += run.stream_bytes
     if stage == run.layout.pipeline - 1:  # the final norm, as every norm; its output is gathered for the loss and gone
-        kept += run.stream_tokens * run.hidden * (FP32_BYTES + run.element_bytes)
+        in_torch = FP32_BYTES + run.element_bytes
+        kept += run.stream_tokens * run.hidden * (run.element_bytes if run.kernels is KernelSet.FUSED else in_torch)
     return kept
 
 
@@ -161,16 +162,19 @@ def loss_bytes(run: MicroBatchWork, num_chunks: int) -> int:
 def saved_bytes(layer: LayerWork) -> int:
     """Return the bytes a layer keeps for backward without recompute."""
     run, e = layer.run, layer.run.element_bytes
+    fused = run.kernels is KernelSet.FUSED
     terms = {"norm": _norm(run.stream_tokens * run.hidden, run.stream_tokens, e)}
+    if fused:  # its input, which is the stream, and the projection's
+        terms["norm"] = 2 * run.stream_bytes
     match layer.kind:
         case LayerKind.MAMBA:
             terms |= _mamba(layer)
         case LayerKind.ATTENTION:
             terms |= _attention(layer)
         case LayerKind.MLP:
-            # relu's result (which the square also keeps), and the gated square, which fc2 keeps
+            # relu's result, which the square keeps, or a kernel's input; and the gated square, which fc2 keeps
             terms["neurons"] = 2 * run.tokens * layer.inner * e
-            if run.gates(Axis.FFN):  # the gate keeps what it multiplies
+            if run.gates(Axis.FFN) and not fused:  # the gate keeps what it multiplies
                 terms["gate"] = run.tokens * layer.inner * e
     if run.gates(Axis.HIDDEN, Axis.DEPTH):  # the residual gate keeps the layer's output
         terms["output"] = run.stream_bytes
@@ -185,32 +189,27 @@ def _norm(channels: int, rows: int, e: int) -> int:
 
 
 def _mamba(layer: LayerWork) -> dict[str, int]:
-    """Bytes of a Mamba mixer: convolution, scan, gate and group norm."""
-    run, scan, e = layer.run, layer.scan, layer.run.element_bytes
-    inner = run.tokens * layer.inner
-    return {
-        "z x B C dt": scan.tokens * scan.rows * e,  # silu keeps z, a view that keeps all of it
-        "convolution": _conv(scan, run),
-        "dt": scan.tokens * scan.heads * FP32_BYTES,  # softplus keeps its input
-        "scan": _torch_scan(scan, e) if run.kernels is KernelSet.TORCH else _fused_scan(scan, e),
-        "z gate": inner * e * (2 if run.kernels is KernelSet.TORCH else 1),
-        "group norm": _norm(inner, run.tokens * layer.local_groups, e),
-        # Channels, then heads: each gate keeps what it multiplies.
-        "gate": (run.gates(Axis.MAMBA_CHANNEL) + run.gates(Axis.MAMBA_HEAD)) * inner * e,
-    }
+    """Bytes of a Mamba mixer: convolution, scan, gate and group norm.
 
-
-def _conv(scan: ScanSizes, run: MicroBatchWork) -> int:
-    """Bytes of the convolution beside its output.
-
-    Torch: the padded input, and the sum of the taps before SiLU. Fused: causal-conv1d keeps its input, a view of
-    in_proj's output, or a copy where rows are not a multiple of 8 (MambaSsmStateSpace.causal_conv).
+    In PyTorch: the padded input and the sum of the taps before SiLU; the sum that softplus takes; silu(z), what it
+    multiplies, and that again under a gate; a norm. Our kernels keep views of in_proj's rows and the norm's result.
+    Under context parallelism those rows and the scan's output lie there twice, before the exchange and after.
     """
-    e = run.element_bytes
-    if run.kernels is KernelSet.TORCH:
-        padding = scan.batch * (run.parent.conv_kernel - 1)
-        return (2 * scan.tokens + padding) * scan.conv * e
-    return 0 if scan.rows % 8 == 0 and scan.conv % 8 == 0 else scan.tokens * scan.conv * e
+    run, scan, e = layer.run, layer.scan, layer.run.element_bytes
+    inner, rows = run.tokens * layer.inner * e, scan.tokens * scan.rows * e
+    if run.kernels is KernelSet.FUSED:
+        again = rows + inner if run.layout.context > 1 else 0
+        return {"z x B C dt": rows, "scan": _fused_scan(scan, e), "group norm": inner, "exchange": again}
+    padding = scan.batch * (run.parent.conv_kernel - 1)
+    return {
+        "z x B C dt": rows,
+        "convolution": (2 * scan.tokens + padding) * scan.conv * e,
+        "dt": scan.tokens * scan.heads * FP32_BYTES,
+        "scan": _torch_scan(scan, e),
+        "z gate": 2 * inner,
+        "gate": inner if run.gates(Axis.MAMBA_CHANNEL, Axis.MAMBA_HEAD) else 0,
+        "group norm": _norm(run.tokens * layer.inner, run.tokens * layer.local_groups, e),
+    }
 
 
 def _torch_scan(scan: ScanSizes, e: int) -> int:
@@ -234,10 +233,11 @@ def _torch_scan(scan: ScanSizes, e: int) -> int:
 def _fused_scan(scan: ScanSizes, e: int) -> int:
     """Bytes of mamba_chunk_scan_combined (mamba-ssm 2.2, ssd_combined.py), its input from the convolution included.
 
-    Its autograd function keeps out, x, dt, dA_cumsum, A, B, C and D; chunk states are computed again in backward.
+    Its autograd function keeps out, x, dt (a view of in_proj's rows), dA_cumsum, A, B, C and D; chunk states are
+    computed again in backward.
     """
     tokens = scan.padded_tokens(KernelSet.FUSED.chunk_tokens)
-    return scan.tokens * (scan.conv + scan.inner) * e + (scan.tokens + tokens) * scan.heads * FP32_BYTES
+    return scan.tokens * (scan.conv + scan.inner) * e + tokens * scan.heads * FP32_BYTES
 
 
 def fused_scan_workspace_bytes(scan: ScanSizes, e: int) -> int:
@@ -271,9 +271,9 @@ def _attention(layer: LayerWork) -> dict[str, int]:
     elif run.layout.context == 1:
         terms["k v"] = query + keys_values
     else:
-        whole = run.layout.context * run.tokens
+        half = run.tokens // run.batch // 2  # two chunks, each with a mask over all in front of it
         terms["k v"] = keys_values * run.layout.context
-        terms["mask"] = run.tokens // run.batch * (whole // run.batch) * (1 + e)
+        terms["mask"] = half * half * (2 * run.layout.context + 1) * (1 + e)
     return terms
 
 

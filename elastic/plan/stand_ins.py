@@ -1,6 +1,6 @@
 """Stand-ins for the GPU's kernels in a dry run: the same tensors kept, exchanged and allocated, nothing computed.
 
-They are what the model's code calls instead of mamba-ssm, causal-conv1d and Transformer Engine on tensors without
+They are what the model's code calls instead of mamba-ssm, Transformer Engine and elastic/kernels on tensors without
 memory; formulas and sources are those of `memory`.
 """
 
@@ -12,27 +12,29 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from elastic.model.specs import Kernels
+from elastic.model.backends import Kernels
+from elastic.model.elementwise import TorchElementwise
 from elastic.plan.work import KernelSet
 
 FUSED_CHUNK_TOKENS = KernelSet.FUSED.chunk_tokens
 
 
 class StandInStateSpace:
-    """What mamba-ssm's scan and causal-conv1d leave behind in training: nothing is decoded here."""
-
-    def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None = None) -> Tensor:
-        """Keep the input [B, L, I], or a copy of it where the kernel wants one."""
-        rows = x.transpose(1, 2)
-        if any(size % 8 for size in (rows.shape[1], rows.stride(0), rows.stride(2))):
-            x = rows.contiguous().transpose(1, 2)
-        return _Convolution.apply(x, weight, bias)
+    """What mamba-ssm's scan leaves behind in training: nothing is decoded here."""
 
     def scan(
-        self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor | None = None
+        self,
+        x: Tensor,
+        dt: Tensor,
+        dt_bias: Tensor,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        d: Tensor,
+        state: Tensor | None = None,
     ) -> Tensor:
-        """Keep out, x, dt, dA_cumsum, a, b, c, d."""
-        return _Scan.apply(x, dt, a.float(), b, c, d.float())
+        """Keep out, x, dt, dA_cumsum, dt_bias, a, b, c, d."""
+        return _Scan.apply(x, dt, dt_bias.float(), a.float(), b, c, d.float())
 
 
 class StandInAttention(MegatronModule):
@@ -47,42 +49,77 @@ class StandInAttention(MegatronModule):
         return _Attention.apply(query, key, value, self.cp_group).flatten(2)
 
 
-STAND_INS = Kernels(StandInStateSpace(), StandInAttention)
+class StandInElementwise(TorchElementwise):
+    """What the kernels of elastic/kernels leave behind: their inputs, and gradients of the same sizes."""
+
+    def norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        active: Tensor | float | None,
+        epsilon: float,
+        groups: int = 1,
+        z: Tensor | None = None,
+        gate: Tensor | None = None,
+    ) -> Tensor:
+        """Keep x, z and what is as small as the weight."""
+        return _Elementwise.apply(x, None, *(t for t in (weight, active, z, gate) if isinstance(t, Tensor)))
+
+    def squared_relu(self, x: Tensor, gate: Tensor | None) -> Tensor:
+        """Keep x and the gate."""
+        return _Elementwise.apply(x, None, *(() if gate is None else (gate,)))
+
+    def residual(self, x: Tensor, y: Tensor, depth: Tensor | None, hidden: Tensor | None) -> Tensor:
+        """Keep y and the gates, or nothing."""
+        gates = [t for t in (depth, hidden) if t is not None]
+        return _Elementwise.apply(y, x, *gates) if gates else x + y
+
+    def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None = None) -> Tensor:
+        """Keep the input [B, L, I], a view of wider rows."""
+        return _Elementwise.apply(x, None, weight, bias)
 
 
-class _Convolution(torch.autograd.Function):
+STAND_INS = Kernels(StandInStateSpace(), StandInAttention, StandInElementwise())
+
+
+class _Elementwise(torch.autograd.Function):
+    """Keeps `kept` and the small tensors; `passed`, a stream that is only added to, has the incoming gradient."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        return x.new_empty(x.shape)
+    def forward(ctx: Any, kept: Tensor, passed: Tensor | None, *small: Tensor) -> Tensor:
+        ctx.save_for_backward(kept, *small)
+        ctx.passes = passed is not None
+        return kept.new_empty(kept.shape)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return tuple(saved.new_empty(saved.shape) for saved in ctx.saved_tensors)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        kept, *small = ctx.saved_tensors
+        passed = gradients[0] if ctx.passes else None
+        return kept.new_empty(kept.shape), passed, *(t.new_empty(t.shape) for t in small)
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-        out, decay = x.new_empty(x.shape), dt.new_empty(_padded(dt), dt.shape[2])
-        ctx.save_for_backward(out, x, dt, decay, a, b, c, d)
+    def forward(ctx: Any, x: Tensor, dt: Tensor, dt_bias: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        out, decay = x.new_empty(x.shape), a.new_empty(_padded(dt), dt.shape[2])
+        ctx.save_for_backward(out, x, dt, decay, dt_bias, a, b, c, d)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        _, x, dt, _, a, b, c, d = ctx.saved_tensors
+        _, x, dt, _, dt_bias, a, b, c, d = ctx.saved_tensors
         tokens, (heads, channels), (groups, state) = _padded(dt), x.shape[2:], b.shape[2:]
         chunks = tokens // FUSED_CHUNK_TOKENS
         workspace = [
-            dt.new_empty(2, chunks, heads, channels, state),
+            a.new_empty(2, chunks, heads, channels, state),
             x.new_empty(2, chunks, heads, channels, state),
-            dt.new_empty(chunks, groups, FUSED_CHUNK_TOKENS, FUSED_CHUNK_TOKENS),
+            a.new_empty(chunks, groups, FUSED_CHUNK_TOKENS, FUSED_CHUNK_TOKENS),
         ]
-        sums = [dt.new_empty(tokens, groups, state) for _ in (b, c)]
+        sums = [a.new_empty(tokens, groups, state) for _ in (b, c)]
         dx, ddt = x.new_empty(x.shape), dt.new_empty(dt.shape)
         del workspace
         db, dc = (total.new_empty(t.shape, dtype=t.dtype) for total, t in zip(sums, (b, c), strict=True))
-        return dx, ddt, torch.empty_like(a), db, dc, torch.empty_like(d)
+        return dx, ddt, torch.empty_like(dt_bias), torch.empty_like(a), db, dc, torch.empty_like(d)
 
 
 def _padded(dt: Tensor) -> int:

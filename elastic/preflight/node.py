@@ -22,7 +22,6 @@ LEGAL_PYTHON = ((3, 12), (3, 13))
 KERNEL_MODULES = {
     "transformer-engine": "transformer_engine.pytorch",
     "mamba-ssm": "mamba_ssm.ops.triton.ssd_combined",
-    "causal-conv1d": "causal_conv1d",
 }
 MIN_FREE_SHARE = 0.9  # of a GPU's memory: below, another process holds some
 

@@ -9,8 +9,9 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
+from elastic.model.backends import Kernels
 from elastic.model.model import build_model, transformer_config
-from elastic.model.specs import Kernels, plain_stack_spec
+from elastic.model.specs import plain_stack_spec
 from elastic.space.axes import Axis
 from elastic.space.cost import shape_cost, subnet_cost
 from elastic.space.gates import Gates

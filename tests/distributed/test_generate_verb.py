@@ -19,7 +19,7 @@ from elastic.checkpoint.state import Trainable, begin_save
 from elastic.config.load import load
 from elastic.config.rules_layout import Cluster
 from elastic.config.serving import ExtractConfig, GenerateConfig
-from elastic.model.specs import Kernels
+from elastic.model.backends import Kernels
 from elastic.router.router import Router
 from elastic.space.cost import Budget, Deployment, Metric
 from elastic.verbs.extract import run_extract

@@ -10,9 +10,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from elastic.model.attention import SdpaCoreAttention
+from elastic.model.backends import Kernels
 from elastic.model.cache import empty_cache
 from elastic.model.model import transformer_config
-from elastic.model.specs import Kernels
 from elastic.space.axes import Axis
 from elastic.space.gates import Gates
 from elastic.space.space import AxisChoices, Space

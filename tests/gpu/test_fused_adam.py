@@ -9,7 +9,7 @@ from torch.optim import AdamW
 
 from elastic.config.sections import OptimConfig
 from elastic.model.attention import SdpaCoreAttention
-from elastic.model.specs import Kernels
+from elastic.model.backends import Kernels
 from elastic.model.state_space import TorchStateSpace
 from elastic.space.space import Space
 from elastic.train.optimizer import build_optimizer, set_learning_rate, wrap_for_training

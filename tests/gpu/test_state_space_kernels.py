@@ -1,10 +1,9 @@
-"""mamba-ssm's and causal-conv1d's kernels compute what the PyTorch backend computes, forward and backward."""
+"""mamba-ssm's kernels compute what the PyTorch backend computes, forward and backward."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from elastic.model.state_space import StateSpaceBackend, TorchStateSpace
@@ -18,7 +17,6 @@ BATCH, STATE = 2, 32
 @pytest.fixture(scope="module")
 def kernels() -> StateSpaceBackend:
     pytest.importorskip("mamba_ssm", reason="mamba-ssm is not installed; it comes with the `gpu` extra")
-    pytest.importorskip("causal_conv1d", reason="causal-conv1d is not installed; it comes with the `gpu` extra")
     from elastic.model.state_space import MambaSsmStateSpace
 
     return MambaSsmStateSpace(chunk_tokens=64)
@@ -48,30 +46,14 @@ def test_scan(
 ) -> None:
     """The fp32 tolerance allows for TF32, which Triton's matrix products use."""
     heads = 2 * groups
-    x, raw_dt = draw(BATCH, length, heads, channels, dtype=dtype), draw(BATCH, length, heads)
+    x, dt = draw(BATCH, length, heads, channels, dtype=dtype), draw(BATCH, length, heads, dtype=dtype)
     b, c = (draw(BATCH, length, groups, STATE, dtype=dtype) for _ in range(2))
-    a_log, d = draw(heads), draw(heads)
+    a_log, d, dt_bias = draw(heads), draw(heads), draw(heads)
 
     def run(backend: StateSpaceBackend) -> Tensor:
-        return backend.scan(x, F.softplus(raw_dt - 2), -torch.exp(a_log), b, c, d)
+        return backend.scan(x, dt, dt_bias - 2, -torch.exp(a_log), b, c, d)
 
-    compare(lambda: run(kernels), lambda: run(TorchStateSpace(64)), [x, raw_dt, b, c, a_log, d], tolerance)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("channels", [64, 40, 37])
-@pytest.mark.parametrize("taps", [2, 4])
-def test_pitfall_06_convolution_of_any_width(
-    kernels: StateSpaceBackend, taps: int, channels: int, dtype: torch.dtype, tolerance: float
-) -> None:
-    """Also for a number of channels that is no multiple of 8, and for rows that are a part of wider rows."""
-    rows = draw(BATCH, 50, 3 + 2 * channels, dtype=dtype)
-    weight, bias = draw(channels, taps, dtype=dtype), draw(channels, dtype=dtype)
-
-    def run(backend: StateSpaceBackend) -> Tensor:
-        return backend.causal_conv(rows[..., channels : 2 * channels], weight, bias)
-
-    compare(lambda: run(kernels), lambda: run(TorchStateSpace()), [rows, weight, bias], tolerance)
+    compare(lambda: run(kernels), lambda: run(TorchStateSpace(64)), [x, dt, dt_bias, b, c, a_log, d], tolerance)
 
 
 @torch.no_grad()
@@ -84,32 +66,14 @@ def test_scan_in_pieces(
 ) -> None:
     """Pieces and single steps of the kernels against one PyTorch scan of the whole, outputs and last state."""
     heads, length = 2 * groups, sum(sizes)
-    x, raw_dt = draw(BATCH, length, heads, channels, dtype=dtype), draw(BATCH, length, heads)
+    x, dt = draw(BATCH, length, heads, channels, dtype=dtype), draw(BATCH, length, heads, dtype=dtype)
     b, c = (draw(BATCH, length, groups, STATE, dtype=dtype) for _ in range(2))
-    a, d, dt = -torch.exp(draw(heads)), draw(heads), F.softplus(raw_dt - 2)
+    a, d, dt_bias = -torch.exp(draw(heads)), draw(heads), draw(heads) - 2
     plain, expected_state = TorchStateSpace(64), torch.zeros(BATCH, heads, channels, STATE, device="cuda")
-    expected = plain.scan(x, dt, a, b, c, d, expected_state)
+    expected = plain.scan(x, dt, dt_bias, a, b, c, d, expected_state)
     state = torch.zeros_like(expected_state)
     pieces = zip(*(t.split(sizes, dim=1) for t in (x, dt, b, c)), strict=True)
-    y = [kernels.scan(x_, dt_, a, b_, c_, d, state) for x_, dt_, b_, c_ in pieces]
+    y = [kernels.scan(x_, dt_, dt_bias, a, b_, c_, d, state) for x_, dt_, b_, c_ in pieces]
     assert y[0].dtype is dtype
     assert relative_error(torch.cat(y, dim=1), expected) <= tolerance
     assert relative_error(state, expected_state) <= tolerance
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("channels", [64, 40, 37])
-@pytest.mark.parametrize("taps", [2, 4])
-@pytest.mark.parametrize("sizes", [[20, 1, 1, 9, 1], [1] * 6])
-def test_convolution_in_pieces(
-    kernels: StateSpaceBackend, sizes: list[int], taps: int, channels: int, dtype: torch.dtype, tolerance: float
-) -> None:
-    """The inputs before are moved on by every piece, exactly; rows are a part of wider rows, as in the mixer."""
-    rows = draw(BATCH, sum(sizes), 3 + 2 * channels, dtype=dtype)
-    x = rows[..., channels : 2 * channels]
-    weight, bias = draw(channels, taps, dtype=dtype), draw(channels, dtype=dtype)
-    before = torch.zeros(BATCH, taps - 1, channels, device="cuda", dtype=dtype)
-    y = [kernels.causal_conv(piece, weight, bias, before) for piece in x.split(sizes, dim=1)]
-    assert relative_error(torch.cat(y, dim=1), TorchStateSpace().causal_conv(x, weight, bias)) <= tolerance
-    assert torch.equal(before, x[:, sum(sizes) - (taps - 1) :])

@@ -17,10 +17,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from elastic.model.attention import SdpaCoreAttention
+from elastic.model.backends import Kernels
 from elastic.model.initialize import named_global_parameters
 from elastic.model.model import ElasticModel, build_model, transformer_config
 from elastic.model.sharding import pipeline_pattern, shard_tensor
-from elastic.model.specs import Kernels, plain_stack_spec
+from elastic.model.specs import plain_stack_spec
 from elastic.model.state_space import TorchStateSpace
 from elastic.space.axes import Axis
 from elastic.space.gates import Gates
@@ -177,12 +178,12 @@ def submodel_space(shape: ModelShape) -> Space:
     return Space(shape, {}, lanes=1)
 
 
-def build_stock(shape: ModelShape, layout: Layout | None = None) -> HybridModel:
+def build_stock(shape: ModelShape, layout: Layout | None = None, kernels: Kernels | None = None) -> HybridModel:
     """Build Megatron-Core's own HybridModel with stock layers throughout; uninitialised."""
     layout, groups = layout or Layout(), ProcessGroupCollection.use_mpu_process_groups()
     return HybridModel(
         transformer_config(shape, layout),
-        plain_stack_spec(small_chunks(), shape.conv_kernel),
+        plain_stack_spec(kernels or small_chunks(), shape.conv_kernel),
         vocab_size=shape.vocab,
         max_sequence_length=1,
         hybrid_layer_pattern=pipeline_pattern(shape, layout.pipeline),

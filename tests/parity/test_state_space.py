@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
+from elastic.model.elementwise import TorchElementwise
 from elastic.model.state_space import StateSpaceBackend, TorchStateSpace
 from tests.parity.model_factory import relative_error
 from tests.parity.reference_model import depthwise_causal_conv, state_space_recurrence
@@ -21,10 +22,11 @@ BATCH, HEADS_PER_GROUP, CHANNELS, STATE, CHUNK = 2, 3, 5, 7, 8
 
 @dataclass(frozen=True)
 class ScanInputs:
-    """Leaves of one scan: x [B,L,H,P], raw_dt [B,L,H] before softplus, a_log [H], b and c [B,L,G,N], d [H]."""
+    """Leaves of one scan: x [B,L,H,P], dt [B,L,H] before bias and softplus, a_log and d [H], b and c [B,L,G,N]."""
 
     x: Tensor
-    raw_dt: Tensor
+    dt: Tensor
+    dt_bias: Tensor
     a_log: Tensor
     b: Tensor
     c: Tensor
@@ -39,7 +41,8 @@ class ScanInputs:
 
         return cls(
             x=normal(BATCH, length, heads, CHANNELS),
-            raw_dt=normal(BATCH, length, heads),
+            dt=normal(BATCH, length, heads),
+            dt_bias=normal(heads),
             a_log=normal(heads),
             b=normal(BATCH, length, groups, STATE),
             c=normal(BATCH, length, groups, STATE),
@@ -51,10 +54,14 @@ class ScanInputs:
 
     def run(self, scan: Any) -> tuple[Tensor, list[Tensor]]:
         """Return the output and the gradients of a fixed weighting of it."""
-        y = scan(self.x, F.softplus(self.raw_dt), -torch.exp(self.a_log), self.b, self.c, self.d)
+        y = scan(self.x, self.dt, self.dt_bias, -torch.exp(self.a_log), self.b, self.c, self.d)
         weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         gradients = torch.autograd.grad(y, list(vars(self).values()), weights.to(y.dtype))
         return y, list(gradients)
+
+
+def recurrence(x: Tensor, dt: Tensor, dt_bias: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    return state_space_recurrence(x, F.softplus(dt + dt_bias), a, b, c, d)
 
 
 @pytest.mark.parametrize("groups", GROUPS)
@@ -62,7 +69,7 @@ class ScanInputs:
 def test_scan_equals_the_recurrence_in_fp64(length: int, groups: int) -> None:
     inputs = ScanInputs.draw(length, groups, torch.float64)
     y, gradients = inputs.run(TorchStateSpace(CHUNK).scan)
-    expected_y, expected_gradients = inputs.run(state_space_recurrence)
+    expected_y, expected_gradients = inputs.run(recurrence)
     torch.testing.assert_close(y, expected_y, rtol=1e-10, atol=1e-10)
     for actual, expected in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
@@ -73,7 +80,7 @@ def test_scan_equals_the_recurrence_in_fp64(length: int, groups: int) -> None:
 def test_scan_in_low_precision_stays_near_the_recurrence(groups: int, dtype: torch.dtype, tolerance: float) -> None:
     inputs = ScanInputs.draw(37, groups, dtype)
     y, gradients = inputs.run(TorchStateSpace(CHUNK).scan)
-    expected_y, expected_gradients = inputs.to(torch.float64).run(state_space_recurrence)
+    expected_y, expected_gradients = inputs.to(torch.float64).run(recurrence)
     assert y.dtype is dtype
     assert relative_error(y, expected_y) <= tolerance
     for actual, expected in zip(gradients, expected_gradients, strict=True):
@@ -91,18 +98,18 @@ def test_scan_does_not_depend_on_the_chunk(chunk: int) -> None:
 def test_a_scan_in_pieces_equals_the_recurrence_in_fp64(sizes: list[int], groups: int) -> None:
     """The state is handed from piece to piece; a single token takes a step, a piece below a chunk a shorter chunk."""
     inputs = ScanInputs.draw(sum(sizes), groups, torch.float64)
-    expected, _ = inputs.run(state_space_recurrence)
+    expected, _ = inputs.run(recurrence)
     heads, backend = groups * HEADS_PER_GROUP, TorchStateSpace(CHUNK)
     state = torch.zeros(BATCH, heads, CHANNELS, STATE, dtype=torch.float64)
-    pieces = (t.detach().split(sizes, dim=1) for t in (inputs.x, F.softplus(inputs.raw_dt), inputs.b, inputs.c))
+    pieces = (t.detach().split(sizes, dim=1) for t in (inputs.x, inputs.dt, inputs.b, inputs.c))
     with torch.no_grad():
         y = [
-            backend.scan(x, dt, -torch.exp(inputs.a_log), b, c, inputs.d, state)
+            backend.scan(x, dt, inputs.dt_bias, -torch.exp(inputs.a_log), b, c, inputs.d, state)
             for x, dt, b, c in zip(*pieces, strict=True)
         ]
     torch.testing.assert_close(torch.cat(y, dim=1), expected.detach(), rtol=1e-10, atol=1e-10)
     # The state itself: S_T = sum_t exp(A sum_{u>t} dt_u) dt_t x_t B_t^T.
-    dt, a = F.softplus(inputs.raw_dt), -torch.exp(inputs.a_log)
+    dt, a = F.softplus(inputs.dt + inputs.dt_bias), -torch.exp(inputs.a_log)
     later = dt.flip(1).cumsum(1).flip(1) - dt
     b_of_head = inputs.b.repeat_interleave(HEADS_PER_GROUP, dim=2)
     final = torch.einsum("blh,blhp,blhn->bhpn", (later * a).exp() * dt, inputs.x, b_of_head)
@@ -112,13 +119,13 @@ def test_a_scan_in_pieces_equals_the_recurrence_in_fp64(sizes: list[int], groups
 def test_a_step_in_bf16_keeps_its_state_in_fp32() -> None:
     """Sixty steps in bf16 with an fp32 state stay as near to the recurrence as one scan does."""
     inputs = ScanInputs.draw(60, 2, torch.bfloat16)
-    expected, _ = inputs.to(torch.float64).run(state_space_recurrence)
+    expected, _ = inputs.to(torch.float64).run(recurrence)
     state, backend = torch.zeros(BATCH, 2 * HEADS_PER_GROUP, CHANNELS, STATE), TorchStateSpace(CHUNK)
-    pieces = (t.detach().split(1, dim=1) for t in (inputs.x, F.softplus(inputs.raw_dt.float()), inputs.b, inputs.c))
+    pieces = (t.detach().split(1, dim=1) for t in (inputs.x, inputs.dt, inputs.b, inputs.c))
     with torch.no_grad():
         y = torch.cat(
             [
-                backend.scan(x, dt, -torch.exp(inputs.a_log.float()), b, c, inputs.d, state)
+                backend.scan(x, dt, inputs.dt_bias, -torch.exp(inputs.a_log.float()), b, c, inputs.d, state)
                 for x, dt, b, c in zip(*pieces, strict=True)
             ],
             dim=1,
@@ -131,8 +138,8 @@ def test_a_step_in_bf16_keeps_its_state_in_fp32() -> None:
 @pytest.mark.parametrize("sizes", [[12], [1] * 12, [2, 1, 9], [1, 7, 4]])
 def test_a_convolution_in_pieces_equals_the_whole(sizes: list[int], taps: int) -> None:
     x, weight, bias = torch.randn(BATCH, 12, 5).double(), torch.randn(5, taps).double(), torch.randn(5).double()
-    before, backend = torch.zeros(BATCH, taps - 1, 5).double(), TorchStateSpace()
-    y = [backend.causal_conv(piece, weight, bias, before) for piece in x.split(sizes, dim=1)]
+    before = torch.zeros(BATCH, taps - 1, 5).double()
+    y = [TorchElementwise().causal_conv(piece, weight, bias, before) for piece in x.split(sizes, dim=1)]
     torch.testing.assert_close(torch.cat(y, dim=1), F.silu(depthwise_causal_conv(x, weight, bias)))
     assert torch.equal(before, x[:, 12 - (taps - 1) :])
 
@@ -143,7 +150,7 @@ def test_scan_survives_decays_that_underflow() -> None:
     strong = ScanInputs(**{**vars(inputs), "a_log": torch.full_like(inputs.a_log, 10.0).requires_grad_()})
     y, gradients = strong.run(TorchStateSpace(CHUNK).scan)
     assert all(torch.isfinite(t).all() for t in (y, *gradients))
-    assert relative_error(y, strong.to(torch.float64).run(state_space_recurrence)[0]) <= 2e-6
+    assert relative_error(y, strong.to(torch.float64).run(recurrence)[0]) <= 2e-6
 
 
 @pytest.mark.parametrize("taps", [1, 2, 3, 4, 7])
@@ -155,7 +162,7 @@ def test_pitfall_06_convolution_equals_the_definition(length: int, taps: int) ->
         torch.randn(*size, generator=generator, dtype=torch.float64).requires_grad_()
         for size in ((BATCH, length, 6), (6, taps), (6,))
     ]
-    y, expected = TorchStateSpace().causal_conv(*leaves), F.silu(depthwise_causal_conv(*leaves))
+    y, expected = TorchElementwise().causal_conv(*leaves), F.silu(depthwise_causal_conv(*leaves))
     torch.testing.assert_close(y, expected)
     weights = torch.randn(y.shape, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(torch.autograd.grad(y, leaves, weights), torch.autograd.grad(expected, leaves, weights))
@@ -189,11 +196,12 @@ def _mixer_from_our_parts(p: dict[str, Tensor], u: Tensor, backend: StateSpaceBa
     heads = groups * HEADS_PER_GROUP
     inner, gn = heads * CHANNELS, groups * STATE
     z, conv_in, dt = (u @ p["in_proj.weight"].T).split([inner, inner + 2 * gn, heads], dim=-1)
-    conv = backend.causal_conv(conv_in, p["conv1d.weight"].squeeze(1), p["conv1d.bias"])
+    conv = TorchElementwise().causal_conv(conv_in, p["conv1d.weight"].squeeze(1), p["conv1d.bias"])
     x, b, c = conv.split([inner, gn, gn], dim=-1)
     y = backend.scan(
         x.unflatten(-1, (heads, CHANNELS)),
-        F.softplus(dt + p["dt_bias"]),
+        dt,
+        p["dt_bias"],
         -torch.exp(p["A_log"]),
         b.unflatten(-1, (groups, STATE)),
         c.unflatten(-1, (groups, STATE)),

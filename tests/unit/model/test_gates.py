@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from elastic.model.masks import GatesError, LayerGates, Masks, Width, residual
+from elastic.model.elementwise import TorchElementwise
+from elastic.model.masks import GatesError, LayerGates, Masks, Width
 from elastic.space.axes import INNER_AXIS, Axis, LayerKind
 from elastic.space.gates import Execution, Gates
 from elastic.space.layers import DimKind
@@ -168,18 +169,14 @@ def test_pitfall_17_gate_gradients_are_finite_at_probability_zero(axis: Axis) ->
     assert torch.isfinite(gradient).all() and (gradient[:, 0] > 0).all()
 
 
-def layer_gate(depth: Tensor | None, hidden: Tensor | None) -> LayerGates:
-    return LayerGates(masks().layers(None)[0].cut, {Axis.HIDDEN: Width(3, hidden)}, depth)
-
-
 @pytest.mark.parametrize("depth", [None, torch.tensor(0.25), torch.tensor(0.0)])
 @pytest.mark.parametrize("hidden", [None, torch.tensor([1.0, 0.5, 0.0])])
 def test_residual_adds_the_gated_output(depth: Tensor | None, hidden: Tensor | None) -> None:
     x, y = torch.randn(2, 3), torch.randn(2, 3)
     scale = (1.0 if depth is None else depth) * (1.0 if hidden is None else hidden)
-    torch.testing.assert_close(residual(x, y, layer_gate(depth, hidden)), x + scale * y)
+    torch.testing.assert_close(TorchElementwise().residual(x, y, depth, hidden), x + scale * y)
     if depth is not None and depth == 0:
-        assert torch.equal(residual(x, y, layer_gate(depth, hidden)), x)
+        assert torch.equal(TorchElementwise().residual(x, y, depth, hidden), x)
 
 
 def test_full_is_ungated() -> None:

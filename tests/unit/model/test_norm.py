@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elastic.model.elementwise import TorchElementwise
 from elastic.model.masks import Width
-from elastic.model.norm import ElasticRMSNorm, GatedGroupNorm, gated_rms
+from elastic.model.norm import ElasticRMSNorm, GatedGroupNorm
 
 EPSILON = 1e-2  # large, so that a wrongly scaled epsilon shows
 
@@ -19,14 +20,14 @@ def config(dtype: torch.dtype = torch.float64, sequence_parallel: bool = False) 
 
 
 def rms_norm(size: int, **settings: object) -> ElasticRMSNorm:
-    norm = ElasticRMSNorm(config(**settings), size, eps=EPSILON)  # type: ignore[arg-type]
+    norm = ElasticRMSNorm(config(**settings), size, eps=EPSILON, elementwise=TorchElementwise())  # type: ignore[arg-type]
     with torch.no_grad():
         norm.weight.copy_(torch.randn(size))
     return norm
 
 
 def group_norm(size: int) -> GatedGroupNorm:
-    norm = GatedGroupNorm(size, config(), tp_group=None, eps=EPSILON)  # type: ignore[arg-type]
+    norm = GatedGroupNorm(size, config(), None, EPSILON, TorchElementwise())  # type: ignore[arg-type]
     with torch.no_grad():
         norm.weight.copy_(torch.randn(size))
     return norm
@@ -76,13 +77,15 @@ def test_pitfall_20_group_norm_counts_the_active_heads_and_channels_of_each_grou
     norm = group_norm(groups * heads * channels)
     y = torch.randn(2, 3, groups, heads, channels, dtype=torch.float64)
     mask = prefix(kept_heads, heads)[:, None] * prefix(kept_channels, channels)
-    masked = norm((y * mask).flatten(2), groups, kept_heads * kept_channels).unflatten(2, (groups, heads, channels))
-    small = y[..., :kept_heads, :kept_channels]
+    z, gate = torch.randn_like(y), mask.expand(groups, -1, -1).flatten()
+    masked = norm(y.flatten(2), z.flatten(2), groups, None, gate)
+    masked = masked.unflatten(2, (groups, heads, channels))
+    small, small_z = (t[..., :kept_heads, :kept_channels] for t in (y, z))
     weight = norm.weight.view(groups, heads, channels)[:, :kept_heads, :kept_channels]
-    sliced = norm(small.flatten(2), groups, kept_heads * kept_channels, weight.flatten())
+    sliced = norm(small.flatten(2), small_z.flatten(2), groups, kept_heads * kept_channels, None, weight.flatten())
     torch.testing.assert_close(masked[..., :kept_heads, :kept_channels].flatten(2), sliced)
     for group in range(groups):  # every group by itself
-        own = small[:, :, group].flatten(2)
+        own = (small * F.silu(small_z))[:, :, group].flatten(2)
         expected = F.rms_norm(own, own.shape[-1:], weight[group].flatten(), EPSILON)
         torch.testing.assert_close(sliced.unflatten(2, (groups, -1))[:, :, group], expected)
 
@@ -90,7 +93,7 @@ def test_pitfall_20_group_norm_counts_the_active_heads_and_channels_of_each_grou
 def test_statistics_are_at_least_fp32() -> None:
     """Squares of bf16 values near 300 would lose the epsilon and most digits; the result has the input's dtype."""
     x = (300 * torch.randn(4, 512)).bfloat16()
-    y = gated_rms(x, 512, 1e-5)
+    y = TorchElementwise().norm(x, torch.ones(512, dtype=torch.bfloat16), 512, 1e-5)
     expected = x.double() * torch.rsqrt((x.double() ** 2).mean(-1, keepdim=True) + 1e-5)
     assert y.dtype is torch.bfloat16
     torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=1e-6)
@@ -98,7 +101,7 @@ def test_statistics_are_at_least_fp32() -> None:
 
 def test_all_zero_input_stays_finite() -> None:
     x = torch.zeros(2, 8, dtype=torch.float64, requires_grad=True)
-    y = gated_rms(x, torch.tensor(3.0, dtype=torch.float64), 1e-5)
+    y = TorchElementwise().norm(x, torch.ones(8, dtype=torch.float64), torch.tensor(3.0, dtype=torch.float64), 1e-5)
     y.sum().backward()
     assert torch.count_nonzero(y) == 0 and torch.isfinite(x.grad).all()
 

@@ -77,7 +77,7 @@ def test_nvidias_own_builds_satisfy_the_requirements() -> None:
 
 
 def test_a_gpu_run_asks_for_the_kernels_and_a_cpu_run_does_not() -> None:
-    kernels = {"transformer-engine[pytorch]", "mamba-ssm>=2.3", "causal-conv1d"}
+    kernels = {"transformer-engine[pytorch]", "mamba-ssm>=2.3"}
     assert set(requirements(with_gpus=True)) - set(requirements(with_gpus=False)) == kernels
 
 
