@@ -11,8 +11,10 @@ from typing import Any
 from elastic.world.files import file_problems, sha256_of
 
 MANIFEST_NAME = "data.json"
-FORMAT = "elastic-data-3"
-READABLE_FORMATS = (FORMAT, "elastic-data-2")  # 2: without sources, begin-of-text and the tokenizer's other files
+FORMAT = "elastic-data-4"
+# 3: without chats; 2: also without sources, begin-of-text and the tokenizer's other files.
+READABLE_FORMATS = (FORMAT, "elastic-data-3", "elastic-data-2")
+MASK_SUFFIX = ".mask"  # beside .bin and .idx: a bit for every token, the lowest of a byte first
 SAMPLED_BLOCKS = 64
 SAMPLED_BLOCK_BYTES = 64 * 1024
 REMEDY = "prepare the data again with overwrite=true"
@@ -36,6 +38,7 @@ class SplitRecord:
     """What one split holds: kept documents, their tokens (one end-of-text each included), their text, its files.
 
     `sources` says how many of the tokens came from each configured path, one path's behind the other's in this order.
+    `num_counted` tokens are marked by the loss mask among the files; None: there is no mask, and the loss counts all.
     """
 
     num_documents: int
@@ -43,6 +46,7 @@ class SplitRecord:
     text_bytes: int
     files: Mapping[str, FileRecord]
     sources: Mapping[str, int] = field(default_factory=dict)
+    num_counted: int | None = None
 
     def num_sequences(self, length: int) -> int:
         """Count the sequences of `length` tokens and the one that follows, none of two sources."""

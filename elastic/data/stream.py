@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from elastic.data.manifest import REMEDY, DataError, checked_manifest
+from elastic.data.manifest import MASK_SUFFIX, REMEDY, DataError, checked_manifest
 from elastic.data.order import SampleOrder, mixed_seed
 from elastic.router.phases import Curriculum, Moment
 from elastic.world.groups import World
@@ -34,16 +34,34 @@ class TokenStream:
         self._tokens = np.asarray(np.memmap(f"{self.prefix}.bin", dtype=self.manifest.dtype, mode="r"))
         if self.num_tokens != self.manifest.splits[self.prefix.name].num_tokens:
             raise DataError(f"{self.prefix}.bin: holds {self.num_tokens:,} tokens, data.json says otherwise; {REMEDY}")
+        self._counted = None
+        if self.is_masked:
+            self._counted = np.asarray(np.memmap(f"{self.prefix}{MASK_SUFFIX}", dtype=np.uint8, mode="r"))
+            if len(self._counted) != -(-self.num_tokens // 8):
+                raise DataError(f"{self.prefix}{MASK_SUFFIX}: holds no bit for every token; {REMEDY}")
 
     @property
     def num_tokens(self) -> int:
         """Return how many tokens the stream holds."""
         return len(self._tokens)
 
+    @property
+    def is_masked(self) -> bool:
+        """Tell whether the loss counts some of the tokens only."""
+        return self.manifest.splits[self.prefix.name].num_counted is not None
+
     def read(self, start: int, count: int) -> torch.Tensor:
         """Return tokens [count] from position `start`, int64."""
         assert start >= 0 and start + count <= self.num_tokens, f"tokens {start}..{start + count} are not in the stream"
         return torch.from_numpy(self._tokens[start : start + count].astype(np.int64))
+
+    def counted(self, start: int, count: int) -> torch.Tensor:
+        """Return which of the tokens [count] from position `start` the loss counts as labels, bool."""
+        if self._counted is None:
+            return torch.ones(count, dtype=torch.bool)
+        first = start // 8
+        bits = np.unpackbits(self._counted[first : -(-(start + count) // 8)], bitorder="little")
+        return torch.from_numpy(bits[start - 8 * first :][:count].astype(bool))
 
 
 class PackedSequences:
@@ -72,7 +90,11 @@ class PackedSequences:
 
     def sample(self, sample_index: int) -> torch.Tensor:
         """Return tokens [S+1] int64 of a sample; indices run on through the epochs without end."""
-        return self.stream.read(self.order.chunk(sample_index) * self.sequence_length, self.sequence_length + 1)
+        return self.stream.read(self.start(sample_index), self.sequence_length + 1)
+
+    def start(self, sample_index: int) -> int:
+        """Return the position in the stream of a sample's first token."""
+        return self.order.chunk(sample_index) * self.sequence_length
 
 
 @dataclass(frozen=True)
@@ -80,27 +102,36 @@ class Batch:
     """One micro-batch on one data-parallel rank: tokens [B, S], labels [B, S], sample_ids [B], all int64 on the CPU.
 
     Label s is token s + 1. A sample id is the index within the phase, unique across epochs; -1 marks a row that only
-    fills the last validation batches to their size.
+    fills the last validation batches to their size. `counted` [B, S]: which labels the data's mask counts; None: all.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     sample_ids: torch.Tensor
+    counted: torch.Tensor | None = None
 
     @property
-    def has_padding(self) -> bool:
-        """Tell whether some rows only fill up."""
-        return bool((self.sample_ids == PADDING_SAMPLE).any())
+    def counts_all(self) -> bool:
+        """Tell that every token of every row counts: no mask, and no row that only fills up."""
+        return self.counted is None and not bool((self.sample_ids == PADDING_SAMPLE).any())
 
     def token_weights(self) -> torch.Tensor:
-        """Return fp32 weights [B, S]: 1 for tokens that count, 0 for rows that fill up."""
-        real = (self.sample_ids != PADDING_SAMPLE).float()
-        return real[:, None].expand(self.tokens.shape).contiguous()
+        """Return fp32 weights [B, S]: 1 where the label counts, 0 where the mask leaves it out, or a row fills up."""
+        real = (self.sample_ids != PADDING_SAMPLE).float()[:, None].expand(self.tokens.shape)
+        return real.contiguous() if self.counted is None else real * self.counted
+
+    def num_counted(self) -> int:
+        """Return how many labels count."""
+        return self.tokens.numel() if self.counts_all else int(self.token_weights().sum())
 
 
-def _batch(rows: list[torch.Tensor], sample_ids: list[int]) -> Batch:
-    tokens = torch.stack(rows)
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.tensor(sample_ids, dtype=torch.int64))
+def _batch(stream: TokenStream, starts: list[int], sequence_length: int, sample_ids: list[int]) -> Batch:
+    tokens = torch.stack([stream.read(start, sequence_length + 1) for start in starts])
+    counted = None
+    if stream.is_masked:
+        counted = torch.stack([stream.counted(start + 1, sequence_length) for start in starts])
+    ids = torch.tensor(sample_ids, dtype=torch.int64)
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), ids, counted)
 
 
 def read_batch(
@@ -121,7 +152,8 @@ def read_batch(
     global_index = micro_batch_index * data_parallel_size + data_parallel_rank
     first = consumed_samples + global_index * micro_batch_size
     sample_ids = list(range(first, first + micro_batch_size))
-    return _batch([dataset.sample(index) for index in sample_ids], sample_ids)
+    starts = [dataset.start(index) for index in sample_ids]
+    return _batch(dataset.stream, starts, dataset.sequence_length, sample_ids)
 
 
 class PhaseData:
@@ -133,7 +165,7 @@ class PhaseData:
     def __init__(
         self, stream: TokenStream, curriculum: Curriculum, *, micro_batch_size: int, seed: int, world: World
     ) -> None:
-        self.micro_batch_size, self.world = micro_batch_size, world
+        self.micro_batch_size, self.world, self.is_masked = micro_batch_size, world, stream.is_masked
         self.datasets = [
             PackedSequences(stream, phase.sequence_length, seed, salt=index)
             for index, phase in enumerate(curriculum.phases)
@@ -211,5 +243,5 @@ def validation_batches(
             first = first_of_all + data_parallel_rank * micro_batch_size
             mine = starts[first : first + micro_batch_size]
             fill = micro_batch_size - len(mine)
-            rows = [held_out.row(start) for start in [*mine, *starts[:1] * fill]]
-            yield source, _batch(rows, [*mine, *[PADDING_SAMPLE] * fill])
+            rows, sample_ids = [*mine, *starts[:1] * fill], [*mine, *[PADDING_SAMPLE] * fill]
+            yield source, _batch(held_out.stream, rows, held_out.sequence_length, sample_ids)

@@ -39,7 +39,8 @@ class Validate(Callback):
         gates = {name: None if bare else Gates.slice(subnet) for name, subnet in subnets.items()}
         data = self.datasets[result.moment.phase_index]
         losses = evaluate_subnets(trainer.runner, gates, data, self.num_sequences, self.micro_batch_size)
-        row = {f"validation/{name}/loss": loss.mean.cross_entropy for name, loss in losses.items()}
+        row: dict[str, float | None] = {f"validation/{name}/loss": v.mean.cross_entropy for name, v in losses.items()}
+        row["validation/counted_tokens"] = next(iter(losses.values())).mean.num_tokens  # the same for every choice
         for name, loss in losses.items():
             labels = source_labels(loss.by_source) if len(loss.by_source) > 1 else {}
             for source, label in labels.items():

@@ -229,6 +229,7 @@ class LogSteps(Callback):
             "learning_rate": result.moment.learning_rate,
             "tokens_per_s": tokens_per_s,
             "skipped_steps": trainer.skipped.count,
+            "counted_tokens": sum(mean.num_tokens for mean in means.values()),
         }
         for name, mean in means.items():
             row |= {f"train/{name}/kl": mean.kl, f"train/{name}/cross_entropy": mean.cross_entropy}

@@ -26,7 +26,7 @@ from elastic.world.groups import World
 class MicroBatch:
     """What one micro-batch needs: tokens and labels [B, s], its gates (None: the whole parent), the teacher's states.
 
-    `token_weights` [B, s] is 0 for a row that only fills a batch up; None counts every token.
+    `token_weights` [B, s] is 0 where the data's mask leaves a label out, or a row only fills up; None counts all.
     """
 
     tokens: Tensor
@@ -65,7 +65,7 @@ class PipelineRunner:
         def share(t: Tensor) -> Tensor:
             return context_parallel_slice(t, cp.rank(), cp.size()).to(self.world.device, non_blocking=True)
 
-        weights = share(batch.token_weights()) if batch.has_padding else None
+        weights = None if batch.counts_all else share(batch.token_weights())
         return MicroBatch(share(batch.tokens), share(batch.labels), weights, gates)
 
     def with_teacher(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
@@ -79,7 +79,7 @@ class PipelineRunner:
         return [replace(batch, teacher_hidden=states) for batch, states in zip(micro_batches, hidden, strict=True)]
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatchLoss]:
-        """Run the student forward and backward; gradients are summed over ranks and divided by all tokens."""
+        """Run the student forward and backward; gradients are summed over ranks and divided by all that count."""
         return self._schedule(self.student, micro_batches, self._student_loss, forward_only=False)
 
     @torch.no_grad()

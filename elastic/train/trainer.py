@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 
 from elastic.checkpoint.record import Record
 from elastic.checkpoint.state import Trainable, TrainingState
-from elastic.data.stream import PhaseData
+from elastic.data.stream import Batch, PhaseData
 from elastic.router.draw import Chooser, Draw, decide
 from elastic.router.phases import Curriculum, Moment
 from elastic.space.shape import Subnet
@@ -120,7 +121,7 @@ class Trainer:
         losses = self.runner.forward_backward(work)
         # 3. Through the gates to the router, outside the sharded graph.
         self.progress.enter(number, "optimizer")
-        router_gradients = self._router_gradients(moment, draw)
+        router_gradients = self._router_gradients(moment, draw, batches)
         # 4. One decision for all ranks, then weights and router take the step, or neither does.
         grad_norm = gradient_norm(self.optimizer)
         bad = self.skipped.nonfinite(losses, grad_norm, router_gradients)
@@ -133,7 +134,7 @@ class Trainer:
         budget_losses = None if draw is None else draw.budget_losses
         return StepResult(moment, losses, float(grad_norm), bool(bad), budget_losses)
 
-    def _router_gradients(self, moment: Moment, draw: Draw | None) -> list[Tensor]:
+    def _router_gradients(self, moment: Moment, draw: Draw | None, batches: Sequence[Batch]) -> list[Tensor]:
         """Push the gates' gradients through the router once, sum what came out over replicas, and return it.
 
         Empty where no router trains in this step.
@@ -141,8 +142,14 @@ class Trainer:
         if draw is None or moment.elastic.router_frozen:
             return []
         assert self.chooser is not None and self.router_optimizer is not None
-        # The task loss is a mean over the tokens of the global batch; gate gradients are sums over one replica.
-        flat = sum_gate_gradients(draw.flat_gradients(), draw.entries(), self.world) / moment.phase.tokens_per_step
+        # The task loss is a mean over all tokens of the global batch that count; gate gradients are sums over one
+        # replica, all of whose ranks read the same whole sequences.
+        counted: Tensor | int = moment.phase.tokens_per_step
+        if self.data.is_masked:
+            counted = torch.tensor(sum(batch.num_counted() for batch in batches), device=self.world.device)
+            torch.distributed.all_reduce(counted, group=self.world.groups.dp)
+            counted.clamp_(min=1)
+        flat = sum_gate_gradients(draw.flat_gradients(), draw.entries(), self.world) / counted
         self.router_optimizer.zero_grad(set_to_none=False)
         draw.push(flat, router_loss_scale=1.0 / self.world.data_size)
         return sum_router_gradients(self.chooser.router.parameters(), self.world)

@@ -64,14 +64,19 @@ def evaluation_table(rows: list[dict[str, Any]]) -> Table:
             "-" if row["target"] is None else f"{row['target'] / 1e6:,.3f}M",
             "-" if row["cost_ratio"] is None else f"{row['cost_ratio']:.1%}",
             f"{row['params'] / 1e6:,.3f}M",
-            f"{row['loss']:.4f}",
-            f"{row['perplexity']:.2f}",
+            _number(row["loss"], 4),
+            _number(row["perplexity"], 2),
             f"{row['deploy_bytes'] / 2**20:,.1f} MiB",
-            *(f"{row['loss_by_source'][source]:.4f}" for source in sources),
+            *(_number(row["loss_by_source"][source], 4) for source in sources),
         )
         for row in rows
     ]
     return table("held-out loss per budget", (*headings, *(f"on {label}" for label in sources.values())), lines)
+
+
+def _number(value: float | None, digits: int) -> str:
+    """Write a loss; none where no token counts."""
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _row(opened: OpenCheckpoint, member: Member, loss: HeldOutLoss) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """One elastic step on any layout: what every rank contributes, in a form that two layouts can be compared by."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,11 +26,12 @@ SEQUENCE, MICRO_BATCH, GLOBAL_BATCH = 32, 1, 4
 
 @dataclass(frozen=True)
 class LayoutCase:
-    """A parallel layout and the number of processes it needs; `pattern` may cut the pipeline by hand."""
+    """A parallel layout and the number of processes it needs; `counted` says which micro-batches have which mask."""
 
     name: str
     layout: Layout
     data: int = 1
+    counted: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def world_size(self) -> int:
@@ -53,11 +55,11 @@ def tiny_space() -> Space:
     return Space(shape, choices, lanes=8, depth_ranking=(0, 3, 2, 6, 1, 4, 7, 5))
 
 
-def batch(global_index: int) -> Batch:
-    """The micro-batch with this global number, the same at any layout."""
+def batch(global_index: int, counted: Tensor | None = None) -> Batch:
+    """The micro-batch with this global number, the same at any layout; `counted` [B, S] is the mask of its labels."""
     generator = torch.Generator().manual_seed(100 + global_index)
     tokens = torch.randint(64, (MICRO_BATCH, SEQUENCE + 1), generator=generator)
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.arange(MICRO_BATCH))
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.arange(MICRO_BATCH), counted)
 
 
 def mixed_gates(space: Space, global_index: int, dtype: torch.dtype) -> Gates:
@@ -90,7 +92,7 @@ def elastic_step(case: LayoutCase) -> dict[str, Any]:
     local = range(GLOBAL_BATCH // (MICRO_BATCH * here.data_size))
     numbers = [index * here.data_size + here.data_rank for index in local]
     gates_dtype = torch.promote_types(case.layout.dtype, torch.float32)
-    work = [runner.share(batch(g), mixed_gates(space, g, gates_dtype)) for g in numbers]
+    work = [runner.share(batch(g, case.counted.get(g)), mixed_gates(space, g, gates_dtype)) for g in numbers]
     work = runner.with_teacher(work)
     wrapped.zero_grad_buffer()
     losses = runner.forward_backward(work)
@@ -107,6 +109,7 @@ def elastic_step(case: LayoutCase) -> dict[str, Any]:
         "cp": here.groups.cp.rank(),
         "last": here.is_last_stage,
         "losses": {g: (float(loss.kl), float(loss.cross_entropy)) for g, loss in zip(numbers, losses, strict=False)},
+        "num_tokens": {g: int(loss.num_tokens) for g, loss in zip(numbers, losses, strict=False)},
         "gate_gradients": gate_gradients,
         "gradients": gradients,
         "grad_norm": float(gradient_norm(optimizer)),
