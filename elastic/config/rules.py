@@ -1,4 +1,4 @@
-"""The table of rules between fields, which a recipe checks before any process group starts.
+"""The table of rules between fields, which a recipe checks before any process group starts, and those of served models.
 
 A rule runs only when the sections it reads loaded without a problem of their own, so one mistake is reported once.
 """
@@ -9,11 +9,88 @@ from functools import cached_property
 from inspect import signature
 from typing import Any
 
-from elastic.config import rules_elastic, rules_layout, rules_serving
+from elastic.config import rules_elastic, rules_layout, sections, serving, training
 from elastic.config.load import Problem, Problems
-from elastic.config.rules_layout import Cluster
-from elastic.config.serving import EvaluateConfig, ExtractConfig, GenerateConfig, ImportConfig, MembersConfig
-from elastic.config.training import CostConfig, ElasticConfig, ElasticRunConfig, ImportanceConfig, PretrainConfig
+from elastic.config.rules_elastic import unique_names
+from elastic.config.rules_layout import Cluster, model_layout_problems, sequence_problems
+
+Subnets = tuple[serving.SubnetConfig, ...]
+
+
+def check_subnets(budget_names: tuple[str, ...] | None, subnets: Subnets) -> Problems:
+    """Something is asked for, and subnets given by hand have names of their own, apart from the budgets'."""
+    if budget_names == () and not subnets:
+        yield Problem("budget_names", [], "names nothing, and no subnets are given", "null takes all budgets")
+    yield from unique_names("subnets", subnets)
+
+
+def check_export(export: serving.ExportConfig) -> Problems:
+    """Extract must have something to write."""
+    if not export.hugging_face and not export.megatron:
+        rule = "export.hugging_face and export.megatron must not both be false"
+        yield Problem("export.hugging_face", False, rule, "nearest legal value is true")
+
+
+def check_source(
+    init_from: serving.ServedInput, folder: str | None, budget: str | None, think: str | None, answer: str | None
+) -> Problems:
+    """Weights come from one place, and a Hugging Face folder is one model without budgets."""
+    if (init_from.checkpoint is None) == (folder is None):
+        rule = "exactly one of init_from.checkpoint and folder must be given"
+        remedy = "set init_from.checkpoint=RUN or folder=FOLDER" if folder is None else "set folder=null"
+        yield Problem("init_from.checkpoint", init_from.checkpoint, rule, remedy)
+    if folder is not None and init_from.router is not None:
+        rule = "chooses inside a nested checkpoint, and folder holds one model"
+        yield Problem("init_from.router", init_from.router, rule, "set init_from.router=null")
+    for name, value in {"budget": budget, "think": think, "answer": answer}.items():
+        if folder is not None and value is not None:
+            rule = "names a part of a nested checkpoint, and folder holds one model"
+            yield Problem(name, value, rule, f"set {name}=null or give init_from.checkpoint")
+
+
+def check_writers(budget: str | None, think: str | None, answer: str | None, subnets: Subnets) -> Problems:
+    """One budget writes, or two take turns; every subnet given by hand has a use."""
+    yield from unique_names("subnets", subnets)
+    for index, name in enumerate(subnet.name for subnet in subnets):
+        if name not in (budget, think, answer):
+            remedy = f"set budget={name}, or think or answer"
+            yield Problem(f"subnets.{index}.name", name, "is named by none of budget, think and answer", remedy)
+    if (think is None) != (answer is None):
+        missing, given = ("answer", think) if answer is None else ("think", answer)
+        yield Problem(missing, None, "think and answer go together", f"set {missing}=NAME, or budget={given} alone")
+    if budget is not None and (think or answer):
+        yield Problem("budget", budget, "contradicts think and answer", "set budget=null")
+
+
+def check_prompts(prompts: tuple[str, ...], prompt_file: str | None) -> Problems:
+    """There is something to go on from."""
+    if not prompts and prompt_file is None:
+        yield Problem("prompts", [], "there is nothing to go on from", "set prompts='[\"def f(\"]' or prompt_file=FILE")
+    for index in (index for index, prompt in enumerate(prompts) if not prompt):
+        yield Problem(f"prompts.{index}", "", "must not be empty", "give a text to go on from")
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> Problems:
+    """What narrows a draw needs one."""
+    for name, value in {"top_k": top_k, "top_p": top_p}.items():
+        if value is not None and temperature == 0:
+            rule = "narrows a draw, and temperature = 0 takes the most likely token"
+            yield Problem(name, value, rule, f"set temperature=1.0 or {name}=null")
+
+
+def check_ranks(parallel: sections.ParallelConfig, cluster: Cluster) -> Problems:
+    """One copy of the model, split over tensor-parallel ranks only: single tokens cannot be shared out."""
+    for name, value in {"pipeline": parallel.pipeline, "context": parallel.context}.items():
+        if value > 1:
+            rule = "text is written token by token, which cannot be split this way"
+            yield Problem(f"parallel.{name}", value, rule, "nearest legal value is 1; split with parallel.tensor")
+    if parallel.sequence:
+        rule = "text is written token by token, which cannot be split over ranks"
+        yield Problem("parallel.sequence", True, rule, "nearest legal value is false")
+    if cluster.num_processes % parallel.model_size == 0 and cluster.num_processes > parallel.model_size:
+        rule = f"must be the number of processes = {cluster.num_processes}: there is one copy of the model"
+        remedy = f"start {parallel.tensor} process{'es' if parallel.tensor > 1 else ''} or set parallel.tensor"
+        yield Problem("parallel.tensor", parallel.tensor, rule, remedy)
 
 
 @dataclass(frozen=True)
@@ -38,40 +115,41 @@ class Rule:
         return self.check(**{name: given[name] for name in self.sections})
 
 
-TRAINING = (PretrainConfig, ElasticConfig)
-COMPUTED = (*TRAINING, ImportanceConfig, EvaluateConfig, GenerateConfig)
+PRETRAIN, ELASTIC, FAMILY = training.PretrainConfig, training.ElasticConfig, training.ElasticRunConfig
+TRAINING = (PRETRAIN, ELASTIC)
+EVALUATE, GENERATE = serving.EvaluateConfig, serving.GenerateConfig
 # CostConfig describes a run it does not start: only rules of the model, the space and the budgets concern it.
 RULES = (
-    Rule(COMPUTED, rules_layout.check_world),
-    Rule((ImportConfig, ExtractConfig), rules_layout.check_one_process),
-    Rule((*TRAINING, CostConfig), rules_layout.check_model, later_rules_need_it=True),
-    Rule(PretrainConfig, rules_layout.check_layout),
-    Rule(ElasticConfig, rules_layout.check_nested_layout),
-    Rule((*TRAINING, EvaluateConfig), rules_layout.check_validation),
-    Rule(EvaluateConfig, rules_layout.check_evaluation_length),
-    Rule(ImportanceConfig, rules_layout.check_importance),
+    Rule((*TRAINING, training.ImportanceConfig, EVALUATE, GENERATE), rules_layout.check_world),
+    Rule((serving.ImportConfig, serving.ExtractConfig), rules_layout.check_one_process),
+    Rule((*TRAINING, training.CostConfig), rules_layout.check_model, later_rules_need_it=True),
+    Rule(PRETRAIN, lambda model, parallel: model_layout_problems(model, parallel, None)),
+    Rule(ELASTIC, lambda model, elastic, parallel: model_layout_problems(model, parallel, elastic.space.lanes)),
+    Rule((*TRAINING, EVALUATE), rules_layout.check_validation),
+    Rule(EVALUATE, lambda sequence_length, parallel: sequence_problems("sequence_length", sequence_length, parallel)),
+    Rule(training.ImportanceConfig, rules_layout.check_importance),
     Rule(TRAINING, rules_layout.check_optimizer),
     Rule(TRAINING, rules_layout.check_exp_manager),
     Rule(TRAINING, rules_layout.check_timeouts),
     Rule(TRAINING, rules_elastic.check_phases),
     Rule(TRAINING, rules_elastic.check_phase_batches),
-    Rule(ElasticConfig, rules_elastic.check_draws),
+    Rule(ELASTIC, rules_elastic.check_draws),
     Rule(TRAINING, rules_elastic.check_max_steps),
-    Rule(ElasticConfig, rules_elastic.check_elastic_phases),
-    Rule(ElasticRunConfig, rules_elastic.check_budget_fields),
-    Rule(ElasticRunConfig, rules_elastic.check_space, later_rules_need_it=True),
-    Rule(ElasticConfig, rules_elastic.check_choice),
-    Rule(ElasticConfig, rules_elastic.check_context_choices),
-    Rule(ElasticRunConfig, rules_elastic.check_budgets),
-    Rule(ElasticConfig, rules_elastic.check_distill),
-    Rule(ElasticConfig, rules_elastic.check_num_chunks),
-    Rule(MembersConfig, rules_serving.check_subnets),
-    Rule(ExtractConfig, rules_serving.check_export),
-    Rule(GenerateConfig, rules_serving.check_source),
-    Rule(GenerateConfig, rules_serving.check_writers),
-    Rule(GenerateConfig, rules_serving.check_prompts),
-    Rule(GenerateConfig, rules_serving.check_sampling),
-    Rule(GenerateConfig, rules_serving.check_ranks),
+    Rule(ELASTIC, rules_elastic.check_elastic_phases),
+    Rule(FAMILY, rules_elastic.check_budget_fields),
+    Rule(FAMILY, rules_elastic.check_space, later_rules_need_it=True),
+    Rule(ELASTIC, rules_elastic.check_choice),
+    Rule(ELASTIC, rules_elastic.check_context_choices),
+    Rule(FAMILY, rules_elastic.check_budgets),
+    Rule(ELASTIC, rules_elastic.check_distill),
+    Rule(ELASTIC, rules_elastic.check_num_chunks),
+    Rule(serving.MembersConfig, check_subnets),
+    Rule(serving.ExtractConfig, check_export),
+    Rule(GENERATE, check_source),
+    Rule(GENERATE, check_writers),
+    Rule(GENERATE, check_prompts),
+    Rule(GENERATE, check_sampling),
+    Rule(GENERATE, check_ranks),
 )
 
 
@@ -79,10 +157,9 @@ def rule_problems(config: Any, cluster: Cluster, unreliable: frozenset[str] = fr
     """Apply every rule whose verb is `config`'s, leaving out rules that read a section in `unreliable`."""
     found: list[Problem] = []
     for rule in RULES:
-        if not isinstance(config, rule.verbs) or unreliable & rule.sections:
-            continue
-        problems = tuple(rule.problems(config, cluster))
-        found.extend(problems)
-        if rule.later_rules_need_it:
-            unreliable |= {problem.section for problem in problems}
+        if isinstance(config, rule.verbs) and not unreliable & rule.sections:
+            problems = tuple(rule.problems(config, cluster))
+            found.extend(problems)
+            if rule.later_rules_need_it:
+                unreliable |= {problem.section for problem in problems}
     return tuple(found)

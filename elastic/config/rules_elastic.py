@@ -6,32 +6,19 @@ The parameters of a `check_...` are the sections it reads (rules.py).
 import difflib
 import math
 from collections import Counter
+from collections.abc import Sequence
 
+from elastic.config import rules_layout, sections
 from elastic.config.load import Problem, Problems, show
-from elastic.config.rules_layout import (
-    Cluster,
-    at_most_problem,
-    batch_problems,
-    data_parallel,
-    multiple_problem,
-    nearest_divisor,
-    sequence_problems,
-)
-from elastic.config.sections import (
-    DataConfig,
-    DistillConfig,
-    ElasticSection,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    TrainerConfig,
-)
+from elastic.config.rules_layout import Cluster, at_most_problem, data_parallel, multiple_problem, nearest_divisor
+from elastic.config.sections import DataConfig, ElasticSection, ModelConfig, ParallelConfig
+from elastic.config.serving import SubnetConfig
 from elastic.router.phases import Curriculum, ElasticPhase, LearningRate, Phase
 from elastic.space.axes import Axis, LayerKind
-from elastic.space.cost import BudgetError, check_reachable
+from elastic.space.cost import Budget
 from elastic.space.gates import Execution
 from elastic.space.ranges import MOST_STEPS
-from elastic.space.reach import smallest_subnet
+from elastic.space.reach import out_of_reach
 from elastic.space.shape import ModelShape
 from elastic.space.space import Space, SpaceError
 
@@ -46,8 +33,9 @@ def one_of_two(path: str, **values: object) -> Problems:
         yield Problem(f"{path}.{first}", value, f"exactly one of {first} and {second} must be given", remedy)
 
 
-def unique_names(path: str, names: list[str]) -> Problems:
+def unique_names(path: str, members: Sequence[Phase | Budget | SubnetConfig]) -> Problems:
     """Yield a problem for every name used more than once."""
+    names = [member.name for member in members]
     for name, count in Counter(names).items():
         if count > 1:
             last = len(names) - 1 - names[::-1].index(name)
@@ -57,7 +45,7 @@ def unique_names(path: str, names: list[str]) -> Problems:
 
 def check_phases(curriculum: Phases, parallel: ParallelConfig) -> Problems:
     """Each phase has one length, a schedule that fits in it, and sequences the layout can split."""
-    yield from unique_names("curriculum", [phase.name for phase in curriculum])
+    yield from unique_names("curriculum", curriculum)
     for index, phase in enumerate(curriculum):
         path = f"curriculum.{index}"
         yield from one_of_two(path, steps=phase.steps, tokens=phase.tokens)
@@ -66,14 +54,14 @@ def check_phases(curriculum: Phases, parallel: ParallelConfig) -> Problems:
             rule = f"would take {phase.num_steps:,} steps of {phase.tokens_per_step:,} tokens, more than {MOST_STEPS:,}"
             remedy = f"nearest legal value is {MOST_STEPS * phase.tokens_per_step}"
             yield Problem(f"{path}.tokens", phase.tokens, rule, remedy)
-        yield from sequence_problems(f"{path}.sequence_length", phase.sequence_length, parallel)
+        yield from rules_layout.sequence_problems(f"{path}.sequence_length", phase.sequence_length, parallel)
 
 
 def check_phase_batches(curriculum: Phases, data: DataConfig, parallel: ParallelConfig, cluster: Cluster) -> Problems:
     """Each phase's global batch fills whole micro-batches on every replica."""
     for index, phase in enumerate(curriculum):
         path = f"curriculum.{index}.global_batch"
-        yield from batch_problems(path, phase.global_batch, "data", data.micro_batch, parallel, cluster)
+        yield from rules_layout.batch_problems(path, phase.global_batch, "data", data.micro_batch, parallel, cluster)
 
 
 def check_draws(
@@ -100,7 +88,7 @@ def check_draws(
             return
 
 
-def check_max_steps(curriculum: Phases, trainer: TrainerConfig) -> Problems:
+def check_max_steps(curriculum: Phases, trainer: sections.TrainerConfig) -> Problems:
     """trainer.max_steps may stop a curriculum early; beyond its end there is nothing to run."""
     if trainer.max_steps is not None and all(map(_has_length, curriculum)):
         whole = Curriculum(curriculum).total_steps
@@ -124,7 +112,9 @@ def learning_rate_problems(path: str, rate: LearningRate, phase: Phase) -> Probl
         yield from at_most_problem(f"{path}.warmup_steps", rate.warmup_steps, phase.num_steps, what)
 
 
-def check_elastic_phases(curriculum: tuple[ElasticPhase, ...], elastic: ElasticSection, optim: OptimConfig) -> Problems:
+def check_elastic_phases(
+    curriculum: tuple[ElasticPhase, ...], elastic: ElasticSection, optim: sections.OptimConfig
+) -> Problems:
     """Budget weights name budgets, temperatures fall, and slice execution needs choices that no longer move."""
     names = [budget.name for budget in elastic.budgets]
     for index, phase in enumerate(curriculum):
@@ -193,16 +183,14 @@ def _example_choices(parent: ModelShape, lanes: int, axis: Axis) -> list[int]:
 def check_context_choices(model: ModelConfig, elastic: ElasticSection, parallel: ParallelConfig) -> Problems:
     """Every choice of Mamba heads must spread over tensor x context ranks."""
     chosen, ranks = elastic.space.mamba_head, parallel.tensor * parallel.context
-    if parallel.context == 1 or chosen is None:
-        return
-    for index, choice in enumerate(chosen.choices):
+    for index, choice in enumerate(chosen.choices if chosen is not None and parallel.context > 1 else ()):
         path = f"elastic.space.mamba_head.choices.{index}"
         yield from multiple_problem(path, choice, ranks, "parallel.tensor x parallel.context")
 
 
 def check_budget_fields(elastic: ElasticSection) -> Problems:
     """Budgets have names of their own, and one way to say how much."""
-    yield from unique_names("elastic.budgets", [budget.name for budget in elastic.budgets])
+    yield from unique_names("elastic.budgets", elastic.budgets)
     for index, budget in enumerate(elastic.budgets):
         yield from one_of_two(f"elastic.budgets.{index}", target=budget.target, ratio=budget.ratio)
 
@@ -212,19 +200,14 @@ def check_budgets(model: ModelConfig, elastic: ElasticSection) -> Problems:
     if model.vocab is None:
         return
     space, deployment = elastic.space.space(model.shape()), elastic.deployment
-    smallest = smallest_subnet(space)
     for index, budget in enumerate(elastic.budgets):
-        if (budget.target is None) == (budget.ratio is None):
-            continue
-        try:
-            check_reachable(budget.absolute(space.parent, deployment), space.parent, smallest, deployment)
-        except BudgetError as error:
-            rule, _, remedy = str(error).removeprefix(f"budget {budget.name}: ").partition("; ")
-            name, value = ("ratio", budget.ratio) if budget.target is None else ("target", budget.target)
-            yield Problem(f"elastic.budgets.{index}.{name}", value, rule, remedy or "choose smaller widths")
+        name, value = ("ratio", budget.ratio) if budget.target is None else ("target", budget.target)
+        is_one = (budget.target is None) != (budget.ratio is None)  # else check_budget_fields says so
+        if is_one and (why := out_of_reach(space, budget.absolute(space.parent, deployment), deployment)) is not None:
+            yield Problem(f"elastic.budgets.{index}.{name}", value, *why)
 
 
-def check_distill(distill: DistillConfig) -> Problems:
+def check_distill(distill: sections.DistillConfig) -> Problems:
     """The loss needs a term."""
     if distill.kl_weight == 0 and distill.cross_entropy_weight == 0:
         rule = "distill.kl_weight and distill.cross_entropy_weight must not both be 0"
@@ -232,7 +215,7 @@ def check_distill(distill: DistillConfig) -> Problems:
 
 
 def check_num_chunks(
-    distill: DistillConfig, curriculum: Phases, data: DataConfig, parallel: ParallelConfig
+    distill: sections.DistillConfig, curriculum: Phases, data: DataConfig, parallel: ParallelConfig
 ) -> Problems:
     """A micro-batch must have a token for every chunk."""
     shortest = min(phase.sequence_length for phase in curriculum) // parallel.context

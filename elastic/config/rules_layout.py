@@ -8,17 +8,9 @@ import importlib.util
 import math
 from dataclasses import dataclass
 
+from elastic.config import sections
 from elastic.config.load import Problem, Problems, field_paths, plain_number
-from elastic.config.sections import (
-    DataConfig,
-    ElasticSection,
-    ImportanceSection,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    TrainerConfig,
-    TrainExpManagerConfig,
-)
+from elastic.config.sections import ModelConfig, ParallelConfig
 from elastic.space.axes import LayerKind
 from elastic.space.ranges import MOST_LAYERS
 from elastic.space.shape import LayerPattern, ModelShape, PatternError
@@ -92,26 +84,15 @@ def check_world(parallel: ParallelConfig, cluster: Cluster) -> Problems:
 def check_one_process(cluster: Cluster) -> Problems:
     """A verb that streams from disk to disk has nothing to share out."""
     if cluster.num_processes > 1:
-        rule, remedy = (
-            "this verb streams through one process, whatever the layout of the checkpoint",
-            "leave torchrun out",
-        )
-        yield Problem("number of processes", cluster.num_processes, rule, f"nearest legal value is 1: {remedy}")
+        rule = "this verb streams through one process, whatever the layout of the checkpoint"
+        remedy = "nearest legal value is 1: leave torchrun out"
+        yield Problem("number of processes", cluster.num_processes, rule, remedy)
 
 
-def check_layout(model: ModelConfig, parallel: ParallelConfig) -> Problems:
-    """The model must split over the ranks of a replica."""
-    yield from _model_problems(model, parallel, None)
-
-
-def check_nested_layout(model: ModelConfig, elastic: ElasticSection, parallel: ParallelConfig) -> Problems:
-    """A nested FFN splits by lanes, any other one anywhere."""
-    yield from _model_problems(model, parallel, elastic.space.lanes)
-
-
-def _model_problems(model: ModelConfig, parallel: ParallelConfig, lanes: int | None) -> Problems:
+def model_layout_problems(model: ModelConfig, parallel: ParallelConfig, lanes: int | None) -> Problems:
+    """The model must split over the ranks of a replica: a nested FFN by `lanes`, any other one anywhere."""
     vocab_field = "model.vocab" if model.vocab is not None else "model.vocab_multiple"
-    yield from layout_problems(model.shape(model.vocab_multiple), parallel, lanes, vocab_field)
+    return layout_problems(model.shape(model.vocab_multiple), parallel, lanes, vocab_field)
 
 
 def layout_problems(
@@ -134,9 +115,8 @@ def layout_problems(
     broken = [f"{field} = {size}" for field, size in sizes.items() if size % tensor]
     if broken:
         nearest = nearest_divisor(tensor, math.gcd(*sizes.values()))
-        yield Problem(
-            "parallel.tensor", tensor, f"must divide {', '.join(broken)}", f"nearest legal value is {nearest}"
-        )
+        rule = f"must divide {', '.join(broken)}"
+        yield Problem("parallel.tensor", tensor, rule, f"nearest legal value is {nearest}")
     marked, layers = len(shape.pattern.segments), len(shape.pattern)
     if marked > 1 and stages not in (1, marked):
         rule = f"must be the {marked} stages the | in model.pattern mark"
@@ -161,7 +141,7 @@ def sequence_problems(path: str, length: int, parallel: ParallelConfig) -> Probl
     context = 2 * parallel.context if parallel.context > 1 else 1
     tensor = parallel.tensor if parallel.sequence else 1
     multiple = math.lcm(context, parallel.context * tensor)
-    yield from multiple_problem(path, length, multiple, "what parallel.context and parallel.sequence split it into")
+    return multiple_problem(path, length, multiple, "what parallel.context and parallel.sequence split it into")
 
 
 def batch_problems(
@@ -170,21 +150,16 @@ def batch_problems(
     """A number of sequences must fill whole micro-batches, of `size` in `section`, on every replica."""
     replicas = data_parallel(parallel, cluster)
     what = f"{section}.micro_batch x data-parallel size = {size} x {replicas}"
-    yield from multiple_problem(path, sequences, size * replicas, what)
+    return multiple_problem(path, sequences, size * replicas, what)
 
 
-def check_validation(data: DataConfig, parallel: ParallelConfig, cluster: Cluster) -> Problems:
+def check_validation(data: sections.DataConfig, parallel: ParallelConfig, cluster: Cluster) -> Problems:
     """Held-out sequences fill whole micro-batches."""
     path, size = "data.validation_sequences", data.micro_batch
-    yield from batch_problems(path, data.validation_sequences, "data", size, parallel, cluster)
+    return batch_problems(path, data.validation_sequences, "data", size, parallel, cluster)
 
 
-def check_evaluation_length(sequence_length: int, parallel: ParallelConfig) -> Problems:
-    """Evaluated sequences split over the ranks."""
-    yield from sequence_problems("sequence_length", sequence_length, parallel)
-
-
-def check_importance(importance: ImportanceSection, parallel: ParallelConfig, cluster: Cluster) -> Problems:
+def check_importance(importance: sections.ImportanceSection, parallel: ParallelConfig, cluster: Cluster) -> Problems:
     """Calibration sequences fill whole micro-batches; the layers are scored on some of them."""
     scored, used, size = importance.num_sequences, importance.depth_sequences, importance.micro_batch
     for name, sequences in (("num_sequences", scored), ("depth_sequences", used)):
@@ -193,14 +168,16 @@ def check_importance(importance: ImportanceSection, parallel: ParallelConfig, cl
     yield from sequence_problems("importance.sequence_length", importance.sequence_length, parallel)
 
 
-def check_optimizer(optim: OptimConfig, cluster: Cluster) -> Problems:
+def check_optimizer(optim: sections.OptimConfig, cluster: Cluster) -> Problems:
     """The distributed optimizer needs GPUs: with torch's AdamW a resume silently corrupts its state."""
     if optim.use_distributed_optimizer and not cluster.has_gpu:
         rule = "needs GPUs (resuming it with torch's AdamW on the CPU is broken upstream)"
         yield Problem("optim.use_distributed_optimizer", True, rule, "nearest legal value is false")
 
 
-def check_exp_manager(exp_manager: TrainExpManagerConfig, trainer: TrainerConfig, config: object) -> Problems:
+def check_exp_manager(
+    exp_manager: sections.TrainExpManagerConfig, trainer: sections.TrainerConfig, config: object
+) -> Problems:
     """An existing run is either continued or replaced; a milestone is one of the steps that are saved."""
     if exp_manager.overwrite and exp_manager.resume_if_exists:
         rule = "contradicts exp_manager.resume_if_exists = true"
@@ -231,7 +208,7 @@ def _accepted_problems(accepted: tuple[str, ...], known: list[str]) -> Problems:
             yield Problem(path, name, "is no field of this config", f"nearest legal name is {near[0]}")
 
 
-def check_timeouts(trainer: TrainerConfig) -> Problems:
+def check_timeouts(trainer: sections.TrainerConfig) -> Problems:
     """The watchdog speaks first: a collective that times out ends the process without saying which rank stopped."""
     watchdog, collective = trainer.watchdog_timeout_s, trainer.collective_timeout_s
     if watchdog >= collective:

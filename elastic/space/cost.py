@@ -85,12 +85,8 @@ class Widths:
 
     def of_layer(self, kind: LayerKind, ordinal: int) -> dict[Axis, Number]:
         """Return the width along every axis of one layer, by its kind and number among its kind."""
-        found: dict[Axis, Number] = {}
-        for axis, entry in AXES.items():
-            if entry.kind is None or entry.kind is kind:
-                width = self.axes[axis]
-                found[axis] = width[ordinal] if isinstance(width, Sequence) else width
-        return found
+        own = {axis: self.axes[axis] for axis, entry in AXES.items() if entry.kind in (None, kind)}
+        return {axis: width[ordinal] if isinstance(width, Sequence) else width for axis, width in own.items()}
 
 
 @dataclass(frozen=True)
@@ -193,10 +189,6 @@ def shape_cost(shape: ModelShape, deployment: Deployment | None = None) -> Cost:
     return subnet_cost(shape, Subnet.full(shape), deployment)
 
 
-class BudgetError(ValueError):
-    """A budget that the choices cannot meet."""
-
-
 @dataclass(frozen=True)
 class Budget:
     """A named limit on one metric: `target` in absolute units, or `ratio` of the parent's cost. Exactly one."""
@@ -217,15 +209,3 @@ class Budget:
         if self.ratio is None:
             return self
         return replace(self, target=self.ratio * float(shape_cost(parent, deployment)[self.metric]), ratio=None)
-
-
-def check_reachable(budget: Budget, parent: ModelShape, smallest: Subnet, deployment: Deployment) -> None:
-    """Raise BudgetError unless the target lies between the smallest subnet and the parent (0.1% slack)."""
-    low = subnet_cost(parent, smallest, deployment)[budget.metric]
-    high = shape_cost(parent, deployment)[budget.metric]
-    if not low * 0.999 <= budget.limit <= high * 1.001:
-        nearest = low if budget.limit < low else high
-        raise BudgetError(
-            f"budget {budget.name}: target {budget.limit:,.0f} {budget.metric} lies outside what the choices can "
-            f"reach, {low:,.0f} to {high:,.0f}; nearest reachable is {nearest:,.0f}"
-        )

@@ -3,6 +3,7 @@
 C candidates (one choice per axis, the same in every layer), A elastic axes, K choices.
 """
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +21,17 @@ _GOLDEN_RATIO = 0.6180339887498949  # multiples of it, modulo 1, fall evenly
 def smallest_subnet(space: Space) -> Subnet:
     """Return the subnet of all smallest choices, the cheapest in every metric; the dearest is the parent."""
     return space.subnet({axis: (len(space.axes[axis].choices) - 1,) * space.num_slots(axis) for axis in Axis})
+
+
+def out_of_reach(space: Space, budget: Budget, deployment: Deployment) -> tuple[str, str] | None:
+    """Return why a target does not lie between the smallest subnet and the parent (0.1% slack), and what does."""
+    extremes = (smallest_subnet(space), Subnet.full(space.parent))
+    low, high = (float(subnet_cost(space.parent, subnet, deployment)[budget.metric]) for subnet in extremes)
+    if low * 0.999 <= budget.limit <= high * 1.001:
+        return None
+    reach = f"outside what the choices can reach, {low:,.0f} to {high:,.0f}"
+    rule = f"target {budget.limit:,.0f} {budget.metric} lies {reach}"
+    return rule, f"nearest reachable is {low if budget.limit < low else high:,.0f}"
 
 
 @dataclass(frozen=True)
@@ -47,28 +59,35 @@ def sample_subnet(space: Space, budget: Budget, deployment: Deployment) -> Sampl
     """
     axes = space.elastic_axes()
     if not axes:
-        return _sample(space, Subnet.full(space.parent), budget, deployment)
+        return _sample(space, {}, budget, deployment)
+    choices = [torch.tensor(space.axes[axis].choices, dtype=torch.float64) for axis in axes]
     # Choice indices [C, A] of every combination of one choice per axis, the widest first.
-    indices = [torch.arange(len(space.axes[axis].choices)) for axis in axes]
-    candidates = torch.cartesian_prod(*indices).reshape(-1, len(axes))
+    candidates = torch.cartesian_prod(*(torch.arange(len(own)) for own in choices)).reshape(-1, len(axes))
     ratios = _ratios(space, axes, candidates, budget, deployment)
-    distance, spread = (ratios - 1.0).abs(), _spread(space, axes, candidates)
+    distance = (ratios - 1.0).abs()
+    # How unevenly the axes give way, [C]: the variance over axes of (full - width) / (full - smallest). Shares of the
+    # range and not of the full width, because the choices say how much each axis can bear.
+    shares = [((own[0] - own) / (own[0] - own[-1]))[index] for own, index in zip(choices, candidates.T, strict=True)]
+    spread = torch.stack(shares).var(dim=0, correction=0)
+
+    def best(allowed: Tensor) -> dict[Axis, list[int]]:
+        """Return the slots of the most balanced allowed candidate; of equals the nearest, then the first."""
+        rows = allowed.nonzero().flatten().tolist()
+        chosen = candidates[min(rows, key=lambda row: (float(spread[row]), float(distance[row])))].tolist()
+        return {axis: [index] * space.num_slots(axis) for axis, index in zip(axes, chosen, strict=True)}
+
     near = distance <= TOLERANCE
     if near.any():
-        return _sample(space, _subnet(space, axes, _best(near, spread, distance, candidates)), budget, deployment)
-    nearest = _best(distance == distance.min(), spread, distance, candidates)
-    options = [_sample(space, _subnet(space, axes, nearest), budget, deployment)]
-    above = (ratios >= 1.0) & (_ratios(space, axes, _narrowed(space, axes, candidates), budget, deployment) <= 1.0)
+        return _sample(space, best(near), budget, deployment)
+    options = [_sample(space, best(distance == distance.min()), budget, deployment)]
+    # Every per-layer axis one choice narrower, where there is one.
+    narrower = candidates + torch.tensor([int(space.axes[axis].per_layer) for axis in axes])
+    narrowed = torch.minimum(narrower, torch.tensor([len(own) - 1 for own in choices]))
+    above = (ratios >= 1.0) & (_ratios(space, axes, narrowed, budget, deployment) <= 1.0)
     if above.any():
-        options += _mixed(space, axes, _best(above, spread, distance, candidates), budget, deployment)
+        chosen = best(above)
+        options += _on_the_way(space, chosen, _narrowing(space, chosen), budget, deployment)
     return min(options, key=lambda sample: abs(sample.ratio - 1.0))
-
-
-def _narrowed(space: Space, axes: tuple[Axis, ...], candidates: Tensor) -> Tensor:
-    """Return the candidates [C, A] with every per-layer axis one choice narrower, where there is one."""
-    own = [space.axes[axis] for axis in axes]
-    last = torch.tensor([len(axis.choices) - 1 for axis in own])
-    return torch.minimum(candidates + torch.tensor([int(axis.per_layer) for axis in own]), last)
 
 
 def _ratios(space: Space, axes: tuple[Axis, ...], candidates: Tensor, budget: Budget, deployment: Deployment) -> Tensor:
@@ -83,46 +102,35 @@ def _ratios(space: Space, axes: tuple[Axis, ...], candidates: Tensor, budget: Bu
     return torch.as_tensor(used, dtype=torch.float64).expand(len(candidates)) / budget.limit
 
 
-def _spread(space: Space, axes: tuple[Axis, ...], candidates: Tensor) -> Tensor:
-    """Return how unevenly the axes give way, [C]: the variance over axes of (full - width) / (full - smallest).
-
-    Shares of the range and not of the full width, because the choices say how much each axis can bear.
-    """
-    choices = [torch.tensor(space.axes[axis].choices, dtype=torch.float64) for axis in axes]
-    shares = [((own[0] - own) / (own[0] - own[-1]))[index] for own, index in zip(choices, candidates.T, strict=True)]
-    return torch.stack(shares).var(dim=0, correction=0)
-
-
-def _best(allowed: Tensor, spread: Tensor, distance: Tensor, candidates: Tensor) -> tuple[int, ...]:
-    """Return the choices of the most balanced allowed candidate; of equals the nearest, then the first."""
-    rows = allowed.nonzero().flatten().tolist()
-    return tuple(candidates[min(rows, key=lambda row: (float(spread[row]), float(distance[row])))].tolist())
+def _narrowing(space: Space, chosen: Mapping[Axis, Sequence[int]]) -> Iterator[tuple[Axis, int, int]]:
+    """Narrow the per-layer axes by one choice, layer after layer: yield (axis, slot, 1) for every layer that runs."""
+    kept, kinds = space.subnet(chosen).kept_layers, space.parent.pattern.kinds
+    for axis, slots in chosen.items():
+        if space.axes[axis].per_layer and slots[0] + 1 < len(space.axes[axis].choices):
+            layers = [layer_index for layer_index, kind in enumerate(kinds) if kind is AXES[axis].kind]
+            running = [ordinal for ordinal, layer_index in enumerate(layers) if layer_index in kept]
+            spread = sorted((number * _GOLDEN_RATIO % 1.0, ordinal) for number, ordinal in enumerate(running))
+            yield from ((axis, ordinal, 1) for _, ordinal in spread)
 
 
-def _subnet(space: Space, axes: tuple[Axis, ...], chosen: tuple[int, ...]) -> Subnet:
-    return space.subnet({axis: (index,) * space.num_slots(axis) for axis, index in zip(axes, chosen, strict=True)})
-
-
-def _mixed(
-    space: Space, axes: tuple[Axis, ...], chosen: tuple[int, ...], budget: Budget, deployment: Deployment
+def _on_the_way(
+    space: Space,
+    start: Mapping[Axis, Sequence[int]],
+    steps: Iterable[tuple[Axis, int, int]],
+    budget: Budget,
+    deployment: Deployment,
 ) -> list[Sample]:
-    """Narrow the per-layer axes of a subnet by one choice, layer after layer; return every subnet on the way."""
-    kept = set(_subnet(space, axes, chosen).kept_layers)
-    slots = {axis: [index] * space.num_slots(axis) for axis, index in zip(axes, chosen, strict=True)}
-    samples = []
-    for axis in axes:
-        if not space.axes[axis].per_layer or slots[axis][0] + 1 == len(space.axes[axis].choices):
-            continue
-        layers = [index for index, kind in enumerate(space.parent.pattern.kinds) if kind is AXES[axis].kind]
-        running = [ordinal for ordinal, layer_index in enumerate(layers) if layer_index in kept]
-        for _, ordinal in sorted((number * _GOLDEN_RATIO % 1.0, ordinal) for number, ordinal in enumerate(running)):
-            slots[axis][ordinal] += 1
-            subnet = space.subnet({name: tuple(indices) for name, indices in slots.items()})
-            samples.append(_sample(space, subnet, budget, deployment))
+    """Move choices from `start` by steps of (axis, slot, number of choices); return the first and every next subnet."""
+    slots = {axis: list(indices) for axis, indices in start.items()}
+    samples = [_sample(space, slots, budget, deployment)]
+    for axis, slot, number in steps:
+        slots[axis][slot] += number
+        samples.append(_sample(space, slots, budget, deployment))
     return samples
 
 
-def _sample(space: Space, subnet: Subnet, budget: Budget, deployment: Deployment) -> Sample:
+def _sample(space: Space, chosen: Mapping[Axis, Sequence[int]], budget: Budget, deployment: Deployment) -> Sample:
+    subnet = space.subnet(chosen)
     used = subnet_cost(space.parent, subnet, deployment)
     return Sample(subnet, used, float(used[budget.metric]) / budget.limit)
 
@@ -154,10 +162,6 @@ def subnet_between(space: Space, larger: Subnet, smaller: Subnet, budget: Budget
             offset = (len(steps) + 1) * _GOLDEN_RATIO % 1.0  # so that the slots of an axis take turns
             for number in range(abs(last - first)):
                 steps.append(((number + offset) / abs(last - first), axis, slot, 1 if last > first else -1))
-    chosen = {axis: list(indices) for axis, indices in start.items()}
-    samples = [_sample(space, larger, budget, deployment)]
-    for _, axis, slot, direction in sorted(steps):
-        chosen[axis][slot] += direction
-        subnet = space.subnet({axis: tuple(indices) for axis, indices in chosen.items()})
-        samples.append(_sample(space, subnet, budget, deployment))
+    way = ((axis, slot, direction) for _, axis, slot, direction in sorted(steps))
+    samples = _on_the_way(space, start, way, budget, deployment)
     return min(samples, key=lambda sample: abs(sample.ratio - 1.0))

@@ -137,7 +137,7 @@ def layer_widths(sizes: object, pattern: LayerPattern, layer_index: int | None) 
     return {
         axis: getattr(sizes, entry.size)[ordinal] if entry.own else getattr(sizes, entry.size)
         for axis, entry in AXES.items()
-        if entry.kind is None or entry.kind is kind
+        if entry.kind in (None, kind)
     }
 
 
@@ -164,15 +164,26 @@ class Subnet:
 
     def shape(self, parent: ModelShape) -> ModelShape:
         """Return the shape of the submodel cut from `parent`; raises SubnetError if it does not fit inside."""
-        self._check(parent)
-        sizes: dict[str, Any] = {}
+        problems, sizes = [], dict[str, Any]()
         for entry in AXES.values():
-            chosen = getattr(self, entry.size)
-            if entry.own and entry.kind is not None:
+            name, chosen, full = entry.size, getattr(self, entry.size), getattr(parent, entry.size)
+            if entry.kind is None or not entry.own:
+                sizes[name] = chosen
+                if not 0 < chosen <= full:
+                    problems.append(f"{name} = {chosen} is not within 1..{full}")
+            elif len(chosen) != len(full):
+                problems.append(f"{name} has {len(chosen)} widths, the parent has {len(full)} {entry.kind.name} layers")
+            else:
                 layers = zip(parent.pattern.layers_of(entry.kind), chosen, strict=True)
-                chosen = tuple(width for layer_index, width in layers if layer_index in self.kept_layers)
-            sizes[entry.size] = chosen
-        return replace(parent, pattern=parent.pattern.select(self.kept_layers), **sizes)
+                sizes[name] = tuple(width for layer_index, width in layers if layer_index in self.kept_layers)
+                if any(not 0 < width <= limit for width, limit in zip(chosen, full, strict=True)):
+                    problems.append(f"{name} = {chosen} is not within the parent's {full}")
+        kept, count = self.kept_layers, len(parent.pattern)
+        if not kept or kept != tuple(sorted(set(kept))) or kept[-1] >= count or kept[0] < 0:
+            problems.append(f"kept_layers = {kept} must be ascending, not empty and below {count}")
+        if problems:
+            raise SubnetError("subnet: " + "; ".join(problems))
+        return replace(parent, pattern=parent.pattern.select(kept), **sizes)
 
     def width(self, parent: ModelShape, layer_index: int) -> int:
         """Return the inner width chosen for one parent layer: Mamba heads, FFN neurons or query heads."""
@@ -188,21 +199,3 @@ class Subnet:
             return (len(self.kept_layers),)
         chosen = getattr(self, AXES[axis].size)
         return tuple(chosen) if AXES[axis].own else (chosen,)
-
-    def _check(self, parent: ModelShape) -> None:
-        problems = []
-        for entry in AXES.values():
-            chosen, full, name = getattr(self, entry.size), getattr(parent, entry.size), entry.size
-            if not entry.own and not 0 < chosen <= full:
-                problems.append(f"{name} = {chosen} is not within 1..{full}")
-            elif entry.own and entry.kind is not None and len(chosen) != len(full):
-                problems.append(f"{name} has {len(chosen)} widths, the parent has {len(full)} {entry.kind.name} layers")
-            elif entry.own and any(not 0 < width <= limit for width, limit in zip(chosen, full, strict=True)):
-                problems.append(f"{name} = {chosen} is not within the parent's {full}")
-        ascending = tuple(sorted(set(self.kept_layers)))
-        if not ascending or self.kept_layers != ascending or ascending[-1] >= len(parent.pattern) or ascending[0] < 0:
-            problems.append(
-                f"kept_layers = {self.kept_layers} must be ascending, not empty and below {len(parent.pattern)}"
-            )
-        if problems:
-            raise SubnetError("subnet: " + "; ".join(problems))

@@ -1,6 +1,6 @@
 """Allowed widths of the axes, and the space of subnets they span."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -106,36 +106,32 @@ class Space:
         kept = [set(self.kept_layers(depth)) for depth in self.axes[Axis.DEPTH].choices]
         return torch.tensor([[float(layer in layers) for layer in range(len(self.parent.pattern))] for layers in kept])
 
-    def subnet(self, chosen: Mapping[Axis, tuple[int, ...]]) -> Subnet:
+    def subnet(self, chosen: Mapping[Axis, Sequence[int]]) -> Subnet:
         """Turn choice indices, one per slot of each axis, into a Subnet; a missing axis stays full."""
-
-        def widths(axis: Axis) -> tuple[int, ...]:
-            indices = chosen.get(axis, (0,) * self.num_slots(axis))
-            return tuple(self.axes[axis].choices[index] for index in indices)
-
+        indices = {axis: chosen.get(axis, (0,) * self.num_slots(axis)) for axis in Axis}
+        widths = {axis: [self.axes[axis].choices[index] for index in own] for axis, own in indices.items()}
         sizes: dict[str, Any] = {}
         for axis, entry in AXES.items():
             own = getattr(self.parent, entry.size)
             if not self.is_elastic(axis):
                 sizes[entry.size] = own  # the parent's own widths may differ between layers
             elif entry.own:
-                sizes[entry.size] = tuple(widths(axis)[self.slot(axis, ordinal)] for ordinal in range(len(own)))
+                sizes[entry.size] = tuple(widths[axis][self.slot(axis, ordinal)] for ordinal in range(len(own)))
             else:
-                sizes[entry.size] = widths(axis)[0]
-        return Subnet(**sizes, kept_layers=self.kept_layers(widths(Axis.DEPTH)[0]))
+                sizes[entry.size] = widths[axis][0]
+        return Subnet(**sizes, kept_layers=self.kept_layers(widths[Axis.DEPTH][0]))
 
     def _axis_problems(self, axis: Axis) -> list[str]:
         choices, full = self.axes[axis].choices, self.full_width(axis)
-        problems = []
         if not choices:
             return [f"{axis}: no choices given; list at least the full width {full}"]
+        problems = []
         if choices[0] != full:
             problems.append(f"{axis}: the first choice is {choices[0]}, it must be the full width {full}")
         if any(later >= earlier for earlier, later in pairwise(choices)):
             problems.append(f"{axis}: choices {list(choices)} must be strictly descending")
-        smallest = 1 if full else 0
+        smallest, multiple = 1 if full else 0, self.parts(axis)
         for choice in choices:
-            multiple = self.parts(axis)
             if not smallest <= choice <= full:
                 problems.append(f"{axis}: choice {choice} is outside {smallest}..{full}")
             elif choice % multiple:

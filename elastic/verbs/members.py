@@ -21,8 +21,8 @@ from elastic.model.model import ElasticModel, build_model
 from elastic.router.draw import decide
 from elastic.router.router import Router
 from elastic.space.axes import Axis
-from elastic.space.cost import Budget, BudgetError, Deployment, Metric, check_reachable, subnet_cost
-from elastic.space.reach import choice_indices, smallest_subnet, subnet_between
+from elastic.space.cost import Budget, Deployment, Metric, subnet_cost
+from elastic.space.reach import choice_indices, out_of_reach, smallest_subnet, subnet_between
 from elastic.space.shape import ShapeError, Subnet, SubnetError
 from elastic.space.space import Space, SpaceError
 from elastic.world.groups import Layout, World
@@ -218,11 +218,8 @@ def _solved(
         rule, remedy = "needs a router, whose budgets lie around it", "give the widths, or name init_from.router"
         return Problem(field, params, rule, remedy)
     wanted = Budget(given.name, Metric.PARAMS, float(params))
-    try:
-        check_reachable(wanted, space.parent, smallest_subnet(space), deployment)
-    except BudgetError as error:
-        rule, _, remedy = str(error).removeprefix(f"budget {given.name}: ").partition("; ")
-        return Problem(field, params, rule, remedy)
+    if (why := out_of_reach(space, wanted, deployment)) is not None:
+        return Problem(field, params, *why)
     ends = [Subnet.full(space.parent), *(member.subnet for member in budgets), smallest_subnet(space)]
     sizes = [(int(subnet_cost(space.parent, subnet, deployment).params), subnet) for subnet in ends]
     larger = min((pair for pair in sizes if pair[0] >= params), key=lambda pair: pair[0], default=sizes[0])

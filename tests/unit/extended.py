@@ -14,10 +14,10 @@ from elastic.rank.permutation import Ranking
 from elastic.router.budget_loss import budget_loss
 from elastic.router.router import Router
 from elastic.space.axes import Axis
-from elastic.space.cost import Budget, Deployment, Metric, check_reachable, shape_cost, subnet_cost
+from elastic.space.cost import Budget, Deployment, Metric, shape_cost, subnet_cost
 from elastic.space.layers import parameter_names
 from elastic.space.nesting import parameter_size
-from elastic.space.reach import sample_subnet, smallest_subnet
+from elastic.space.reach import out_of_reach, sample_subnet
 from elastic.space.shape import LayerPattern, ModelShape
 from elastic.space.space import AxisChoices, Space
 from tests.nested import permuted_tensors, submodel_tensors
@@ -91,7 +91,7 @@ def metric() -> None:
     parent, deployment = shape_of("M-M*M", mamba_heads=6), Deployment(length_tokens=64)
     space = Space(parent, {Axis.MAMBA_HEAD: AxisChoices((6, 4, 2)), Axis.MAMBA_CHANNEL: AxisChoices((6, 4, 3))})
     budget = Budget("small", Metric("cache_bytes"), ratio=0.7).absolute(parent, deployment)
-    check_reachable(budget, parent, smallest_subnet(space), deployment)
+    assert out_of_reach(space, budget, deployment) is None
     used = sample_subnet(space, budget, deployment).cost
     assert used[budget.metric] == used.kv_bytes + used.ssm_bytes + used.conv_bytes
     logits = Router(space, num_budgets=1)()

@@ -5,17 +5,8 @@ import torch
 from torch import Tensor
 
 from elastic.space.axes import Axis, LayerKind
-from elastic.space.cost import (
-    Budget,
-    BudgetError,
-    Deployment,
-    Metric,
-    Widths,
-    check_reachable,
-    cost,
-    shape_cost,
-    subnet_cost,
-)
+from elastic.space.cost import Budget, Deployment, Metric, Widths, cost, shape_cost, subnet_cost
+from elastic.space.reach import out_of_reach
 from elastic.space.shape import ModelShape
 from elastic.space.space import AxisChoices, Space
 from tests.shapes import random_choice
@@ -118,12 +109,13 @@ def test_pitfall_08_every_axis_and_slot_gets_a_gradient_from_the_cost() -> None:
 def test_unreachable_budget_names_the_nearest_reachable_target() -> None:
     smallest = SPACE.subnet({axis: (len(SPACE.axes[axis].choices) - 1,) * SPACE.num_slots(axis) for axis in Axis})
     low, high = subnet_cost(SPACE.parent, smallest).params, shape_cost(SPACE.parent).params
-    for target in (low, high, (low + high) / 2):
-        check_reachable(Budget("fits", Metric.PARAMS, float(target)), SPACE.parent, smallest, Deployment())
-    with pytest.raises(BudgetError, match=f"nearest reachable is {low:,}"):
-        check_reachable(Budget("tiny", Metric.PARAMS, low / 2), SPACE.parent, smallest, Deployment())
-    with pytest.raises(BudgetError, match=f"nearest reachable is {high:,}"):
-        # A ratio in the field of the absolute target is far out of reach, and said so.
-        check_reachable(Budget("huge", Metric.PARAMS, high * 2.0), SPACE.parent, smallest, Deployment())
-    with pytest.raises(BudgetError, match="outside"):
-        check_reachable(Budget("a_ratio", Metric.PARAMS, 0.7), SPACE.parent, smallest, Deployment())
+
+    def why(target: float) -> tuple[str, str] | None:
+        return out_of_reach(SPACE, Budget("asked", Metric.PARAMS, target), Deployment())
+
+    assert [why(float(target)) for target in (low, high, (low + high) / 2)] == [None] * 3
+    range_ = f"params lies outside what the choices can reach, {low:,} to {high:,}"
+    assert why(low / 2) == (f"target {low / 2:,.0f} {range_}", f"nearest reachable is {low:,}")
+    assert why(high * 2.0) == (f"target {high * 2:,} {range_}", f"nearest reachable is {high:,}")
+    # A ratio in the field of the absolute target is far out of reach, and said so.
+    assert why(0.7) == (f"target 1 {range_}", f"nearest reachable is {low:,}")
