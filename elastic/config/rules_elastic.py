@@ -67,19 +67,20 @@ def check_phase_batches(curriculum: Phases, data: DataConfig, parallel: Parallel
 def check_draws(
     curriculum: Phases, elastic: ElasticSection, data: DataConfig, parallel: ParallelConfig, cluster: Cluster
 ) -> Problems:
-    """Budgets drawn in a step serve equally many micro-batches of a replica; noises of the gates of a step, too."""
+    """Budgets drawn in a step serve equally many whole micro-batches of all replicas; noises of gates, too."""
     replicas = data_parallel(parallel, cluster)
     if any(phase.global_batch % (data.micro_batch * replicas) for phase in curriculum):
         return  # check_phase_batches says so
-    counts = {phase.name: phase.global_batch // (data.micro_batch * replicas) for phase in curriculum}
+    counts = {phase.name: phase.global_batch // data.micro_batch for phase in curriculum}
     draws, noise = elastic.router.draws_per_step, elastic.router.noise_draws_per_step
     broken = [f"{count} in {name}" for name, count in counts.items() if draws is not None and count % draws]
     if draws is not None and broken:
-        rule = f"must divide the micro-batches of one replica and step, {', '.join(broken)}"
-        remedy = f"nearest legal value is {nearest_divisor(draws, math.gcd(*counts.values()))}, null follows them"
+        rule = f"must divide the micro-batches of a step, each of which has one budget: {', '.join(broken)}"
+        nearest = nearest_divisor(draws, math.gcd(*counts.values()))
+        remedy = f"nearest legal value is {nearest}, null draws one for each micro-batch of a replica"
         yield Problem("elastic.router.draws_per_step", draws, rule, remedy)
-    for name, count in counts.items():
-        whole, drawn = count * replicas, draws or count
+    for name, whole in counts.items():
+        drawn = draws or whole // replicas
         if noise is not None and (whole % noise or noise % drawn):
             parts = f"into whole parts of the {drawn} budgets drawn for it"
             remedy = f"nearest legal value is {drawn}, null draws for every micro-batch"

@@ -33,8 +33,9 @@ class RouterSettings:
     `mode` says what masks are made of while the router trains.
 
     A step's budgets are drawn `draws_per_step` times (null: as often as a replica has micro-batches), the noise of its
-    gates `noise_draws_per_step` times (null: for every micro-batch). Both given, the same samples get the same gates
-    at every data-parallel and micro-batch size.
+    gates `noise_draws_per_step` times (null: for every micro-batch). Each draw is for an equal run of the sequences of
+    the global batch, so with both given the same samples get the same gates at every data-parallel and micro-batch
+    size. A micro-batch has one budget, so it must not be larger than such a run, and divide it.
     """
 
     hidden_width: Size = 256
@@ -50,6 +51,7 @@ class Draw:
     """The gates of one step on one replica, and the router's graph behind them."""
 
     gates: list[Gates]
+    drawn: tuple[int, ...]  # the budgets of the whole step, for all replicas
     sources: list[Mapping[Axis, Tensor]] = field(default_factory=list)
     budget_losses: Tensor | None = None
     router_loss: Tensor | None = None
@@ -88,20 +90,20 @@ class Chooser:
         """Return the gates of this replica's micro-batches at one step."""
         phase, in_step = moment.elastic, num_micro_batches * replicas
         draws = self.settings.draws_per_step or num_micro_batches
-        assert num_micro_batches % draws == 0, "the rules of the config refuse draws that replicas cannot share evenly"
+        assert in_step % draws == 0, "the rules of the config refuse draws that cut through a micro-batch"
         drawn = draw_budgets(phase.weights([budget.name for budget in self.budgets]), self.seed, moment.step, draws)
         numbers = [index * replicas + replica for index in range(num_micro_batches)]
         budgets = [budget_of(drawn, number, in_step) for number in numbers]
         if phase.router_frozen:
             frozen = {budget: self._frozen(budget, phase.execution) for budget in set(budgets)}
-            return Draw([frozen[budget] for budget in budgets])
+            return Draw([frozen[budget] for budget in budgets], drawn)
         logits = self.router()
         budget_losses = self._budget_losses(logits, moment)
         shares = cost_shares(self.space, self.budgets, self.deployment)
         entropy = choice_entropy(logits, moment.logit_scale, shares)
         undecided = self.settings.entropy_weight * (1.0 - moment.progress) * entropy
         router_loss = self.settings.budget_loss_weight * (budget_losses.sum() - undecided)
-        draw = Draw([], budget_losses=budget_losses, router_loss=router_loss)
+        draw = Draw([], drawn, budget_losses=budget_losses, router_loss=router_loss)
         noise_draws = self.settings.noise_draws_per_step or in_step
         for number, budget in zip(numbers, budgets, strict=True):
             noise_draw = number * noise_draws // in_step  # equal runs of micro-batches, as for the budgets

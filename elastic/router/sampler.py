@@ -34,7 +34,8 @@ def draw_budgets(weights: Sequence[float], seed: int, step: int, num_draws: int)
 def budget_of(budgets: Sequence[int], global_index: int, num_micro_batches: int) -> int:
     """Return the budget of global micro-batch `global_index` (over replicas) of `num_micro_batches` in the step.
 
-    Draws cover equal runs of consecutive global micro-batches, so a replica count that divides a run's length gives
-    every replica the same budget at the same time, and the assignment does not depend on that count.
+    Draws cover equal runs of consecutive global micro-batches: what a sequence trains depends on its place in the
+    global batch alone, not on replicas and micro-batches, and a replica count that divides a run's length gives every
+    replica the same budget at the same time.
     """
     return budgets[global_index * len(budgets) // num_micro_batches]

@@ -5,8 +5,8 @@ Fingerprints, never tensors, travel between ranks. Compared are
     over data- and context-parallel ranks   every weight, its fp32 main weight and Adam state
     over tensor-parallel ranks              of those, what is not sharded
     over first and last pipeline stage      a tied embedding
-    over all ranks                          router weights and their Adam state, seed, step, data position, the step's
-                                            budgets (each replica's in any order)
+    over all ranks                          router weights and their Adam state, seed, step, data position, the budgets
+                                            drawn for the step
     over the ranks of one replica           the gates and sample ids of each micro-batch
 
 and every rank with itself: between two steps nothing may change. That tells which of two copies is wrong, and is all
@@ -56,15 +56,16 @@ class Sanity:
     _left: Mapping[str, int] = field(default_factory=dict)
     _left_after_step: int | None = None
 
-    def before_step(self, moment: Moment, batches: Sequence[Batch], choices: Sequence[Gates | None]) -> None:
-        """Compare what a step starts from; raises SanityError on all ranks alike."""
+    def before_step(
+        self, moment: Moment, batches: Sequence[Batch], choices: Sequence[Gates | None], budgets: Sequence[int] = ()
+    ) -> None:
+        """Compare what a step starts from; `budgets` are all that it draws. Raises SanityError on all ranks alike."""
         if moment.step % self.every_n_steps:
             return
         state, left = self._state(), self._left if self._left_after_step == moment.step - 1 else {}
         found = self._compare_state(state, {name for name in state if state[name] != left.get(name, state[name])})
         position = dict(seed=self.seed, step=moment.step, phase=moment.phase_index, data=moment.consumed_samples)
-        if choices[0] is not None:
-            position["budgets"] = text_fingerprint(sorted(str(gates.budget) for gates in choices if gates is not None))
+        position["budgets"] = text_fingerprint(tuple(budgets))
         found += self._compare(position, None, "all ranks")
         drawn: dict[str, Tensor] = {}
         for index, (batch, gates) in enumerate(zip(batches, choices, strict=True)):

@@ -111,7 +111,7 @@ class Trainer:
         choices = [None] * len(batches) if draw is None else draw.gates
         work = [self.runner.share(batch, gates) for batch, gates in zip(batches, choices, strict=True)]
         if self.sanity is not None:
-            self.sanity.before_step(moment, batches, choices)
+            self.sanity.before_step(moment, batches, choices, () if draw is None else draw.drawn)
         # 2. The teacher's hidden states, then the student forward and backward under its gates.
         self.progress.enter(number, "teacher")
         work = self.runner.with_teacher(work)

@@ -59,7 +59,7 @@ class Copies:
 
     def before(self, step):
         phase = Phase(name="only", sequence_length=32, steps=10)
-        self.sanity.before_step(Moment(step, 0, phase, step), self.batches, self.gates)
+        self.sanity.before_step(Moment(step, 0, phase, step), self.batches, self.gates, (1, 0))
 
     def after(self, step):
         self.sanity.after_step(Moment(step, 0, Phase(name="only", sequence_length=32, steps=10), step))

@@ -228,8 +228,10 @@ def test_rules_of_the_run_refuse_a_layout() -> None:
     config = values("plan")
     fields = {problem.field for problem in layout_rule_problems(config, parallel(config, tensor=3), 1)}
     assert "parallel.tensor" in fields
-    many_replicas = parallel(config, tensor=2, pipeline=1, context=1)
-    assert [p.field for p in layout_rule_problems(config, many_replicas, 1)] == ["elastic.router.draws_per_step"]
+    for tensor, replicas in ((2, 256), (4, 128), (8, 64)):
+        many_replicas = parallel(config, tensor=tensor, pipeline=1, context=1)
+        assert config.cluster.num_gpus // many_replicas.model_size == replicas
+        assert layout_rule_problems(config, many_replicas, 1) == [], "as many draws in a step at any number of replicas"
 
 
 def test_search_ranks_what_fits_and_says_why_the_rest_is_out() -> None:

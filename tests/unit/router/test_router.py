@@ -39,10 +39,10 @@ def budgets(where, ratios=(1.0, 0.7, 0.45), metric=Metric.PARAMS):
     return tuple(Budget(f"b{ratio}", metric, ratio=ratio).absolute(where.parent, DEPLOYMENT) for ratio in ratios)
 
 
-def source(mode="soft", where=None, seed=0, draws=None):
+def source(mode="soft", where=None, seed=0, draws=None, noise=None):
     where = where or space()
     router = Router(where, 3, hidden_width=32, seed=seed)
-    settings = RouterSettings(mode=mode, draws_per_step=draws)
+    settings = RouterSettings(mode=mode, draws_per_step=draws, noise_draws_per_step=noise)
     return Chooser(router, where, budgets(where), DEPLOYMENT, settings, seed)
 
 
@@ -144,13 +144,25 @@ def test_gradients_pushed_through_gates_equal_one_graph():
         torch.testing.assert_close(own.grad, reference.grad)
 
 
-def test_gates_depend_on_the_global_micro_batch_not_on_the_replica_count():
-    alone = source(draws=2).draw(moment(), 4, 0, 1).gates
-    for replica in range(2):
-        for index, gates in enumerate(source(draws=2).draw(moment(), 2, replica, 2).gates):
-            same = alone[index * 2 + replica]
+@pytest.mark.parametrize("replicas", [2, 3, 6, 12])
+def test_gates_depend_on_the_place_in_the_global_batch_not_on_the_replica_count(replicas):
+    """Also where replicas have fewer micro-batches than budgets are drawn, or a number that the draws do not divide."""
+    alone = source(draws=4).draw(moment(), 12, 0, 1).gates
+    for replica in range(replicas):
+        for index, gates in enumerate(source(draws=4).draw(moment(), 12 // replicas, replica, replicas).gates):
+            same = alone[index * replicas + replica]
             assert gates.budget == same.budget
             assert all(torch.equal(leaf, same.weights[axis]) for axis, leaf in gates.weights.items())
+
+
+@pytest.mark.parametrize("micro_batch", [2, 3, 6])
+def test_gates_depend_on_the_place_in_the_global_batch_not_on_the_micro_batch(micro_batch):
+    """24 sequences, 4 draws of budgets and of noise: a micro-batch may be any divisor of the 6 sequences of one."""
+    one, other = (source(draws=4, noise=4).draw(moment(), 24 // size, 0, 1).gates for size in (1, micro_batch))
+    for sequence in range(24):
+        alone, together = one[sequence], other[sequence // micro_batch]
+        assert alone.budget == together.budget
+        assert all(torch.equal(leaf, alone.weights[axis]) for axis, leaf in together.weights.items())
 
 
 def test_pitfall_27_decisions_have_no_noise():
@@ -286,9 +298,10 @@ def test_budgets_are_met_with_many_slots():
     assert all(abs(ratio - 1) < 0.02 for ratio in ratios), ratios
 
 
-def test_draws_that_replicas_cannot_share_evenly_are_our_own_bug():
+def test_draws_that_cut_through_a_micro_batch_are_our_own_bug():
     """A person's mistake is named by the rules of the config."""
-    assert len(source(draws=3).draw(moment(), 6, 0, 4).gates) == 6
-    for draws in (5, 12):
-        with pytest.raises(AssertionError, match="cannot share evenly"):
+    for draws in (3, 12, 24):
+        assert len(source(draws=draws).draw(moment(), 6, 0, 4).gates) == 6
+    for draws in (5, 48):
+        with pytest.raises(AssertionError, match="cut through a micro-batch"):
             source(draws=draws).draw(moment(), 6, 0, 4)

@@ -160,8 +160,8 @@ BAD: tuple[BadConfig, ...] = (
         ElasticConfig,
         {"elastic.router.draws_per_step": 3, "data.micro_batch": 2},
         2,
-        "elastic.router.draws_per_step = 3: must divide the micro-batches of one replica and step, 2 in short, 2 in "
-        "long; nearest legal value is 2, null follows them",
+        "elastic.router.draws_per_step = 3: must divide the micro-batches of a step, each of which has one budget: 4 "
+        "in short, 4 in long; nearest legal value is 2, null draws one for each micro-batch of a replica",
     ),
     (
         ElasticConfig,
