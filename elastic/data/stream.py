@@ -3,7 +3,7 @@
 Legend: S sequence length, B micro-batch size.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 from elastic.data.manifest import MASK_SUFFIX, REMEDY, DataError, checked_manifest
 from elastic.data.order import SampleOrder, mixed_seed
 from elastic.router.phases import Curriculum, Moment
+from elastic.router.sampler import in_turn
 from elastic.world.groups import World
 
 DTYPES = ("uint16", "int32")
@@ -159,13 +160,22 @@ def read_batch(
 class PhaseData:
     """This replica's micro-batches at any step of the curriculum: a pure function of (seed, step).
 
-    Every phase reads the stream at its own length and in its own order.
+    Every phase reads the stream at its own length and in its own order. `numbers` says which of a step's micro-batches,
+    counted over all replicas, this replica runs, and in which order; in turn without it.
     """
 
     def __init__(
-        self, stream: TokenStream, curriculum: Curriculum, *, micro_batch_size: int, seed: int, world: World
+        self,
+        stream: TokenStream,
+        curriculum: Curriculum,
+        *,
+        micro_batch_size: int,
+        seed: int,
+        world: World,
+        numbers: Callable[[Moment, int, int, int], Sequence[int]] = in_turn,
     ) -> None:
-        self.micro_batch_size, self.world, self.is_masked = micro_batch_size, world, stream.is_masked
+        self.micro_batch_size, self.world, self.numbers = micro_batch_size, world, numbers
+        self.is_masked = stream.is_masked
         self.datasets = [
             PackedSequences(stream, phase.sequence_length, seed, salt=index)
             for index, phase in enumerate(curriculum.phases)
@@ -175,10 +185,8 @@ class PhaseData:
         """Return the micro-batches of one step, in the order they run."""
         rank, replicas, size = self.world.data_rank, self.world.data_size, self.micro_batch_size
         dataset = self.datasets[moment.phase_index]
-        return [
-            read_batch(dataset, moment.consumed_samples, index, rank, replicas, size)
-            for index in range(moment.phase.global_batch // (size * replicas))
-        ]
+        numbers = self.numbers(moment, moment.phase.global_batch // (size * replicas), rank, replicas)
+        return [read_batch(dataset, moment.consumed_samples, number, 0, 1, size) for number in numbers]
 
 
 class HeldOut:

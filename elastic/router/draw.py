@@ -10,9 +10,9 @@ from torch import Tensor
 from elastic.router.budget_loss import budget_loss, choice_entropy, cost_shares
 from elastic.router.phases import Moment
 from elastic.router.router import Router, choice_probabilities, gumbel_noise
-from elastic.router.sampler import budget_of, draw_budgets
+from elastic.router.sampler import budget_of, draw_budgets, in_turn
 from elastic.space.axes import Axis
-from elastic.space.cost import Budget, Deployment
+from elastic.space.cost import Budget, Deployment, shape_cost
 from elastic.space.gates import Execution, Gates
 from elastic.space.ranges import Sequences, Size, Weight
 from elastic.space.shape import Subnet
@@ -86,13 +86,34 @@ class Chooser:
     settings: RouterSettings
     seed: int
 
-    def draw(self, moment: Moment, num_micro_batches: int, replica: int, replicas: int) -> Draw:
-        """Return the gates of this replica's micro-batches at one step."""
-        phase, in_step = moment.elastic, num_micro_batches * replicas
+    def numbers(self, moment: Moment, num_micro_batches: int, replica: int, replicas: int) -> list[int]:
+        """Return which of a step's micro-batches, counted over all replicas, this one runs, in the order it does.
+
+        Under slices the step goes from the smallest budget to the largest, as the budgets' targets say: neighbours in a
+        pipeline then take equally long, all replicas but at the change to the next budget too, and the fullest comes
+        last. A pure function of the config and the step, so that data can be read before the step begins.
+        """
+        in_step = num_micro_batches * replicas
+        order, places = list(range(in_step)), in_turn(moment, num_micro_batches, replica, replicas)
+        if moment.elastic.execution is Execution.SLICE:
+            drawn = self._drawn(moment, num_micro_batches, in_step)
+            whole = shape_cost(self.space.parent, self.deployment)
+            sizes = [(budget.limit / float(whole[budget.metric]), index) for index, budget in enumerate(self.budgets)]
+            order.sort(key=lambda number: sizes[budget_of(drawn, number, in_step)])  # of one budget, as they come
+        return [order[place] for place in places]
+
+    def _drawn(self, moment: Moment, num_micro_batches: int, in_step: int) -> tuple[int, ...]:
+        """Draw the budgets of the step."""
         draws = self.settings.draws_per_step or num_micro_batches
         assert in_step % draws == 0, "the rules of the config refuse draws that cut through a micro-batch"
-        drawn = draw_budgets(phase.weights([budget.name for budget in self.budgets]), self.seed, moment.step, draws)
-        numbers = [index * replicas + replica for index in range(num_micro_batches)]
+        weights = moment.elastic.weights([budget.name for budget in self.budgets])
+        return draw_budgets(weights, self.seed, moment.step, draws)
+
+    def draw(self, moment: Moment, num_micro_batches: int, replica: int, replicas: int) -> Draw:
+        """Return the gates of this replica's micro-batches at one step, in the order of `numbers`."""
+        phase, in_step = moment.elastic, num_micro_batches * replicas
+        drawn = self._drawn(moment, num_micro_batches, in_step)
+        numbers = self.numbers(moment, num_micro_batches, replica, replicas)
         budgets = [budget_of(drawn, number, in_step) for number in numbers]
         if phase.router_frozen:
             frozen = {budget: self._frozen(budget, phase.execution) for budget in set(budgets)}

@@ -39,3 +39,8 @@ def budget_of(budgets: Sequence[int], global_index: int, num_micro_batches: int)
     replica the same budget at the same time.
     """
     return budgets[global_index * len(budgets) // num_micro_batches]
+
+
+def in_turn(_: object, num_micro_batches: int, replica: int, replicas: int) -> list[int]:
+    """Return which of a step's micro-batches, counted over all replicas, this one runs: whatever the step, in turn."""
+    return [index * replicas + replica for index in range(num_micro_batches)]

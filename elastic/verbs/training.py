@@ -17,6 +17,7 @@ from elastic.model.model import build_model
 from elastic.router.draw import Chooser
 from elastic.router.phases import Curriculum
 from elastic.router.router import Router
+from elastic.router.sampler import in_turn
 from elastic.run.folder import FINISHED_FILE
 from elastic.run.resume import RunStart, load_run_state, open_training_run
 from elastic.run.world import run_world
@@ -159,7 +160,14 @@ def _trainer(
         runner=PipelineRunner(here, wrapped, loss, teacher),
         wrapped=wrapped,
         optimizer=optimizer,
-        data=PhaseData(stream, curriculum, micro_batch_size=config.data.micro_batch, seed=config.seed, world=here),
+        data=PhaseData(
+            stream,
+            curriculum,
+            micro_batch_size=config.data.micro_batch,
+            seed=config.seed,
+            world=here,
+            numbers=in_turn if chooser is None else chooser.numbers,
+        ),
         curriculum=curriculum,
         record=record,
         run_folder=opened.folder,

@@ -62,6 +62,7 @@ CASES = {
     # Uninterrupted
     "fp32": Case((Leg(),)),
     "fp32_dp2": Case((Leg(2),), within=1e-5),
+    "fp32_dp4_of_two_micro_batches_for_four_draws": Case((Leg(4),), within=1e-5),
     "bf16": Case((Leg(),), precision="bf16", reference="bf16"),
     "sharded_bf16": Case((Leg(2),), sharded=True, precision="bf16", reference="sharded_bf16"),
     # The same layout: to the last digit

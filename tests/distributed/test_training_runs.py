@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from elastic.checkpoint.find import list_checkpoints
 from elastic.checkpoint.state import load_router, read_training_state
 from elastic.config.load import load
-from elastic.config.sections import DistillConfig
+from elastic.config.sections import DistillConfig, OptimConfig
 from elastic.config.training import ElasticConfig
 from elastic.data import stream
 from elastic.data.stream import PackedSequences, TokenStream, read_batch
+from elastic.model.initialize import named_global_parameters
 from elastic.model.model import build_model
 from elastic.router.router import Router
 from elastic.run import folder as folder_module
@@ -24,6 +25,7 @@ from elastic.run.changes import ResumeError
 from elastic.run.folder import RunFolderError, run_lock
 from elastic.space.gates import Gates
 from elastic.train.evaluation import LossMeter
+from elastic.train.optimizer import build_optimizer, wrap_for_training
 from elastic.train.pipeline import PipelineRunner
 from elastic.train.trainer import Callback
 from elastic.verbs.training import run_elastic
@@ -41,6 +43,8 @@ from tests.distributed.training import (
     train,
     train_and_be_killed,
 )
+from tests.parity.model_factory import relative_error
+from tests.shapes import random_choice
 
 FOUR = dict(tensor=2, pipeline=2, sequence=True, recompute="full")
 
@@ -223,6 +227,33 @@ def test_pitfall_15_16_all_ranks_hold_the_same_router_and_decide_alike(start):
     assert all(torch.equal(saved[f"router/{name}"], tensor) for name, tensor in weights.items())
     initial = Router(tiny_run_space(), 2, 16, seed=1234).state_dict()
     assert any(not torch.equal(initial[name], tensor) for name, tensor in weights.items()), "it never trained"
+
+
+def step_in_order(numbers):
+    """Run a step's micro-batches in a given order, in fp64; return each one's loss and the gradients."""
+    space, layout = tiny_space(), Layout(pipeline=2, dtype=torch.float64)
+    here = join_world(layout, torch.device("cpu"))
+    student, teacher = (build_model(space, layout, seed=seed, init_std=0.3) for seed in (1, 2))
+    wrapped = wrap_for_training(student, OptimConfig())
+    build_optimizer(wrapped, OptimConfig(), here)
+    runner = PipelineRunner(here, wrapped, DistillConfig(), teacher.requires_grad_(False))
+    draw = torch.Generator().manual_seed(3)
+    chosen = [Gates.slice(space.subnet(random_choice(space, draw)), budget=0) for _ in numbers]
+    wrapped.zero_grad_buffer()
+    work = runner.with_teacher([runner.share(batch(number), chosen[number]) for number in numbers])
+    losses = dict(zip(numbers, (float(loss.kl) for loss in runner.forward_backward(work)), strict=False))
+    return losses, {name: weight.main_grad.clone() for name, weight in named_global_parameters(student)}
+
+
+def test_the_order_of_a_steps_micro_batches_changes_the_rounding_of_sums_alone():
+    """Slices run in order of budget, so the same samples and budgets must give the same step in any order."""
+    as_drawn, ordered = (run_distributed(step_in_order, 2, numbers) for numbers in ([0, 1, 2, 3, 4], [3, 1, 4, 0, 2]))
+    assert as_drawn[1][0].keys() == {0, 1, 2, 3, 4}
+    for (losses, gradients), (other_losses, others) in zip(as_drawn, ordered, strict=True):
+        assert losses == pytest.approx(other_losses, rel=1e-11)
+        for name, gradient in gradients.items():
+            assert gradient.dtype is torch.float64 and gradient.abs().max() > 0
+            assert relative_error(others[name], gradient) <= 1e-11, name
 
 
 def losses_by_label():

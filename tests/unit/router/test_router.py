@@ -165,6 +165,36 @@ def test_gates_depend_on_the_place_in_the_global_batch_not_on_the_micro_batch(mi
         assert all(torch.equal(leaf, alone.weights[axis]) for axis, leaf in together.weights.items())
 
 
+SLICES = dict(frozen=True, execution=Execution.SLICE)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 4, 8])
+@pytest.mark.parametrize("draws", [4, 16])
+def test_slices_run_from_the_smallest_budget_to_the_largest_over_all_replicas(replicas, draws):
+    gates = source(draws=draws)
+    gates.budgets = gates.budgets[1:] + gates.budgets[:1]  # 0.7, 0.45, 1.0: the order is that of size, not of the list
+    ratios = [0.7, 0.45, 1.0]
+    seen = set()
+    for step in range(20):
+        here, plain = moment(step=step, **SLICES), gates.draw(moment(step=step, frozen=True), 16, 0, 1).gates
+        numbers = [gates.numbers(here, 16 // replicas, replica, replicas) for replica in range(replicas)]
+        drawn = [gates.draw(here, 16 // replicas, replica, replicas).gates for replica in range(replicas)]
+        assert sorted(number for own in numbers for number in own) == list(range(16)), "each micro-batch once"
+        at_once = [[ratios[own.budget] for own in row] for row in zip(*drawn, strict=True)]
+        for own, choices in zip(numbers, drawn, strict=True):
+            assert [plain[number].budget for number in own] == [choice.budget for choice in choices]
+        assert sorted(ratio for row in at_once for ratio in row) == [ratio for row in at_once for ratio in row]
+        assert sum(len(set(row)) > 1 for row in at_once) <= 2, "replicas differ where one budget follows another"
+        if 16 // draws % replicas == 0:
+            assert all(len(set(row)) == 1 for row in at_once), "replicas that divide a draw's run never wait"
+        seen.add(tuple(map(tuple, numbers)))
+    assert len(seen) > 1
+
+
+def test_masks_run_in_the_order_of_the_samples():
+    assert source(draws=4).numbers(moment(), 4, 1, 3) == [1, 4, 7, 10]
+
+
 def test_pitfall_27_decisions_have_no_noise():
     router, where = source().router, space()
     assert decide(router, where, 1) == decide(router, where, 1)
