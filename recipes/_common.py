@@ -21,6 +21,7 @@ from rich.text import Text
 from elastic.config.rules import Cluster
 from elastic.config.sections import ComputeConfig
 from elastic.config.training import ComputedConfig
+from elastic.model.backends import missing_parts
 from elastic.verbs.inputs import load_run
 from recipes._arguments import check_arguments, own_folder
 
@@ -113,7 +114,13 @@ def read_config[T](cfg: DictConfig, kind: type[T]) -> T:
 
 def cluster() -> Cluster:
     """Return what this run was started on: torchrun says how many processes, one without it."""
-    return Cluster(num_processes=int(os.environ.get("WORLD_SIZE", "1")), has_gpu=torch.cuda.is_available())
+    return Cluster(int(os.environ.get("WORLD_SIZE", "1")), *kernels(torch.cuda.is_available()))
+
+
+def kernels(has_gpu: bool) -> tuple[bool, dict[str, tuple[str, str]]]:
+    """Return whether there are GPUs, and the parts of a run whose packages are missing there."""
+    parts = [part for part, _ in missing_parts()] if has_gpu else []
+    return has_gpu, {part.name: (part.package, part.instead) for part in parts}
 
 
 def rank() -> int:

@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import Requirement
+
 from elastic.config.load import Problem
 from elastic.preflight.node import (
     KERNEL_MODULES,
@@ -75,9 +77,12 @@ def check_run(options: argparse.Namespace, node: Node) -> list[Problem]:
     from elastic.config.rules_layout import Cluster
     from elastic.preflight.run import phase_problems, plan_run, run_problems
     from elastic.verbs.inputs import load_run
+    from recipes._common import kernels
     from recipes._verbs import VERBS
 
-    cluster = Cluster(num_processes=options.processes, has_gpu=options.gpus > 0)
+    # What the node that asks has: on a login node, which has no GPU, nothing is missed.
+    missing = kernels(bool(node.gpus))[1]
+    cluster = Cluster(num_processes=options.processes, has_gpu=options.gpus > 0, missing=missing)
     try:
         cfg = compose_run(options.arguments)
         if options.show:
@@ -110,7 +115,10 @@ def main() -> None:
     options.arguments = rest
     wanted = requirements(options.gpus > 0)
     versions = probe_packages(wanted)
-    problems = list(package_problems(sys.version_info[:2], versions, wanted))
+    # A kernel package that is not there is the run's to miss (trainer.kernels); one of a wrong version is a problem.
+    absent = {name for name in KERNEL_MODULES if versions.get(name) is None}
+    judged = [requirement for requirement in wanted if Requirement(requirement).name not in absent]
+    problems = list(package_problems(sys.version_info[:2], versions, judged))
     if options.show:
         problems = []  # asked for on a login node, whose packages and GPUs are not the job's
     if all(versions[name] is not None for name in versions if name not in KERNEL_MODULES):  # else the imports end here

@@ -129,6 +129,7 @@ RULES = (
     Rule(EVALUATE, lambda sequence_length, parallel: sequence_problems("sequence_length", sequence_length, parallel)),
     Rule(training.ImportanceConfig, rules_layout.check_importance),
     Rule(TRAINING, rules_layout.check_optimizer),
+    Rule(COMPUTED, rules_layout.check_kernels),
     Rule(TRAINING, rules_layout.check_exp_manager),
     Rule(TRAINING, rules_layout.check_timeouts),
     Rule(TRAINING, rules_elastic.check_phases),

@@ -6,7 +6,8 @@ The parameters of a `check_...` are the sections it reads (rules.py).
 import difflib
 import importlib.util
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from elastic.config import sections
 from elastic.config.load import Problem, Problems, field_paths, plain_number
@@ -19,10 +20,14 @@ from elastic.world.files import first_few
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the run was started on: processes in all, and whether they have GPUs."""
+    """What the run was started on: processes in all, whether they have GPUs, and whose packages are missing there.
+
+    `missing` maps a part of a GPU run (attention, scan, Adam) to its package and what stands in for it.
+    """
 
     num_processes: int = 1
     has_gpu: bool = False
+    missing: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 def nearest_multiple(value: int, multiple: int) -> int:
@@ -169,10 +174,21 @@ def check_importance(importance: sections.ImportanceSection, parallel: ParallelC
 
 
 def check_optimizer(optim: sections.OptimConfig, cluster: Cluster) -> Problems:
-    """The distributed optimizer needs GPUs: with torch's AdamW a resume silently corrupts its state."""
+    """The distributed optimizer needs a fused Adam: with torch's AdamW a resume silently corrupts its state."""
+    path, broken = "optim.use_distributed_optimizer", "(resuming it with torch's AdamW"
     if optim.use_distributed_optimizer and not cluster.has_gpu:
-        rule = "needs GPUs (resuming it with torch's AdamW on the CPU is broken upstream)"
-        yield Problem("optim.use_distributed_optimizer", True, rule, "nearest legal value is false")
+        rule = f"needs GPUs {broken} on the CPU is broken upstream)"
+        yield Problem(path, True, rule, "nearest legal value is false")
+    elif optim.use_distributed_optimizer and "Adam" in cluster.missing:
+        rule = f"needs a fused Adam {broken} is broken upstream)"
+        yield Problem(path, True, rule, "install transformer-engine or apex; nearest legal value is false")
+
+
+def check_kernels(trainer: sections.ComputeConfig, cluster: Cluster) -> Problems:
+    """A run that requires the fast kernels does not start on slower ones."""
+    for part, (package, instead) in cluster.missing.items() if trainer.kernels == "required" else ():
+        rule = f"{package} is missing or does not load: {part} would be {instead}"
+        yield Problem("trainer.kernels", "required", rule, f"install {package}, or set trainer.kernels=auto")
 
 
 def check_exp_manager(

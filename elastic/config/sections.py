@@ -159,10 +159,12 @@ class ParallelConfig:
 class ComputeConfig:
     """How numbers are computed, for every verb. `num_threads` null leaves PyTorch's choice.
 
+    `kernels`: on a GPU take what is installed, and PyTorch where a package is missing; or require all of them.
     `collective_timeout_s` is how long a rank waits for another before the run ends in an error.
     """
 
     precision: Literal["fp32", "bf16"] = "fp32"
+    kernels: Literal["auto", "required"] = "auto"
     num_threads: ranges.Threads | None = None
     deterministic: bool = True
     collective_timeout_s: ranges.Seconds = 900.0

@@ -30,7 +30,9 @@ class GpuPart:
 
 ATTENTION = GpuPart("attention", "transformer-engine", "transformer_engine.pytorch", "PyTorch's flash attention")
 SCAN = GpuPart("scan", "mamba-ssm", "mamba_ssm.ops.triton.ssd_combined", "PyTorch's chunked scan")
-GPU_PARTS = (ATTENTION, SCAN)
+# Of two packages Megatron-Core takes the first that is there; without either it takes torch's.
+ADAM = GpuPart("Adam", "transformer-engine", "transformer_engine.pytorch.optimizers", "PyTorch's fused AdamW")
+GPU_PARTS = (ATTENTION, SCAN, ADAM)
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,16 @@ def missing_parts() -> Iterator[tuple[GpuPart, str]]:
         try:
             import_module(part.module)
         except (ImportError, OSError) as error:
-            yield part, str(error)
+            if part is not ADAM or importlib.util.find_spec("apex") is None:
+                yield part, str(error)
+
+
+def in_words() -> str:
+    """Say what computes the parts of a run on this machine, for its log and its record."""
+    if not torch.cuda.is_available():
+        return "everything by PyTorch, on the CPU"
+    missing = dict(missing_parts())
+    return ", ".join(f"{part.name} by {part.instead if part in missing else part.package}" for part in GPU_PARTS)
 
 
 def import_module(name: str) -> ModuleType:

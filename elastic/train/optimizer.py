@@ -27,7 +27,7 @@ def wrap_for_training(model: ElasticModel, optim: OptimConfig) -> DistributedDat
 
 
 def build_optimizer(wrapped: DistributedDataParallel, optim: OptimConfig, world: World) -> ChainedOptimizer:
-    """Build the model's optimizer; apex or Transformer Engine provide the fused Adam on a GPU, torch elsewhere."""
+    """Build the model's optimizer; its Adam is Transformer Engine's, apex's or torch's (model/backends.py)."""
     config = OptimizerConfig(
         lr=0.0,  # set before every step from the phase's schedule; the others by set_hyperparameters
         clip_grad=optim.clip_grad,
@@ -58,6 +58,8 @@ def set_hyperparameters(optimizer: MegatronOptimizer, optim: OptimConfig) -> Non
         group["betas"], group["eps"] = (optim.adam_beta1, optim.adam_beta2), optim.eps
         # Norms, biases, A_log, D and dt_bias are not decayed; Megatron-Core leaves this to its own scheduler.
         group["weight_decay"] = optim.weight_decay * group["wd_mult"]
+        if "fused" in group and group["params"] and group["params"][0].is_cuda:  # torch's own, where no other is there
+            group["fused"] = True
 
 
 def set_learning_rate(optimizer: Optimizer | MegatronOptimizer, learning_rate: float) -> None:

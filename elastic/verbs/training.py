@@ -13,6 +13,7 @@ from elastic.config.sections import DistillConfig
 from elastic.config.training import ElasticConfig, PretrainConfig, TrainConfig
 from elastic.data.stream import HeldOut, PhaseData, TokenStream
 from elastic.hf.config import stock_notes
+from elastic.model.backends import in_words
 from elastic.model.model import build_model
 from elastic.router.draw import Chooser
 from elastic.router.phases import Curriculum
@@ -43,7 +44,7 @@ GO_ON = "set exp_manager.resume_if_exists=true and exp_manager.overwrite=false"
 def run_pretrain(config: PretrainConfig, console: Console) -> Path:
     """Train a parent from scratch with cross-entropy; returns the run folder."""
     stream = TokenStream(Path(config.data.path) / "train")
-    record = Record("parent", config.parent_shape(), data=config.data.path, provenance=_longest(config))
+    record = Record("parent", config.parent_shape(), data=config.data.path, provenance=_provenance(config))
     loss = DistillConfig(kl_weight=0.0, cross_entropy_weight=1.0, num_chunks=1)
     with run_world(config) as here:
         return _train(config, here, stream, record, loss, console)
@@ -63,13 +64,15 @@ def run_elastic(config: ElasticConfig, console: Console, callbacks: Sequence[Cal
         space = config.space(parent.depth_ranking)
         router_width = config.elastic.router.hidden_width
         family = Family(space.axes, config.budgets(), config.elastic.deployment, router_width, space.keep_at_least)
-        provenance = {"permuted parent": str(start), "data": config.data.path, **_longest(config)}
+        provenance = {"permuted parent": str(start), "data": config.data.path, **_provenance(config)}
         record = Record("elastic", space.parent, space.lanes, space.depth_ranking, config.data.path, family, provenance)
         return _train(config, here, stream, record, config.distill, console, start, callbacks)
 
 
-def _longest(config: TrainConfig) -> dict[str, str]:
-    return {LONGEST: str(max(phase.sequence_length for phase in config.curriculum))}
+def _provenance(config: TrainConfig) -> dict[str, str]:
+    """Return what every record of a training run says of it."""
+    longest = max(phase.sequence_length for phase in config.curriculum)
+    return {LONGEST: str(longest), "computed": in_words()}
 
 
 def family_lines(space: Space, budgets: Sequence[Budget]) -> str:
@@ -100,6 +103,7 @@ def _train(
             if trainer.chooser is not None:
                 lines = family_lines(trainer.chooser.space, trainer.chooser.budgets)
                 console.print(lines, markup=False, highlight=False)
+            console.print(f"computed: {record.provenance['computed']}", markup=False, highlight=False)
             for change in opened.changes:
                 console.print(f"accepted from step {trainer.step} on: {change}", highlight=False)
             if trainer.step < trainer.total_steps:
