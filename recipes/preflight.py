@@ -25,6 +25,7 @@ from elastic.preflight.node import (
     probe,
     probe_packages,
 )
+from recipes._quiet import held_back_output
 
 ROOT = Path(__file__).resolve().parent.parent
 EXIT_PROBLEMS = 2
@@ -69,16 +70,17 @@ def compose_run(arguments: Sequence[str]) -> Any:
 
 def check_run(options: argparse.Namespace, node: Node) -> list[Problem]:
     """Judge the run that the overrides describe; writes its plan beside the logs."""
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    with held_back_output():  # of other packages' notes on what they miss
+        from hydra.errors import HydraException
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
 
-    from elastic.config.load import ConfigError
-    from elastic.config.rules_layout import Cluster
-    from elastic.preflight.run import phase_problems, plan_run, run_problems
-    from elastic.verbs.inputs import load_run
-    from recipes._common import kernels
-    from recipes._verbs import VERBS
+        from elastic.config.load import ConfigError
+        from elastic.config.rules_layout import Cluster
+        from elastic.preflight.run import phase_problems, plan_run, run_problems
+        from elastic.verbs.inputs import load_run
+        from recipes._common import kernels
+        from recipes._verbs import VERBS
 
     # What the node that asks has: on a login node, which has no GPU, nothing is missed.
     missing = kernels(bool(node.gpus))[1]

@@ -227,14 +227,12 @@ def test_an_own_run_is_composed_passed_on_and_mounted(job: Job) -> None:
     (job.folder / "own" / "parallel").mkdir(parents=True)
     (job.folder / "own" / "mine.yaml").write_text("defaults: [elastic_12b, _self_]\nseed: 77\n")
     (job.folder / "own" / "parallel" / "wide.yaml").write_text("tensor: 4\npipeline: 1\ncontext: 4\nsequence: true\n")
-    (job.folder / "own" / "data").mkdir()
-    (job.folder / "own" / "data" / "long_sequences.yaml").write_text(
-        "path: ???\nmicro_batch: 3\nvalidation_sequences: 4\n"
-    )
+    (job.folder / "own" / "trainer").mkdir()
+    (job.folder / "own" / "trainer" / "gpu.yaml").write_text("precision: bf16\nnum_threads: 5\n")
     arguments = ["--config-name=mine", f"--config-dir={job.folder}/own", "parallel=wide"]
     ended = job.start("elastic_12b", *arguments, python=sys.executable, DRY_RUN="1", SLURM_JOB_ID="unset")
     assert "\nseed: 77\n" in ended.stdout and "  context: 4\n  sequence: true\n" in ended.stdout
-    assert "micro_batch: 3" in ended.stdout  # of two files with one name the own one counts, as in Hydra
+    assert "num_threads: 5" in ended.stdout  # of two files with one name the own one counts, as in Hydra
     assert ended.stdout.count("data.path = null: missing") == 1 and ended.returncode == 2
     (job.folder / "far").mkdir()
     image = {"CONTAINER_IMAGE": "registry#elastic:1", "PY": "python"}
