@@ -118,9 +118,10 @@ class Rule:
 PRETRAIN, ELASTIC, FAMILY = training.PretrainConfig, training.ElasticConfig, training.ElasticRunConfig
 TRAINING = (PRETRAIN, ELASTIC)
 EVALUATE, GENERATE = serving.EvaluateConfig, serving.GenerateConfig
+COMPUTED = (*TRAINING, training.ImportanceConfig, EVALUATE, GENERATE)
 # CostConfig describes a run it does not start: only rules of the model, the space and the budgets concern it.
 RULES = (
-    Rule((*TRAINING, training.ImportanceConfig, EVALUATE, GENERATE), rules_layout.check_world),
+    Rule(COMPUTED, rules_layout.check_world),
     Rule((serving.ImportConfig, serving.ExtractConfig), rules_layout.check_one_process),
     Rule((*TRAINING, training.CostConfig), rules_layout.check_model, later_rules_need_it=True),
     Rule(PRETRAIN, lambda model, parallel: model_layout_problems(model, parallel, None)),
