@@ -87,6 +87,9 @@ def _override_problems(argument: str, folders: Sequence[Path], *, is_sweep: bool
         yield Problem(key, value, rule, f"write {key}=[{value}] for a list")
     elif any((folder / override.key_or_group).is_dir() for folder in folders) and not override.is_delete():
         yield from _group_problems(override, folders)
+    elif override.value() == {} and not override.is_delete():
+        rule = "is merged with the entries that are there, and changes nothing"
+        yield Problem(key, {}, rule, f"write {key}=null for none of them, or the entries that differ")
 
 
 def _group_problems(override: Override, folders: Sequence[Path]) -> Iterator[Problem]:

@@ -6,10 +6,10 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
 from enum import StrEnum
-from functools import cache
+from functools import cache, partial
 from typing import Annotated, Any, Literal, Union
 
 from elastic.space.ranges import FolderName, Range, Required
@@ -109,7 +109,7 @@ def _plain(value: Any) -> Any:
 class _Loader:
     """Walks dataclasses and values together, keeping the problems it meets.
 
-    A value that cannot be converted raises ConfigError, which the nearest list, mapping or section around it keeps.
+    A value that cannot be converted raises ConfigError, kept by `_legal` for the list, mapping or section around it.
     """
 
     def __init__(self, kind: type) -> None:
@@ -123,24 +123,17 @@ class _Loader:
             self.problems.append(Problem(path, values, "must be a section", f"with keys {', '.join(hints)}"))
             values = {}
         self.problems += [self._unknown(prefix, str(key), values[key], hints) for key in values if key not in hints]
-        built = {}
-        for field in fields(kind):
-            given = values.get(field.name, NOT_GIVEN)
-            try:
-                built[field.name] = self._field(field, hints[field.name], given, prefix + field.name)
-            except ConfigError as error:
-                self.problems += error.problems
-                if _default(field) == NOT_GIVEN:
-                    built[field.name] = ""
-        return kind(**built)
+        built = self._legal(
+            (field.name, partial(self._field, field, hints[field.name], values.get(field.name, NOT_GIVEN), prefix))
+            for field in fields(kind)
+        )
+        empty = {field.name: "" for field in fields(kind) if _default(field) == NOT_GIVEN}
+        return kind(**empty | built)
 
-    def _field(self, field: Field[Any], hint: Any, given: Any, path: str) -> Any:
-        if is_dataclass(hint):
-            return self._value(hint, {} if given == NOT_GIVEN else given, path, "")
-        default = _default(field)
+    def _field(self, field: Field[Any], hint: Any, given: Any, prefix: str) -> Any:
+        path, default = prefix + field.name, {} if is_dataclass(hint) else _default(field)
         given = default if given == NOT_GIVEN else given
-        extras = typing.get_args(hint) if typing.get_origin(hint) is Annotated else ()
-        requirement = next((extra for extra in extras if isinstance(extra, Required)), None)
+        requirement = next((extra for extra in typing.get_args(hint) if isinstance(extra, Required)), None)
         if requirement is not None and given in (NOT_GIVEN, "", None, []):
             raise _illegal(path, None, "missing, it has no default", f"set {path}=..., {requirement.hint}")
         has_default = default not in (NOT_GIVEN, "", [], {})
@@ -155,12 +148,12 @@ class _Loader:
             for extra in arguments[1:]:
                 if isinstance(extra, Range):
                     _check_range(extra, given if isinstance(value, tuple) else value, path, remedy)
-                elif isinstance(extra, FolderName):
-                    _check_folder_name(extra, value, path)
+                elif isinstance(extra, FolderName) and re.fullmatch(extra.pattern, value) is None:
+                    nearest = re.sub(r"^\W+|[^\w.+-]", "", value)[:100] or "member"
+                    raise _illegal(path, value, extra.rule, f"nearest legal value is {nearest}")
             return value
         if origin in (Union, types.UnionType):
-            inner = next(argument for argument in arguments if argument is not type(None))
-            return None if given is None else self._value(inner, given, path, remedy)
+            return None if given is None else self._value(arguments[0], given, path, remedy)  # None stands last
         if origin is Literal:
             return _one_of(arguments, given, path)
         if origin in (tuple, list):
@@ -179,24 +172,25 @@ class _Loader:
         hints = arguments[:1] * len(given) if arguments[-1] is Ellipsis else arguments
         if len(given) != len(hints):
             raise _illegal(path, given, f"must have {len(hints)} entries", remedy)
-        paths = [f"{path}.{index}" for index in range(len(given))]
-        return self._legal_entries(zip(hints, given, paths, strict=True), remedy).values()
+        pairs = enumerate(zip(hints, given, strict=True))
+        entries = ((index, partial(self._value, *pair, f"{path}.{index}", remedy)) for index, pair in pairs)
+        return self._legal(entries).values()
 
     def _mapping(self, hints: tuple[Any, Any], given: Any, path: str, remedy: str) -> Mapping[Any, Any]:
         if given is None:
             return {}
         if not isinstance(given, Mapping):
             raise _illegal(path, given, "must map names to values", remedy)
-        names = {f"{path}.{key}": self._value(hints[0], str(key), f"{path}.{key}", remedy) for key in given}
-        legal = self._legal_entries(((hints[1], entry, f"{path}.{key}") for key, entry in given.items()), remedy)
-        return {names[entry_path]: entry for entry_path, entry in legal.items()}
+        names = [self._value(hints[0], str(key), f"{path}.{key}", remedy) for key in given]
+        entries = (partial(self._value, hints[1], entry, f"{path}.{key}", remedy) for key, entry in given.items())
+        return self._legal(zip(names, entries, strict=True))
 
-    def _legal_entries(self, entries: Iterable[tuple[Any, Any, str]], remedy: str) -> dict[str, Any]:
-        """Convert (annotation, given, path) entries, leave the illegal ones out and keep a problem for each of them."""
+    def _legal[K](self, entries: Iterable[tuple[K, Callable[[], Any]]]) -> dict[K, Any]:
+        """Convert (name, conversion) entries, leave the illegal ones out and keep a problem for each of them."""
         legal = {}
-        for hint, given, path in entries:
+        for name, converted in entries:
             try:
-                legal[path] = self._value(hint, given, path, remedy)
+                legal[name] = converted()
             except ConfigError as error:
                 self.problems += error.problems
         return legal
@@ -216,12 +210,6 @@ def _default(field: Field[Any]) -> Any:
     """Return a field's default as plain values, so that defaults pass the same checks; NOT_GIVEN if it has none."""
     default = field.default_factory() if field.default_factory is not MISSING else field.default
     return NOT_GIVEN if default is MISSING else _plain(default)
-
-
-def _check_folder_name(name: FolderName, value: str, path: str) -> None:
-    if re.fullmatch(name.pattern, value) is None:
-        nearest = re.sub(r"^\W+|[^\w.+-]", "", value)[:100] or "member"
-        raise _illegal(path, value, name.rule, f"nearest legal value is {nearest}")
 
 
 def _check_range(limits: Range, value: Any, path: str, remedy: str) -> None:

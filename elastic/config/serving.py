@@ -48,14 +48,21 @@ class SubnetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MembersInput(CheckpointInput):
+class ServedInput(CheckpointInput):
     """Weights to run, and whose router decides the budgets (null: the router saved beside the weights).
 
     Weights of the permuted parent with the router of a family show what cutting without training costs.
     """
 
-    checkpoint: Checkpoint = ""
+    checkpoint: str | None = None
     router: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MembersInput(ServedInput):
+    """The same, where nothing else can be run."""
+
+    checkpoint: Checkpoint = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,14 +116,6 @@ class ExtractConfig(MembersConfig):
 
     data: TokenizerInput = field(default_factory=TokenizerInput)
     export: ExportConfig = field(default_factory=ExportConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServedInput(CheckpointInput):
-    """A nested checkpoint to answer from, and whose router decides its budgets (null: the router saved beside it)."""
-
-    checkpoint: str | None = None
-    router: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ from elastic.config.sections import DataConfig, DataFolder, Verification
 from elastic.router.phases import ElasticPhase, Phase
 from elastic.space.cost import Budget
 from elastic.space.ranges import Range, Required, Seed, Size
-from elastic.space.shape import ModelShape
 from elastic.space.space import Space
 
 Checkpoint = Annotated[str, Required("a run folder of an earlier verb, or one checkpoint in it")]
@@ -49,10 +48,6 @@ class TrainConfig(RunConfig):
     exp_manager: sections.TrainExpManagerConfig = field(default_factory=sections.TrainExpManagerConfig)
     curriculum: Annotated[tuple[Phase, ...], Range(low=1)] = (Phase(name="pretrain", steps=100),)
     debug: sections.DebugConfig = field(default_factory=sections.DebugConfig)
-
-    def parent_shape(self) -> ModelShape:
-        """Return the parent's shape; raises ValueError while model.vocab is null."""
-        return self.model.shape()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,11 +103,11 @@ class ElasticRunConfig(TrainConfig):
 
     def space(self, depth_ranking: tuple[int, ...] = ()) -> Space:
         """Build the space of subnets; raises SpaceError."""
-        return self.elastic.space.space(self.parent_shape(), depth_ranking)
+        return self.elastic.space.space(self.model.shape(), depth_ranking)
 
     def budgets(self) -> tuple[Budget, ...]:
         """Return the budgets in absolute units, in the order of the config."""
-        parent, deployment = self.parent_shape(), self.elastic.deployment
+        parent, deployment = self.model.shape(), self.elastic.deployment
         return tuple(budget.absolute(parent, deployment) for budget in self.elastic.budgets)
 
 

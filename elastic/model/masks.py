@@ -142,7 +142,7 @@ class Masks(nn.Module):
             raise GatesError("mask execution takes weights and no subnet; use Gates.mask(weights)")
         for axis, weights in gates.weights.items():
             expected = (self.space.num_slots(axis), len(self.space.axes[axis].choices))
-            if not self.space.is_elastic(axis) or tuple(weights.shape) != expected:
+            if axis not in self.space.elastic_axes() or tuple(weights.shape) != expected:
                 raise GatesError(
                     f"gates: axis {axis} has weights of shape {tuple(weights.shape)}, this space expects {expected} "
                     f"over the choices {list(self.space.axes[axis].choices)}; leave out an axis that is not elastic"

@@ -8,7 +8,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from elastic.space.cost import layer_flops_per_token
+from elastic.space.cost import layer_cost
 from elastic.space.layers import DIMS, parameter_dims
 from elastic.space.nesting import Grid, parameter_grids
 from elastic.space.shape import ModelShape
@@ -74,7 +74,7 @@ def pipeline_pattern(shape: ModelShape, stages: int) -> str:
 def balanced_segments(shape: ModelShape, stages: int) -> list[int]:
     """Return the number of layers of each stage, minimising the heaviest stage (dynamic programming)."""
     work = [
-        layer_flops_per_token(shape, kind, shape.layer_widths(index), length_tokens=8192)
+        layer_cost(shape, kind, shape.layer_widths(index), length_tokens=8192)[1]
         for index, kind in enumerate(shape.pattern.kinds)
     ]
     if not 1 <= stages <= len(work):

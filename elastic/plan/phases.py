@@ -167,7 +167,7 @@ def phase_plans(
 ) -> tuple[PhasePlan, ...]:
     """Put every phase of the curriculum on a layout; the layout must be legal."""
     layout, lanes = model_layout(parallel, config.trainer), config.elastic.space.lanes
-    replicas, parent = config.cluster.num_gpus // parallel.model_size, config.parent_shape()
+    replicas, parent = config.cluster.num_gpus // parallel.model_size, config.model.shape()
     full, gated = Subnet.full(parent), frozenset(config.space().elastic_axes())
     plans = []
     for phase in config.curriculum:

@@ -125,7 +125,7 @@ def search(config: PlanConfig, samples: dict[str, Sample]) -> Found:
 
 def layouts(config: PlanConfig) -> Iterator[tuple[ParallelConfig, int]]:
     """List layouts by powers of two whose replicas fill the cluster; always with sequence parallelism."""
-    cluster, depth = config.cluster, len(config.parent_shape().pattern)
+    cluster, depth = config.cluster, len(config.model.shape().pattern)
     sizes = product(_powers(min(8, cluster.gpus_per_node)), _powers(depth), _powers(cluster.num_gpus))
     for tensor, pipeline, context in sizes:
         if cluster.num_gpus % (tensor * pipeline * context) == 0:

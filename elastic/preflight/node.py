@@ -87,12 +87,10 @@ def probe(versions: Mapping[str, str | None], *, with_gpus: bool, port: int | No
 
 def port_is_free(port: int) -> bool:
     """Tell whether this node can listen on a TCP port."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("", port))
-        except OSError:
-            return False
+    try:
+        socket.create_server(("", port)).close()  # with SO_REUSEADDR
+    except OSError:
+        return False
     return True
 
 

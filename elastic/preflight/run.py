@@ -1,11 +1,11 @@
 """What one run needs from its cluster, and how far it has come: checked before a training process starts."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from elastic.config.load import Problem
 from elastic.config.rules_layout import Cluster, data_parallel
@@ -60,45 +60,29 @@ def finished_step(run_dir: Path) -> int:
 
 def run_problems(config: VerbConfig, cluster: Cluster, gpus: Sequence[Gpu]) -> Iterator[Problem]:
     """Judge data, disk and memory for a config that is legal in itself."""
-    yield from data_problems(config)
-    yield from folder_problems(config)
+    if isinstance(config, TrainConfig | ImportanceConfig | EvaluateConfig):
+        try:  # every file is there, whole and the one that was prepared (sampled checksums)
+            checked_manifest(Path(config.data.path))
+        except DataError as error:
+            yield Problem("data.path", config.data.path, str(error), "or give another folder")
+    manager = config.exp_manager
+    existing = nearest_existing(Path(manager.run_dir))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        rule = f"may not be written by user {os.getuid()} ({existing})"
+        yield Problem("exp_manager.exp_dir", manager.exp_dir, rule, "choose another, or change its owner")
     if isinstance(config, TrainConfig):
-        yield from overwrite_problems(config)
-        yield from disk_problems(config)
+        # Every try of a job gets the same command, so a requeued one would begin by removing its own checkpoints.
+        if manager.overwrite:
+            rule = "every try of a job, and every link of a chain, would remove the run and start again"
+            remedy = f"remove {manager.run_dir} by hand, or choose another version"
+            yield Problem("exp_manager.overwrite", True, rule, remedy)
+        yield from disk_problems(config, existing)
         yield from memory_problems(config, cluster, gpus)
 
 
-def data_problems(config: VerbConfig) -> Iterator[Problem]:
-    """Every file of the prepared data must be there, whole and the one that was prepared (sampled checksums)."""
-    if not isinstance(config, TrainConfig | ImportanceConfig | EvaluateConfig):
-        return
-    folder = Path(config.data.path)
-    try:
-        checked_manifest(folder)
-    except DataError as error:
-        yield Problem("data.path", config.data.path, str(error), "or give another folder")
-
-
-def folder_problems(config: VerbConfig) -> Iterator[Problem]:
-    """The run folder, or the nearest folder above it that exists, must let this user write."""
-    existing = nearest_existing(Path(config.exp_manager.run_dir))
-    if not os.access(existing, os.W_OK | os.X_OK):
-        rule = f"may not be written by user {os.getuid()} ({existing})"
-        yield Problem("exp_manager.exp_dir", config.exp_manager.exp_dir, rule, "choose another, or change its owner")
-
-
-def overwrite_problems(config: TrainConfig) -> Iterator[Problem]:
-    """Every try of a job gets the same command, so a requeued one would begin by removing its own checkpoints."""
-    if config.exp_manager.overwrite:
-        run_dir = config.exp_manager.run_dir
-        rule = "every try of a job, and every link of a chain, would remove the run and start again"
-        yield Problem("exp_manager.overwrite", True, rule, f"remove {run_dir} by hand, or choose another version")
-
-
-def disk_problems(config: TrainConfig) -> Iterator[Problem]:
+def disk_problems(config: TrainConfig, existing: Path) -> Iterator[Problem]:
     """The disk must hold the checkpoints that stay and the one being written, less those that are there already."""
-    run_dir, each = Path(config.exp_manager.run_dir), checkpoint_bytes(config)
-    existing, there = nearest_existing(run_dir), len(list((run_dir / "checkpoints").glob("step_*")))
+    each, there = checkpoint_bytes(config), len(list(Path(config.exp_manager.run_dir).glob("checkpoints/step_*")))
     free, count = shutil.disk_usage(existing).free, max(1, config.exp_manager.keep_last_checkpoints + 1 - there)
     if free < count * each:
         rule = f"{gib(count * each)} needed for {count} checkpoints of {gib(each)}"
@@ -108,9 +92,7 @@ def disk_problems(config: TrainConfig) -> Iterator[Problem]:
 
 def memory_problems(config: TrainConfig, cluster: Cluster, gpus: Sequence[Gpu]) -> Iterator[Problem]:
     """Weights, gradients and optimizer state alone must fit; activations come on top."""
-    if not gpus:
-        return
-    smallest = min(gpu.total_bytes for gpu in gpus)
+    smallest = min((gpu.total_bytes for gpu in gpus), default=math.inf)
     need = state_bytes_per_rank(config, cluster)
     if need > USABLE_SHARE * smallest:
         rule = f"weights, gradients and optimizer state of one rank take {gib(need)} before the first activation"
@@ -126,15 +108,10 @@ def state_bytes_per_rank(config: TrainConfig, cluster: Cluster) -> float:
     weights = WEIGHT_BYTES[precision] * (2 if isinstance(config, ElasticConfig) else 1)
     per_parameter = weights + GRADIENT_BYTES + OPTIMIZER_BYTES[precision] / shards
     # Context-parallel ranks repeat the weights of their replica.
-    return parameters(config) * per_parameter / (parallel.tensor * parallel.pipeline)
+    return int(shape_cost(config.model.shape()).params) * per_parameter / (parallel.tensor * parallel.pipeline)
 
 
 def checkpoint_bytes(config: TrainConfig) -> float:
     """Return the size of one training checkpoint: weights and optimizer state, once."""
     precision = config.trainer.precision
-    return parameters(config) * (WEIGHT_BYTES[precision] + OPTIMIZER_BYTES[precision])
-
-
-def parameters(config: TrainConfig) -> Any:
-    """Count the parent's parameters; `model.vocab` must be filled in."""
-    return shape_cost(config.parent_shape()).params
+    return int(shape_cost(config.model.shape()).params) * (WEIGHT_BYTES[precision] + OPTIMIZER_BYTES[precision])

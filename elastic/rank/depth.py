@@ -63,7 +63,7 @@ def rank_layers(
     passes done and passes in all. Raises RankingError without tokens or if a logit is not finite.
     """
     num_layers = len(space.parent.pattern)
-    smallest = space.axes[Axis.DEPTH].choices[-1] if space.is_elastic(Axis.DEPTH) else 1
+    smallest = space.axes[Axis.DEPTH].choices[-1] if Axis.DEPTH in space.elastic_axes() else 1
     rounds = 1 if method == "one_shot" else num_layers - smallest if stop_after is None else stop_after
     if method not in ("iterative", "one_shot") or not 1 <= rounds < num_layers:
         raise RankingError(

@@ -131,7 +131,7 @@ def collect_scores(model: ElasticModel, space: Space, token_batches: Iterable[Te
         ffn=of_kind(LayerKind.MLP),
         mamba_inner=of_kind(LayerKind.MAMBA),
         attention_heads=of_kind(LayerKind.ATTENTION),
-        num_top_channels=smallest if space.is_elastic(Axis.MAMBA_CHANNEL) else max(1, shape.head_channels // 2),
+        num_top_channels=smallest if Axis.MAMBA_CHANNEL in space.elastic_axes() else max(1, shape.head_channels // 2),
         num_tokens=int(num_tokens),
     )
     if scores.num_tokens == 0:

@@ -115,29 +115,19 @@ class Cost:
         return getattr(self, metric.value)
 
 
-def layer_params(shape: ModelShape, kind: LayerKind, widths: Mapping[Axis, Number]) -> Number:
-    """Count the parameters of one layer."""
-    return sum(_weights(shape, kind, widths))
-
-
-def layer_flops_per_token(
+def layer_cost(
     shape: ModelShape, kind: LayerKind, widths: Mapping[Axis, Number], length_tokens: int
-) -> Number:
-    """Count forward FLOPs of one layer for one token of a causal sequence of `length_tokens`.
+) -> tuple[Number, Number]:
+    """Count one layer's parameters, and its forward FLOPs for one token of a causal sequence of `length_tokens`.
 
     Two for every weight of a matrix or convolution (a multiply and an add), and what the kind mixes over tokens.
     """
-    matrices, _ = _weights(shape, kind, widths)
-    return 2 * matrices + LAYERS[kind].mixing_flops(shape, widths, length_tokens)
-
-
-def _weights(shape: ModelShape, kind: LayerKind, widths: Mapping[Axis, Number]) -> tuple[Number, Number]:
-    """Count one layer's weights in matrices and convolutions, and those in vectors."""
     parameters = Counter(LAYERS[kind].parameters.values())
     sizes = {dim: DIMS[dim].size(shape, widths) for dims in parameters for dim in dims}
     counts = {dims: times * math.prod(sizes[dim] for dim in dims) for dims, times in parameters.items()}
     matrices = sum(count for dims, count in counts.items() if len(dims) > 1)
-    return matrices, sum(count for dims, count in counts.items() if len(dims) == 1)
+    vectors = sum(count for dims, count in counts.items() if len(dims) == 1)
+    return matrices + vectors, 2 * matrices + LAYERS[kind].mixing_flops(shape, widths, length_tokens)
 
 
 def cost(parent: ModelShape, widths: Widths, deployment: Deployment) -> Cost:
@@ -151,12 +141,10 @@ def cost(parent: ModelShape, widths: Widths, deployment: Deployment) -> Cost:
     held: dict[str, Number] = dict.fromkeys(("kv_bytes", "ssm_bytes", "conv_bytes"), 0)
     for layer_index, kind in enumerate(parent.pattern.kinds):
         keep, own = widths.keep[layer_index], widths.of_layer(kind, parent.pattern.ordinal(layer_index))
-        matrices, vectors = _weights(parent, kind, own)
-        mixing = LAYERS[kind].mixing_flops(parent, own, deployment.length_tokens)
-        params = params + keep * (matrices + vectors)
+        layer_params, layer_flops = layer_cost(parent, kind, own, deployment.length_tokens)
+        params, flops = params + keep * layer_params, flops + keep * layer_flops
         as_stored = own | ({INNER_AXIS[kind]: widest[kind]} if kind in widest else {})
-        stored = stored + keep * layer_params(parent, kind, as_stored)
-        flops = flops + keep * (2 * matrices + mixing)
+        stored = stored + keep * layer_cost(parent, kind, as_stored, deployment.length_tokens)[0]
         for name, elements in LAYERS[kind].cache(parent, own, deployment.length_tokens).items():
             held[name] = held[name] + keep * elements
     return Cost(

@@ -77,13 +77,9 @@ class Space:
         """Return how many choices are made on `axis`: one, or one per layer of its kind."""
         return len(Subnet.full(self.parent).axis_widths(axis)) if self.axes[axis].per_layer else 1
 
-    def is_elastic(self, axis: Axis) -> bool:
-        """Tell whether there is anything to choose on `axis`."""
-        return len(self.axes[axis].choices) > 1
-
     def elastic_axes(self) -> tuple[Axis, ...]:
         """List the axes with more than one choice, in the fixed order of Axis."""
-        return tuple(axis for axis in Axis if self.is_elastic(axis))
+        return tuple(axis for axis in Axis if len(self.axes[axis].choices) > 1)
 
     def slot(self, axis: Axis, ordinal: int) -> int:
         """Return the slot on `axis` that decides for the layer at `ordinal` among its kind."""
@@ -113,7 +109,7 @@ class Space:
         sizes: dict[str, Any] = {}
         for axis, entry in AXES.items():
             own = getattr(self.parent, entry.size)
-            if not self.is_elastic(axis):
+            if axis not in self.elastic_axes():
                 sizes[entry.size] = own  # the parent's own widths may differ between layers
             elif entry.own:
                 sizes[entry.size] = tuple(widths[axis][self.slot(axis, ordinal)] for ordinal in range(len(own)))

@@ -56,7 +56,7 @@ def cost_space(config: CostConfig) -> Space:
         return config.space()
     checkpoint = resolve_checkpoint(config.init_from.permuted_parent)
     record = Record.read(checkpoint)
-    check_same_shape(config.parent_shape(), record.shape, checkpoint)
+    check_same_shape(config.model.shape(), record.shape, checkpoint)
     return config.space(record.depth_ranking)
 
 

@@ -15,7 +15,7 @@ from elastic.checkpoint.record import Record, RecordError, check_same_shape
 from elastic.checkpoint.state import Trainable, load_checkpoint, load_router
 from elastic.config.load import ConfigError, Problem
 from elastic.config.rules_layout import nearest_multiple
-from elastic.config.serving import MembersInput, ServedInput, SubnetConfig
+from elastic.config.serving import ServedInput, SubnetConfig
 from elastic.config.training import CheckpointInput
 from elastic.model.model import ElasticModel, build_model
 from elastic.router.draw import decide
@@ -66,7 +66,7 @@ class OpenCheckpoint:
 
 
 def open_checkpoint(
-    source: MembersInput | ServedInput,
+    source: ServedInput,
     budget_names: Sequence[str] | None,
     subnets: Sequence[SubnetConfig],
     *,
@@ -123,7 +123,7 @@ def open_checkpoint(
 
 
 def members_problems(
-    source: MembersInput | ServedInput,
+    source: ServedInput,
     budget_names: Sequence[str] | None,
     subnets: Sequence[SubnetConfig],
     *,

@@ -44,7 +44,7 @@ GO_ON = "set exp_manager.resume_if_exists=true and exp_manager.overwrite=false"
 def run_pretrain(config: PretrainConfig, console: Console) -> Path:
     """Train a parent from scratch with cross-entropy; returns the run folder."""
     stream = TokenStream(Path(config.data.path) / "train")
-    record = Record("parent", config.parent_shape(), data=config.data.path, provenance=_provenance(config))
+    record = Record("parent", config.model.shape(), data=config.data.path, provenance=_provenance(config))
     loss = DistillConfig(kl_weight=0.0, cross_entropy_weight=1.0, num_chunks=1)
     with run_world(config) as here:
         return _train(config, here, stream, record, loss, console)
@@ -60,7 +60,7 @@ def run_elastic(config: ElasticConfig, console: Console, callbacks: Sequence[Cal
         full = config.init_from.verify == "full"
         start = resolve_checkpoint(config.init_from.permuted_parent, full=full, world=here, say=console.print)
         parent = Record.read(start)
-        check_same_shape(config.parent_shape(), parent.shape, start)
+        check_same_shape(config.model.shape(), parent.shape, start)
         space = config.space(parent.depth_ranking)
         router_width = config.elastic.router.hidden_width
         family = Family(space.axes, config.budgets(), config.elastic.deployment, router_width, space.keep_at_least)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import psutil
 import torch
-from torch.distributed import Store
+from torch.distributed import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
 from elastic.world.files import first_few
@@ -96,7 +96,8 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         # A connection of its own: the main thread may be waiting inside the first one.
-        self._store = _get_default_store().clone()  # type: ignore[attr-defined]  # missing in torch's stubs
+        own = _get_default_store().clone()  # type: ignore[attr-defined]  # missing in torch's stubs
+        self._store = PrefixStore(WATCHDOG_FOLDER, own)
         self._store.set_timeout(timedelta(seconds=max(5 * self.beat_s, 1.0)))
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -106,8 +107,7 @@ class Watchdog:
         # An error of torch.distributed says that somebody was waited for in vain, not who.
         if error is not None:
             self._failure = f"failed: {type(error).__name__}"
-            self._beat += 1
-            self._send(self._store)
+            self._send()
             if isinstance(error, RuntimeError) and self.num_ranks > 1:
                 _, step, doing = self.progress.mark
                 self._say(f" failed in step {step}, {doing}: {self._verdict()}")
@@ -123,19 +123,19 @@ class Watchdog:
         """
         mark, beats_at_mark = self.progress.mark, 0
         while not self._stop.is_set():
-            self._beat += 1
-            self._send(self._store)
+            self._send()
             beats_at_mark = beats_at_mark + 1 if self.progress.mark == mark else 0
             mark = self.progress.mark
             if beats_at_mark * self.beat_s > self.timeout_s and self._failure is None:
                 self._end(mark)
             self._stop.wait(self.beat_s)
 
-    def _send(self, store: Store) -> None:
+    def _send(self) -> None:
+        self._beat += 1
         begun, step, doing = self.progress.mark
         sign = Sign(self._beat, begun, step, self._failure or doing)
         with contextlib.suppress(RuntimeError):  # the store's rank is gone or slow: this rank's own clock runs on
-            store.set(_key(self.rank), json.dumps(sign))
+            self._store.set(str(self.rank), json.dumps(sign))
 
     def _end(self, mark: tuple[int, int, str]) -> None:
         """Report and end this process, whatever its main thread is stuck in; let it live if it moves on meanwhile."""
@@ -171,14 +171,13 @@ class Watchdog:
             # Several beats apart, this rank's own among them while it reads in the watchdog's thread.
             for _ in range(5):
                 time.sleep(self.beat_s)
-                self._beat += 1
-                self._send(self._store)
+                self._send()
             return verdict(before, self._signs())
         except RuntimeError as error:
             return f"the store with all signs of life does not answer, so its rank or launcher stopped ({error})"
 
     def _signs(self) -> list[Sign | None]:
-        keys = [_key(rank) for rank in range(self.num_ranks)]
+        keys = [str(rank) for rank in range(self.num_ranks)]
         found = [key for key in keys if self._store.check([key])]
         values = dict(zip(found, self._store.multi_get(found), strict=True))
         return [Sign(*json.loads(values[key])) if key in values else None for key in keys]
@@ -188,7 +187,3 @@ class Watchdog:
         line = f"watchdog: rank {self.rank} on {platform.node()}{what}"
         print(line, file=sys.stderr, flush=True)
         return line
-
-
-def _key(rank: int) -> str:
-    return f"watchdog/{rank}"

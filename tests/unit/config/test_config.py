@@ -48,7 +48,7 @@ def test_pitfall_10_ratio_and_target_are_two_fields() -> None:
     metrics = [{"name": str(metric), "metric": str(metric), "ratio": 1.0} for metric in Metric]
     changes = {"elastic.budgets": metrics, "curriculum.0.budget_weights": {}}
     config = legal(ElasticConfig, values_of(ElasticConfig, changes))
-    full = shape_cost(config.parent_shape(), config.elastic.deployment)
+    full = shape_cost(config.model.shape(), config.elastic.deployment)
     assert [budget.limit for budget in config.budgets()] == [full[metric] for metric in Metric]
 
 
@@ -73,10 +73,10 @@ def test_tokens_round_up_to_whole_steps() -> None:
 
 def test_null_vocabulary_is_padded_for_every_tensor_parallel_size() -> None:
     config = with_vocab(PretrainConfig(model=ModelConfig(vocab_multiple=128)), 2047)
-    assert config.parent_shape().vocab == 2048
+    assert config.model.shape().vocab == 2048
     assert with_vocab(config, 9999) is config
     with pytest.raises(ValueError, match=r"model\.vocab"):
-        PretrainConfig().parent_shape()
+        PretrainConfig().model.shape()
 
 
 def test_space_section_names_every_axis() -> None:

@@ -85,7 +85,7 @@ def test_sample_subnets_cut_all_axes_alike() -> None:
 def test_the_9b_as_a_parent_holds_the_published_4b() -> None:
     """Its space contains the one published outcome of a router, layer for layer and parameter for parameter."""
     config = priced(name="elastic_9b")
-    pattern = str(config.parent_shape().pattern)
+    pattern = str(config.model.shape().pattern)
     kept: list[int] = []
     for kind in NANO_4B_PATTERN:
         kept.append(pattern.index(kind, kept[-1] + 1 if kept else 0))

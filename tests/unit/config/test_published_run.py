@@ -49,7 +49,7 @@ def run() -> ElasticConfig:
 def test_published_models_count_exactly(
     name: str, model: tuple[str, ...], params: int, layers: tuple[int, int, int]
 ) -> None:
-    shape = load(ElasticConfig, composed(name, *model)).parent_shape()
+    shape = load(ElasticConfig, composed(name, *model)).model.shape()
     assert shape_cost(shape).params == params
     kinds = (LayerKind.MAMBA, LayerKind.MLP, LayerKind.ATTENTION)
     assert tuple(len(shape.pattern.layers_of(kind)) for kind in kinds) == layers

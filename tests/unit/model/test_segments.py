@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from elastic.model.sharding import PipelineError, balanced_segments, pipeline_pattern
-from elastic.space.cost import layer_flops_per_token
+from elastic.space.cost import layer_cost
 from elastic.space.shape import LayerPattern, ModelShape
 
 
@@ -21,8 +21,7 @@ def heaviest(model: ModelShape, sizes: tuple[int, ...]) -> int:
     """Return the forward FLOPs of the heaviest stage, the head on the last one."""
     starts = (0, *itertools.accumulate(sizes))
     work = [
-        layer_flops_per_token(model, kind, model.layer_widths(index), 8192)
-        for index, kind in enumerate(model.pattern.kinds)
+        layer_cost(model, kind, model.layer_widths(index), 8192)[1] for index, kind in enumerate(model.pattern.kinds)
     ]
     stages = [sum(work[start:end]) for start, end in itertools.pairwise(starts)]
     stages[-1] += 2 * model.vocab * model.hidden

@@ -27,7 +27,7 @@ from elastic.plan.search import candidate, largest_micro_batch, layout_name, lay
 from elastic.plan.traffic import micro_batch_traffic, moved_bytes
 from elastic.plan.work import KernelSet, LayerWork, MicroBatchWork
 from elastic.space.axes import Axis
-from elastic.space.cost import layer_flops_per_token, shape_cost
+from elastic.space.cost import layer_cost, shape_cost
 from elastic.space.gates import Execution, Gates
 from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import AxisChoices, Space
@@ -112,13 +112,11 @@ def test_projections_agree_with_the_cost_table() -> None:
     """`space.cost` counts the same products per token, and beside them a convolution and another view of the scan."""
     run, _ = small_run(Execution.MASK, torch.float32)
     work = LayerWork(run, 1)
-    per_token = layer_flops_per_token(run.parent, work.kind, run.parent.layer_widths(work.layer_index), LENGTH)
+    _, per_token = layer_cost(run.parent, work.kind, run.parent.layer_widths(work.layer_index), LENGTH)
     assert layer_flops(work).total == per_token * run.tokens
     fused = replace(run, kernels=KernelSet.FUSED)
     attention = LayerWork(fused, 2)
-    per_token = layer_flops_per_token(
-        run.parent, attention.kind, run.parent.layer_widths(attention.layer_index), LENGTH
-    )
+    _, per_token = layer_cost(run.parent, attention.kind, run.parent.layer_widths(attention.layer_index), LENGTH)
     assert layer_flops(attention).total == per_token * run.tokens
 
 
@@ -135,7 +133,7 @@ def parallel(config: PlanConfig, **changes: Any) -> ParallelConfig:
 
 
 def test_parameters_of_all_ranks_add_up_to_the_12b() -> None:
-    parent = values("plan").parent_shape()
+    parent = values("plan").model.shape()
     for tensor, pipeline in ((1, 1), (8, 1), (4, 2), (2, 4)):
         stages = [rank_parameters(parent, tensor, pipeline, stage) for stage in range(pipeline)]
         whole = sum(sum(elements.values()) for elements in stages)

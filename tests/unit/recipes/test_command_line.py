@@ -87,6 +87,11 @@ def message_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
             'seed = "1,2": is several values, which only --multirun runs one after the other; '
             "write seed=[1,2] for a list",
         ),
+        (
+            "elastic.space.keep_at_least={}",
+            "elastic.space.keep_at_least = {}: is merged with the entries that are there, and changes nothing; "
+            "write elastic.space.keep_at_least=null for none of them, or the entries that differ",
+        ),
     ],
 )
 def test_mistake_is_named_with_what_there_is_to_choose_from(

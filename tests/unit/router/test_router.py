@@ -62,7 +62,7 @@ def test_pitfall_10_the_full_model_at_its_own_budget_costs_nothing(metric):
             torch.zeros(1, where.num_slots(axis), dtype=torch.long), len(c.choices)
         ).float()
         for axis, c in where.axes.items()
-        if where.is_elastic(axis)
+        if axis in where.elastic_axes()
     }
     assert budget_loss(where, budgets(where, (1.0,), metric), full, DEPLOYMENT).item() == 0.0
 

@@ -172,7 +172,7 @@ def test_draws_that_follow_the_layout_are_a_difference_unless_both_numbers_are_s
 
 def test_another_verbs_checkpoint_is_one_difference(tmp_path):
     config = load(ElasticConfig, values(tmp_path))
-    parent = Record("parent", config.parent_shape())
+    parent = Record("parent", config.model.shape())
     found = list(differences(TrainingState(3, 1234, {}, {}), parent, config, record_of(config), {}))
     assert [difference.field for difference in found] == ["verb"] and not found[0].acceptable
 

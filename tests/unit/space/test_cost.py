@@ -13,7 +13,7 @@ from elastic.hf.config import hf_config
 from elastic.hf.export_settings import HfSettings
 from elastic.hf.names import hf_sizes
 from elastic.space.axes import AXES, INNER_AXIS, Axis, LayerKind
-from elastic.space.cost import Budget, Deployment, Metric, Widths, cost, layer_params, shape_cost, subnet_cost
+from elastic.space.cost import Budget, Deployment, Metric, Widths, cost, layer_cost, shape_cost, subnet_cost
 from elastic.space.layers import LAYER_PARAMETERS, LAYER_PREFIX, parameter_dims
 from elastic.space.nesting import Cut, parameter_size
 from elastic.space.reach import sample_subnet
@@ -132,7 +132,7 @@ def test_pitfall_03_a_skipped_layer_costs_nothing() -> None:
         kept = tuple(layer for layer in full.kept_layers if layer != index)
         without = subnet_cost(NANO_12B, replace(full, kept_layers=kept))
         kind = NANO_12B.pattern.kinds[index]
-        own, field = layer_params(NANO_12B, kind, NANO_12B.layer_widths(index)), AXES[INNER_AXIS[kind]].size
+        (own, _), field = layer_cost(NANO_12B, kind, NANO_12B.layer_widths(index), 1), AXES[INNER_AXIS[kind]].size
         assert shape_cost(NANO_12B).params - without.params == own > 0
         narrow = {
             field: tuple(8 if n == NANO_12B.pattern.ordinal(index) else w for n, w in enumerate(getattr(full, field)))
@@ -140,7 +140,7 @@ def test_pitfall_03_a_skipped_layer_costs_nothing() -> None:
         assert subnet_cost(NANO_12B, replace(full, kept_layers=kept, **narrow)) == without
     # One layer must stay; what is left beside it is embedding, head and final norm.
     last = subnet_cost(NANO_12B, replace(full, kept_layers=(0,)))
-    layer = layer_params(NANO_12B, LayerKind.MAMBA, NANO_12B.layer_widths(0))
+    layer, _ = layer_cost(NANO_12B, LayerKind.MAMBA, NANO_12B.layer_widths(0), 1)
     assert last.params - layer == 2 * 131072 * 5120 + 5120
 
 

@@ -152,7 +152,7 @@ def test_pitfall_11_absent_layer_kinds(pattern: str) -> None:
     space = Space(shape(pattern), {Axis.HIDDEN: AxisChoices((16, 8))})
     for axis, kind in ((Axis.FFN, "-"), (Axis.MAMBA_HEAD, "M"), (Axis.ATTENTION_HEAD, "*")):
         assert (space.full_width(axis) == 0) == (kind not in pattern)
-        assert not space.is_elastic(axis)
+        assert axis not in space.elastic_axes()
     subnet = space.subnet({Axis.HIDDEN: (1,)})
     assert subnet.hidden == 8 and str(subnet.shape(space.parent).pattern) == pattern
     per_layer = Space(shape(pattern), {Axis.FFN: AxisChoices((32, 16) if "-" in pattern else (0,), per_layer=True)})

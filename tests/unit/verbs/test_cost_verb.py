@@ -69,7 +69,7 @@ def test_the_4b_is_priced_with_every_axis_full() -> None:
 def test_report_says_what_the_cost_table_says() -> None:
     config = config_of("elastic_12b", "budgets=nemotron_elastic_deploy_fp8")
     _, report = printed(config)
-    parent, deployment = config.parent_shape(), Deployment(8, 32_768, 1, 1, 4, 2)
+    parent, deployment = config.model.shape(), Deployment(8, 32_768, 1, 1, 4, 2)
     assert report["parent"]["deploy_bytes"] == subnet_cost(parent, Subnet.full(parent), deployment).deploy_bytes
     for row, name in zip(report["budgets"], ("12b", "9b", "6b"), strict=True):
         fields = {key: tuple(value) if isinstance(value, list) else value for key, value in row["subnet"].items()}
@@ -135,7 +135,7 @@ def test_null_vocabulary_needs_data_or_a_number() -> None:
     with pytest.raises(ConfigError, match=r'data\.path = "not/there": does not exist'):
         config_of("train_elastic", "budgets=halves", "model.hidden=128", "data.path=not/there")
     known = config_of("train_elastic", "budgets=halves", "model.hidden=128", "data.path=not/there", "model.vocab=2048")
-    assert known.parent_shape().vocab == 2048
+    assert known.model.shape().vocab == 2048
 
 
 def test_nothing_is_priced_without_a_model() -> None:
@@ -166,7 +166,7 @@ def test_a_permuted_parent_says_which_layers_leave(tmp_path: Path) -> None:
     ranking = tuple(reversed(range(62)))
     parent = tmp_path / "permuted"
     parent.mkdir()
-    Record("permuted_parent", config.parent_shape(), 8, ranking).write(parent)
+    Record("permuted_parent", config.model.shape(), 8, ranking).write(parent)
     write_contents(parent, {})
     text, report = printed(config_of("elastic_12b", f"init_from.permuted_parent={parent}"))
     assert "depth:" not in text and report["depth_ranking"] == list(ranking)

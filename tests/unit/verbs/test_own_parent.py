@@ -91,7 +91,7 @@ def own_values(folder: Path, record: Record | None = None, **changes: object) ->
 def test_the_checkpoint_says_model_lanes_and_choices(tmp_path: Path) -> None:
     values = own_values(tmp_path, model__init_std=0.5, elastic__space__depth={"choices": [7, 5]})
     config = load_run(ElasticConfig, values, Cluster(), is_main=True)
-    assert config.parent_shape() == OWN.shape() and config.model.init_std == 0.5
+    assert config.model.shape() == OWN.shape() and config.model.init_std == 0.5
     space = config.space()
     assert space.lanes == 16 and space.axes[Axis.HIDDEN].choices == (96, 80, 72, 64, 48)
     assert space.axes[Axis.DEPTH].choices == (7, 5), "choices that somebody gave stay"
