@@ -15,7 +15,7 @@ import torch
 
 from elastic.model.attention import SdpaCoreAttention
 from elastic.model.elementwise import TorchElementwise, TritonElementwise
-from elastic.model.state_space import MambaSsmStateSpace, StateSpaceBackend, TorchStateSpace
+from elastic.model.state_space import MambaSsmStateSpace, TorchStateSpace
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ GPU_PARTS = (ATTENTION, SCAN, ADAM)
 class Kernels:
     """The implementation of each part, as the model's modules are built with it."""
 
-    state_space: StateSpaceBackend
+    state_space: TorchStateSpace
     core_attention: type
     elementwise: TorchElementwise = field(default_factory=TorchElementwise)
 

@@ -4,6 +4,8 @@ Both compute the same, in at least fp32 inside; gates are fp32 whatever the stre
 hidden, F ffn, I = heads x channels, K taps, L length; lower case = this rank's shard.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -63,34 +65,25 @@ class TorchElementwise:
 
 
 class TritonElementwise(TorchElementwise):
-    """One kernel of `elastic/kernels` each; fp64, which they do not compute in, is left to PyTorch."""
+    """One kernel of `elastic/kernels` each, in one reading; fp64, which they do not compute in, is left to PyTorch."""
 
     def __init__(self) -> None:
         from elastic.kernels import causal_conv, gated, gated_norm  # Triton is there on GPUs and in tests alone
 
         self._norm, self._gated, self._conv = gated_norm.gated_norm, gated, causal_conv.causal_conv
 
-    def norm(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        active: Tensor | float | None,
-        epsilon: float,
-        groups: int = 1,
-        z: Tensor | None = None,
-        gate: Tensor | None = None,
-    ) -> Tensor:
-        """Normalise in one reading; keeps its inputs alone."""
+    def norm(self, x: Tensor, weight: Tensor, active: Tensor | float | None, epsilon: float, *rest: Any) -> Tensor:
+        """Normalise; keeps its inputs alone."""
         of = super().norm if x.dtype == torch.float64 else self._norm
-        return of(x, weight, active, epsilon, groups, z, gate)
+        return of(x, weight, active, epsilon, *rest)
 
     def squared_relu(self, x: Tensor, gate: Tensor | None) -> Tensor:
-        """Square and gate in one reading."""
+        """Square and gate."""
         of = super().squared_relu if x.dtype == torch.float64 else self._gated.squared_relu
         return of(x, gate)
 
     def residual(self, x: Tensor, y: Tensor, depth: Tensor | None, hidden: Tensor | None) -> Tensor:
-        """Gate and add in one reading."""
+        """Gate and add."""
         of = super().residual if x.dtype == torch.float64 else self._gated.residual
         return of(x, y, depth, hidden)
 

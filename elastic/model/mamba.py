@@ -20,7 +20,7 @@ from elastic.model.elementwise import TorchElementwise
 from elastic.model.masks import ElasticLayer, LayerGates
 from elastic.model.norm import GatedGroupNorm, parameter_device
 from elastic.model.observe import LayerObserver
-from elastic.model.state_space import StateSpaceBackend
+from elastic.model.state_space import TorchStateSpace
 from elastic.space.axes import Axis
 from elastic.space.layers import FP32_PARAMETERS, DimKind
 from elastic.space.nesting import Cut, take
@@ -38,7 +38,7 @@ class PortableMambaMixer(MambaMixer):
         config: TransformerConfig,
         submodules: MambaMixerSubmodules,
         d_model: int,
-        state_space: StateSpaceBackend,
+        state_space: TorchStateSpace,
         elementwise: TorchElementwise,
         d_conv: int = 4,
         layer_number: int | None = None,

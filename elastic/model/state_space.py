@@ -1,37 +1,14 @@
-"""State-space backends: the Mamba-2 scan, in plain PyTorch or with mamba-ssm's kernels.
+"""The Mamba-2 scan, in plain PyTorch or with mamba-ssm's kernels.
 
 Shapes: B batch, L length, C chunks of Q tokens, G groups, R heads of a group, H = G*R heads, P channels, N state.
 The scan ("Transformers are SSMs", arXiv 2405.21060): S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t + D x_t.
 """
 
 from functools import partial
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-class StateSpaceBackend(Protocol):
-    """The operation of a Mamba-2 mixer that differs by what is installed."""
-
-    def scan(
-        self,
-        x: Tensor,
-        dt: Tensor,
-        dt_bias: Tensor,
-        a: Tensor,
-        b: Tensor,
-        c: Tensor,
-        d: Tensor,
-        state: Tensor | None = None,
-    ) -> Tensor:
-        """Run the recurrence at softplus(dt + dt_bias).
-
-        x [B,L,H,P], dt [B,L,H], dt_bias, a < 0 and d [H], b and c [B,L,G,N].
-        `state` [B,H,P,N], at least fp32, is that before `x` (None: zeros) and is moved on in place, for inference:
-        nothing is differentiated then. One token takes one step from it, without filling up a chunk.
-        """
 
 
 class TorchStateSpace:
@@ -51,7 +28,12 @@ class TorchStateSpace:
         d: Tensor,
         state: Tensor | None = None,
     ) -> Tensor:
-        """Scan in chunks of Q tokens: matrix products inside a chunk, a short recurrence between chunks."""
+        """Run the recurrence at softplus(dt + dt_bias), in chunks of Q tokens.
+
+        x [B,L,H,P], dt [B,L,H], dt_bias, a < 0 and d [H], b and c [B,L,G,N]. `state` [B,H,P,N], at least fp32, is that
+        before `x` (None: zeros) and is moved on in place, for inference: nothing is differentiated then. One token
+        takes one step from it, without filling up a chunk.
+        """
         length, wide = x.shape[1], torch.promote_types(dt.dtype, torch.float32)
         dt, a = F.softplus(dt.to(wide) + dt_bias.to(wide)), a.to(wide)
         if state is not None and length == 1:
@@ -94,14 +76,15 @@ class TorchStateSpace:
         return y + x * d.to(x.dtype).unsqueeze(-1)
 
 
-class MambaSsmStateSpace:
+class MambaSsmStateSpace(TorchStateSpace):
     """mamba-ssm's Triton kernels."""
 
     def __init__(self, chunk_tokens: int = 256) -> None:
         from mamba_ssm.ops.triton.selective_state_update import selective_state_update
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-        self.chunk_tokens, self._scan, self._step = chunk_tokens, mamba_chunk_scan_combined, selective_state_update
+        super().__init__(chunk_tokens)
+        self._scan, self._step = mamba_chunk_scan_combined, selective_state_update
 
     def scan(
         self,

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from elastic.model.backends import Kernels
 from elastic.model.elementwise import TorchElementwise
+from elastic.model.state_space import TorchStateSpace
 from elastic.plan.work import KernelSet
 
 FUSED_CHUNK_TOKENS = KernelSet.FUSED.chunk_tokens
 
 
-class StandInStateSpace:
+class StandInStateSpace(TorchStateSpace):
     """What mamba-ssm's scan leaves behind in training: nothing is decoded here."""
 
     def scan(
@@ -52,18 +53,9 @@ class StandInAttention(MegatronModule):
 class StandInElementwise(TorchElementwise):
     """What the kernels of elastic/kernels leave behind: their inputs, and gradients of the same sizes."""
 
-    def norm(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        active: Tensor | float | None,
-        epsilon: float,
-        groups: int = 1,
-        z: Tensor | None = None,
-        gate: Tensor | None = None,
-    ) -> Tensor:
+    def norm(self, x: Tensor, weight: Tensor, active: Tensor | float | None, epsilon: float, *rest: Any) -> Tensor:
         """Keep x, z and what is as small as the weight."""
-        return _Elementwise.apply(x, None, *(t for t in (weight, active, z, gate) if isinstance(t, Tensor)))
+        return _Elementwise.apply(x, None, *(t for t in (weight, active, *rest) if isinstance(t, Tensor)))
 
     def squared_relu(self, x: Tensor, gate: Tensor | None) -> Tensor:
         """Keep x and the gate."""

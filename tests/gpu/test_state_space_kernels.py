@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from elastic.model.state_space import StateSpaceBackend, TorchStateSpace
+from elastic.model.state_space import TorchStateSpace
 from tests.parity.model_factory import relative_error
 
 pytestmark = pytest.mark.gpu
@@ -15,7 +15,7 @@ BATCH, STATE = 2, 32
 
 
 @pytest.fixture(scope="module")
-def kernels() -> StateSpaceBackend:
+def kernels() -> TorchStateSpace:
     pytest.importorskip("mamba_ssm", reason="mamba-ssm is not installed; it comes with the `gpu` extra")
     from elastic.model.state_space import MambaSsmStateSpace
 
@@ -42,7 +42,7 @@ def compare(ours: Callable[[], Tensor], theirs: Callable[[], Tensor], leaves: li
 @pytest.mark.parametrize("channels", [16, 80, 37])
 @pytest.mark.parametrize("length", [64, 200])
 def test_scan(
-    kernels: StateSpaceBackend, length: int, channels: int, groups: int, dtype: torch.dtype, tolerance: float
+    kernels: TorchStateSpace, length: int, channels: int, groups: int, dtype: torch.dtype, tolerance: float
 ) -> None:
     """The fp32 tolerance allows for TF32, which Triton's matrix products use."""
     heads = 2 * groups
@@ -50,7 +50,7 @@ def test_scan(
     b, c = (draw(BATCH, length, groups, STATE, dtype=dtype) for _ in range(2))
     a_log, d, dt_bias = draw(heads), draw(heads), draw(heads)
 
-    def run(backend: StateSpaceBackend) -> Tensor:
+    def run(backend: TorchStateSpace) -> Tensor:
         return backend.scan(x, dt, dt_bias - 2, -torch.exp(a_log), b, c, d)
 
     compare(lambda: run(kernels), lambda: run(TorchStateSpace(64)), [x, dt, dt_bias, b, c, a_log, d], tolerance)
@@ -62,7 +62,7 @@ def test_scan(
 @pytest.mark.parametrize("channels", [16, 80, 37])
 @pytest.mark.parametrize("sizes", [[100, 1, 1, 64, 1, 33], [1] * 8, [130, 70]])
 def test_scan_in_pieces(
-    kernels: StateSpaceBackend, sizes: list[int], channels: int, groups: int, dtype: torch.dtype, tolerance: float
+    kernels: TorchStateSpace, sizes: list[int], channels: int, groups: int, dtype: torch.dtype, tolerance: float
 ) -> None:
     """Pieces and single steps of the kernels against one PyTorch scan of the whole, outputs and last state."""
     heads, length = 2 * groups, sum(sizes)

@@ -11,7 +11,7 @@ from transformers import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
 from elastic.model.elementwise import TorchElementwise
-from elastic.model.state_space import StateSpaceBackend, TorchStateSpace
+from elastic.model.state_space import TorchStateSpace
 from tests.parity.model_factory import relative_error
 from tests.parity.reference_model import depthwise_causal_conv, state_space_recurrence
 
@@ -191,7 +191,7 @@ def _stock_mixer(groups: int, conv_kernel: int) -> NemotronHMamba2Mixer:
     return mixer.train()
 
 
-def _mixer_from_our_parts(p: dict[str, Tensor], u: Tensor, backend: StateSpaceBackend, groups: int) -> Tensor:
+def _mixer_from_our_parts(p: dict[str, Tensor], u: Tensor, backend: TorchStateSpace, groups: int) -> Tensor:
     """Assemble the same mixer around the backend: what Megatron-Core's mixer does on one rank."""
     heads = groups * HEADS_PER_GROUP
     inner, gn = heads * CHANNELS, groups * STATE
