@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from elastic.checkpoint.contents import CheckpointError, check_whole, shown_problems
 from elastic.model.sharding import block_sizes
-from elastic.space.layers import DIMS, parameter_dims, parameter_names
+from elastic.space.layers import parameter_dims, parameter_names
 from elastic.space.nesting import parameter_size
 from elastic.space.shape import ModelShape
 
@@ -126,8 +126,8 @@ def stored_parts(name: str, shape: ModelShape) -> tuple[StoredPart, ...]:
     """Return the keys of one full parameter in row order; raises KeyError for a name the model does not have."""
     rows, *columns = parameter_size(name, shape)
     kind = parameter_dims(name)[0]
-    blocks = DIMS[kind].blocks
-    if DIMS[kind].interleaved or len(blocks) == 1:
+    blocks = kind.blocks
+    if kind.is_interleaved or len(blocks) == 1:
         return (StoredPart(name, name, 0, (rows, *columns)),)
     # Megatron-Core's parameters are `conv1d_weight` and `conv1d_bias`, its keys those of the older `conv1d` module.
     stem = name.replace("conv1d_", "conv1d.")

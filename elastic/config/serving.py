@@ -30,11 +30,6 @@ class SubnetConfig:
     attention_heads: Widths | None = None
     kept_layers: Annotated[tuple[ranges.Layers, ...], Range(low=1)] | None = None
 
-    @property
-    def has_widths(self) -> bool:
-        """Tell whether anything but the parameters is given."""
-        return self != SubnetConfig(name=self.name, params=self.params)
-
     def subnet(self, parent: ModelShape) -> Subnet:
         """Return the subnet inside `parent`; raises SubnetError if it does not fit."""
         widths: dict[str, Any] = {}

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from elastic.space.cost import layer_cost
-from elastic.space.layers import DIMS, parameter_dims
+from elastic.space.layers import parameter_dims
 from elastic.space.nesting import Grid, parameter_grids
 from elastic.space.shape import ModelShape
 
 
 def sharded_dim(name: str) -> int | None:
     """Return the dimension that tensor parallelism shards, or None for a replicated parameter."""
-    return next((dim for dim, kind in enumerate(parameter_dims(name)) if DIMS[kind].sharded), None)
+    return next((dim for dim, kind in enumerate(parameter_dims(name)) if kind.is_sharded), None)
 
 
 def block_sizes(name: str, shape: ModelShape, dim: int) -> list[int]:

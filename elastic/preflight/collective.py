@@ -39,9 +39,8 @@ def check_collectives(folder: Path, timeout_s: float) -> float:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    timeout = datetime.timedelta(seconds=timeout_s)
     try:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
         seconds = _sum_twice(device)
         _share_a_file(folder)
     except RuntimeError as error:

@@ -7,7 +7,6 @@ which torch is missing can still say so.
 import importlib
 import os
 import socket
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -39,7 +38,6 @@ class Gpu:
 class Node:
     """What preflight needs to know of a node. A package that is not installed has no version."""
 
-    python: tuple[int, int]
     versions: Mapping[str, str | None]
     import_errors: Mapping[str, str]
     gpus: Sequence[Gpu]
@@ -75,7 +73,6 @@ def probe(versions: Mapping[str, str | None], *, with_gpus: bool, port: int | No
             except Exception as error:  # a broken wheel can raise anything
                 errors[package] = f"{type(error).__name__}: {error}".splitlines()[0]
     return Node(
-        python=sys.version_info[:2],
         versions=versions,
         import_errors=errors,
         gpus=gpus,

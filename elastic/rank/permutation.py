@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from elastic.space.axes import AXES, LANES, Axis
-from elastic.space.layers import DIMS, DimKind, Direction, parameter_dims, split_parameter_name
+from elastic.space.layers import DimKind, Direction, parameter_dims, split_parameter_name
 from elastic.space.nesting import Cut
 from elastic.space.shape import ModelShape
 from elastic.world.files import written_aside
@@ -107,7 +107,7 @@ def row_order(kind: DimKind, layer_index: int | None, parent: ModelShape, rankin
     grid, found = Cut.of_layer(parent, layer_index, {}).grid(kind), []
     runs = [math.prod(block.full) for block in grid.blocks]
     blocks = torch.arange(grid.full_size).view(grid.outer, -1).split(runs, dim=1)
-    for rows, directions in zip(blocks, DIMS[kind].blocks.values(), strict=True):
+    for rows, directions in zip(blocks, kind.blocks.values(), strict=True):
         orders = [_order(direction, layer_index, parent, ranking, lanes) for direction in directions]
         cells = rows.reshape([len(order) for order in orders])
         for dim, order in enumerate(orders):
@@ -127,7 +127,7 @@ def permute_parameter(tensor: Tensor, name: str, parent: ModelShape, ranking: Ra
         order = row_order(kind, layer_index, parent, ranking, lanes)
         if tensor.shape[dim] != order.numel():
             raise ValueError(f"{name}: dimension {dim} has {tensor.shape[dim]} rows, expected {order.numel()}")
-        if any(isinstance(direction, Axis) for block in DIMS[kind].blocks.values() for direction in block):
+        if any(isinstance(direction, Axis) for block in kind.blocks.values() for direction in block):
             tensor = tensor.index_select(dim, order.to(tensor.device))
     return tensor
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from elastic.space.axes import AXES, INNER_AXIS, Axis, LayerKind
-from elastic.space.layers import DIMS, LAYERS, Number
+from elastic.space.layers import LAYERS, Number
 from elastic.space.ranges import ElementBytes, Length, MemberName, Sequences, Share, Target
 from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import Space
@@ -123,7 +123,7 @@ def layer_cost(
     Two for every weight of a matrix or convolution (a multiply and an add), and what the kind mixes over tokens.
     """
     parameters = Counter(LAYERS[kind].parameters.values())
-    sizes = {dim: DIMS[dim].size(shape, widths) for dims in parameters for dim in dims}
+    sizes = {dim: dim.size(shape, widths) for dims in parameters for dim in dims}
     counts = {dims: times * math.prod(sizes[dim] for dim in dims) for dims, times in parameters.items()}
     matrices = sum(count for dims, count in counts.items() if len(dims) > 1)
     vectors = sum(count for dims, count in counts.items() if len(dims) == 1)

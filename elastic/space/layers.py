@@ -11,7 +11,7 @@ a attention channels.
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum
 
 from torch import Tensor
 
@@ -21,35 +21,37 @@ from elastic.space.shape import ModelShape
 Number = int | float | Tensor
 # A direction of a grid: an axis, or a field of ModelShape that nobody narrows.
 Direction = Axis | str
+Directions = tuple[Direction, ...]
+
+_N: Direction = "mamba_state"
+_INNER: Directions = (Axis.MAMBA_HEAD, Axis.MAMBA_CHANNEL)
+_STATE: Directions = ("mamba_groups", _N)
+_QUERY: Directions = (Axis.ATTENTION_HEAD, "attention_channels")
+_KEY: Directions = ("kv_heads", "attention_channels")
 
 
-class DimKind(StrEnum):
-    """Meaning of one dimension of a parameter."""
+class DimKind(Enum):
+    """Meaning of one dimension of a parameter: named blocks in row order, each a grid of directions.
 
-    VOCAB = "vocab"
-    HIDDEN = "hidden"
-    FFN = "ffn"
-    IN_PROJ = "z x B C dt"
-    CONV = "x B C"
-    INNER = "mamba heads x channels"
-    MAMBA_HEAD = "mamba heads"
-    QKV = "per KV group: q.. k v"
-    CONTEXT = "attention heads x channels"
-    TAPS = "taps of the convolution"
-    ONE = "a dimension of size 1"
-
-
-@dataclass(frozen=True)
-class Dim:
-    """What a dimension is made of: named blocks in row order, each a grid of directions.
-
-    An axis that is dealt over parts (AXES) stands for two directions, the parts and the width of one. `interleaved`:
-    the blocks are laid side by side inside each part of the first direction, which all have in common.
+    An axis that is dealt over parts (AXES) stands for two directions, the parts and the width of one. Tensor-parallel
+    ranks "split" every block or hold it "whole"; "interleaved" blocks are split, too, and laid side by side inside each
+    part of the first direction, which all have in common.
     """
 
-    blocks: Mapping[str, tuple[Direction, ...]]
-    interleaved: bool = False
-    sharded: bool = True
+    VOCAB = {"vocab": ("vocab",)}, "split"
+    HIDDEN = {"hidden": (Axis.HIDDEN,)}, "whole"
+    FFN = {"ffn": (Axis.FFN,)}, "split"
+    IN_PROJ = {"z": _INNER, "x": _INNER, "B": _STATE, "C": _STATE, "dt": (Axis.MAMBA_HEAD,)}, "split"
+    CONV = {"x": _INNER, "B": _STATE, "C": _STATE}, "split"
+    INNER = {"x": _INNER}, "split"
+    MAMBA_HEAD = {"heads": (Axis.MAMBA_HEAD,)}, "split"
+    QKV = {"q": _QUERY, "k": _KEY, "v": _KEY}, "interleaved"
+    CONTEXT = {"q": _QUERY}, "split"
+    TAPS = {"taps": ("conv_kernel",)}, "whole"
+    ONE = {"one": ()}, "whole"
+
+    def __init__(self, blocks: Mapping[str, Directions], laid: str) -> None:
+        self.blocks, self.is_sharded, self.is_interleaved = blocks, laid != "whole", laid == "interleaved"
 
     def size(self, shape: ModelShape, widths: Mapping[Axis, Number]) -> Number:
         """Return the number of rows at `widths`: ints, or expected values (each direction counts linearly)."""
@@ -67,27 +69,6 @@ def _length(direction: Direction, shape: ModelShape, widths: Mapping[Axis, Numbe
     return widths[direction] if isinstance(direction, Axis) else int(getattr(shape, direction))
 
 
-_N: Direction = "mamba_state"
-_INNER: tuple[Direction, ...] = (Axis.MAMBA_HEAD, Axis.MAMBA_CHANNEL)
-_STATE: tuple[Direction, ...] = ("mamba_groups", _N)
-_QUERY: tuple[Direction, ...] = (Axis.ATTENTION_HEAD, "attention_channels")
-_KEY: tuple[Direction, ...] = ("kv_heads", "attention_channels")
-
-DIMS = {
-    DimKind.VOCAB: Dim({"vocab": ("vocab",)}),
-    DimKind.HIDDEN: Dim({"hidden": (Axis.HIDDEN,)}, sharded=False),
-    DimKind.FFN: Dim({"ffn": (Axis.FFN,)}),
-    DimKind.IN_PROJ: Dim({"z": _INNER, "x": _INNER, "B": _STATE, "C": _STATE, "dt": (Axis.MAMBA_HEAD,)}),
-    DimKind.CONV: Dim({"x": _INNER, "B": _STATE, "C": _STATE}),
-    DimKind.INNER: Dim({"x": _INNER}),
-    DimKind.MAMBA_HEAD: Dim({"heads": (Axis.MAMBA_HEAD,)}),
-    DimKind.QKV: Dim({"q": _QUERY, "k": _KEY, "v": _KEY}, interleaved=True),
-    DimKind.CONTEXT: Dim({"q": _QUERY}),
-    DimKind.TAPS: Dim({"taps": ("conv_kernel",)}, sharded=False),
-    DimKind.ONE: Dim({"one": ()}, sharded=False),
-}
-
-
 @dataclass(frozen=True)
 class LayerEntry:
     """What one kind of layer holds and uses.
@@ -100,10 +81,6 @@ class LayerEntry:
     parameters: Mapping[str, tuple[DimKind, ...]]
     mixing_flops: Callable[[ModelShape, Mapping[Axis, Number], int], Number]
     cache: Callable[[ModelShape, Mapping[Axis, Number], int], Mapping[str, Number]]
-
-
-def _size(kind: DimKind, shape: ModelShape, widths: Mapping[Axis, Number]) -> Number:
-    return DIMS[kind].size(shape, widths)
 
 
 # Attention scores average length / 2 keys, products with keys and with values. The recurrence is counted as its state
@@ -121,10 +98,10 @@ LAYERS = {
             "mixer.norm.weight": (DimKind.INNER,),
             "mixer.out_proj.weight": (DimKind.HIDDEN, DimKind.INNER),
         },
-        mixing_flops=lambda shape, widths, _: 6 * _length(_N, shape, widths) * _size(DimKind.INNER, shape, widths),
+        mixing_flops=lambda shape, widths, _: 6 * _length(_N, shape, widths) * DimKind.INNER.size(shape, widths),
         cache=lambda shape, widths, _: {
-            "ssm_bytes": _length(_N, shape, widths) * _size(DimKind.INNER, shape, widths),
-            "conv_bytes": shape.conv_kernel * _size(DimKind.CONV, shape, widths),
+            "ssm_bytes": _length(_N, shape, widths) * DimKind.INNER.size(shape, widths),
+            "conv_bytes": shape.conv_kernel * DimKind.CONV.size(shape, widths),
         },
     ),
     LayerKind.ATTENTION: LayerEntry(
@@ -133,7 +110,7 @@ LAYERS = {
             "self_attention.linear_qkv.weight": (DimKind.QKV, DimKind.HIDDEN),
             "self_attention.linear_proj.weight": (DimKind.HIDDEN, DimKind.CONTEXT),
         },
-        mixing_flops=lambda shape, widths, length: 2 * length * _size(DimKind.CONTEXT, shape, widths),
+        mixing_flops=lambda shape, widths, length: 2 * length * DimKind.CONTEXT.size(shape, widths),
         cache=lambda shape, widths, length: {"kv_bytes": 2 * shape.kv_heads * shape.attention_channels * length},
     ),
     LayerKind.MLP: LayerEntry(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from elastic.space.axes import AXES, LANES, Axis
-from elastic.space.layers import DIMS, DimKind, Direction, parameter_dims, split_parameter_name
+from elastic.space.layers import DimKind, Direction, parameter_dims, split_parameter_name
 from elastic.space.shape import ModelShape
 
 
@@ -81,10 +81,9 @@ class Cut:
 
     def grid(self, kind: DimKind) -> Grid:
         """Return the rows of one dimension on one tensor-parallel rank."""
-        dim = DIMS[kind]
-        ranks = self.tensor_parallel if dim.sharded else 1
-        blocks = tuple(self._block(directions, ranks) for directions in dim.blocks.values())
-        if not dim.interleaved:
+        ranks = self.tensor_parallel if kind.is_sharded else 1
+        blocks = tuple(self._block(directions, ranks) for directions in kind.blocks.values())
+        if not kind.is_interleaved:
             return Grid(blocks)
         outer = blocks[0].full[0]
         return Grid(tuple(Block(block.full[1:], block.kept[1:]) for block in blocks), outer)

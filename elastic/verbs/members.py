@@ -211,7 +211,7 @@ def _solved(
     """Find a subnet of so many parameters on the way from the next larger budget to the next smaller one."""
     params = given.params
     assert params is not None
-    if given.has_widths:
+    if given != SubnetConfig(name=given.name, params=params):
         remedy = f"set {field}=null or leave the widths out"
         return Problem(field, params, "widths are given beside it", remedy)
     if not budgets:

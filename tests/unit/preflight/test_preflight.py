@@ -27,7 +27,7 @@ from recipes.preflight import check_run, compose_run, requirements
 from tests.cluster.overrides import tiny_overrides
 
 H100 = Gpu("H100", total_bytes=80 << 30, free_bytes=79 << 30)
-GOOD = Node((3, 12), {}, {}, (H100,) * 8, "13.0", has_nccl=True)
+GOOD = Node({}, {}, (H100,) * 8, "13.0", has_nccl=True)
 
 
 def only(problems: Any) -> Problem:
