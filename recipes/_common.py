@@ -20,7 +20,7 @@ from rich.text import Text
 
 from elastic.config.rules import Cluster
 from elastic.config.sections import ComputeConfig
-from elastic.config.training import ComputedConfig
+from elastic.config.verbs import ComputedConfig
 from elastic.model.backends import missing_parts
 from elastic.verbs.inputs import load_run
 from recipes._arguments import check_arguments, own_folder

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from elastic.config.load import load
-from elastic.config.training import ElasticConfig, ImportanceConfig, PretrainConfig
+from elastic.config.verbs import ElasticConfig, ImportanceConfig, PretrainConfig
 from elastic.data.prepare import prepare
 from elastic.data.prepare_config import PrepareConfig
 from elastic.verbs.estimate_importance import run_importance

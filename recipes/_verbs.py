@@ -4,8 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from elastic.config.serving import EvaluateConfig, ExtractConfig, GenerateConfig, ImportConfig
-from elastic.config.training import CostConfig, ElasticConfig, ImportanceConfig, PretrainConfig
+from elastic.config.verbs import (
+    CostConfig,
+    ElasticConfig,
+    EvaluateConfig,
+    ExtractConfig,
+    GenerateConfig,
+    ImportanceConfig,
+    ImportConfig,
+    PretrainConfig,
+)
 from elastic.data.prepare_config import PrepareConfig
 from elastic.plan.config import PlanConfig
 from elastic.plan.run_plan import run_plan

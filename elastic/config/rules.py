@@ -9,12 +9,12 @@ from functools import cached_property
 from inspect import signature
 from typing import Any
 
-from elastic.config import rules_elastic, rules_layout, sections, serving, training
+from elastic.config import rules_elastic, rules_layout, sections, verbs
 from elastic.config.load import Problem, Problems
 from elastic.config.rules_elastic import unique_names
 from elastic.config.rules_layout import Cluster, model_layout_problems, sequence_problems
 
-Subnets = tuple[serving.SubnetConfig, ...]
+Subnets = tuple[verbs.SubnetConfig, ...]
 
 
 def check_subnets(budget_names: tuple[str, ...] | None, subnets: Subnets) -> Problems:
@@ -24,7 +24,7 @@ def check_subnets(budget_names: tuple[str, ...] | None, subnets: Subnets) -> Pro
     yield from unique_names("subnets", subnets)
 
 
-def check_export(export: serving.ExportConfig) -> Problems:
+def check_export(export: verbs.ExportConfig) -> Problems:
     """Extract must have something to write."""
     if not export.hugging_face and not export.megatron:
         rule = "export.hugging_face and export.megatron must not both be false"
@@ -32,7 +32,7 @@ def check_export(export: serving.ExportConfig) -> Problems:
 
 
 def check_source(
-    init_from: serving.ServedInput, folder: str | None, budget: str | None, think: str | None, answer: str | None
+    init_from: verbs.ServedInput, folder: str | None, budget: str | None, think: str | None, answer: str | None
 ) -> Problems:
     """Weights come from one place, and a Hugging Face folder is one model without budgets."""
     if (init_from.checkpoint is None) == (folder is None):
@@ -115,20 +115,20 @@ class Rule:
         return self.check(**{name: given[name] for name in self.sections})
 
 
-PRETRAIN, ELASTIC, FAMILY = training.PretrainConfig, training.ElasticConfig, training.ElasticRunConfig
+PRETRAIN, ELASTIC, FAMILY = verbs.PretrainConfig, verbs.ElasticConfig, verbs.ElasticRunConfig
 TRAINING = (PRETRAIN, ELASTIC)
-EVALUATE, GENERATE = serving.EvaluateConfig, serving.GenerateConfig
-COMPUTED = (*TRAINING, training.ImportanceConfig, EVALUATE, GENERATE)
+EVALUATE, GENERATE = verbs.EvaluateConfig, verbs.GenerateConfig
+COMPUTED = (*TRAINING, verbs.ImportanceConfig, EVALUATE, GENERATE)
 # CostConfig describes a run it does not start: only rules of the model, the space and the budgets concern it.
 RULES = (
     Rule(COMPUTED, rules_layout.check_world),
-    Rule((serving.ImportConfig, serving.ExtractConfig), rules_layout.check_one_process),
-    Rule((*TRAINING, training.CostConfig), rules_layout.check_model, later_rules_need_it=True),
+    Rule((verbs.ImportConfig, verbs.ExtractConfig), rules_layout.check_one_process),
+    Rule((*TRAINING, verbs.CostConfig), rules_layout.check_model, later_rules_need_it=True),
     Rule(PRETRAIN, lambda model, parallel: model_layout_problems(model, parallel, None)),
     Rule(ELASTIC, lambda model, elastic, parallel: model_layout_problems(model, parallel, elastic.space.lanes)),
     Rule((*TRAINING, EVALUATE), rules_layout.check_validation),
     Rule(EVALUATE, lambda sequence_length, parallel: sequence_problems("sequence_length", sequence_length, parallel)),
-    Rule(training.ImportanceConfig, rules_layout.check_importance),
+    Rule(verbs.ImportanceConfig, rules_layout.check_importance),
     Rule(TRAINING, rules_layout.check_optimizer),
     Rule(COMPUTED, rules_layout.check_kernels),
     Rule(TRAINING, rules_layout.check_exp_manager),
@@ -145,8 +145,8 @@ RULES = (
     Rule(FAMILY, rules_elastic.check_budgets),
     Rule(ELASTIC, rules_elastic.check_distill),
     Rule(ELASTIC, rules_elastic.check_num_chunks),
-    Rule(serving.MembersConfig, check_subnets),
-    Rule(serving.ExtractConfig, check_export),
+    Rule(verbs.MembersConfig, check_subnets),
+    Rule(verbs.ExtractConfig, check_export),
     Rule(GENERATE, check_source),
     Rule(GENERATE, check_writers),
     Rule(GENERATE, check_prompts),

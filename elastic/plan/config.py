@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 
 from elastic.config.sections import DataConfig, ParallelConfig
-from elastic.config.training import CostConfig, ElasticConfig, PermutedParentInput
+from elastic.config.verbs import CostConfig, ElasticConfig, PermutedParentInput
 from elastic.space.ranges import Amount, Decay, Files, Name, Ranks, Sequences, Share, Speed
 
 

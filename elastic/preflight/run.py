@@ -9,8 +9,7 @@ from pathlib import Path
 
 from elastic.config.load import Problem
 from elastic.config.rules_layout import Cluster, data_parallel
-from elastic.config.serving import EvaluateConfig
-from elastic.config.training import ElasticConfig, ImportanceConfig, TrainConfig, VerbConfig
+from elastic.config.verbs import ElasticConfig, EvaluateConfig, ImportanceConfig, TrainConfig, VerbConfig
 from elastic.data.manifest import DataError, checked_manifest
 from elastic.preflight.node import Gpu, gib
 from elastic.run.folder import FINISHED_FILE

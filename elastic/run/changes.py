@@ -11,7 +11,7 @@ from typing import Any
 from elastic.checkpoint.record import Record
 from elastic.checkpoint.state import TrainingState
 from elastic.config.load import config_dict, load_with_problems, show
-from elastic.config.training import ElasticConfig, TrainConfig
+from elastic.config.verbs import ElasticConfig, TrainConfig
 from elastic.router.phases import ElasticPhase, Phase
 from elastic.run.folder import RunFolderError
 from elastic.space.axes import Axis

@@ -15,7 +15,7 @@ from elastic.checkpoint.find import list_checkpoints, newest_whole, set_aside_ne
 from elastic.checkpoint.record import Record
 from elastic.checkpoint.state import Trainable, load_checkpoint, load_router, read_training_state
 from elastic.config.load import config_dict
-from elastic.config.training import TrainConfig
+from elastic.config.verbs import TrainConfig
 from elastic.data.manifest import Manifest
 from elastic.run.changes import REPLICAS, Difference, ResumeError, check_accepted, differences
 from elastic.run.folder import prepare_run_folder, run_lock

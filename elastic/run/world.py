@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict
 
 from elastic.config.sections import ComputeConfig, ParallelConfig
-from elastic.config.training import ComputedConfig
+from elastic.config.verbs import ComputedConfig
 from elastic.world.groups import DTYPES, Layout, World, world
 
 

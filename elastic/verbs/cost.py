@@ -9,7 +9,7 @@ from rich.table import Table
 
 from elastic.checkpoint.find import resolve_checkpoint
 from elastic.checkpoint.record import Record, check_same_shape
-from elastic.config.training import CostConfig
+from elastic.config.verbs import CostConfig
 from elastic.hf.config import ExportError, export_warnings, stock_notes
 from elastic.space.axes import AXES, INNER_AXIS
 from elastic.space.cost import Budget, Cost, Deployment, Metric, Widths, cost, subnet_cost

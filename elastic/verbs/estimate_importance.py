@@ -12,7 +12,7 @@ from torch import Tensor
 from elastic.checkpoint.find import checkpoint_folder, resolve_checkpoint
 from elastic.checkpoint.record import Record
 from elastic.checkpoint.state import Trainable, begin_save, load_checkpoint
-from elastic.config.training import ImportanceConfig
+from elastic.config.verbs import ImportanceConfig
 from elastic.data.stream import PackedSequences, TokenStream, read_batch
 from elastic.hf.reload import logit_difference, probe_tokens
 from elastic.model.forward import context_parallel_slice, forward_hidden

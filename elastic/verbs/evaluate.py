@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from elastic.config.sections import DistillConfig
-from elastic.config.serving import EvaluateConfig
+from elastic.config.verbs import EvaluateConfig
 from elastic.data.stream import HeldOut, TokenStream, source_labels
 from elastic.run.folder import open_run_folder
 from elastic.run.world import run_world

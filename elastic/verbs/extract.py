@@ -21,7 +21,7 @@ from elastic.checkpoint.find import checkpoint_folder
 from elastic.checkpoint.read import StoredTensors
 from elastic.checkpoint.record import Record
 from elastic.checkpoint.stream import save_streamed
-from elastic.config.serving import ExportConfig, ExtractConfig
+from elastic.config.verbs import ExportConfig, ExtractConfig
 from elastic.hf.card import CardInfo
 from elastic.hf.config import stock_notes
 from elastic.hf.export import ExportReport, FolderCheck, export_folder

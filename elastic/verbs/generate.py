@@ -19,7 +19,7 @@ from elastic.checkpoint.find import resolve_checkpoint
 from elastic.checkpoint.record import Record
 from elastic.config.load import Problem
 from elastic.config.rules_layout import layout_problems
-from elastic.config.serving import GenerateConfig
+from elastic.config.verbs import GenerateConfig
 from elastic.data.manifest import DataError
 from elastic.data.tokenizer import LoadedTokenizer, load_tokenizer
 from elastic.generate.sampling import Sampling

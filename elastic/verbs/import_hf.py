@@ -14,7 +14,7 @@ from elastic.checkpoint.find import checkpoint_folder, list_checkpoints
 from elastic.checkpoint.record import Record
 from elastic.checkpoint.stream import save_streamed, stored_bytes
 from elastic.config.rules_layout import nearest_divisor
-from elastic.config.serving import ImportConfig
+from elastic.config.verbs import ImportConfig
 from elastic.hf.export_settings import write_export_settings
 from elastic.hf.folder import CONFIG_FILE, GENERATION_FILE, HfFolder, open_hf_folder
 from elastic.hf.names import HfTensorError, hf_names, megatron_source

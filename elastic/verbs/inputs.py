@@ -13,12 +13,15 @@ from elastic.config.load import ConfigError, Problem, load_with_problems
 from elastic.config.rules import rule_problems
 from elastic.config.rules_layout import Cluster, layout_problems, nearest_divisor
 from elastic.config.sections import ImportanceSection
-from elastic.config.serving import EvaluateConfig, ExtractConfig, GenerateConfig, ImportConfig
-from elastic.config.training import (
+from elastic.config.verbs import (
     CostConfig,
     ElasticConfig,
     ElasticRunConfig,
+    EvaluateConfig,
+    ExtractConfig,
+    GenerateConfig,
     ImportanceConfig,
+    ImportConfig,
     TrainConfig,
     VerbConfig,
     with_vocab,

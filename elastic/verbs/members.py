@@ -15,8 +15,7 @@ from elastic.checkpoint.record import Record, RecordError, check_same_shape
 from elastic.checkpoint.state import Trainable, load_checkpoint, load_router
 from elastic.config.load import ConfigError, Problem
 from elastic.config.rules_layout import nearest_multiple
-from elastic.config.serving import ServedInput, SubnetConfig
-from elastic.config.training import CheckpointInput
+from elastic.config.verbs import CheckpointInput, ServedInput, SubnetConfig
 from elastic.model.model import ElasticModel, build_model
 from elastic.router.draw import decide
 from elastic.router.router import Router

@@ -11,7 +11,7 @@ from elastic.checkpoint.find import resolve_checkpoint
 from elastic.checkpoint.record import Record, RecordError
 from elastic.config.load import NOT_GIVEN, Problem, load_with_problems
 from elastic.config.sections import ModelConfig, ParallelConfig
-from elastic.config.training import CostConfig, ElasticRunConfig
+from elastic.config.verbs import CostConfig, ElasticRunConfig
 from elastic.hf.config import export_warnings
 from elastic.space.axes import AXES, INNER_AXIS, Axis, LayerKind
 from elastic.space.shape import ModelShape, ShapeError

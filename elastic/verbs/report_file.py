@@ -8,8 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from elastic.config.load import ConfigError, Problem
-from elastic.config.serving import GenerateConfig
-from elastic.config.training import CostConfig
+from elastic.config.verbs import CostConfig, GenerateConfig
 from elastic.world.files import write_json
 
 

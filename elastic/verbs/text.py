@@ -9,8 +9,7 @@ from tokenizers import Tokenizer
 
 from elastic.checkpoint.record import Record
 from elastic.config.load import Problem
-from elastic.config.serving import EvaluateConfig
-from elastic.config.training import ElasticConfig, ImportanceConfig, PretrainConfig, TrainConfig
+from elastic.config.verbs import ElasticConfig, EvaluateConfig, ImportanceConfig, PretrainConfig, TrainConfig
 from elastic.data.manifest import DataError, Manifest, read_manifest
 from elastic.data.tokenizer import TOKENIZER_JSON
 from elastic.hf.export_settings import EXPORT_SETTINGS_FOLDER, HfSettings, read_export_settings

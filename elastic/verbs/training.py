@@ -10,7 +10,7 @@ from elastic.checkpoint.record import Family, Record, check_same_shape
 from elastic.checkpoint.state import Trainable, TrainingState, load_checkpoint
 from elastic.config.load import config_dict
 from elastic.config.sections import DistillConfig
-from elastic.config.training import ElasticConfig, PretrainConfig, TrainConfig
+from elastic.config.verbs import ElasticConfig, PretrainConfig, TrainConfig
 from elastic.data.stream import HeldOut, PhaseData, TokenStream
 from elastic.hf.config import stock_notes
 from elastic.model.backends import in_words

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from elastic.config.training import ElasticConfig
+from elastic.config.verbs import ElasticConfig
 from elastic.verbs.parent import fill_from_parent
 from recipes.preflight import compose_run
 from tests.cluster.local_slurm import LocalSlurm, local_slurm, processes_of, why_not

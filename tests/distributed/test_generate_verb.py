@@ -18,7 +18,7 @@ from elastic.checkpoint.record import Family, Record
 from elastic.checkpoint.state import Trainable, begin_save
 from elastic.config.load import load
 from elastic.config.rules_layout import Cluster
-from elastic.config.serving import ExtractConfig, GenerateConfig
+from elastic.config.verbs import ExtractConfig, GenerateConfig
 from elastic.model.backends import Kernels
 from elastic.router.router import Router
 from elastic.space.cost import Budget, Deployment, Metric

@@ -13,7 +13,7 @@ from rich.console import Console
 from elastic.checkpoint.find import list_checkpoints
 from elastic.config.load import load
 from elastic.config.sections import OptimConfig
-from elastic.config.training import ElasticConfig
+from elastic.config.verbs import ElasticConfig
 from elastic.model.model import build_model
 from elastic.train.nonfinite import NonFiniteError
 from elastic.train.optimizer import (

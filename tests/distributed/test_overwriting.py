@@ -8,8 +8,16 @@ from rich.console import Console
 
 from elastic.config.load import load
 from elastic.config.sections import ExpManagerConfig
-from elastic.config.serving import EvaluateConfig, ExtractConfig, GenerateConfig, ImportConfig
-from elastic.config.training import CostConfig, ElasticConfig, ImportanceConfig, PretrainConfig
+from elastic.config.verbs import (
+    CostConfig,
+    ElasticConfig,
+    EvaluateConfig,
+    ExtractConfig,
+    GenerateConfig,
+    ImportanceConfig,
+    ImportConfig,
+    PretrainConfig,
+)
 from elastic.data.manifest import DataError
 from elastic.data.prepare import prepare
 from elastic.data.prepare_config import PrepareConfig

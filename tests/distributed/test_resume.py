@@ -15,7 +15,7 @@ from rich.console import Console
 from elastic.checkpoint.find import list_checkpoints
 from elastic.checkpoint.read import read_metadata
 from elastic.config.load import load
-from elastic.config.training import ElasticConfig
+from elastic.config.verbs import ElasticConfig
 from elastic.train.callbacks import SaveCheckpoints
 from elastic.train.nonfinite import SkippedSteps
 from elastic.train.trainer import Callback

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from elastic.checkpoint.state import Trainable
 from elastic.config.load import load
-from elastic.config.training import ElasticConfig
+from elastic.config.verbs import ElasticConfig
 from elastic.model.initialize import named_global_parameters
 from elastic.model.model import build_model
 from elastic.router.phases import Moment, Phase

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from elastic.checkpoint.find import list_checkpoints
 from elastic.config.load import load
-from elastic.config.training import ElasticConfig
+from elastic.config.verbs import ElasticConfig
 from elastic.train import callbacks
 from elastic.train.evaluation import evaluate_subnets
 from elastic.train.signals import SAME_SIGNAL_S, STOP_FILE_VARIABLE

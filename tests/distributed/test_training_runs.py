@@ -14,7 +14,7 @@ from elastic.checkpoint.find import list_checkpoints
 from elastic.checkpoint.state import load_router, read_training_state
 from elastic.config.load import load
 from elastic.config.sections import DistillConfig, OptimConfig
-from elastic.config.training import ElasticConfig
+from elastic.config.verbs import ElasticConfig
 from elastic.data import stream
 from elastic.data.stream import PackedSequences, TokenStream, read_batch
 from elastic.model.initialize import named_global_parameters

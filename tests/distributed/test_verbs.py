@@ -13,8 +13,7 @@ from elastic.checkpoint.find import resolve_checkpoint
 from elastic.checkpoint.record import Record
 from elastic.config.load import ConfigError, load
 from elastic.config.rules_layout import Cluster
-from elastic.config.serving import EvaluateConfig, ExtractConfig, ImportConfig
-from elastic.config.training import ElasticConfig, ImportanceConfig
+from elastic.config.verbs import ElasticConfig, EvaluateConfig, ExtractConfig, ImportanceConfig, ImportConfig
 from elastic.data.prepare import PrepareConfig, prepare
 from elastic.run.folder import RunFolderError
 from elastic.space.axes import Axis

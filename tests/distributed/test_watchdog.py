@@ -15,7 +15,7 @@ from rich.console import Console
 from torch.distributed import distributed_c10d
 
 from elastic.config.load import load
-from elastic.config.training import ElasticConfig
+from elastic.config.verbs import ElasticConfig
 from elastic.train.pipeline import PipelineRunner
 from elastic.train.trainer import Callback
 from elastic.verbs.training import run_elastic

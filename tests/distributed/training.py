@@ -17,7 +17,7 @@ from rich.console import Console
 
 from elastic.config.load import load
 from elastic.config.sections import ModelConfig, SpaceConfig
-from elastic.config.training import ElasticConfig, ImportanceConfig, PretrainConfig
+from elastic.config.verbs import ElasticConfig, ImportanceConfig, PretrainConfig
 from elastic.space.space import Space
 from elastic.verbs.estimate_importance import run_importance
 from elastic.verbs.training import run_elastic, run_pretrain

@@ -24,7 +24,7 @@ MODEL = dict(
 PRETRAIN = """
 import json, sys
 from rich.console import Console
-from elastic.config.training import PretrainConfig
+from elastic.config.verbs import PretrainConfig
 from elastic.config.load import load
 from elastic.verbs.training import run_pretrain
 run_pretrain(load(PretrainConfig, json.loads(sys.argv[1])), Console(quiet=True))

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from elastic.config.load import load
-from elastic.config.serving import ExtractConfig, ImportConfig
+from elastic.config.verbs import ExtractConfig, ImportConfig
 from elastic.hf.export_settings import DtypeRule
 from elastic.space.shape import ModelShape
 from elastic.verbs.extract import run_extract

@@ -13,7 +13,7 @@ from elastic.checkpoint.find import resolve_checkpoint
 from elastic.checkpoint.read import StoredTensors
 from elastic.checkpoint.record import Record
 from elastic.config.load import load
-from elastic.config.serving import ImportConfig, SubnetConfig
+from elastic.config.verbs import ImportConfig, SubnetConfig
 from elastic.hf.config import ExportError, hf_config
 from elastic.hf.export_settings import HfSettings
 from elastic.space.cost import shape_cost

@@ -7,7 +7,7 @@ import torch
 
 import elastic
 from elastic.config.sections import SpaceConfig
-from elastic.config.serving import SubnetConfig
+from elastic.config.verbs import SubnetConfig
 from elastic.model.cache import MambaCache, empty_cache
 from elastic.model.sharding import shard_tensor
 from elastic.rank.permutation import Ranking

@@ -15,8 +15,16 @@ from elastic.config.load import ConfigError, Problem, load_with_problems
 from elastic.config.rules import rule_problems
 from elastic.config.rules_layout import Cluster
 from elastic.config.sections import ModelConfig
-from elastic.config.serving import EvaluateConfig, ExtractConfig, GenerateConfig, ImportConfig
-from elastic.config.training import CostConfig, ElasticConfig, ImportanceConfig, PretrainConfig
+from elastic.config.verbs import (
+    CostConfig,
+    ElasticConfig,
+    EvaluateConfig,
+    ExtractConfig,
+    GenerateConfig,
+    ImportanceConfig,
+    ImportConfig,
+    PretrainConfig,
+)
 from elastic.data.manifest import Manifest, TokenizerRecord
 from elastic.data.prepare_config import PrepareConfig
 from recipes._common import read_config

@@ -15,8 +15,16 @@ from omegaconf import DictConfig, OmegaConf
 from elastic.config.load import ConfigError, load
 from elastic.config.rules import rule_problems
 from elastic.config.rules_layout import Cluster
-from elastic.config.serving import EvaluateConfig, ExtractConfig, GenerateConfig, ImportConfig
-from elastic.config.training import ElasticConfig, ImportanceConfig, PretrainConfig, with_vocab
+from elastic.config.verbs import (
+    ElasticConfig,
+    EvaluateConfig,
+    ExtractConfig,
+    GenerateConfig,
+    ImportanceConfig,
+    ImportConfig,
+    PretrainConfig,
+    with_vocab,
+)
 from elastic.data.prepare_config import PrepareConfig
 from elastic.plan.config import PlanConfig
 from elastic.space.axes import Axis

@@ -12,8 +12,7 @@ from elastic.config.load import config_dict, load
 from elastic.config.rules import rule_problems
 from elastic.config.rules_layout import Cluster
 from elastic.config.sections import ModelConfig, SpaceConfig
-from elastic.config.serving import GenerateConfig, SubnetConfig
-from elastic.config.training import ElasticConfig, PretrainConfig, with_vocab
+from elastic.config.verbs import ElasticConfig, GenerateConfig, PretrainConfig, SubnetConfig, with_vocab
 from elastic.router.draw import RouterSettings
 from elastic.router.phases import Curriculum, ElasticPhase, Phase
 from elastic.space.axes import Axis

@@ -7,7 +7,7 @@ import pytest
 
 from elastic.config.load import load
 from elastic.config.rules_layout import Cluster
-from elastic.config.training import CostConfig, ElasticConfig
+from elastic.config.verbs import CostConfig, ElasticConfig
 from elastic.hf.config import export_warnings
 from elastic.router.phases import Curriculum
 from elastic.space.axes import Axis, LayerKind

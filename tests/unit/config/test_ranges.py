@@ -12,8 +12,15 @@ import torch
 from elastic.config.load import config_dict, field_paths, load, load_with_problems, show
 from elastic.config.rules import rule_problems
 from elastic.config.rules_layout import Cluster, nearest_divisor
-from elastic.config.serving import EvaluateConfig, ExtractConfig, GenerateConfig, SubnetConfig
-from elastic.config.training import CostConfig, ElasticConfig, PretrainConfig
+from elastic.config.verbs import (
+    CostConfig,
+    ElasticConfig,
+    EvaluateConfig,
+    ExtractConfig,
+    GenerateConfig,
+    PretrainConfig,
+    SubnetConfig,
+)
 from elastic.data.prepare_config import PrepareConfig
 from elastic.plan.config import PlanConfig
 from elastic.space.axes import Axis

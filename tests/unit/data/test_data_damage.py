@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from elastic.config.sections import DataConfig
-from elastic.config.training import PretrainConfig
+from elastic.config.verbs import PretrainConfig
 from elastic.data.manifest import REMEDY, DataError
 from elastic.data.prepare import PrepareConfig, prepare
 from elastic.data.stream import TokenStream

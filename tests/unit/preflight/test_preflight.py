@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from elastic.config.load import Problem, load
 from elastic.config.rules_layout import Cluster
-from elastic.config.training import ElasticConfig
+from elastic.config.verbs import ElasticConfig
 from elastic.preflight.node import Gpu, Node, node_problems, package_problems, probe, probe_packages
 from elastic.preflight.run import (
     FINISHED_FILE,

@@ -9,7 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from elastic.config.training import ElasticConfig
+from elastic.config.verbs import ElasticConfig
 from recipes import _common
 from recipes._arguments import argument_problems
 

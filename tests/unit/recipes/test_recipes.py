@@ -8,7 +8,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from elastic.config.sections import ComputeConfig
-from elastic.config.serving import EvaluateConfig
+from elastic.config.verbs import EvaluateConfig
 from elastic.space.shape import LayerPattern
 from recipes import _common
 

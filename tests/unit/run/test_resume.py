@@ -9,7 +9,7 @@ import pytest
 from elastic.checkpoint.record import Family, Record
 from elastic.checkpoint.state import TrainingState
 from elastic.config.load import config_dict, load
-from elastic.config.training import ElasticConfig, PretrainConfig
+from elastic.config.verbs import ElasticConfig, PretrainConfig
 from elastic.run.changes import RULES, ResumeError, check_accepted, differences, flatten, rule_of
 from elastic.run.resume import weights_sha256
 from tests.distributed.training import elastic_values

@@ -16,8 +16,7 @@ from elastic.checkpoint.record import Record, RecordError
 from elastic.config.load import ConfigError, load
 from elastic.config.rules_layout import Cluster, check_exp_manager
 from elastic.config.sections import ExpManagerConfig
-from elastic.config.serving import ExtractConfig, ImportConfig
-from elastic.config.training import ElasticConfig
+from elastic.config.verbs import ElasticConfig, ExtractConfig, ImportConfig
 from elastic.run import folder as folder_module
 from elastic.run.folder import RunFolderError, is_left_over, open_run_folder, prepare_run_folder
 from elastic.space.cost import Budget, Metric

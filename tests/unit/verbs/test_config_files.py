@@ -15,8 +15,15 @@ from elastic.checkpoint.record import Record
 from elastic.config.load import ConfigError
 from elastic.config.rules_layout import Cluster
 from elastic.config.sections import ModelConfig
-from elastic.config.serving import EvaluateConfig, ExtractConfig, GenerateConfig, ImportConfig
-from elastic.config.training import ElasticConfig, ImportanceConfig, PretrainConfig
+from elastic.config.verbs import (
+    ElasticConfig,
+    EvaluateConfig,
+    ExtractConfig,
+    GenerateConfig,
+    ImportanceConfig,
+    ImportConfig,
+    PretrainConfig,
+)
 from elastic.data.prepare_config import PrepareConfig
 from elastic.verbs.inputs import load_run
 from tests.unit.config.configs import DATA_TOKENS, put, values_of, written_manifest, written_record

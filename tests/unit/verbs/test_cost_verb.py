@@ -12,7 +12,7 @@ from elastic.checkpoint.contents import write_contents
 from elastic.checkpoint.record import Record
 from elastic.config.load import ConfigError
 from elastic.config.rules_layout import Cluster
-from elastic.config.training import CostConfig
+from elastic.config.verbs import CostConfig
 from elastic.space.cost import Deployment, Metric, subnet_cost
 from elastic.space.shape import Subnet
 from elastic.verbs.cost import quantity, run_cost

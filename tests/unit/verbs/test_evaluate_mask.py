@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from elastic.config.serving import SubnetConfig
+from elastic.config.verbs import SubnetConfig
 from elastic.space.axes import Axis
 from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import AxisChoices, Space

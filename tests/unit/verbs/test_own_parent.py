@@ -11,7 +11,7 @@ from elastic.checkpoint.record import Record
 from elastic.config.load import ConfigError
 from elastic.config.rules_layout import Cluster
 from elastic.config.sections import ModelConfig, ParallelConfig
-from elastic.config.training import ElasticConfig
+from elastic.config.verbs import ElasticConfig
 from elastic.hf.config import export_warnings
 from elastic.space.axes import Axis
 from elastic.space.shape import Subnet

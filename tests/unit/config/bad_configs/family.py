@@ -1,7 +1,6 @@
 """A bad curriculum, space, budget or loss of the family."""
 
-from elastic.config.serving import ExtractConfig
-from elastic.config.training import ElasticConfig, PretrainConfig
+from elastic.config.verbs import ElasticConfig, ExtractConfig, PretrainConfig
 from tests.unit.config.configs import BadConfig
 
 ONE_BUDGET: dict[str, object] = {

@@ -2,8 +2,15 @@
 
 import math
 
-from elastic.config.serving import EvaluateConfig, ExtractConfig, ImportConfig
-from elastic.config.training import CostConfig, ElasticConfig, ImportanceConfig, PretrainConfig
+from elastic.config.verbs import (
+    CostConfig,
+    ElasticConfig,
+    EvaluateConfig,
+    ExtractConfig,
+    ImportanceConfig,
+    ImportConfig,
+    PretrainConfig,
+)
 from elastic.data.prepare_config import PrepareConfig
 from tests.unit.config.configs import BadConfig
 

@@ -1,6 +1,6 @@
 """A bad config of text generation."""
 
-from elastic.config.serving import GenerateConfig
+from elastic.config.verbs import GenerateConfig
 from tests.unit.config.configs import BadConfig
 
 # verb, changes, number of processes, the one line of the error: field = value: rule; remedy

@@ -1,7 +1,6 @@
 """A bad size of the model, parallel layout, batch, optimizer or run folder."""
 
-from elastic.config.serving import EvaluateConfig
-from elastic.config.training import ElasticConfig, ImportanceConfig, PretrainConfig
+from elastic.config.verbs import ElasticConfig, EvaluateConfig, ImportanceConfig, PretrainConfig
 from tests.unit.config.configs import BadConfig
 
 # verb, changes, number of processes, the one line of the error: field = value: rule; remedy

@@ -1,7 +1,6 @@
 """A bad config of a verb that takes out of a family, imports, prices or prepares."""
 
-from elastic.config.serving import EvaluateConfig, ExtractConfig, ImportConfig
-from elastic.config.training import CostConfig
+from elastic.config.verbs import CostConfig, EvaluateConfig, ExtractConfig, ImportConfig
 from elastic.data.prepare_config import PrepareConfig
 from tests.unit.config.configs import BadConfig
 
