@@ -1,5 +1,8 @@
 """Tensor-parallel linears that compute only the nested part of their weight.
 
+In training with one copy of what is kept, if it is cut at all beyond the stream; gradients are added straight to the
+kept places of the buffer that Megatron-Core's data-parallel wrapper gave the weight, so a small cut costs little.
+
 For a few tokens without a copy of what is kept: a product then reads every weight once, so gathering the kept rows
 first would cost more than the product itself. The kept part is a few strided grids instead, and each is one batched
 product on a view.
@@ -9,17 +12,20 @@ rows in a batch.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
+from megatron.core.parallel_state import get_global_memory_buffer
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup, Work, all_gather_into_tensor, all_reduce, reduce_scatter_tensor
 
 from elastic.space.layers import DimKind
-from elastic.space.nesting import Cut, Grid, take
+from elastic.space.nesting import Cut, Grid, add_kept, put_kept, take
 
 # Up to here an inference product leaves the weight where it lies; beyond, one copy of the kept part pays off.
 FEW_TOKENS = 8
@@ -35,24 +41,19 @@ class _NestedWeight:
 
     hidden_dim: int
     weight: Tensor
-    _forward_impl: Callable[..., Tensor]
+    tp_group: ProcessGroup
 
     def __init__(self, *args: Any, inner: DimKind, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.inner = inner
 
-    def stream_part(self, cut: Cut) -> Tensor:
-        """Return this rank's weight cut to the stream's width: a view."""
-        return take(self.weight, self.hidden_dim, cut.grid(DimKind.HIDDEN))
+    def part(self, cut: Cut) -> "_Part":
+        """Say which part of this rank's weight a cut computes with."""
+        return _Part(self.hidden_dim, cut.grid(DimKind.HIDDEN), cut.grid(self.inner))
 
     def kept_weight(self, cut: Cut) -> Tensor:
         """Return the part of this rank's weight that a cut computes with: [kept rows, kept columns]."""
-        return take(self.stream_part(cut), 1 - self.hidden_dim, cut.grid(self.inner))
-
-    def product(self, x: Tensor, cut: Cut, **exchanges: Any) -> Tensor:
-        """Map [..., kept columns] to [..., kept rows] as Megatron-Core does, with its exchanges between ranks."""
-        weight = self.kept_weight(cut)
-        return self._forward_impl(input=x, weight=weight, bias=None, gradient_accumulation_fusion=False, **exchanges)
+        return self.part(cut).of(self.weight)
 
 
 class ElasticColumnParallelLinear(_NestedWeight, tensor_parallel.ColumnParallelLinear):
@@ -62,11 +63,12 @@ class ElasticColumnParallelLinear(_NestedWeight, tensor_parallel.ColumnParallelL
 
     def forward_cut(self, x: Tensor, cut: Cut) -> Tensor:
         """Map [S(/tp), B, kept columns] to [S, B, kept rows of this rank]."""
+        part = self.part(cut)
         if _is_short_inference(x) and not self.sequence_parallel:
-            y = product_with_rows(x.flatten(0, 1), self.stream_part(cut), cut.grid(self.inner))
+            y = product_with_rows(x.flatten(0, 1), part.of_stream(self.weight), part.inner)
             return y.unflatten(0, x.shape[:2])
-        exchanges = dict(allreduce_dgrad=self.allreduce_dgrad, sequence_parallel=self.sequence_parallel)
-        return self.product(x, cut, tp_group=self.tp_group, **exchanges)
+        exchange = _Exchange(self.tp_group, self.sequence_parallel, self.allreduce_dgrad)
+        return _NestedProduct.apply(x, self.weight, part, exchange)
 
 
 class ElasticRowParallelLinear(_NestedWeight, tensor_parallel.RowParallelLinear):
@@ -76,14 +78,136 @@ class ElasticRowParallelLinear(_NestedWeight, tensor_parallel.RowParallelLinear)
 
     def forward_cut(self, x: Tensor, cut: Cut) -> Tensor:
         """Map [S, B, kept columns of this rank] to [S(/tp), B, kept rows]."""
+        part = self.part(cut)
         if _is_short_inference(x):
-            y = product_with_columns(x.flatten(0, 1), self.stream_part(cut), cut.grid(self.inner))
+            y = product_with_columns(x.flatten(0, 1), part.of_stream(self.weight), part.inner)
             partial = y.unflatten(0, x.shape[:2])
         else:
-            partial = self.product(x, cut, tp_group=None, allreduce_dgrad=False, sequence_parallel=False)
+            partial = _NestedProduct.apply(x, self.weight, part, _Exchange(self.tp_group))
         if self.sequence_parallel:
             return tensor_parallel.reduce_scatter_to_sequence_parallel_region(partial, group=self.tp_group)
         return tensor_parallel.reduce_from_tensor_model_parallel_region(partial, group=self.tp_group)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The kept part of a weight [R, C]: a prefix of the stream along `hidden_dim`, a nested grid along the other."""
+
+    hidden_dim: int
+    hidden: Grid
+    inner: Grid
+
+    def of_stream(self, weight: Tensor) -> Tensor:
+        """Cut to the stream's width alone: a view."""
+        return take(weight, self.hidden_dim, self.hidden)
+
+    def of(self, weight: Tensor) -> Tensor:
+        """Return [r, c], a copy only where the inner dimension is cut."""
+        return take(self.of_stream(weight), 1 - self.hidden_dim, self.inner)
+
+    def put(self, full: Tensor, part: Tensor) -> None:
+        """Write [r, c] into its places in [R, C]."""
+        put_kept(self.of_stream(full), 1 - self.hidden_dim, self.inner, part)
+
+    def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add the product of [r, T] and [T, c] to its places in `total` [R, C], summed in the precision of `total`."""
+        place, dtype = self.of_stream(total), total.dtype
+        if not self.inner.is_prefix:
+            add_kept(place, 1 - self.hidden_dim, self.inner, _product(left, right, dtype))
+            return
+        place = take(place, 1 - self.hidden_dim, self.inner)
+        if dtype == left.dtype:
+            torch.addmm(place, left, right, out=place)
+        elif total.is_cuda:
+            torch.addmm(place, left, right, out_dtype=dtype, out=place)
+        else:
+            place.add_(left @ right)
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """What a product from the stream exchanges with the ranks that hold its other rows, as in Megatron-Core.
+
+    `sequence`: each rank has its tokens of X, and wants the gradient of these. `sum_gradient`: all have the same X.
+    """
+
+    group: ProcessGroup
+    sequence: bool = False
+    sum_gradient: bool = False
+
+    def start_gather(self, x: Tensor) -> tuple[Tensor, Work | None]:
+        """Return X of all tokens, once the work is done."""
+        if not self.sequence:
+            return x, None
+        size = [x.shape[0] * self.group.size(), *x.shape[1:]]
+        gathered = get_global_memory_buffer().get_tensor(size, x.dtype, "mpu")
+        return gathered, all_gather_into_tensor(gathered, x.contiguous(), group=self.group, async_op=True)
+
+    def start_reduce(self, grad_x: Tensor) -> tuple[Tensor, Work | None]:
+        """Return the gradient of X summed over ranks, once the work is done."""
+        if self.sequence:
+            own = grad_x.new_empty(grad_x.shape[0] // self.group.size(), *grad_x.shape[1:])
+            return own, reduce_scatter_tensor(own, grad_x, group=self.group, async_op=True)
+        return grad_x, all_reduce(grad_x, group=self.group, async_op=True) if self.sum_gradient else None
+
+
+class _NestedProduct(torch.autograd.Function):
+    """Y = X W^T with the kept part of W: Megatron-Core's product and exchanges, hidden behind products.
+
+    Where Megatron-Core's wrapper gave W a buffer for its gradient, the product is added to the kept places there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, part: _Part, exchange: _Exchange) -> Tensor:
+        kept = part.of(weight)
+        ctx.save_for_backward(x if weight.requires_grad else None, kept)
+        ctx.weight, ctx.part, ctx.exchange = weight, part, exchange
+        gathered, gathering = exchange.start_gather(x)
+        _finish(gathering)
+        return (gathered.flatten(0, 1) @ kept.t()).unflatten(0, gathered.shape[:2])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        x, kept = ctx.saved_tensors
+        tokens, grad_weight = grad_y.flatten(0, 1), None
+        if x is not None:
+            x, gathering = ctx.exchange.start_gather(x)
+        grad_x = (tokens @ kept).unflatten(0, grad_y.shape[:2])
+        if x is not None:
+            _finish(gathering)
+        grad_x, reducing = ctx.exchange.start_reduce(grad_x)
+        if x is not None:
+            grad_weight = _weight_gradient(ctx.weight, ctx.part, tokens.t(), x.flatten(0, 1))
+        _finish(reducing)
+        return grad_x, grad_weight, None, None
+
+
+def _weight_gradient(weight: Tensor, part: _Part, left: Tensor, right: Tensor) -> Tensor:
+    """Return what autograd gets for the product of [r, T] and [T, c], the gradient of the kept part of `weight`."""
+    if hasattr(weight, "main_grad"):
+        part.add_product(weight.main_grad, left, right)
+        # The wrapper's hook then leaves alone what it finds in `grad`, but wants to find something.
+        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        return torch.empty_like(weight)
+    product = left @ right
+    if product.shape == weight.shape:
+        return product
+    full = torch.zeros_like(weight)
+    part.put(full, product)
+    return full
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return left right; CUDA writes the product of half-precision matrices in `dtype`, without rounding first."""
+    if left.is_cuda and left.dtype != dtype:
+        return torch.mm(left, right, out_dtype=dtype)
+    return left @ right
+
+
+def _finish(work: Work | None) -> None:
+    if work is not None:
+        work.wait()
 
 
 @dataclass(frozen=True)

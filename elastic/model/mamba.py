@@ -23,7 +23,7 @@ from elastic.model.observe import LayerObserver
 from elastic.model.state_space import TorchStateSpace
 from elastic.space.axes import Axis
 from elastic.space.layers import FP32_PARAMETERS, DimKind
-from elastic.space.nesting import Cut, take
+from elastic.space.nesting import Cut, take, take_each
 
 
 class PortableMambaMixer(MambaMixer):
@@ -85,22 +85,25 @@ class PortableMambaMixer(MambaMixer):
     def _context_parallel(self, cut: Cut | None) -> MambaContextParallel:
         """Bundle the (cut) convolution and per-head parameters with Megatron-Core's context-parallel exchange."""
 
-        def kept(parameter: Tensor, kind: DimKind) -> Tensor:
-            return parameter if cut is None else take(parameter, 0, cut.grid(kind))
-
-        dt_bias = kept(self.dt_bias, DimKind.MAMBA_HEAD)
+        dt_bias, a_log, d = self.dt_bias, self.A_log, self.D
+        convolution: tuple[Tensor, ...] = (self.conv1d_weight, self.conv1d_bias)
+        if cut is not None:
+            convolution = take_each(convolution, 0, cut.grid(DimKind.CONV))
+            if not (heads := cut.grid(DimKind.MAMBA_HEAD)).is_whole:
+                # One copy for the three, in the precision that the scan takes them in anyway.
+                dt_bias, a_log, d = take(torch.stack((dt_bias, a_log, d)), 1, heads).unbind()
         return MambaContextParallel(
             cp_group=self.pg_collection.cp,
             d_inner_local_tp=self.d_inner_local_tp if cut is None else cut.grid(DimKind.INNER).kept_size,
             nheads_local_tp=len(dt_bias),
             ngroups_local_tp=self.ngroups_local_tp,
             d_state=self.d_state,
-            conv1d_weight_cp1=kept(self.conv1d_weight, DimKind.CONV),
-            conv1d_bias_cp1=kept(self.conv1d_bias, DimKind.CONV),
+            conv1d_weight_cp1=convolution[0],
+            conv1d_bias_cp1=convolution[1],
             conv1d_padding=self.d_conv - 1,
             dt_bias_cp1=dt_bias,
-            A_log_cp1=kept(self.A_log, DimKind.MAMBA_HEAD),
-            D_cp1=kept(self.D, DimKind.MAMBA_HEAD),
+            A_log_cp1=a_log,
+            D_cp1=d,
             D_has_hdim=False,
         )
 

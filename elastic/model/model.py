@@ -94,7 +94,7 @@ def transformer_config(shape: ModelShape, layout: Layout) -> TransformerConfig:
         recompute_method="uniform" if layout.recompute else None,
         recompute_num_layers=1 if layout.recompute else None,
         calculate_per_token_loss=True,
-        # Weight slices are views, which the fused gradient accumulation cannot write into.
+        # Megatron-Core's own needs apex and whole weights; elastic/model/linear.py accumulates the same way without.
         gradient_accumulation_fusion=False,
         deallocate_pipeline_outputs=True,
     )

@@ -11,9 +11,12 @@ lanes, so the kept weights never depend on the number of ranks (docs/design.md 2
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from elastic.space.axes import AXES, LANES, Axis
 from elastic.space.layers import DimKind, Direction, parameter_dims, split_parameter_name
@@ -49,6 +52,20 @@ class Grid:
     def is_whole(self) -> bool:
         """Tell whether nothing is cut."""
         return all(block.full == block.kept for block in self.blocks)
+
+    @property
+    def is_prefix(self) -> bool:
+        """Tell whether the kept rows are the first ones: a view."""
+        if self.outer > 1 or len(self.blocks) > 1:
+            return self.is_whole
+        (block,) = self.blocks
+        cut = [full != kept for full, kept in zip(block.full, block.kept, strict=True)]
+        return not any(cut) or (sum(cut) == 1 and math.prod(block.full[: cut.index(True)]) == 1)
+
+    @property
+    def kept_grid(self) -> "Grid":
+        """Return the grid of what stays: whole."""
+        return Grid(tuple(Block(block.kept, block.kept) for block in self.blocks), self.outer)
 
 
 @dataclass(frozen=True)
@@ -120,41 +137,93 @@ def parameter_size(name: str, shape: ModelShape) -> tuple[int, ...]:
 
 
 def take(tensor: Tensor, dim: int, grid: Grid) -> Tensor:
-    """Keep the nested part of one dimension; differentiable, a view where the grid allows it.
+    """Keep the nested part of one dimension; differentiable, a view where the kept rows are the first, else one copy.
 
     Raises ValueError if the dimension does not have `grid.full_size` rows.
     """
-    if tensor.shape[dim] != grid.full_size:
-        raise ValueError(f"dimension {dim} has {tensor.shape[dim]} rows, the nested layout expects {grid.full_size}")
-    if grid.is_whole:
-        return tensor
-    if grid.outer == 1 and len(grid.blocks) == 1 and len(grid.blocks[0].full) == 1:
-        return tensor.narrow(dim, 0, grid.blocks[0].kept[0])
-    before, after = tensor.shape[:dim], tensor.shape[dim + 1 :]
-    rows = tensor.reshape(*before, grid.outer, -1, *after)
+    return take_each((tensor,), dim, grid)[0]
+
+
+def take_each(tensors: Sequence[Tensor], dim: int, grid: Grid) -> tuple[Tensor, ...]:
+    """Take from tensors of one dtype; in backward they share one fill with zeros. Raises ValueError as `take` does."""
+    for rows in (tensor.shape[dim] for tensor in tensors):
+        if rows != grid.full_size:
+            raise ValueError(f"dimension {dim} has {rows} rows, the nested layout expects {grid.full_size}")
+    if grid.is_prefix:
+        return tuple(tensors if grid.is_whole else (tensor.narrow(dim, 0, grid.kept_size) for tensor in tensors))
+    assert len({tensor.dtype for tensor in tensors}) == 1, "gradients of one dtype share one fill"
+    return _Take.apply(dim, grid, *tensors)
+
+
+class _Take(torch.autograd.Function):
+    """Copies the kept rows; their gradient is written into zeros, every row once: the same bits on every device."""
+
+    @staticmethod
+    def forward(ctx: Any, dim: int, grid: Grid, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.dim, ctx.grid, ctx.sizes = dim, grid, [tensor.shape for tensor in tensors]
+        return tuple(_copy_kept(tensor, dim, grid) for tensor in tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        zeros = grads[0].new_zeros(sum(size.numel() for size in ctx.sizes))
+        parts = zeros.split([size.numel() for size in ctx.sizes])
+        full = [part.view(size) for part, size in zip(parts, ctx.sizes, strict=True)]
+        for total, grad in zip(full, grads, strict=True):
+            put_kept(total, ctx.dim, ctx.grid, grad)
+        return None, None, *full
+
+
+def _copy_kept(tensor: Tensor, dim: int, grid: Grid) -> Tensor:
+    if len(grid.blocks) > 1:
+        return tensor.index_select(dim, _rows(grid, tensor))
+    kept = tensor.new_empty(*tensor.shape[:dim], grid.kept_size, *tensor.shape[dim + 1 :])
+    kept_blocks(kept, dim, grid.kept_grid)[0].copy_(kept_blocks(tensor, dim, grid)[0])
+    return kept
+
+
+def put_kept(total: Tensor, dim: int, grid: Grid, part: Tensor) -> None:
+    """Write `part` [..., kept rows, ...] into its places in `total` [..., full rows, ...]."""
+    if len(grid.blocks) > 1:
+        total.index_copy_(dim, _rows(grid, total), part)
+    else:
+        kept_blocks(total, dim, grid)[0].copy_(kept_blocks(part, dim, grid.kept_grid)[0])
+
+
+def add_kept(total: Tensor, dim: int, grid: Grid, part: Tensor) -> None:
+    """Add `part` [..., kept rows, ...] to its places in `total` [..., full rows, ...], in the precision of `total`."""
+    places, parts = kept_blocks(total, dim, grid), kept_blocks(part, dim, grid.kept_grid)
+    for place, own in zip(places, parts, strict=True):
+        place.add_(own)
+
+
+def kept_blocks(tensor: Tensor, dim: int, grid: Grid) -> list[Tensor]:
+    """Return the kept rows of each block as a view, `dim` seen as [outer, *block.kept]."""
     sizes = [math.prod(block.full) for block in grid.blocks]
-    cuts = []
-    for block, part in zip(grid.blocks, rows.split(sizes, dim=dim + 1), strict=True):
-        cut = part.reshape(*before, grid.outer, *block.full, *after)
-        for direction, kept in enumerate(block.kept):
-            cut = cut.narrow(dim + 1 + direction, 0, kept)
-        cuts.append(cut)
-    if len(cuts) == 1:
-        return cuts[0].reshape(*before, -1, *after)
-    if torch.is_grad_enabled():
-        parts = [cut.reshape(*before, grid.outer, -1, *after) for cut in cuts]
-        return torch.cat(parts, dim=dim + 1).reshape(*before, -1, *after)
-    # The same without the parts: where nothing is differentiated, memory holds one copy of what is kept.
-    kept_rows = [math.prod(block.kept) for block in grid.blocks]
-    joined = tensor.new_empty(*before, grid.outer, sum(kept_rows), *after)
-    for block, cut, room in zip(grid.blocks, cuts, joined.split(kept_rows, dim=dim + 1), strict=True):
-        room.unflatten(dim + 1, block.kept).copy_(cut)
-    return joined.reshape(*before, -1, *after)
+    views = []
+    for block, part in zip(grid.blocks, tensor.unflatten(dim, (grid.outer, -1)).split(sizes, dim + 1), strict=True):
+        view = part.unflatten(dim + 1, block.full or (1,))
+        for direction, kept in enumerate(block.kept, start=dim + 1):
+            view = view.narrow(direction, 0, kept)
+        views.append(view)
+    return views
 
 
 def kept_indices(grid: Grid) -> Tensor:
     """Return the kept row numbers of one dimension, ascending within each block, int64."""
-    return take(torch.arange(grid.full_size), 0, grid)
+    numbers = kept_blocks(torch.arange(grid.full_size), 0, grid)
+    return torch.cat([block.reshape(grid.outer, -1) for block in numbers], dim=1).flatten()
+
+
+def _rows(grid: Grid, like: Tensor) -> Tensor:
+    """Return the kept row numbers where `like` lies. A tensor without storage ends with its mode: made anew."""
+    of_device = _rows_of_device if type(like) in (Tensor, nn.Parameter) else _rows_of_device.__wrapped__
+    return of_device(grid, like.device)
+
+
+@cache
+def _rows_of_device(grid: Grid, device: torch.device) -> Tensor:
+    return kept_indices(grid).to(device)
 
 
 def mask_table(choices: Sequence[int], parts: int, width: int) -> Tensor:

@@ -122,9 +122,9 @@ MOST = {
     ("mask", LayerKind.MAMBA): (10, 27),
     ("mask", LayerKind.ATTENTION): (8, 18),
     ("mask", LayerKind.MLP): (5, 14),
-    ("slice", LayerKind.MAMBA): (18, 68),
-    ("slice", LayerKind.ATTENTION): (7, 22),
-    ("slice", LayerKind.MLP): (7, 18),
+    ("slice", LayerKind.MAMBA): (15, 32),
+    ("slice", LayerKind.ATTENTION): (7, 15),
+    ("slice", LayerKind.MLP): (7, 14),
 }
 
 
@@ -142,6 +142,7 @@ def test_layers_run_few_operations(execution: str, seen: Counter[str]) -> None:
     for kind, layer, gates in layers:
         width = gates.cut.kept(Axis.HIDDEN)
         x = torch.randn(8, 1, width, dtype=torch.bfloat16, requires_grad=True)
+        layer(x, gates)  # the first time, the numbers of the kept rows are put on the device: once
         seen.clear()
         with Operations(seen):
             y = layer(x, gates)

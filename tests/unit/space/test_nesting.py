@@ -2,14 +2,28 @@
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from elastic.model.sharding import shard_tensor
 from elastic.space.axes import AXES, Axis
 from elastic.space.layers import LAYER_PARAMETERS, MODEL_PARAMETERS, DimKind, parameter_dims, split_parameter_name
-from elastic.space.nesting import Block, Cut, Grid, kept_indices, mask_table, parameter_grids, parameter_size, take
+from elastic.space.nesting import (
+    Block,
+    Cut,
+    Grid,
+    add_kept,
+    kept_indices,
+    mask_table,
+    parameter_grids,
+    parameter_size,
+    put_kept,
+    take,
+    take_each,
+)
 from elastic.space.shape import ModelShape
 
 
@@ -166,7 +180,73 @@ def test_take_copies_nothing_where_the_layout_allows() -> None:
     weight = torch.randn(24, 24)
     whole, prefix = cut().grid(DimKind.HIDDEN), cut(hidden=7).grid(DimKind.HIDDEN)
     assert take(weight, 0, whole) is weight
-    assert take(weight, 1, prefix).untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+    one_lane = Grid((Block((1, 8, 3), (1, 5, 3)),))  # of a rank that owns one part alone
+    for grid in (prefix, one_lane):
+        kept = take(weight, 1, grid)
+        assert grid.is_prefix and kept.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+        assert torch.equal(kept, weight[:, kept_indices(grid)])
+    for grid in (
+        Grid((Block((2, 4, 3), (2, 2, 3)),)),
+        Grid((Block((1, 8, 3), (1, 5, 2)),)),
+        Grid((Block((12,), (5,)),), 2),
+    ):
+        assert not grid.is_prefix
+
+
+class Operations(TorchDispatchMode):
+    """Notes operations that are no views and do more than allocate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and func.overloadpacket.__name__ != "new_empty":
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_take_is_one_copy_and_its_gradient_one_fill_and_one_write() -> None:
+    for kind in (DimKind.IN_PROJ, DimKind.FFN):
+        layout = cut(mamba_heads=4, ffn=12).grid(kind)
+        first, second = (torch.randn(layout.full_size, 5, requires_grad=True) for _ in range(2))
+        take(first, 0, layout)  # the row numbers are made once
+        with Operations() as forward:
+            kept = take_each((first, second), 0, layout)
+        copy, write = ("index_select", "index_copy_") if kind is DimKind.IN_PROJ else ("copy_", "copy_")
+        assert forward.names == [copy, copy]
+        ones = [torch.ones_like(part) for part in kept]
+        with Operations() as backward:
+            gradients = torch.autograd.grad(kept, (first, second), ones)
+        assert backward.names == ["new_zeros", write, write]
+        expected = torch.zeros_like(first).index_fill(0, kept_indices(layout), 1.0)
+        assert all(torch.equal(gradient, expected) for gradient in gradients)
+
+
+@pytest.mark.parametrize("kept", WIDTHS)
+@pytest.mark.parametrize("kind", list(DimKind))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_taking_putting_and_adding_are_what_indexing_is(
+    kind: DimKind, kept: dict[str, int], dtype: torch.dtype
+) -> None:
+    """Bit for bit, along each dimension, also of a strided view."""
+    layout = cut(**kept).grid(kind)
+    index = kept_indices(layout)
+    for dim in (0, 1):
+        size = (layout.full_size, 3) if dim == 0 else (3, layout.full_size)
+        wide = torch.randn(*size[:1], size[1] + 2, dtype=dtype, requires_grad=True)
+        tensor = wide[:, : size[1]]
+        taken, expected = take(tensor, dim, layout), tensor.index_select(dim, index)
+        assert torch.equal(taken, expected)
+        back = torch.randn_like(expected)
+        found, wanted = (torch.autograd.grad(kept, wide, back, retain_graph=True)[0] for kept in (taken, expected))
+        assert torch.equal(found, wanted)
+        total = torch.randn(size[0], size[1] + 2)[:, : size[1]]
+        summed, written = total.index_add(dim, index, back.float()), total.index_copy(dim, index, back.float())
+        add_kept(total, dim, layout, back)
+        assert torch.equal(total, summed)
+        put_kept(total, dim, layout, back.float())
+        assert torch.equal(total, written)
 
 
 def test_take_refuses_another_size() -> None:
