@@ -37,8 +37,8 @@ def _current_device() -> torch.device:
 
 
 def _nothing(device: Any = None) -> None:
-    """Do nothing: the gradient reduction asks for a stream, to wait on it for CUDA graphs alone; pipeline communication
-    synchronises after each exchange, and so does a checkpoint before it is written."""
+    """Do nothing: the gradient reduction asks for a stream, to wait on it for CUDA graphs alone; a checkpoint of
+    Megatron-Core's synchronises before it is written."""
 
 
 _type = torch.Tensor.type

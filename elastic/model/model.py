@@ -97,6 +97,7 @@ def transformer_config(shape: ModelShape, layout: Layout) -> TransformerConfig:
         # Megatron-Core's own needs apex and whole weights; elastic/model/linear.py accumulates the same way without.
         gradient_accumulation_fusion=False,
         deallocate_pipeline_outputs=True,
+        batch_p2p_sync=False,  # else the host waits for the device after every exchange between stages
     )
 
 

@@ -26,9 +26,9 @@ def budget_loss(
     for index, budget in enumerate(budgets):
         used = table[budget.metric]
         # A metric that no elastic axis touches is a plain number, the same for all draws.
-        own = used[..., index] if isinstance(used, Tensor) else torch.tensor(float(used), dtype=torch.float64)
         device = next(iter(probabilities.values())).device
-        columns.append((own.to(device) / budget.limit - 1.0).abs().float())
+        own = used[..., index] if isinstance(used, Tensor) else torch.full((), used, dtype=torch.float64, device=device)
+        columns.append((own / budget.limit - 1.0).abs().float())
     return torch.stack(torch.broadcast_tensors(*columns), dim=-1)
 
 
@@ -55,5 +55,5 @@ def choice_entropy(logits: Mapping[Axis, Tensor], scale: float, shares: Mapping[
     for axis, values in logits.items():
         log_probabilities = torch.log_softmax(values.float() * scale, dim=-1)
         entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1)  # [budgets, slots]
-        total = total + (shares[axis].to(entropy.device) * entropy.mean(dim=-1)).sum()
+        total = total + (shares[axis] * entropy.mean(dim=-1)).sum()
     return total

@@ -1,14 +1,16 @@
 """From the router to the gates of a step's micro-batches, and the gradients back. Not part of the sharded graph."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from elastic.router.budget_loss import budget_loss, choice_entropy, cost_shares
-from elastic.router.phases import Moment
+from elastic.router.phases import ElasticPhase, Moment
 from elastic.router.router import Router, choice_probabilities, gumbel_noise
 from elastic.router.sampler import budget_of, draw_budgets, in_turn
 from elastic.space.axes import Axis
@@ -85,6 +87,7 @@ class Chooser:
     deployment: Deployment
     settings: RouterSettings
     seed: int
+    _frozen: tuple[ElasticPhase, Mapping[int, Gates]] | None = None
 
     def numbers(self, moment: Moment, num_micro_batches: int, replica: int, replicas: int) -> list[int]:
         """Return which of a step's micro-batches, counted over all replicas, this one runs, in the order it does.
@@ -116,50 +119,88 @@ class Chooser:
         numbers = self.numbers(moment, num_micro_batches, replica, replicas)
         budgets = [budget_of(drawn, number, in_step) for number in numbers]
         if phase.router_frozen:
-            frozen = {budget: self._frozen(budget, phase.execution) for budget in set(budgets)}
+            frozen = self._frozen_gates(moment)
             return Draw([frozen[budget] for budget in budgets], drawn)
         logits = self.router()
-        budget_losses = self._budget_losses(logits, moment)
-        shares = cost_shares(self.space, self.budgets, self.deployment)
-        entropy = choice_entropy(logits, moment.logit_scale, shares)
+        noise_draws = self.settings.noise_draws_per_step or in_step
+        # Equal runs of micro-batches share a draw of noise, as for the budgets.
+        noise, cost_noise = self._noise(logits, moment, [number * noise_draws // in_step for number in numbers])
+        budget_losses = self._budget_losses(logits, cost_noise, moment)
+        entropy = choice_entropy(logits, moment.logit_scale, self._shares)
         undecided = self.settings.entropy_weight * (1.0 - moment.progress) * entropy
         router_loss = self.settings.budget_loss_weight * (budget_losses.sum() - undecided)
         draw = Draw([], drawn, budget_losses=budget_losses, router_loss=router_loss)
-        noise_draws = self.settings.noise_draws_per_step or in_step
-        for number, budget in zip(numbers, budgets, strict=True):
-            noise_draw = number * noise_draws // in_step  # equal runs of micro-batches, as for the budgets
-            source = {axis: self._weights(values[budget], axis, moment, noise_draw) for axis, values in logits.items()}
-            leaves = {axis: weights.detach().clone().requires_grad_() for axis, weights in source.items()}
-            draw.sources.append(source)
-            draw.gates.append(Gates.mask(leaves, budget))
+        # All micro-batches at once, [micro-batches, slots, K], then cut apart.
+        weights, leaves = {}, {}
+        for axis, values in logits.items():
+            asked = torch.stack([values[budget] for budget in budgets])
+            together = self._weights(asked, noise[axis], moment)
+            weights[axis], leaves[axis] = together.unbind(), together.detach().clone().unbind()
+        for index, budget in enumerate(budgets):
+            draw.sources.append({axis: values[index] for axis, values in weights.items()})
+            draw.gates.append(Gates.mask({axis: leaf[index].requires_grad_() for axis, leaf in leaves.items()}, budget))
         return draw
 
-    def _budget_losses(self, logits: Mapping[Axis, Tensor], moment: Moment) -> Tensor:
+    @cached_property
+    def _shares(self) -> dict[Axis, Tensor]:
+        """The shares of the cost, on the router's device."""
+        device = next(self.router.parameters()).device
+        shares = cost_shares(self.space, self.budgets, self.deployment)
+        return {axis: share.to(device) for axis, share in shares.items()}
+
+    def _noise(
+        self, logits: Mapping[Axis, Tensor], moment: Moment, noise_draws: Sequence[int]
+    ) -> tuple[dict[Axis, Tensor], dict[Axis, Tensor]]:
+        """Return the noise of a step by axis: of its micro-batches' gates [draws, slots, K], and of the budget losses.
+
+        Every axis and draw has a stream of its own, on the host; all of it goes to the device in one copy, behind which
+        nothing waits.
+        """
+        shapes = {axis: tuple(values.shape) for axis, values in logits.items()}  # [budgets, slots, K]
+        of_gates = [(axis, draw, shape[1:]) for axis, shape in shapes.items() for draw in noise_draws]
+        of_costs = [(axis, COST_STREAM, (NUM_COST_DRAWS, *shape)) for axis, shape in shapes.items()]
+        drawn = [gumbel_noise(self.seed, moment.step, draw, axis, shape) for axis, draw, shape in of_gates + of_costs]
+        device, flat = next(iter(logits.values())).device, torch.cat([part.reshape(-1) for part in drawn])
+        if device.type == "cuda":
+            flat = flat.pin_memory()
+        sizes = [len(noise_draws) * prod(shape[1:]) for shape in shapes.values()]
+        sizes += [NUM_COST_DRAWS * prod(shape) for shape in shapes.values()]
+        split = iter(flat.to(device, non_blocking=True).split(sizes))
+        gates = {axis: next(split).view(len(noise_draws), *shape[1:]) for axis, shape in shapes.items()}
+        return gates, {axis: next(split).view(NUM_COST_DRAWS, *shape) for axis, shape in shapes.items()}
+
+    def _budget_losses(self, logits: Mapping[Axis, Tensor], noise: Mapping[Axis, Tensor], moment: Moment) -> Tensor:
         """Return the budget loss [budgets] of the choices the layers see, a mean over noise draws of its own stream.
 
         All budgets count at every step, drawn or not: the cost needs no data. With the noise of the gates, and not on
         noise-free probabilities, a slot cannot rest half-way between two widths and be rounded off target at the end.
         """
-        noisy = {axis: self._noisy(own, axis, moment, COST_STREAM, NUM_COST_DRAWS) for axis, own in logits.items()}
+        noisy = {
+            axis: choice_probabilities(own, noise[axis], moment.logit_scale, moment.temperature)
+            for axis, own in logits.items()
+        }
         return budget_loss(self.space, self.budgets, noisy, self.deployment).mean(dim=0)
 
-    def _weights(self, logits: Tensor, axis: Axis, moment: Moment, noise_draw: int) -> Tensor:
-        """Return weights [slots, K] over the choices: soft, or exactly one-hot with the soft gradient."""
-        soft = self._noisy(logits, axis, moment, noise_draw)
+    def _weights(self, logits: Tensor, noise: Tensor, moment: Moment) -> Tensor:
+        """Return weights [..., slots, K] over the choices: soft, or exactly one-hot with the soft gradient."""
+        soft = choice_probabilities(logits, noise, moment.logit_scale, moment.temperature)
         # Straight through: the bracket is exactly 0 and has the soft gradient.
         return soft if self.settings.mode == "soft" else _one_hot(soft) + (soft - soft.detach())
 
-    def _noisy(self, logits: Tensor, axis: Axis, moment: Moment, noise_draw: int, *times: int) -> Tensor:
-        """Return the choice probabilities of logits [..., K] under Gumbel noise, [*times, ..., K]."""
-        noise = gumbel_noise(self.seed, moment.step, noise_draw, axis, (*times, *logits.shape)).to(logits.device)
-        return choice_probabilities(logits, noise, moment.logit_scale, moment.temperature)
+    def _frozen_gates(self, moment: Moment) -> Mapping[int, Gates]:
+        """Return the gates of each drawn budget in a phase that freezes the router: read from it once a phase."""
+        phase = moment.elastic
+        if self._frozen is None or self._frozen[0] is not phase:
+            weights = phase.weights([budget.name for budget in self.budgets])
+            self._frozen = phase, {b: self._decided(b, phase.execution) for b, weight in enumerate(weights) if weight}
+        return self._frozen[1]
 
-    def _frozen(self, budget: int, execution: Execution) -> Gates:
+    @torch.no_grad()
+    def _decided(self, budget: int, execution: Execution) -> Gates:
         if execution is Execution.SLICE:
             return Gates.slice(decide(self.router, self.space, budget), budget)
-        with torch.no_grad():
-            logits = _decided(self.router, budget)
-            return Gates.mask({axis: _one_hot(values) for axis, values in logits.items()}, budget)
+        logits = _checked_logits(self.router, budget)
+        return Gates.mask({axis: _one_hot(values) for axis, values in logits.items()}, budget)
 
 
 def _one_hot(values: Tensor) -> Tensor:
@@ -173,10 +214,11 @@ def decide(router: Router, space: Space, budget: int) -> Subnet:
 
     Raises RouterError for logits that are NaN or Inf, whose argmax would be a subnet like any other.
     """
-    return space.subnet({axis: tuple(values.argmax(-1).tolist()) for axis, values in _decided(router, budget).items()})
+    logits = _checked_logits(router, budget)
+    return space.subnet({axis: tuple(values.argmax(-1).tolist()) for axis, values in logits.items()})
 
 
-def _decided(router: Router, budget: int) -> dict[Axis, Tensor]:
+def _checked_logits(router: Router, budget: int) -> dict[Axis, Tensor]:
     """Return the logits [slots, K] of one budget; raises RouterError unless all are finite."""
     logits = {axis: values[budget] for axis, values in router().items()}
     wrong = [axis.value for axis, values in logits.items() if not bool(values.isfinite().all())]

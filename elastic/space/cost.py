@@ -73,14 +73,13 @@ class Widths:
             axes[axis] = full = getattr(parent, entry.size)
             if axis in probabilities:
                 weights = probabilities[axis].double()
-                choices = torch.tensor(space.axes[axis].choices, dtype=torch.float64, device=weights.device)
-                slots = weights @ choices  # [..., slots]
+                slots = weights @ space.widths_table(axis, weights.device)  # [..., slots]
                 per_layer = [slots[..., space.slot(axis, ordinal)] for ordinal in range(len(full) if entry.own else 1)]
                 axes[axis] = per_layer if entry.own else per_layer[0]
         keep: Sequence[Number] = (1,) * len(parent.pattern)
         if Axis.DEPTH in probabilities:
             chances = probabilities[Axis.DEPTH][..., 0, :].double()
-            keep = (chances @ space.depth_table().to(chances)).unbind(-1)
+            keep = (chances @ space.widths_table(Axis.DEPTH, chances.device)).unbind(-1)
         return cls(axes, keep)
 
     def of_layer(self, kind: LayerKind, ordinal: int) -> dict[Axis, Number]:

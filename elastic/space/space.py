@@ -102,6 +102,20 @@ class Space:
         kept = [set(self.kept_layers(depth)) for depth in self.axes[Axis.DEPTH].choices]
         return torch.tensor([[float(layer in layers) for layer in range(len(self.parent.pattern))] for layers in kept])
 
+    def widths_table(self, axis: Axis, device: torch.device) -> Tensor:
+        """Return what each choice means: widths [K], of depth which layers run [K, L]; fp64, brought to a device once.
+
+        A copy to a GPU waits for it, and the router's loss asks at every step.
+        """
+        if (axis, device) not in self._tables:
+            table = self.depth_table() if axis is Axis.DEPTH else torch.tensor(self.axes[axis].choices)
+            self._tables[axis, device] = table.to(device, torch.float64)
+        return self._tables[axis, device]
+
+    @cached_property
+    def _tables(self) -> dict[tuple[Axis, torch.device], Tensor]:
+        return {}
+
     def subnet(self, chosen: Mapping[Axis, Sequence[int]]) -> Subnet:
         """Turn choice indices, one per slot of each axis, into a Subnet; a missing axis stays full."""
         indices = {axis: chosen.get(axis, (0,) * self.num_slots(axis)) for axis in Axis}

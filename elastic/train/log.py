@@ -225,7 +225,7 @@ class LogSteps(Callback):
         self._report_spikes(trainer, means, moments)
         row: dict[str, float | str | None] = {
             "phase": result.moment.phase.name,
-            "grad_norm": result.grad_norm,
+            "grad_norm": float(result.grad_norm),
             "learning_rate": result.moment.learning_rate,
             "tokens_per_s": tokens_per_s,
             "skipped_steps": trainer.skipped.count,

@@ -49,19 +49,19 @@ class SkippedSteps:
     num_dumps: int = 0
 
     def nonfinite(
-        self, losses: Iterable[MicroBatchLoss], norm: Tensor | float, router_gradients: Sequence[Tensor]
+        self, losses: Iterable[MicroBatchLoss], norm: Tensor, router_gradients: Sequence[Tensor]
     ) -> list[str]:
-        """Name what is not finite on some rank, the same answer on each. Waits for the device: three numbers a step."""
-        kinds: dict[str, Sequence[Tensor | float]] = {
+        """Name what is not finite on some rank, the same answer on each. The one wait for the device of a step."""
+        kinds: dict[str, Sequence[Tensor]] = {
             "losses": [value for loss in losses for value in (loss.kl, loss.cross_entropy) if value is not None],
             # The norm counts a weight that several ranks hold only once: it cannot speak for the gradients of copies.
             "gradients": [norm, *(torch.linalg.vector_norm(b.grad_data, ord=math.inf) for b in self.wrapped.buffers)],
             "router gradients": router_gradients,
         }
-        wrong = torch.zeros(len(kinds), dtype=torch.int64, device=self.world.device)
-        for count, values in zip(wrong, kinds.values(), strict=True):
-            for value in values:
-                count += torch.as_tensor(value, device=self.world.device).isfinite().logical_not().sum()
+        wrong = torch.zeros(len(kinds), dtype=torch.int32, device=self.world.device)
+        for kind, values in zip(wrong, kinds.values(), strict=True):
+            if values:
+                kind.copy_(torch.cat([value.reshape(-1) for value in values]).isfinite().logical_not().any())
         torch.distributed.all_reduce(wrong, op=ReduceOp.MAX)
         return [kind for kind, count in zip(kinds, wrong.tolist(), strict=True) if count]
 

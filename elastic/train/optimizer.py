@@ -5,7 +5,6 @@ from collections.abc import Iterable
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -68,13 +67,24 @@ def set_learning_rate(optimizer: Optimizer | MegatronOptimizer, learning_rate: f
         group["lr"] = learning_rate
 
 
-def gradient_norm(optimizer: ChainedOptimizer) -> Tensor | float:
-    """Return the norm of all gradients, equal on all ranks of a replica; the first half of the optimizer's step()."""
+@torch.no_grad()
+def gradient_norm(optimizer: ChainedOptimizer, device: torch.device) -> Tensor:
+    """Return the norm of all gradients, equal on all ranks of a replica; the first half of the optimizer's step().
+
+    On the device, without a wait: Megatron-Core's own reads the norm of each gradient where no fused kernel is
+    installed. A weight that several ranks hold counts once.
+    """
     optimizer.prepare_grads()
-    return optimizer.get_grad_norm()
+    gradients = [gradient for part in optimizer.chained_optimizers for gradient in part.get_grads_for_grad_norm()]
+    squared = torch.zeros(1, device=device)
+    if gradients:
+        squared += torch.stack(torch._foreach_norm(gradients)).norm() ** 2
+    torch.distributed.all_reduce(squared, group=optimizer.get_grad_stats_parallel_group())
+    return squared[0].double().sqrt()
 
 
-def apply_gradients(optimizer: ChainedOptimizer, norm: Tensor | float) -> None:
+@torch.no_grad()
+def apply_gradients(optimizer: ChainedOptimizer, norm: Tensor) -> None:
     """Clip by `norm` and update the weights; the second half of the optimizer's step().
 
     In two halves so that nothing is touched before it is known that every number is finite: Megatron-Core looks for
@@ -82,8 +92,9 @@ def apply_gradients(optimizer: ChainedOptimizer, norm: Tensor | float) -> None:
     """
     for part in optimizer.chained_optimizers:
         parameters = [] if part.is_stub_optimizer else part.get_parameters()
-        if parameters and part.config.clip_grad > 0.0:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if gradients and part.config.clip_grad > 0.0:
+            torch._foreach_mul_(gradients, (part.config.clip_grad / (norm + 1e-6)).clamp(max=1.0).float())
     optimizer.step_with_ready_grads()
 
 

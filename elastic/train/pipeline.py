@@ -63,7 +63,7 @@ class PipelineRunner:
         cp = self.world.groups.cp
 
         def share(t: Tensor) -> Tensor:
-            return context_parallel_slice(t, cp.rank(), cp.size()).to(self.world.device, non_blocking=True)
+            return context_parallel_slice(t.to(self.world.device, non_blocking=True), cp.rank(), cp.size())
 
         weights = None if batch.counts_all else share(batch.token_weights())
         return MicroBatch(share(batch.tokens), share(batch.labels), weights, gates)
@@ -131,7 +131,7 @@ class PipelineRunner:
             tp_group=self.world.groups.tp,
             report_cross_entropy=True,
         )
-        counted = torch.tensor(batch.labels.numel(), dtype=torch.int, device=hidden.device)
+        counted = torch.full((), batch.labels.numel(), dtype=torch.int, device=hidden.device)  # no copy to wait for
         if weights is not None:
             counted = weights.sum().int()
         budget = None if batch.gates is None else batch.gates.budget

@@ -34,12 +34,13 @@ from elastic.world.watchdog import Progress
 class StepResult:
     """What one step leaves for the callbacks. Losses are sums of this rank's tokens (last stage only).
 
+    Tensors are on the device: who reads one waits for it.
     `skipped`: something was not finite, so neither weights nor router took the step, on any rank.
     """
 
     moment: Moment
     losses: Sequence[MicroBatchLoss]
-    grad_norm: float
+    grad_norm: Tensor
     skipped: bool
     budget_losses: Tensor | None
 
@@ -123,7 +124,7 @@ class Trainer:
         self.progress.enter(number, "optimizer")
         router_gradients = self._router_gradients(moment, draw, batches)
         # 4. One decision for all ranks, then weights and router take the step, or neither does.
-        grad_norm = gradient_norm(self.optimizer)
+        grad_norm = gradient_norm(self.optimizer, self.world.device)
         bad = self.skipped.nonfinite(losses, grad_norm, router_gradients)
         if bad:
             self.skipped.step_skipped(bad, number, batches, choices, losses, float(grad_norm))
@@ -132,7 +133,7 @@ class Trainer:
         if self.sanity is not None:
             self.sanity.after_step(moment)
         budget_losses = None if draw is None else draw.budget_losses
-        return StepResult(moment, losses, float(grad_norm), bool(bad), budget_losses)
+        return StepResult(moment, losses, grad_norm, bool(bad), budget_losses)
 
     def _router_gradients(self, moment: Moment, draw: Draw | None, batches: Sequence[Batch]) -> list[Tensor]:
         """Push the gates' gradients through the router once, sum what came out over replicas, and return it.
@@ -146,7 +147,8 @@ class Trainer:
         # replica, all of whose ranks read the same whole sequences.
         counted: Tensor | int = moment.phase.tokens_per_step
         if self.data.is_masked:
-            counted = torch.tensor(sum(batch.num_counted() for batch in batches), device=self.world.device)
+            here = sum(batch.num_counted() for batch in batches)
+            counted = torch.full((), here, device=self.world.device)
             torch.distributed.all_reduce(counted, group=self.world.groups.dp)
             counted.clamp_(min=1)
         flat = sum_gate_gradients(draw.flat_gradients(), draw.entries(), self.world) / counted
@@ -154,7 +156,7 @@ class Trainer:
         draw.push(flat, router_loss_scale=1.0 / self.world.data_size)
         return sum_router_gradients(self.chooser.router.parameters(), self.world)
 
-    def _update(self, moment: Moment, grad_norm: Tensor | float, trains_router: bool) -> None:
+    def _update(self, moment: Moment, grad_norm: Tensor, trains_router: bool) -> None:
         """Step the weights, and the router where it trains."""
         self.skipped.in_a_row.clear()
         set_learning_rate(self.optimizer, moment.learning_rate)

@@ -112,7 +112,7 @@ def elastic_step(case: LayoutCase) -> dict[str, Any]:
         "num_tokens": {g: int(loss.num_tokens) for g, loss in zip(numbers, losses, strict=False)},
         "gate_gradients": gate_gradients,
         "gradients": gradients,
-        "grad_norm": float(gradient_norm(optimizer)),
+        "grad_norm": float(gradient_norm(optimizer, here.device)),
     }
 
 

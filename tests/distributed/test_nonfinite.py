@@ -233,7 +233,7 @@ def two_optimizers(dtype, clip_grad):
                 updated, norm, _ = optimizer.step()
                 assert updated
             else:
-                norm = gradient_norm(optimizer)
+                norm = gradient_norm(optimizer, here.device)
                 apply_gradients(optimizer, norm)
         results.append([parameter.detach().clone() for parameter in model.parameters()])
         norms.append(float(norm))

@@ -50,7 +50,7 @@ def test_with_all_adaptations_a_step_runs(tmp_path: Path) -> None:
 ASKED_BY = [
     ("current_device", False, "distributed_data_parallel.py"),
     ("current_stream", False, "start_grad_sync"),
-    ("synchronize", False, "p2p_communication.py"),
+    ("synchronize", False, "dist_checkpointing"),
     ("cuda_literals", False, "get_megatron_optimizer"),
     ("cuda_literals", True, "setup_embeddings_and_output_layer"),
     ("type_names", False, "clip_grad_by_total_norm_fp32"),
