@@ -17,6 +17,7 @@ from elastic.space.ranges import Bytes, Range, Required
 STDLIB = "python:stdlib"
 STDLIB_EXCLUDED = ("__pycache__", "site-packages", "test", "tests", "idle_test")
 JSON_LINES = (".jsonl", ".ndjson", ".json")
+CHAT_FILES = (*JSON_LINES, *(name + packed for name in JSON_LINES for packed in (".gz", ".zst")), ".parquet")
 
 
 class SkipReason(StrEnum):
@@ -42,6 +43,20 @@ class SkipReason(StrEnum):
     OTHER_SUFFIX = "other_suffix"
     EXCLUDED_FOLDER = "in_excluded_folder"
     HIDDEN = "hidden"
+    BAD_MESSAGE = "bad_message"
+    MISSING_ROLE = "missing_role"
+    UNKNOWN_FIELD = "unknown_message_field"
+    EMPTY_ANSWER = "empty_answer"
+    NO_RESPONSE = "no_response"
+    REFUSED = "refused_by_template"
+    NOT_SEPARABLE = "special_token_not_separable"
+
+
+class Remark(StrEnum):
+    """What is worth counting about documents that are taken."""
+
+    ENDS_WITHOUT_ANSWER = "ends_without_answer"
+    SPELLS_SPECIAL_TOKEN = "spells_special_token"
 
 
 @dataclass(frozen=True)
@@ -51,14 +66,16 @@ class Corpus:
     paths: files and folders, read in order of their names; `python:stdlib` is the running Python's own library.
     suffixes, exclude_folders: which files of folders are taken, and folders of which names are not looked into. None:
         of the library its .py files without tests and installed packages; of any other folder .jsonl, .ndjson and .json
-        for jsonl, else every file not named like JSON lines. Hidden ones are never taken, a file named itself always.
-    document_format: `text` (a file is a document), `lines` (a line is), `jsonl` (field `text_field` of a line is).
+        for jsonl, these also packed as .gz or .zst and .parquet for chat, else every file not named like JSON lines.
+        Hidden ones are never taken, a file named itself always.
+    document_format: `text` (a file is a document), `lines` (a line is), `jsonl` (field `text_field` of a line is),
+        `chat` (the conversation in field `messages` of a line, or of a row of parquet, is).
     max_bytes: ends the corpus before the first document that would exceed it in sum, None takes everything.
     max_document_bytes: larger documents are skipped, counted raw (the whole line in lines and jsonl).
     """
 
     paths: Annotated[list[str], Range(low=1)] = field(default_factory=lambda: [STDLIB])
-    document_format: Literal["text", "lines", "jsonl"] = "text"
+    document_format: Literal["text", "lines", "jsonl", "chat"] = "text"
     text_field: Annotated[str, Required("for example text")] = "text"
     suffixes: Annotated[list[str], Range(low=1)] | None = None
     exclude_folders: list[str] | None = None
@@ -68,17 +85,17 @@ class Corpus:
 
     def file_refusal(self, source: str, name: str) -> SkipReason | None:
         """Say why a file in a folder of `source` is passed over, None if it is taken."""
-        is_json_lines = self.document_format == "jsonl"
+        taken = {"jsonl": JSON_LINES, "chat": CHAT_FILES}.get(self.document_format)
         if name.startswith("."):
             return SkipReason.HIDDEN
         if self.suffixes is not None:
             suffixes = tuple(self.suffixes)
         elif source == STDLIB:
             suffixes = (".py",)
-        elif not is_json_lines and name.endswith(JSON_LINES[:2]):
+        elif taken is None and name.endswith(JSON_LINES[:2]):
             return SkipReason.JSON_LINES
         else:
-            suffixes = JSON_LINES if is_json_lines else ("",)
+            suffixes = taken or ("",)
         return None if name.endswith(suffixes) else SkipReason.OTHER_SUFFIX
 
     def folder_refusal(self, source: str, name: str) -> SkipReason | None:
@@ -91,7 +108,7 @@ class Corpus:
 
 @dataclass
 class Tally:
-    """Count what reading met: documents as they are yielded, and by reason what was left out.
+    """Count what reading met: documents as they are yielded, and by reason what was left out, or is worth knowing.
 
     `digest` runs over the kept documents in order.
     """
@@ -100,14 +117,25 @@ class Tally:
     kept_bytes: int = 0
     stopped_at_max_bytes: bool = False
     skipped: dict[str, SkipRecord] = field(default_factory=dict)
+    remarks: dict[str, SkipRecord] = field(default_factory=dict)
     digest: Any = field(default_factory=hashlib.sha256)
 
-    def skip(self, reason: SkipReason, path: Path, line: int | None = None, count: int = 1) -> None:
-        """Count `count` files, or one document that begins in `line` (from 1) of a file."""
-        # A name need not be UTF-8; what a report shows must be.
-        name = os.fsencode(path).decode(errors="backslashreplace")
-        first = SkipRecord(0, name if line is None else f"{name}:{line}")
+    def skip(
+        self, reason: SkipReason, path: Path, line: int | None = None, count: int = 1, *, detail: str = ""
+    ) -> None:
+        """Count `count` files, or one document that begins in `line` (from 1) of a file; `detail` of the first."""
+        first = SkipRecord(0, place_of(path, line) + (f": {detail}" if detail else ""))
         self.skipped.setdefault(reason, first).count += count
+
+    def remark(self, remark: Remark, place: str) -> None:
+        """Count a document that is taken; `place` is where it begins."""
+        self.remarks.setdefault(remark, SkipRecord(0, place)).count += 1
+
+
+def place_of(path: Path, line: int | None) -> str:
+    """Write where a document begins: `file` or `file:line`. A name need not be UTF-8; what a report shows must be."""
+    name = os.fsencode(path).decode(errors="backslashreplace")
+    return name if line is None else f"{name}:{line}"
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,8 @@ class TokenizerRecord:
 class Manifest:
     """Everything `data.json` says about a prepared folder.
 
-    `settings` and `source` decide whether a later call asks for the same data. `skipped` is by reason.
+    `settings` and `source` decide whether a later call asks for the same data. `skipped` is by reason; `remarks` count
+    documents that were taken and that somebody may want to know of.
     `documents_sha256` is a checksum of all kept documents in order; `stopped_at_max_bytes` says that more were there.
     """
 
@@ -94,6 +95,7 @@ class Manifest:
     tokenizer: TokenizerRecord
     dtype: str
     splits: Mapping[str, SplitRecord]
+    remarks: Mapping[str, SkipRecord] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write `data.json` into `folder`."""
@@ -116,8 +118,11 @@ def read_manifest(folder: Path) -> Manifest:
         splits = {name: _split_from(**record) for name, record in content.pop("splits").items()}
         tokenizer = content.pop("tokenizer")
         tokenizer = TokenizerRecord(**tokenizer | {"bos_ids": tuple(tokenizer.get("bos_ids", ()))})
-        skipped = {reason: SkipRecord(**record) for reason, record in content.pop("skipped").items()}
-        return Manifest(**content, tokenizer=tokenizer, splits=splits, skipped=skipped)
+        skipped, remarks = (
+            {reason: SkipRecord(**record) for reason, record in records.items()}
+            for records in (content.pop("skipped"), content.pop("remarks", {}))
+        )
+        return Manifest(**content, tokenizer=tokenizer, splits=splits, skipped=skipped, remarks=remarks)
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} lacks a field or has one too many ({error}); {REMEDY}") from error
 

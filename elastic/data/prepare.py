@@ -5,33 +5,32 @@ sample for the tokenizer; the second encodes and writes. No document list is eve
 """
 
 import errno
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import DType
 
-from elastic.data.corpus import POSITIONS, Document, read_documents
+from elastic.data.chat import ChatTemplate
+from elastic.data.conversation import MESSAGE_FIELDS
+from elastic.data.corpus import POSITIONS, read_documents
 from elastic.data.corpus_files import SkipReason, Tally, describe_files
 from elastic.data.manifest import (
     MANIFEST_NAME,
     DataError,
     Manifest,
     SkipRecord,
-    SplitRecord,
     TokenizerRecord,
     checked_manifest,
-    record_file,
 )
 from elastic.data.prepare_config import PrepareConfig
+from elastic.data.splits import SUFFIXES, TRAIN, VALIDATION, encode, write_splits
 from elastic.data.tokenizer import (
+    CHAT_TEMPLATE,
     TOKENIZER_FILES,
     TOKENIZER_JSON,
-    LoadedTokenizer,
     copy_tokenizer,
     load_tokenizer,
     tokenizer_files,
@@ -39,11 +38,8 @@ from elastic.data.tokenizer import (
 )
 from elastic.world.files import REMEDIES, written_aside
 
-TRAIN = "train"
-VALIDATION = "validation"
-OURS = {MANIFEST_NAME, *TOKENIZER_FILES, "train.bin", "train.idx", "validation.bin", "validation.idx"}
-BATCH_BYTES = 4 << 20
-BATCH_DOCUMENTS = 4096
+OURS = {MANIFEST_NAME, *TOKENIZER_FILES, *(name + suffix for name in (TRAIN, VALIDATION) for suffix in SUFFIXES)}
+PROBED_CHATS = 32  # looked at for what the loss counts before the whole corpus has been read
 SAMPLE_DOCUMENT_CHARACTERS = 1 << 20
 CANNOT_WRITE = {*REMEDIES, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY}
 
@@ -60,6 +56,7 @@ class Prepared:
 def prepare(config: PrepareConfig) -> Prepared:
     """Make the folder `config.output_dir` with train.{bin,idx}, validation.{bin,idx}, a tokenizer and data.json.
 
+    Of chats of which the loss counts a part, also train.mask and validation.mask: a bit for every token.
     The same settings and source give the same bytes. A folder already made from them is recognised and left alone.
     Raises DataError for illegal settings (all of them at once), a folder that holds something else, a corpus without
     usable documents, one that changes while it is read, or a place that cannot be written to.
@@ -116,15 +113,17 @@ def _differences(old: Any, new: Any) -> list[str]:
 
 
 def _build(config: PrepareConfig, source: dict[str, Any], aside: Path) -> Manifest:
-    tally = Tally()
-    threshold, sample = _scan(config, source["total_bytes"], tally)
+    tally, template = Tally(), None
+    if config.tokenizer_path is not None:
+        copy_tokenizer(Path(config.tokenizer_path), aside)
+    if config.is_chat:
+        template = _chat_template(config, aside)
+    threshold, sample = _scan(config, source["total_bytes"], tally, template)
     if config.tokenizer_path is None:
         train_tokenizer(sample, config.vocab_size, aside)
-    else:
-        copy_tokenizer(Path(config.tokenizer_path), aside)
     tokenizer = load_tokenizer(aside, parse_special_tokens=config.parse_special_tokens, add_bos=config.add_bos)
     dtype: np.dtype = np.dtype(DType.optimal_dtype(tokenizer.vocab_size))  # 2 bytes below 65,500 ids, else 4
-    splits = _write_splits(config, threshold, tally.digest.digest(), tokenizer, dtype, aside)
+    splits = write_splits(config, threshold, tally.digest.digest(), template or tokenizer, dtype, aside)
     files = tokenizer_files(aside)
     manifest = Manifest(
         settings=config.settings(),
@@ -144,12 +143,23 @@ def _build(config: PrepareConfig, source: dict[str, Any], aside: Path) -> Manife
         ),
         dtype=str(dtype),
         splits=splits,
+        remarks=dict(sorted(tally.remarks.items())),
     )
     manifest.write(aside)
     return manifest
 
 
-def _scan(config: PrepareConfig, source_bytes: int, tally: Tally) -> tuple[int, list[str]]:
+def _chat_template(config: PrepareConfig, aside: Path) -> ChatTemplate:
+    """Open the tokenizer in `aside`, with the template of the config where it names one."""
+    if config.chat_template is not None:
+        (aside / CHAT_TEMPLATE).write_bytes(Path(config.chat_template).read_bytes())
+    own = load_tokenizer(aside)
+    return ChatTemplate(aside, own, config.counted_part, parse_special_tokens=config.parse_special_tokens)
+
+
+def _scan(
+    config: PrepareConfig, source_bytes: int, tally: Tally, template: ChatTemplate | None
+) -> tuple[int, list[str]]:
     """Read everything once into `tally`; returns the split's threshold and the sample the tokenizer is trained on.
 
     A document whose split position is below the threshold goes to validation.
@@ -161,7 +171,9 @@ def _scan(config: PrepareConfig, source_bytes: int, tally: Tally) -> tuple[int, 
     total_bytes = max(1, min(source_bytes, config.max_bytes or source_bytes))
     # Sampled by content and not from the front, so that the tokenizer sees the whole corpus whatever its order.
     sampled_below = POSITIONS * config.tokenizer_sample_bytes // total_bytes
-    for document in read_documents(config, tally):
+    for document in read_documents(config, tally, template):
+        if template is not None and tally.kept <= PROBED_CHATS:
+            encode([document], template)
         lowest = min(lowest, document.split_position)
         if document.split_position > highest:
             highest, surely_training = document.split_position, document.text[:SAMPLE_DOCUMENT_CHARACTERS]
@@ -190,60 +202,12 @@ def _split_threshold(nominal: int, lowest: int, highest: int) -> int:
     return min(nominal, highest)
 
 
-def _write_splits(
-    config: PrepareConfig, threshold: int, digest: bytes, tokenizer: LoadedTokenizer, dtype: np.dtype, aside: Path
-) -> dict[str, SplitRecord]:
-    """Read everything again, encode in bounded batches and write each document into its split.
-
-    Writes Megatron indexed datasets, whose lengths are kept in memory until the end: about 150 bytes per document.
-    Raises DataError if the documents are not those of the `digest` of the first reading.
-    """
-    names, tally = (TRAIN, VALIDATION) if threshold else (TRAIN,), Tally()
-    text_bytes, sources = Counter[str](), {name: Counter[str]() for name in names}
-    with ExitStack() as stack:
-        writers = {name: IndexedDatasetBuilder(f"{aside / name}.bin", dtype.type) for name in names}
-        for writer in writers.values():
-            stack.enter_context(writer.data_file)
-        for batch in _batches(read_documents(config, tally)):
-            ids_of_documents = tokenizer.encode_documents([document.text for document in batch])
-            for document, ids in zip(batch, ids_of_documents, strict=True):
-                split = VALIDATION if document.split_position < threshold else TRAIN
-                writers[split].add_document(ids, [len(ids)])
-                text_bytes[split] += document.num_bytes
-                sources[split][document.source] += len(ids)
-        for name, writer in writers.items():
-            writer.finalize(f"{aside / name}.idx")
-    if tally.digest.digest() != digest:
-        raise DataError(f"data: {', '.join(config.paths)} changed while it was read; start again when it is at rest")
-    return {
-        name: SplitRecord(
-            num_documents=len(writer.sequence_lengths),
-            num_tokens=sources[name].total(),
-            text_bytes=text_bytes[name],
-            files={file: record_file(aside / file) for file in (f"{name}.bin", f"{name}.idx")},
-            sources=dict(sources[name]),
-        )
-        for name, writer in writers.items()
-    }
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    num_bytes = 0
-    for document in documents:
-        batch.append(document)
-        num_bytes += document.num_bytes
-        if num_bytes >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
-            yield batch
-            batch, num_bytes = [], 0
-    if batch:
-        yield batch
-
-
 def _advice(tally: Tally) -> str:
     """Say what to do about what most users mean when nothing of their corpus can be used."""
     remedies = {
-        SkipReason.MESSAGES: "chats are not read: write each with its chat template into a text field",
+        SkipReason.MESSAGES: "for chats set document_format=chat",
+        SkipReason.UNKNOWN_FIELD: f"a message may have the fields {', '.join(sorted(MESSAGE_FIELDS))}: take others out",
+        SkipReason.NO_RESPONSE: "loss_on=all takes conversations without an answer",
         SkipReason.JSON_LINES: "set document_format=jsonl",
         SkipReason.MISSING_FIELD: "name the field that holds the text with text_field=",
         SkipReason.OTHER_SUFFIX: "name the endings of the files with suffixes=[...]",

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from elastic.config.load import Problem, load_with_problems
+from elastic.data.conversation import LossOn
 from elastic.data.corpus_files import STDLIB, Corpus, resolve_path
 from elastic.data.tokenizer import SMALLEST_VOCAB, TOKENIZER_JSON, AddBos, tokenizer_fingerprint
 from elastic.space.ranges import Bytes, Range, Required
+from elastic.world.files import sha256_of
 
 MOST_TRAINED = 2**20  # the trainer takes memory for every token before it reads a text
 
@@ -21,7 +23,11 @@ class PrepareConfig(Corpus):
     tokenizer_path: folder of a tokenizer to use; None trains one of at most `vocab_size` tokens on a sample of
         `tokenizer_sample_bytes` of the training documents, spread over the corpus.
     add_bos: put the tokenizer's begin-of-text token in front of every document; `auto` does as the tokenizer does.
-    parse_special_tokens: turn special tokens spelled out in the text into their ids (chat data), else into letters.
+    parse_special_tokens: turn special tokens spelled out in the text into their ids, else into letters. Those that a
+        chat template writes are ids in any case.
+    chat_template: file of a Jinja template for chats; None takes the tokenizer's own. It goes along with the tokenizer.
+    loss_on: which tokens of chats the loss counts: `response` (what the assistant says, the default), `last_response`
+        (in its last turn) or `all`. Text has no mask.
     overwrite: replace a prepared folder that was made from something else.
     """
 
@@ -32,7 +38,19 @@ class PrepareConfig(Corpus):
     tokenizer_sample_bytes: Bytes = 128 << 20
     add_bos: AddBos = "auto"
     parse_special_tokens: bool = False
+    chat_template: str | None = None
+    loss_on: LossOn | None = None
     overwrite: bool = False
+
+    @property
+    def is_chat(self) -> bool:
+        """Tell whether conversations are read."""
+        return self.document_format == "chat"
+
+    @property
+    def counted_part(self) -> LossOn:
+        """Return which tokens the loss counts."""
+        return self.loss_on or ("response" if self.is_chat else "all")
 
     def problems(self) -> tuple[Problem, ...]:
         """List every illegal setting, also of a config that no loader built; looks whether paths exist."""
@@ -46,6 +64,16 @@ class PrepareConfig(Corpus):
         if self.add_bos is True and self.tokenizer_path is None:
             rule = "a tokenizer trained here has no begin-of-text token"
             yield Problem("add_bos", True, rule, "nearest legal value is auto")
+        if self.is_chat and self.tokenizer_path is None:
+            rule = "chats need a tokenizer whose special tokens their template writes"
+            yield Problem("tokenizer_path", None, rule, "name the parent's folder")
+        if self.is_chat and self.add_bos is True and "add_bos" not in unreliable:
+            yield Problem("add_bos", True, "a chat begins as its template writes it", "nearest legal value is auto")
+        for name in () if self.is_chat else ("chat_template", "loss_on"):
+            if (value := asdict(self)[name]) is not None:
+                yield Problem(name, value, "is for chats", "set document_format=chat, or null")
+        if self.chat_template is not None and not Path(self.chat_template).is_file():
+            yield Problem("chat_template", self.chat_template, "must be a file", "null takes the tokenizer's own")
         output = Path(self.output_dir).resolve()
         for configured in () if "paths" in unreliable else self.paths:
             path = resolve_path(configured)
@@ -71,9 +99,14 @@ class PrepareConfig(Corpus):
         }  # paths stand in the description of the source
         if self.tokenizer_path is not None:
             elsewhere |= {"vocab_size", "tokenizer_sample_bytes"}
+        elsewhere |= {"text_field"} if self.is_chat else {"chat_template", "loss_on"}
         settings = {name: value for name, value in asdict(self).items() if name not in elsewhere}
         if self.exclude_folders is not None:
             settings["exclude_folders"] = sorted(self.exclude_folders)
+        if self.is_chat:
+            settings["loss_on"] = self.counted_part
+        if self.is_chat and self.chat_template is not None:
+            settings["chat_template"] = sha256_of(Path(self.chat_template))
         if self.tokenizer_path is not None:
             settings["tokenizer_fingerprint"] = tokenizer_fingerprint(Path(self.tokenizer_path))
         return settings

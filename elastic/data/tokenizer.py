@@ -19,7 +19,8 @@ SMALLEST_VOCAB = 257  # every byte and the end-of-text token
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 AddBos = Literal["auto", True, False]
-TOKENIZER_FILES = (TOKENIZER_JSON, TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja")
+CHAT_TEMPLATE = "chat_template.jinja"
+TOKENIZER_FILES = (TOKENIZER_JSON, TOKENIZER_CONFIG, "special_tokens_map.json", CHAT_TEMPLATE)
 LONGEST_RUN = 256
 PIECE_CHARACTERS = 1 << 20  # the library takes about 200 bytes of memory for each one it encodes at a time
 _LONG_RUN = re.compile(rf"(\S{{{LONGEST_RUN}}})\S+|(\s{{{LONGEST_RUN}}})\s+")
@@ -64,13 +65,13 @@ class LoadedTokenizer:
 
     def _encode_in_pieces(self, text: str) -> np.ndarray:
         pieces: list[np.ndarray] = []
-        for piece in _pieces(text):
+        for piece in cut_pieces(text):
             ids = self.tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0].ids
             pieces.append(np.array(ids if pieces else self._begun(ids), dtype=np.int32))
         return np.concatenate([*pieces, np.array([self.eos_id], dtype=np.int32)])
 
 
-def _pieces(text: str) -> Iterator[str]:
+def cut_pieces(text: str) -> Iterator[str]:
     start = 0
     while len(text) - start > PIECE_CHARACTERS:
         end = _cut(text, start, start + PIECE_CHARACTERS)

@@ -14,10 +14,14 @@ def run_prepare(config: PrepareConfig, console: Console) -> Path:
     manifest, state = prepared.manifest, "already prepared" if prepared.already_prepared else "prepared"
     splits = ", ".join(f"{name} {split.num_tokens:,} tokens" for name, split in manifest.splits.items())
     lines = [f"{prepared.folder}: {state}, {manifest.num_documents:,} documents, {splits}"]
-    if manifest.tokenizer.bos_ids:
+    if manifest.tokenizer.bos_ids and not config.is_chat:
         lines.append(f"every document begins with the tokenizer's own {list(manifest.tokenizer.bos_ids)}")
     if manifest.stopped_at_max_bytes:
         lines.append(f"stopped at max_bytes = {manifest.settings['max_bytes']:,}: there are more documents")
+    for name, split in manifest.splits.items():
+        if split.num_counted is not None:
+            lines.append(f"{name}: the loss counts {split.num_counted:,} of its tokens ({config.counted_part})")
+    lines += [f"remarked: {line}" for line in skip_lines(manifest.remarks)]
     lines += [f"skipped: {line}" for line in skip_lines(manifest.skipped) or ["nothing"]]
     console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
     return Path(prepared.folder)

@@ -188,7 +188,7 @@ def test_a_folder_whose_files_are_all_passed_over_says_what_to_do(tmp_path: Path
     with pytest.raises(DataError, match=r"skipped: 1 json_lines_not_read_as_text .*set document_format=jsonl"):
         prepare(config(tmp_path / "chats", tmp_path / "data", document_format="text"))
     (tmp_path / "chats" / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "hello"}]}')
-    with pytest.raises(DataError, match=r"skipped: 1 chat_messages .*chats are not read: write each with its chat tem"):
+    with pytest.raises(DataError, match=r"skipped: 1 chat_messages .*for chats set document_format=chat"):
         prepare(config(tmp_path / "chats", tmp_path / "data"))
 
 

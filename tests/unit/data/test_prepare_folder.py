@@ -11,6 +11,7 @@ import pytest
 
 from elastic.data import manifest as manifest_module
 from elastic.data import prepare as prepare_module
+from elastic.data import splits as splits_module
 from elastic.data.manifest import DataError, Manifest, checked_manifest, read_manifest
 from elastic.data.prepare import prepare
 from elastic.data.stream import TokenStream
@@ -103,7 +104,7 @@ def test_kill_leaves_nothing_that_looks_whole(
 
     process = os.fork()
     if process == 0:
-        monkeypatch.setattr(prepare_module, step, kill)
+        monkeypatch.setattr(prepare_module if hasattr(prepare_module, step) else splits_module, step, kill)
         try:
             prepare(config(source, tmp_path / "data"))
         finally:
@@ -143,8 +144,8 @@ def test_folder_that_appears_meanwhile_is_not_replaced(
             shutil.copytree(path.parent, folder)
         return record_file(path)
 
-    record_file = prepare_module.record_file
-    monkeypatch.setattr(prepare_module, "record_file", another_finishes_first)
+    record_file = splits_module.record_file
+    monkeypatch.setattr(splits_module, "record_file", another_finishes_first)
     with pytest.raises(DataError, match="not empty"):
         prepare(config(source, folder))
     assert "data.json" not in contents(folder)

@@ -108,7 +108,7 @@ BAD: tuple[BadConfig, ...] = (
         PrepareConfig,
         {"document_format": "parquet"},
         1,
-        'document_format = "parquet": must be one of text, lines, jsonl; nearest legal value is text',
+        'document_format = "parquet": must be one of text, lines, jsonl, chat; nearest legal value is chat',
     ),
     (
         PrepareConfig,
