@@ -16,6 +16,8 @@ from elastic.space.space import AxisChoices, Space, SpaceError
 
 TOLERANCE = 0.01  # of the target; ours, as near as a budget should be met
 _GOLDEN_RATIO = 0.6180339887498949  # multiples of it, modulo 1, fall evenly
+Slots = Mapping[Axis, Sequence[int]]  # choices of every slot of an axis
+Step = tuple[Axis, int, int]  # axis, slot, and by how many choices
 
 
 def smallest_subnet(space: Space) -> Subnet:
@@ -102,8 +104,8 @@ def _ratios(space: Space, axes: tuple[Axis, ...], candidates: Tensor, budget: Bu
     return torch.as_tensor(used, dtype=torch.float64).expand(len(candidates)) / budget.limit
 
 
-def _narrowing(space: Space, chosen: Mapping[Axis, Sequence[int]]) -> Iterator[tuple[Axis, int, int]]:
-    """Narrow the per-layer axes by one choice, layer after layer: yield (axis, slot, 1) for every layer that runs."""
+def _narrowing(space: Space, chosen: Slots) -> Iterator[Step]:
+    """Narrow the per-layer axes by one choice, layer after layer of those that run."""
     kept, kinds = space.subnet(chosen).kept_layers, space.parent.pattern.kinds
     for axis, slots in chosen.items():
         if space.axes[axis].per_layer and slots[0] + 1 < len(space.axes[axis].choices):
@@ -114,13 +116,9 @@ def _narrowing(space: Space, chosen: Mapping[Axis, Sequence[int]]) -> Iterator[t
 
 
 def _on_the_way(
-    space: Space,
-    start: Mapping[Axis, Sequence[int]],
-    steps: Iterable[tuple[Axis, int, int]],
-    budget: Budget,
-    deployment: Deployment,
+    space: Space, start: Slots, steps: Iterable[Step], budget: Budget, deployment: Deployment
 ) -> list[Sample]:
-    """Move choices from `start` by steps of (axis, slot, number of choices); return the first and every next subnet."""
+    """Move choices from `start` step by step; return the first subnet and every next one."""
     slots = {axis: list(indices) for axis, indices in start.items()}
     samples = [_sample(space, slots, budget, deployment)]
     for axis, slot, number in steps:
@@ -129,7 +127,7 @@ def _on_the_way(
     return samples
 
 
-def _sample(space: Space, chosen: Mapping[Axis, Sequence[int]], budget: Budget, deployment: Deployment) -> Sample:
+def _sample(space: Space, chosen: Slots, budget: Budget, deployment: Deployment) -> Sample:
     subnet = space.subnet(chosen)
     used = subnet_cost(space.parent, subnet, deployment)
     return Sample(subnet, used, float(used[budget.metric]) / budget.limit)
