@@ -70,6 +70,11 @@ def prepare_start(folder: Path) -> None:
     """Make data, parent and permuted parent under `folder`; runs on one process."""
     write_corpus(folder / "corpus")
     prepare_corpus(folder)
+    train_start(folder)
+
+
+def train_start(folder: Path) -> None:
+    """Make parent and permuted parent from the prepared data in folder/data; runs on one process."""
     data = dict(path=str(folder / "data"), micro_batch=1, validation_sequences=4)
     trainer = dict(log_every_n_steps=5, val_check_interval=100, checkpoint_every_n_steps=100)
     pretrain = dict(

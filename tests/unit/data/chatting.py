@@ -143,9 +143,9 @@ WORDS = [
 ]
 
 
-def write_tokenizer(folder: Path, template: str | None) -> Path:
+def write_tokenizer(folder: Path, template: str | None, vocab_size: int = 400) -> Path:
     """Train a tokenizer with the special tokens of all templates, and give it one of them."""
-    train_tokenizer([" ".join(WORDS) * 3, *TEMPLATES.values()], 400, folder)
+    train_tokenizer([" ".join(WORDS) * 3, *TEMPLATES.values()], vocab_size, folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in PLAIN_TOKENS])

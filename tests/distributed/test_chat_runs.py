@@ -1,0 +1,37 @@
+"""A run on chats: a parent, its family, validation; the same numbers with one replica as with two."""
+
+from pathlib import Path
+
+import pytest
+
+from elastic.data.prepare import prepare
+from elastic.data.prepare_config import PrepareConfig
+from tests.distributed.harness import run_distributed
+from tests.distributed.training import CURRICULUM, rows, split_values, train, train_start
+from tests.unit.data.chatting import QWEN, conversations, unmarked, write_chats, write_tokenizer
+
+
+def prepare_chats(folder: Path) -> None:
+    """Prepare chats of which only the last answers count, so that sequences without any are met; train the start."""
+    tokenizer = write_tokenizer(folder / "tokenizer", unmarked(QWEN), vocab_size=300)
+    source = write_chats(folder / "chats.jsonl", conversations("qwen", 120))
+    data = dict(output_dir=str(folder / "data"), paths=[str(source)], validation_ratio=0.2)
+    prepare(PrepareConfig(**data, document_format="chat", tokenizer_path=str(tokenizer), loss_on="last_response"))
+    train_start(folder)
+
+
+def test_chats_train_a_family_alike_at_one_and_two_replicas(tmp_path: Path) -> None:
+    run_distributed(prepare_chats, 1, tmp_path)
+    short = [dict(CURRICULUM[0], steps=3)]
+    trainer = dict(log_every_n_steps=1, val_check_interval=3, checkpoint_every_n_steps=100)
+    for name, replicas in (("one", 1), ("two", 2)):
+        run_distributed(train, replicas, split_values(tmp_path, name, curriculum=short, trainer=trainer))
+    one, two = rows(tmp_path, "one"), rows(tmp_path, "two")
+    assert one.keys() == two.keys() == {1, 2, 3}
+    for step in one:
+        assert 0 < one[step]["counted_tokens"] < 8 * 32
+        assert one[step]["counted_tokens"] == two[step]["counted_tokens"]
+        for key, value in one[step].items():  # the router's losses, too: its gradients are divided by what counts
+            if isinstance(value, float):
+                assert two[step][key] == pytest.approx(value, rel=1e-4, abs=1e-6), (step, key)
+    assert 0 < one[3]["validation/counted_tokens"] < 4 * 32
