@@ -2,6 +2,7 @@
 
 import os
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,20 @@ def fixed_seeds() -> None:
     torch.manual_seed(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def started_s() -> float:
+    """Return when the tests began."""
+    return time.monotonic()
+
+
+@pytest.fixture(autouse=True)
+def in_time(request: pytest.FixtureRequest, started_s: float) -> None:
+    """Skip what `--seconds` leaves no time for."""
+    seconds = request.config.getoption("--seconds")
+    if seconds is not None and time.monotonic() - started_s > seconds:
+        pytest.skip(f"left out: the {seconds:.0f} s of this run (--seconds) are over")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` where there is no CUDA device."""
     if torch.cuda.is_available():
@@ -36,9 +51,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="marked gpu: no CUDA device on this machine"))
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let the golden losses be rewritten on purpose."""
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Let the golden losses be rewritten on purpose, and a run end in time; do without pytest-timeout if need be."""
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/*.txt from this run")
+    parser.addoption("--seconds", type=float, help="skip what has not begun so many seconds after the start")
+    if not pluginmanager.hasplugin("timeout"):
+        parser.addini("timeout", "seconds for one test, held by pytest-timeout where that is installed")
 
 
 @pytest.fixture(scope="session")

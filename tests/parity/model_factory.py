@@ -241,7 +241,7 @@ class Outcome:
 def cotangent(logits: Tensor) -> Tensor:
     """Return fixed weights of the logits, so that every logit matters differently to the loss."""
     weights = torch.empty(logits.shape, dtype=torch.float64)
-    return weights.normal_(generator=torch.Generator().manual_seed(3)).to(logits.dtype)
+    return weights.normal_(generator=torch.Generator().manual_seed(3)).to(logits)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -1,16 +1,20 @@
 """The folders that legal configs name, and the way to a bad config's problems."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from tests.unit.config.configs import ProblemsOf, written_manifest, written_record
+if TYPE_CHECKING:  # else inside the fixtures: it needs Hydra, and the kernels' tests run on machines without
+    from tests.unit.config.configs import ProblemsOf
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with everything that INPUTS names, and parents permuted for other lanes."""
+    from tests.unit.config.configs import written_manifest, written_record
+
     place = tmp_path_factory.mktemp("inputs")
     written_manifest(place / "text")
     (place / "folder").mkdir()
@@ -31,6 +35,8 @@ def in_folders(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def problems_of(in_folders: None, monkeypatch: pytest.MonkeyPatch) -> ProblemsOf:
+def problems_of(in_folders: None, monkeypatch: pytest.MonkeyPatch) -> "ProblemsOf":
     """Return what finds the problems of a changed config on the way the recipes go."""
+    from tests.unit.config.configs import ProblemsOf
+
     return ProblemsOf(monkeypatch)
