@@ -14,12 +14,12 @@ export TOKENIZERS_PARALLELISM := false
 ifeq ($(wildcard /dev/nvidia0),)
 export TORCHDYNAMO_DISABLE := 1
 endif
-smoke check test: export HF_HUB_OFFLINE := 1
+smoke check test gpu: export HF_HUB_OFFLINE := 1
 check test: export OMP_NUM_THREADS := 1
-benchmark: export PYTHONWARNINGS := ignore
-benchmark: export KINETO_LOG_LEVEL := 99
+benchmark gpu: export PYTHONWARNINGS := ignore
+benchmark gpu: export KINETO_LOG_LEVEL := 99
 
-.PHONY: help setup smoke check test lint benchmark docker clean
+.PHONY: help setup smoke check test lint benchmark gpu docker clean
 .DEFAULT_GOAL := help
 
 help: ## list these commands
@@ -59,6 +59,15 @@ endif
 
 benchmark: setup ## measure the ratios that docs/speed.md states
 	"$(PY)" recipes/benchmark.py
+
+# Without the plugins of `make setup`: a machine with a GPU may have none of it. Tests first, which end in time.
+GPU_SECONDS ?= 480
+GPU_JSON ?= runs/gpu.json
+gpu: setup ## test and measure on this machine's GPU, in $(GPU_SECONDS) s: GPU_SECONDS=N, GPU_JSON=FILE (runs/gpu.json)
+	@started=$$(date +%s); tests=0; \
+	"$(PY)" -m pytest -p no:cacheprovider --seconds $$(($(GPU_SECONDS) / 2)) tests/unit/kernels tests/gpu || tests=$$?; \
+	"$(PY)" recipes/benchmark.py --only gpu --json "$(GPU_JSON)" \
+		--seconds $$(($(GPU_SECONDS) - 30 - $$(date +%s) + started)) && exit $$tests
 
 docker: ## build the container image (IMAGE=elastic; BASE_IMAGE=... for another base)
 	docker build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) --tag $(IMAGE) .

@@ -2,7 +2,9 @@
 
 Hardware: two CPU cores, 16 GiB memory and 25 GB of disk for the last two parts. Time: about 15 minutes. `--only PART`
 runs one part, `--rounds` sets how often every case of the first two runs. `--only full_size --where FOLDER` imports
-the whole 12B and extracts a 6B: 75 GB of disk, about 10 minutes; it is no part of the others.
+the whole 12B and extracts a 6B: 75 GB of disk, about 10 minutes; it is no part of the others. `--only gpu` measures
+one GPU (`make gpu`) for about `--seconds`, all of it in `--json FILE`; its code is tried out on a CPU with
+`TRITON_INTERPRET=1 ... --only gpu --device cpu --tiny`.
 """
 
 import argparse
@@ -15,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from elastic.world.groups import Layout, world
-from recipes.benchmarks import conversion, execution, full_size, kl, serving
+from recipes.benchmarks import conversion, execution, full_size, gpu, kl, serving
 from recipes.benchmarks._precisions import timed_precisions
 
 PARTS = ("execution", "kl", "conversion", "serving")
@@ -88,13 +90,34 @@ def full_size_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def measure_gpu(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Measure one GPU, or try the code out on a CPU; print the tables, write the file."""
+    has_gpu = torch.cuda.is_available()
+    if has_gpu != (arguments.device == "cuda"):
+        remedy = "hide it: CUDA_VISIBLE_DEVICES=" if has_gpu else "--device cpu --tiny tries the code out"
+        parser.error(f"--device {arguments.device}: there is {'a' if has_gpu else 'no'} CUDA device; {remedy}")
+    if not has_gpu and os.environ.get("TRITON_INTERPRET") != "1":  # Triton is imported already
+        parser.error("--device cpu: kernels run in Triton's interpreter there; start with TRITON_INTERPRET=1 in front")
+    report = gpu.run(torch.device(arguments.device), arguments.seconds, arguments.rounds, arguments.tiny)
+    if arguments.json is not None:
+        gpu.write(report, arguments.json)
+    gpu.show(report, Console(width=120))
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=(*PARTS, "full_size"))
+    parser.add_argument("--only", choices=(*PARTS, "full_size", "gpu"))
     parser.add_argument("--where", type=Path, help="folder that full_size works in (default: for temporary files)")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=300.0, help="of gpu; later cases are left out")
+    parser.add_argument("--json", type=Path, help="file that gpu writes everything to")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="of gpu")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try out gpu")
     arguments = parser.parse_args()
+    if arguments.only == "gpu":
+        measure_gpu(arguments, parser)
+        return
     # One thread: on a small machine two threads measure the scheduler as much as the code.
     torch.set_num_threads(1)
     console = Console()

@@ -54,19 +54,17 @@ def widths(full: int, num_choices: int, multiple: int) -> tuple[int, ...]:
 
 
 def elastic_space(shape: ModelShape, num_choices: int) -> Space:
-    """Return a space with up to `num_choices` on every axis."""
-    layers = len(shape.pattern)
-    return Space(
-        shape,
-        {
-            Axis.HIDDEN: AxisChoices(widths(shape.hidden, num_choices, 16)),
-            Axis.FFN: AxisChoices(widths(shape.ffn[0], num_choices, 8), per_layer=True),
-            Axis.MAMBA_HEAD: AxisChoices(widths(shape.mamba_heads[0], num_choices, shape.mamba_groups)),
-            Axis.MAMBA_CHANNEL: AxisChoices(widths(shape.head_channels, num_choices, 4)),
-            Axis.ATTENTION_HEAD: AxisChoices(widths(shape.attention_heads[0], num_choices, shape.kv_heads)),
-            Axis.DEPTH: AxisChoices(widths(layers, num_choices, 1)),
-        },
-    )
+    """Return a space with up to `num_choices` on every axis that the shape's layers have."""
+    axes = {
+        Axis.HIDDEN: AxisChoices(widths(shape.hidden, num_choices, 16)),
+        Axis.FFN: AxisChoices(widths(shape.ffn[0], num_choices, 8), per_layer=True),
+        Axis.MAMBA_HEAD: AxisChoices(widths(shape.mamba_heads[0], num_choices, shape.mamba_groups)),
+        Axis.MAMBA_CHANNEL: AxisChoices(widths(shape.head_channels, num_choices, 4)),
+        Axis.DEPTH: AxisChoices(widths(len(shape.pattern), num_choices, 1)),
+    }
+    if shape.attention_heads:
+        axes[Axis.ATTENTION_HEAD] = AxisChoices(widths(shape.attention_heads[0], num_choices, shape.kv_heads))
+    return Space(shape, axes)
 
 
 def soft_gates(space: Space) -> Gates:

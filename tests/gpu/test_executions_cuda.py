@@ -1,4 +1,4 @@
-"""The model on a GPU with its own kernels: against PyTorch's, mask against slice, Transformer Engine against SDPA."""
+"""The model on a GPU with what is installed there: against PyTorch's kernels, mask against slice, attentions."""
 
 import copy
 from collections.abc import Iterator
@@ -52,8 +52,6 @@ TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 4e-2}  # TF32 and bf16 matrix 
 
 @pytest.fixture(scope="module", autouse=True)
 def process_groups() -> Iterator[None]:
-    pytest.importorskip("transformer_engine.pytorch", reason="Transformer Engine is not installed (`gpu` extra)")
-    pytest.importorskip("mamba_ssm", reason="mamba-ssm is not installed (`gpu` extra)")
     torch.cuda.set_device(0)
     with one_process("nccl"):
         yield
@@ -95,7 +93,7 @@ def test_soft_gates_on_the_gpu_equal_the_cpu_kernels() -> None:
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("index", range(len(choices_to_test(SPACE))))
 def test_pieces_through_the_caches_equal_one_pass(index: int, dtype: torch.dtype) -> None:
-    """Transformer Engine and the chunked scan in one pass; SDPA, step kernels and products on views in pieces."""
+    """The training kernels in one pass; SDPA, step kernels and products on views in pieces."""
     model = build_lively(SPACE, Layout(dtype=dtype), cuda_kernels()).eval()
     subnet, tokens = SPACE.subnet(choices_to_test(SPACE)[index]), tokens_for(SPACE.parent, length=96).cuda()
     gates, device = Gates.slice(subnet), torch.device("cuda")
@@ -120,6 +118,7 @@ def test_recompute_in_bf16_changes_nothing() -> None:
 @pytest.mark.parametrize("heads", [8, 4, 2])
 def test_transformer_engine_attends_with_fewer_query_heads(heads: int) -> None:
     """Built for 8 query heads, called with fewer on the same 2 KV heads, as the slice execution does."""
+    pytest.importorskip("transformer_engine.pytorch", reason="Transformer Engine is not installed (`gpu` extra)")
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
     shape = SPACE.parent

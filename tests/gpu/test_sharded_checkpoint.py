@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from recipes._tiny_family import prepare_corpus
-from tests.distributed.training import place, write_corpus
+from elastic.model.backends import ADAM, missing_parts
 
 pytestmark = pytest.mark.gpu
 
@@ -33,6 +32,11 @@ run_pretrain(load(PretrainConfig, json.loads(sys.argv[1])), Console(quiet=True))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    for package in ("psutil", "tensorboard", "tokenizers"):
+        pytest.importorskip(package, reason=f"a run needs {package}, which is not installed")
+    from recipes._tiny_family import prepare_corpus
+    from tests.distributed.training import write_corpus
+
     folder = tmp_path_factory.mktemp("sharded")
     write_corpus(folder / "corpus")
     prepare_corpus(folder)
@@ -47,7 +51,7 @@ def pretrain(folder: Path, version: str, sharded: bool, **trainer: Any) -> list[
         optim=dict(use_distributed_optimizer=sharded),
         trainer=dict(precision="bf16", log_every_n_steps=1, checkpoint_every_n_steps=3, **trainer),
         curriculum=[dict(name="pretrain", sequence_length=128, global_batch=4, steps=STEPS, lr=dict(peak=1e-2))],
-        exp_manager=place(folder, version),
+        exp_manager=dict(exp_dir=str(folder), name="run", version=version),
     )
     command = [sys.executable, "-c", PRETRAIN, json.dumps(values)]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=600)
@@ -58,6 +62,8 @@ def pretrain(folder: Path, version: str, sharded: bool, **trainer: Any) -> list[
 @pytest.mark.parametrize("sharded", [False, True], ids=["adam", "adam_sharded"])
 def test_a_resumed_run_goes_on_as_the_uninterrupted_one(folder: Path, sharded: bool) -> None:
     """Kernels add with atomics, so not to the last digit; a state in the wrong place is far off."""
+    if sharded and ADAM in dict(missing_parts()):
+        pytest.skip("states are sharded by the fused Adam of Transformer Engine or apex: neither is installed")
     whole = pretrain(folder, f"whole_{sharded}", sharded)
     pretrain(folder, f"stopped_{sharded}", sharded, max_steps=3)
     resumed = pretrain(folder, f"stopped_{sharded}", sharded)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from elastic.model.state_space import TorchStateSpace
+from elastic.model.backends import SCAN, missing_parts
+from elastic.model.state_space import MambaSsmStateSpace, TorchStateSpace
 from tests.parity.model_factory import relative_error
 
 pytestmark = pytest.mark.gpu
@@ -16,9 +17,9 @@ BATCH, STATE = 2, 32
 
 @pytest.fixture(scope="module")
 def kernels() -> TorchStateSpace:
-    pytest.importorskip("mamba_ssm", reason="mamba-ssm is not installed; it comes with the `gpu` extra")
-    from elastic.model.state_space import MambaSsmStateSpace
-
+    missing = dict(missing_parts())
+    if SCAN in missing:
+        pytest.skip(f"{SCAN.package} does not load: {missing[SCAN]}; it comes with the `gpu` extra")
     return MambaSsmStateSpace(chunk_tokens=64)
 
 
