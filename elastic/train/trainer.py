@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from elastic.checkpoint.record import Record
 from elastic.checkpoint.state import Trainable, TrainingState
+from elastic.data.read_ahead import ReadAhead
 from elastic.data.stream import Batch, PhaseData
 from elastic.router.draw import Chooser, Draw, decide
 from elastic.router.phases import Curriculum, Moment
@@ -87,11 +88,12 @@ class Trainer:
         """Train from `step` to `total_steps`, or until a callback sets `stop_reason`."""
         for callback in self._entered("on_start"):
             callback.on_start(self)
-        while self.step < self.total_steps and self.stop_reason is None:
-            result = self.train_step()
-            self.step += 1
-            for callback in self._entered("after_step"):
-                callback.after_step(self, result)
+        with ReadAhead(self.data.batches, self.curriculum, self.total_steps) as data:
+            while self.step < self.total_steps and self.stop_reason is None:
+                result = self.train_step(data)
+                self.step += 1
+                for callback in self._entered("after_step"):
+                    callback.after_step(self, result)
         for callback in self._entered("on_end"):
             callback.on_end(self)
 
@@ -101,11 +103,11 @@ class Trainer:
             self.progress.enter(self.step, f"{type(callback).__name__}.{method}")
             yield callback
 
-    def train_step(self) -> StepResult:
+    def train_step(self, data: ReadAhead) -> StepResult:
         """Run one optimizer step over the global batch; raises NonFiniteError after too many bad ones in a row."""
         moment, number = self.curriculum.at(self.step), self.step + 1
         self.progress.enter(number, "data and gates")
-        batches = self.data.batches(moment)
+        batches = data.batches(moment)
         # 1. A budget for every micro-batch, and the router's gates for it.
         replica, replicas = self.world.data_rank, self.world.data_size
         draw = None if self.chooser is None else self.chooser.draw(moment, len(batches), replica, replicas)
