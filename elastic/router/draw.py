@@ -87,7 +87,7 @@ class Chooser:
     deployment: Deployment
     settings: RouterSettings
     seed: int
-    _frozen: tuple[ElasticPhase, Mapping[int, Gates]] | None = None
+    _frozen: tuple[ElasticPhase, Mapping[int, Gates]] | None = field(default=None, init=False)
 
     def numbers(self, moment: Moment, num_micro_batches: int, replica: int, replicas: int) -> list[int]:
         """Return which of a step's micro-batches, counted over all replicas, this one runs, in the order it does.
@@ -100,10 +100,14 @@ class Chooser:
         order, places = list(range(in_step)), in_turn(moment, num_micro_batches, replica, replicas)
         if moment.elastic.execution is Execution.SLICE:
             drawn = self._drawn(moment, num_micro_batches, in_step)
-            whole = shape_cost(self.space.parent, self.deployment)
-            sizes = [(budget.limit / float(whole[budget.metric]), index) for index, budget in enumerate(self.budgets)]
-            order.sort(key=lambda number: sizes[budget_of(drawn, number, in_step)])  # of one budget, as they come
+            order.sort(key=lambda number: self._sizes[budget_of(drawn, number, in_step)])  # of one budget, as they come
         return [order[place] for place in places]
+
+    @cached_property
+    def _sizes(self) -> list[tuple[float, int]]:
+        """Of each budget its share of the parent, in its own metric, and its number: no two are equal."""
+        whole = shape_cost(self.space.parent, self.deployment)
+        return [(budget.limit / float(whole[budget.metric]), index) for index, budget in enumerate(self.budgets)]
 
     def _drawn(self, moment: Moment, num_micro_batches: int, in_step: int) -> tuple[int, ...]:
         """Draw the budgets of the step."""
