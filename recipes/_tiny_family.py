@@ -11,7 +11,7 @@ from elastic.config.verbs import ElasticConfig, ImportanceConfig, PretrainConfig
 from elastic.data.prepare import prepare
 from elastic.data.prepare_config import PrepareConfig
 from elastic.verbs.estimate_importance import run_importance
-from elastic.verbs.training import run_elastic, run_pretrain
+from elastic.verbs.training import run_training
 from elastic.world.agent import end_with_agent
 
 MODEL = dict(
@@ -34,7 +34,7 @@ def prepare_tiny_family(folder: Path) -> None:
     quiet = Console(quiet=True)
     phase = dict(name="pretrain", sequence_length=16, global_batch=4, steps=2, lr=dict(peak=3e-3))
     parent = dict(model=MODEL, data=_data(folder), curriculum=[phase], exp_manager=_place(folder, "parent"))
-    run_pretrain(load(PretrainConfig, parent), quiet)
+    run_training(load(PretrainConfig, parent), quiet)
     importance = dict(num_sequences=4, sequence_length=16, micro_batch=4, depth="one_shot", depth_sequences=4)
     permuted = dict(
         init_from=dict(parent=f"{folder}/run/parent"), data=dict(path=f"{folder}/data"), importance=importance,
@@ -82,7 +82,7 @@ def tiny_family_values(folder: Path, version: str) -> dict[str, Any]:
 def train_tiny_family(values: dict[str, Any]) -> None:
     """Run the main job in the calling process, one of torchrun's workers or alone, and say nothing."""
     end_with_agent()
-    run_elastic(load(ElasticConfig, values), Console(quiet=True))
+    run_training(load(ElasticConfig, values), Console(quiet=True))
 
 
 def _data(folder: Path) -> dict[str, Any]:

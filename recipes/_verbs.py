@@ -24,7 +24,7 @@ from elastic.verbs.extract import run_extract
 from elastic.verbs.generate import run_generate
 from elastic.verbs.import_hf import run_import
 from elastic.verbs.prepare_data import run_prepare
-from elastic.verbs.training import run_elastic, run_pretrain
+from elastic.verbs.training import run_training
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Verb:
 
 VERBS = {
     "prepare_data": Verb(PrepareConfig, run_prepare),
-    "pretrain_parent": Verb(PretrainConfig, run_pretrain),
+    "pretrain_parent": Verb(PretrainConfig, run_training),
     "import_hf": Verb(ImportConfig, run_import),
     "estimate_importance": Verb(ImportanceConfig, run_importance),
     "cost": Verb(CostConfig, run_cost, "elastic_12b", columns=100),
     "plan": Verb(PlanConfig, run_plan, columns=118),
-    "train_elastic": Verb(ElasticConfig, run_elastic),
+    "train_elastic": Verb(ElasticConfig, run_training),
     "evaluate": Verb(EvaluateConfig, run_evaluate),
     "extract": Verb(ExtractConfig, run_extract),
     "generate": Verb(GenerateConfig, run_generate),

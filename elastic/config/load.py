@@ -143,6 +143,8 @@ class _Loader:
     def _value(self, hint: Any, given: Any, path: str, remedy: str) -> Any:
         """Convert `given` to what the annotation `hint` says; raises ConfigError."""
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+        if hint is Any:
+            return given
         if origin is Annotated:
             value = self._value(arguments[0], given, path, remedy)
             for extra in arguments[1:]:

@@ -4,6 +4,7 @@ those that take models out of a checkpoint (evaluate, extract, generate) or brin
 A recipe turns its YAML into one of these (load.py), checks it (rules.py) and passes it on.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -281,6 +282,8 @@ class ImportConfig(VerbConfig):
     """recipes/import_hf.py: stock nemotron_h folder to Megatron-Core checkpoint, in one process."""
 
     source: Annotated[str, Required("a Hugging Face folder with config.json and safetensors files")] = ""
+    # Section `elastic` of the run that may follow, as far as it is given: shares become choices for this parent.
+    elastic: Mapping[str, Any] = field(default_factory=dict)
     # The vocabulary is filled up to a multiple of this, as tensor parallelism needs it; exports leave the rows out.
     vocab_multiple: ranges.Vocab = 1
 

@@ -15,7 +15,7 @@ from elastic.config.load import ConfigError
 from elastic.plan.config import PlanConfig
 from elastic.plan.phases import PhasePlan, StepTime, budget_samples
 from elastic.plan.search import Candidate, Found, Rejection, candidate, largest_micro_batch, run_problems, search
-from elastic.verbs.cost import cost_space
+from elastic.verbs.parent import nested_parent
 from elastic.verbs.report_file import check_output, table, write_output
 
 MEMORY = ("parameters", "gradients", "optimizer", "teacher", "teacher_hidden", "activations", "working_set", "logits")
@@ -29,7 +29,7 @@ def run_plan(config: PlanConfig, console: Console) -> dict[str, Any]:
     and OutputError for an output that exists already.
     """
     check_output(config)
-    space = cost_space(config)
+    _, space = nested_parent(config)
     samples = budget_samples(config, space)
     report: dict[str, Any] = {"cluster": asdict(config.cluster), "assumed": asdict(config.plan)}
     # 1. The layout of the config.

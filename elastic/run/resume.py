@@ -27,10 +27,12 @@ CHANGES = "changes"  # accepted ones, in what a checkpoint says of its run
 
 @dataclass(frozen=True)
 class RunStart:
-    """Where a training run writes, the checkpoint it goes on from, and what its own checkpoints say of its inputs."""
+    """Where a training run writes, the checkpoint it goes on from, a family's permuted parent, and what its own
+    checkpoints say of its inputs."""
 
     folder: Path
     checkpoint: Path | None
+    permuted_parent: Path | None
     origin: Mapping[str, Any]
     changes: tuple[Difference, ...] = ()
 
@@ -76,7 +78,7 @@ def open_training_run(
             checkpoint = newest_whole(folder, full=manager.verify_on_resume == "full", world=here, say=say)
             decided_by_rank_0(lambda: check(checkpoint), here)
         decided_by_rank_0(lambda: prepare_run_folder(manager, config_dict(config), resume=resume), here)
-        yield RunStart(folder, checkpoint, origin, tuple(accepted))
+        yield RunStart(folder, checkpoint, permuted_parent, origin, tuple(accepted))
 
 
 def load_run_state(checkpoint: Path, into: Trainable, record: Record) -> int:

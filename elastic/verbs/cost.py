@@ -7,8 +7,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from elastic.checkpoint.find import resolve_checkpoint
-from elastic.checkpoint.record import Record, check_same_shape
 from elastic.config.verbs import CostConfig
 from elastic.hf.config import ExportError, export_warnings, stock_notes
 from elastic.space.axes import AXES, INNER_AXIS
@@ -17,6 +15,7 @@ from elastic.space.reach import TOLERANCE, Sample, sample_subnet, smallest_subne
 from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import Space
 from elastic.verbs.members import subnet_summary
+from elastic.verbs.parent import nested_parent
 from elastic.verbs.report_file import check_output, table, write_output
 
 TENSOR_PARALLEL = (1, 2, 4, 8)  # sizes a submodel is served at
@@ -30,7 +29,7 @@ def run_cost(config: CostConfig, console: Console) -> dict[str, Any]:
     is of another model, OutputError for an output that exists already.
     """
     check_output(config)
-    space, deployment, budgets = cost_space(config), config.elastic.deployment, config.budgets()
+    (_, space), deployment, budgets = nested_parent(config), config.elastic.deployment, config.budgets()
     samples = [sample_subnet(space, budget, deployment) for budget in budgets]
     report = {
         "deployment": asdict(deployment),
@@ -48,16 +47,6 @@ def run_cost(config: CostConfig, console: Console) -> dict[str, Any]:
         console.print(note, highlight=False)
     write_output(config, report, console)
     return report
-
-
-def cost_space(config: CostConfig) -> Space:
-    """Return the space, over the depth ranking of a permuted parent where one is given; raises RecordError."""
-    if config.init_from.permuted_parent is None:
-        return config.space()
-    checkpoint = resolve_checkpoint(config.init_from.permuted_parent)
-    record = Record.read(checkpoint)
-    check_same_shape(config.model.shape(), record.shape, checkpoint)
-    return config.space(record.depth_ranking)
 
 
 def start_cost(space: Space, deployment: Deployment) -> Cost:

@@ -1,10 +1,13 @@
 """The verb import_hf: a stock nemotron_h folder becomes a Megatron-Core checkpoint of an (unordered) parent."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml  # type: ignore[import-untyped]
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
@@ -13,17 +16,27 @@ from elastic.checkpoint.contents import writing_folder
 from elastic.checkpoint.find import checkpoint_folder, list_checkpoints
 from elastic.checkpoint.record import Record
 from elastic.checkpoint.stream import save_streamed, stored_bytes
+from elastic.config.load import ConfigError, config_dict, load_with_problems
 from elastic.config.rules_layout import nearest_divisor
-from elastic.config.verbs import ImportConfig
+from elastic.config.sections import ElasticSection, ModelConfig
+from elastic.config.verbs import ElasticRunConfig, ImportConfig
 from elastic.hf.export_settings import write_export_settings
 from elastic.hf.folder import CONFIG_FILE, GENERATION_FILE, HfFolder, open_hf_folder
 from elastic.hf.names import HfTensorError, hf_names, megatron_source
 from elastic.hf.tensor_index import INDEX_FILE
-from elastic.run.folder import RunFolderError, open_run_folder
+from elastic.run.folder import FAMILY_FILE, RunFolderError, open_run_folder
 from elastic.space.layers import parameter_names
 from elastic.space.nesting import parameter_size
-from elastic.verbs.parent import DEFAULT_LANES
+from elastic.space.shape import ModelShape, ShapeError
+from elastic.verbs.parent import DEFAULT_LANES, fill_from_parent, model_values
 from elastic.world.files import check_free_space, remove
+
+FAMILY_HEAD = """# @package _global_
+# What a family of this parent may be, to edit. Any field of conf/train_elastic.yaml can be added.
+# Command:  python recipes/train_elastic.py --config-dir=THIS_FOLDER --config-name=family data.path=... \
+#           init_from.permuted_parent=...
+defaults: [train_elastic, _self_]
+"""
 
 
 def run_import(config: ImportConfig, console: Console) -> Path:
@@ -45,13 +58,15 @@ def run_import(config: ImportConfig, console: Console) -> Path:
     total = stored_bytes(shape, dtypes)
     written = sum(path.stat().st_size for path in writing_folder(checkpoint).glob("*"))
     check_free_space(checkpoint, total - written, "the checkpoint")
-    read = megatron_source(source.tensors, source.shape)
+    read, offered = megatron_source(source.tensors, source.shape), family_sections(config, shape)
     with open_run_folder(config.exp_manager, asdict(config), None, resume=True) as folder:
         if list_checkpoints(folder):
             raise RunFolderError(
                 f"{folder} holds a whole checkpoint already. Choose another exp_manager.version, or set "
                 f"exp_manager.overwrite=true to replace it"
             )
+        if offered is not None:
+            (folder / FAMILY_FILE).write_text(f"{FAMILY_HEAD}{yaml.safe_dump(offered, sort_keys=False)}")
         try:
             with transfer_progress(console) as bar:
                 task = bar.add_task("importing", total=total)
@@ -72,10 +87,32 @@ def run_import(config: ImportConfig, console: Console) -> Path:
     return folder
 
 
+def family_sections(config: ImportConfig, shape: ModelShape) -> dict[str, Any] | None:
+    """Return sections `model` and `elastic` of a run that makes a family of this parent, choices for shares; None where
+    its layers of one kind differ in width, which no such run takes. Raises ConfigError.
+    """
+    try:
+        values = {"model": config_dict(ModelConfig(**model_values(shape))), "elastic": dict(config.elastic)}
+    except ShapeError:
+        return None
+    if isinstance(space := config.elastic.get("space"), Mapping):
+        values["elastic"]["space"] = {**space, "lanes": space.get("lanes") or default_lanes(shape)}
+    filled, problems, _ = fill_from_parent(ElasticRunConfig, values)
+    section, wrong = load_with_problems(ElasticSection, filled["elastic"])
+    if problems or wrong:
+        raise ConfigError((*problems, *(replace(problem, field=f"elastic.{problem.field}") for problem in wrong)))
+    return {"model": values["model"], "elastic": {name: config_dict(section)[name] for name in config.elastic}}
+
+
+def default_lanes(shape: ModelShape) -> int:
+    """Return the lanes nearest to the usual ones that divide the FFN widths."""
+    width = math.gcd(*shape.ffn)
+    return nearest_divisor(DEFAULT_LANES, width) if width % DEFAULT_LANES else DEFAULT_LANES
+
+
 def next_commands(source: HfFolder, run_folder: Path) -> list[str]:
     """Return what to type from here to an exported family, with what this parent needs beside the defaults."""
-    width = math.gcd(*source.shape.ffn)
-    lanes = f" lanes={nearest_divisor(DEFAULT_LANES, width)}" if width % DEFAULT_LANES else ""
+    lanes = "" if (number := default_lanes(source.shape)) == DEFAULT_LANES else f" lanes={number}"
     runs, data = run_folder.parent.parent, "data.path=data/own"
     return [
         "next (the model's sizes come from the checkpoint; space=auto and budgets=thirds or halves fit it):",
@@ -83,6 +120,8 @@ def next_commands(source: HfFolder, run_folder: Path) -> list[str]:
         f"  python recipes/estimate_importance.py {data} init_from.parent={run_folder}{lanes}",
         f"  python recipes/train_elastic.py {data} init_from.permuted_parent={runs}/permuted_parent/version_0",
         f"  python recipes/extract.py init_from.checkpoint={runs}/family/version_0",
+        f"for choices and budgets of your own, edit {run_folder / FAMILY_FILE} and add to train_elastic.py:",
+        f"  --config-dir={run_folder} --config-name={Path(FAMILY_FILE).stem}",
     ]
 
 

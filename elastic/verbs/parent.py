@@ -1,21 +1,22 @@
 """What a config may leave to its parent: the sizes of the model, and choices given as shares of its widths."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from elastic.checkpoint.contents import CheckpointError
 from elastic.checkpoint.find import resolve_checkpoint
-from elastic.checkpoint.record import Record, RecordError
+from elastic.checkpoint.record import Record, RecordError, check_same_shape
 from elastic.config.load import NOT_GIVEN, Problem, load_with_problems
 from elastic.config.sections import ModelConfig, ParallelConfig
-from elastic.config.verbs import CostConfig, ElasticRunConfig
+from elastic.config.verbs import CostConfig, ElasticConfig, ElasticRunConfig
 from elastic.hf.config import export_warnings
 from elastic.space.axes import AXES, INNER_AXIS, Axis, LayerKind
 from elastic.space.shape import ModelShape, ShapeError
 from elastic.space.space import AxisChoices, Space
+from elastic.world.groups import World
 
 DEFAULT_LANES = 8
 # A choice may lie this share of the full width beside what was asked for, if kernels like it better there. Ours.
@@ -54,7 +55,14 @@ def fill_from_parent(
     section = _section(values, "elastic", "space")
     if not section:
         return filled, tuple(problems), unknown
-    shared = [Axis(name) for name, axis in section.items() if _has_shares(name, axis)]
+    axes = {name: axis for name, axis in section.items() if name in list(Axis) and isinstance(axis, Mapping)}
+    # An override of choices leaves the shares of the file beside them: choices win.
+    chosen = {name: axis for name, axis in axes.items() if axis.get("choices")}
+    section = {
+        **section,
+        **{name: {key: axis[key] for key in axis if key != "shares"} for name, axis in chosen.items()},
+    }
+    shared = [Axis(name) for name in axes if "shares" in section[name]]
     lanes = section.get("lanes") or (DEFAULT_LANES if record is None else record.lanes)
     space = dict(section) | dict.fromkeys(shared) | {"lanes": lanes}
     if shared and "elastic" not in unknown:
@@ -64,6 +72,23 @@ def fill_from_parent(
         unknown |= frozenset() if made or not found else {"elastic"}
     filled["elastic"] = {**values["elastic"], "space": space}
     return filled, tuple(problems), unknown
+
+
+def nested_parent(
+    config: ElasticConfig | CostConfig, world: World | None = None, say: Callable[[str], object] = lambda text: None
+) -> tuple[Path | None, Space]:
+    """Return the permuted parent's checkpoint (None: none is given) and the space over its depth ranking.
+
+    Verified as the config says where a `world` will read the weights, else by sizes. Raises CheckpointError and, for a
+    parent of other sizes than section `model`, RecordError.
+    """
+    if config.init_from.permuted_parent is None:
+        return None, config.space()
+    full = world is not None and config.init_from.verify == "full"
+    checkpoint = resolve_checkpoint(config.init_from.permuted_parent, full=full, world=world, say=say)
+    record = Record.read(checkpoint)
+    check_same_shape(config.model.shape(), record.shape, checkpoint)
+    return checkpoint, config.space(record.depth_ranking)
 
 
 def model_values(shape: ModelShape) -> dict[str, Any]:
@@ -152,15 +177,10 @@ def _made_choices(
     for axis in sorted(axes, key=list(Axis).index):  # channels come after the heads that they multiply
         if space.full_width(axis) and (heads or axis is not Axis.MAMBA_CHANNEL):  # else no layer has it
             choices = choices_by_share(axis, section[axis]["shares"], space, parallel, heads)
-            made[axis.value] = {key: value for key, value in section[axis].items() if key != "shares"}
-            made[axis.value]["choices"] = choices
+            made[axis.value] = {**section[axis], "choices": choices}
+            del made[axis.value]["shares"]
             heads = choices if axis is Axis.MAMBA_HEAD else heads
     return made, []
-
-
-def _has_shares(name: str, axis: object) -> bool:
-    """Tell whether an axis is given by shares; choices, where somebody gave both, win."""
-    return name in list(Axis) and isinstance(axis, Mapping) and "shares" in axis and not axis.get("choices")
 
 
 def _are_shares(value: object) -> bool:

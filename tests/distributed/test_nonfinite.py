@@ -25,7 +25,7 @@ from elastic.train.optimizer import (
 )
 from elastic.train.pipeline import PipelineRunner
 from elastic.train.trainer import Callback
-from elastic.verbs.training import run_elastic
+from elastic.verbs.training import run_training
 from elastic.world.groups import Layout, join_world
 from tests.distributed.elastic_step import tiny_space
 from tests.distributed.harness import DistributedRunError, run_distributed
@@ -102,7 +102,7 @@ def trained_tensors(trainer):
 
 def train_poisoned(values, deeds):
     watch = PoisonAndWatch(deeds)
-    run_elastic(load(ElasticConfig, values), Console(quiet=True), [watch])
+    run_training(load(ElasticConfig, values), Console(quiet=True), [watch])
     moved = []
     for before, after in zip(watch.states, watch.states[1:], strict=False):
         moved.append({kind for kind in after if not same(before[kind], after[kind])})

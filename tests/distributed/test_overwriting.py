@@ -32,7 +32,7 @@ from elastic.verbs.extract import run_extract
 from elastic.verbs.generate import run_generate
 from elastic.verbs.import_hf import run_import
 from elastic.verbs.report_file import OutputError
-from elastic.verbs.training import run_elastic, run_pretrain
+from elastic.verbs.training import run_training
 from tests.distributed.harness import DistributedRunError, run_distributed
 from tests.distributed.training import BUDGETS, MODEL, SPACE, elastic_values
 from tests.parity.hf_models import tiny
@@ -68,8 +68,8 @@ def values_of(start, verb, target):
 
 
 VERBS = {
-    "pretrain_parent": (PretrainConfig, run_pretrain, RunFolderError),
-    "train_elastic": (ElasticConfig, run_elastic, RunFolderError),
+    "pretrain_parent": (PretrainConfig, run_training, RunFolderError),
+    "train_elastic": (ElasticConfig, run_training, RunFolderError),
     "estimate_importance": (ImportanceConfig, run_importance, RunFolderError),
     "evaluate": (EvaluateConfig, run_evaluate, RunFolderError),
     "generate": (GenerateConfig, run_generate, OutputError),
@@ -118,7 +118,7 @@ def test_a_verb_refuses_a_place_that_holds_something_and_names_the_way_out(raise
 
 
 def train_into(values):
-    run_elastic(load(ElasticConfig, values), Console(quiet=True))
+    run_training(load(ElasticConfig, values), Console(quiet=True))
 
 
 def test_training_does_not_go_on_from_what_another_verb_wrote(start):

@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from elastic.config.load import config_dict
 from elastic.config.rules_layout import Cluster
 from elastic.config.sections import ModelConfig
+from elastic.config.training import ElasticConfig
 from elastic.verbs.inputs import load_run
+from recipes._common import CONF
 from recipes._tiny_family import prepare_corpus
 from recipes._verbs import VERBS
 from tests.distributed.harness import run_distributed
@@ -98,3 +102,19 @@ def test_the_import_says_what_to_type_next(folder: Path, shown: dict[str, str]) 
     for verb, arguments in printed:
         # The page leaves out the version, of which a new run has one; the screen names the very folder.
         assert set(arguments.replace("/version_0", "").split()) <= set(documented[verb]), verb
+
+
+def test_the_import_offers_a_run_that_is_what_the_defaults_give(folder: Path, shown: dict[str, str]) -> None:
+    run = folder / "runs" / "imported" / "version_0"
+    assert f"--config-dir={run.relative_to(folder)} --config-name=family" in shown["import_hf"]
+    given = (f"data.path={folder}/data/own", f"init_from.permuted_parent={folder}/runs/permuted_parent")
+    overrides = [f"++{text}" for text in (*given, f"exp_manager.exp_dir={folder}/other", *SHORTER["train_elastic"])]
+    with initialize_config_dir(config_dir=str(CONF), version_base=None):
+        found = []
+        for name, where in (("train_elastic", ()), ("family", (f"hydra.searchpath=[file://{run}]",))):
+            values: Any = OmegaConf.to_container(compose(name, [*overrides, *where]), throw_on_missing=False)
+            found.append((values, config_dict(load_run(ElasticConfig, values, Cluster(), is_main=True))))
+    (_, by_default), (offered, loaded) = found
+    assert offered["model"]["pattern"] == "M-M*-M-" and offered["model"]["hidden"] == 64
+    assert offered["elastic"]["space"]["hidden"]["choices"] == [64, 56, 48, 40, 32]
+    assert loaded == by_default

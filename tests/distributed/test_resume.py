@@ -19,7 +19,7 @@ from elastic.config.verbs import ElasticConfig
 from elastic.train.callbacks import SaveCheckpoints
 from elastic.train.nonfinite import SkippedSteps
 from elastic.train.trainer import Callback
-from elastic.verbs.training import run_elastic
+from elastic.verbs.training import run_training
 from tests.distributed.harness import DistributedRunError, run_distributed
 from tests.distributed.training import (
     elastic_values,
@@ -203,7 +203,7 @@ class StopAfter(Callback):
 
 
 def train_until(values, step):
-    run_elastic(load(ElasticConfig, values), Console(quiet=True), [StopAfter(step)])
+    run_training(load(ElasticConfig, values), Console(quiet=True), [StopAfter(step)])
 
 
 def test_a_stop_between_two_log_points_loses_no_step_of_the_log(start, uninterrupted):

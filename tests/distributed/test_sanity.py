@@ -17,7 +17,7 @@ from elastic.space.axes import Axis
 from elastic.space.gates import Gates
 from elastic.train.sanity import Sanity, SanityError
 from elastic.train.trainer import Callback
-from elastic.verbs.training import run_elastic
+from elastic.verbs.training import run_training
 from elastic.world.groups import Layout, join_world
 from tests.distributed.elastic_step import batch, tiny_space
 from tests.distributed.harness import DistributedRunError, run_distributed
@@ -167,7 +167,7 @@ class FlipBit(Callback):
 
 
 def train_flipped(values, what):
-    run_elastic(load(ElasticConfig, values), Console(quiet=True), [FlipBit(what)])
+    run_training(load(ElasticConfig, values), Console(quiet=True), [FlipBit(what)])
 
 
 @pytest.mark.parametrize(("what", "precision"), [("weight", "fp32"), ("main weight", "bf16"), ("Adam exp_avg", "fp32")])

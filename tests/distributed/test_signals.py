@@ -20,7 +20,7 @@ from elastic.train import callbacks
 from elastic.train.evaluation import evaluate_subnets
 from elastic.train.signals import SAME_SIGNAL_S, STOP_FILE_VARIABLE
 from elastic.train.trainer import Callback
-from elastic.verbs.training import run_elastic
+from elastic.verbs.training import run_training
 from recipes._tiny_family import train_tiny_family
 from tests.distributed.harness import DistributedRunError, run_distributed
 from tests.distributed.torchrun import Torchrun
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(values, *more):
-    run_elastic(load(ElasticConfig, values), Console(quiet=True), more)
+    run_training(load(ElasticConfig, values), Console(quiet=True), more)
 
 
 def signal_in_a_save(values, folder):
@@ -86,7 +86,7 @@ class LeaveFile(Callback):
 
 
 def train_until_the_file(values):
-    run_elastic(load(ElasticConfig, values), Console(quiet=True), [LeaveFile()])
+    run_training(load(ElasticConfig, values), Console(quiet=True), [LeaveFile()])
 
 
 def test_the_file_alone_stops_all_ranks(start, tmp_path):

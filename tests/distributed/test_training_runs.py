@@ -28,7 +28,7 @@ from elastic.train.evaluation import LossMeter
 from elastic.train.optimizer import build_optimizer, wrap_for_training
 from elastic.train.pipeline import PipelineRunner
 from elastic.train.trainer import Callback
-from elastic.verbs.training import run_elastic
+from elastic.verbs.training import run_training
 from elastic.world.groups import Layout, join_world
 from tests.distributed.elastic_step import MICRO_BATCH, SEQUENCE, LayoutCase, batch, tiny_space
 from tests.distributed.harness import DistributedRunError, run_distributed
@@ -124,7 +124,7 @@ def counted(log, rank_function, *arguments):
 
 
 def train_and_be_told(values, step):
-    run_elastic(load(ElasticConfig, values), Console(quiet=True), [Told(step)])
+    run_training(load(ElasticConfig, values), Console(quiet=True), [Told(step)])
 
 
 def test_each_sample_of_an_epoch_once_over_three_interruptions_and_dp_1_2_1(start, tmp_path):
@@ -176,7 +176,7 @@ class Groups(Callback):
 
 
 def train_and_look(values, optim):
-    run_elastic(load(ElasticConfig, values), Console(quiet=True), [Groups(optim)])
+    run_training(load(ElasticConfig, values), Console(quiet=True), [Groups(optim)])
 
 
 def test_accepted_settings_of_the_optimizer_are_those_it_computes_with(start):
@@ -212,7 +212,7 @@ class KeepRouter(Callback):
 
 def train_and_keep_router(values):
     kept = KeepRouter()
-    run_elastic(load(ElasticConfig, values), Console(quiet=True), [kept])
+    run_training(load(ElasticConfig, values), Console(quiet=True), [kept])
     return kept.weights, kept.subnets
 
 

@@ -18,7 +18,7 @@ from elastic.config.load import load
 from elastic.config.verbs import ElasticConfig
 from elastic.train.pipeline import PipelineRunner
 from elastic.train.trainer import Callback
-from elastic.verbs.training import run_elastic
+from elastic.verbs.training import run_training
 from elastic.world.groups import Layout, join_world, world
 from elastic.world.watchdog import EXIT_STALLED, Progress, Sign, Watchdog, verdict
 from tests.distributed.harness import DistributedRunError, run_distributed
@@ -62,11 +62,11 @@ class EndRankOne(Callback):
 
 
 def killed(values):
-    run_elastic(load(ElasticConfig, values), Console(quiet=True), [EndRankOne(signal.SIGKILL)])
+    run_training(load(ElasticConfig, values), Console(quiet=True), [EndRankOne(signal.SIGKILL)])
 
 
 def stopped(values):
-    run_elastic(load(ElasticConfig, values), Console(quiet=True), [EndRankOne(signal.SIGSTOP)])
+    run_training(load(ElasticConfig, values), Console(quiet=True), [EndRankOne(signal.SIGSTOP)])
 
 
 @pytest.fixture(scope="module")

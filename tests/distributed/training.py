@@ -20,7 +20,7 @@ from elastic.config.sections import ModelConfig, SpaceConfig
 from elastic.config.verbs import ElasticConfig, ImportanceConfig, PretrainConfig
 from elastic.space.space import Space
 from elastic.verbs.estimate_importance import run_importance
-from elastic.verbs.training import run_elastic, run_pretrain
+from elastic.verbs.training import run_training
 from recipes._tiny_family import prepare_corpus
 
 MODEL = dict(
@@ -81,7 +81,7 @@ def train_start(folder: Path) -> None:
         model=MODEL, data=data, trainer=trainer, exp_manager=place(folder, "parent"),
         curriculum=[dict(name="pretrain", sequence_length=32, global_batch=8, steps=20, lr=dict(peak=3e-3))],
     )  # fmt: skip
-    run_pretrain(load(PretrainConfig, pretrain), Console(quiet=True))
+    run_training(load(PretrainConfig, pretrain), Console(quiet=True))
     importance = dict(
         init_from=dict(parent=str(folder / "run" / "parent")), data=dict(path=str(folder / "data")), lanes=8,
         importance=dict(num_sequences=8, sequence_length=32, micro_batch=4, depth="one_shot", depth_sequences=4),
@@ -119,7 +119,7 @@ def tiny_run_space() -> Space:
 
 def train(values: dict[str, Any]) -> None:
     """Run the main job in the calling process, rank or not."""
-    run_elastic(load(ElasticConfig, values), Console(quiet=True))
+    run_training(load(ElasticConfig, values), Console(quiet=True))
 
 
 class GroupAdam(torch.optim.Optimizer):

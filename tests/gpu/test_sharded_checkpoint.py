@@ -25,8 +25,8 @@ import json, sys
 from rich.console import Console
 from elastic.config.verbs import PretrainConfig
 from elastic.config.load import load
-from elastic.verbs.training import run_pretrain
-run_pretrain(load(PretrainConfig, json.loads(sys.argv[1])), Console(quiet=True))
+from elastic.verbs.training import run_training
+run_training(load(PretrainConfig, json.loads(sys.argv[1])), Console(quiet=True))
 """
 
 

@@ -18,7 +18,7 @@ from elastic.config.verbs import PretrainConfig
 from elastic.data.manifest import REMEDY, DataError
 from elastic.data.prepare import PrepareConfig, prepare
 from elastic.data.stream import TokenStream
-from elastic.verbs.training import run_pretrain
+from elastic.verbs.training import run_training
 
 ROOT = Path(__file__).parents[3]
 NUM_LINES = 300
@@ -213,7 +213,7 @@ def test_folder_with_another_tokenizer_is_refused(copy: Path, tmp_path: Path, ch
 def test_run_refuses_damaged_data_before_any_process_group(copy: Path, tmp_path: Path) -> None:
     cut_data(copy)
     with pytest.raises(DataError, match=r"train\.bin has [\d,]+ bytes, the manifest says"):
-        run_pretrain(PretrainConfig(data=DataConfig(path=str(copy))), Console())
+        run_training(PretrainConfig(data=DataConfig(path=str(copy))), Console())
     assert not torch.distributed.is_initialized()
 
 

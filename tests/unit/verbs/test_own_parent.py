@@ -89,7 +89,8 @@ def own_values(folder: Path, record: Record | None = None, **changes: object) ->
 
 
 def test_the_checkpoint_says_model_lanes_and_choices(tmp_path: Path) -> None:
-    values = own_values(tmp_path, model__init_std=0.5, elastic__space__depth={"choices": [7, 5]})
+    values = own_values(tmp_path, model__init_std=0.5, elastic__space__depth__choices=[7, 5])
+    assert "shares" in values["elastic"]["space"]["depth"], "an override leaves them beside the choices"
     config = load_run(ElasticConfig, values, Cluster(), is_main=True)
     assert config.model.shape() == OWN.shape() and config.model.init_std == 0.5
     space = config.space()

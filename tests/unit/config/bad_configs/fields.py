@@ -186,6 +186,11 @@ BAD: tuple[BadConfig, ...] = (
     (ExtractConfig, {"export.chek": "values"}, 1, 'export.chek = "values": unknown key; did you mean export.check?'),
     (ExtractConfig, {"budget_name": ["small"]}, 1, 'budget_name = ["small"]: unknown key; did you mean budget_names?'),
     (ImportConfig, {"sorce": "folder"}, 1, 'sorce = "folder": unknown key; did you mean source?'),
-    (ImportConfig, {"parallel": {}}, 1, "parallel = {}: unknown key; known here: exp_manager, source, vocab_multiple"),
+    (
+        ImportConfig,
+        {"parallel": {}},
+        1,
+        "parallel = {}: unknown key; known here: exp_manager, source, elastic, vocab_multiple",
+    ),
     (PrepareConfig, {"vocab_sze": 300}, 1, "vocab_sze = 300: unknown key; did you mean vocab_size?"),
 )
