@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from elastic.config.load import config_dict
 from elastic.config.rules_layout import Cluster
 from elastic.config.sections import ModelConfig
-from elastic.config.training import ElasticConfig
+from elastic.config.verbs import ElasticConfig
 from elastic.verbs.inputs import load_run
 from recipes._common import CONF
 from recipes._tiny_family import prepare_corpus

@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import elastic
 from elastic.config.load import load
-from elastic.config.training import ElasticConfig
+from elastic.config.verbs import ElasticConfig
 from elastic.model.cpu_backend import use_cpu_backend
 from elastic.train.trainer import Callback
-from elastic.verbs.training import run_elastic
+from elastic.verbs.training import run_training
 from tests.distributed.harness import run_distributed
 from tests.distributed.training import elastic_values
 
@@ -107,7 +107,7 @@ def train_and_count(values):
     use_cpu_backend()
     synchronize = mock.patch.object(torch.cuda, "synchronize", lambda *_: waits.note("synchronize"))
     with CountCalls(waits), CountReads(waits), synchronize:
-        run_elastic(load(ElasticConfig, values), Console(quiet=True), [Steps(waits)])
+        run_training(load(ElasticConfig, values), Console(quiet=True), [Steps(waits)])
     return {step: dict(places) for step, places in waits.by_step.items()}
 
 
