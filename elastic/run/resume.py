@@ -83,14 +83,11 @@ def open_training_run(
 
 def load_run_state(checkpoint: Path, into: Trainable, record: Record) -> int:
     """Load everything a run goes on with and return its step; the router's inputs follow the names of the budgets."""
-    before = Record.read(checkpoint).family
-    old, new = ([b.name for b in family.budgets] if family else [] for family in (before, record.family))
-    if old == new:
-        state = load_checkpoint(checkpoint, into)
-    else:
-        state = load_checkpoint(checkpoint, Trainable(into.model, into.optimizer))
-        assert into.router is not None
-        load_router(checkpoint, into.router, into.router_optimizer, (old, new))
+    state = load_checkpoint(checkpoint, Trainable(into.model, into.optimizer))
+    if into.router is not None:
+        families = (Record.read(checkpoint).family, record.family)
+        then, now = ([budget.name for budget in family.budgets] if family else [] for family in families)
+        load_router(checkpoint, into.router, into.router_optimizer, (then, now))
     assert state is not None, "a run's own checkpoints always hold their state"
     return state.step
 

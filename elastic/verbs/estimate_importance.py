@@ -65,14 +65,9 @@ def run_importance(config: ImportanceConfig, console: Console) -> Path:
             if here.is_main:
                 tensors = scores.tensors() | ({} if depth is None else depth.tensors())
                 save_ranking(folder / RANKING_FILE, ranking, tensors, origin)
-            permuted = Record(
-                "permuted_parent",
-                record.shape,
-                config.lanes,
-                ranking.depth,
-                config.data.path,
-                provenance=origin | {key: value for key, value in record.provenance.items() if key == LONGEST},
-            )
+            known = origin | {key: value for key, value in record.provenance.items() if key == LONGEST}
+            told = ("permuted_parent", record.shape, config.lanes, ranking.depth, config.data.path)
+            permuted = Record(*told, provenance=known)
             target = checkpoint_folder(folder, 0)
             begin_save(target, Trainable(model), permuted, None, here, start).finish()
             if here.is_main:

@@ -4,7 +4,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -14,9 +13,7 @@ from elastic.data.stream import HeldOut, TokenStream, source_labels
 from elastic.run.folder import open_run_folder
 from elastic.run.world import run_world
 from elastic.space.cost import subnet_cost
-from elastic.space.gates import Gates
-from elastic.space.shape import Subnet
-from elastic.space.space import Space
+from elastic.space.gates import Execution, Gates
 from elastic.train.evaluation import HeldOutLoss, evaluate_subnets
 from elastic.train.pipeline import PipelineRunner
 from elastic.verbs.members import Member, OpenCheckpoint, one_hot_weights, open_checkpoint, subnet_summary
@@ -30,12 +27,11 @@ def run_evaluate(config: EvaluateConfig, console: Console) -> Path:
     """Evaluate and write evaluation.json; returns the run folder."""
     held_out = TokenStream(Path(config.data.path) / "validation")
     with run_world(config) as here:
-        asked = (config.init_from, config.budget_names, config.subnets)
-        opened = open_checkpoint(*asked, world=here, say=console.print)
-        gates = {
-            member.name: member_gates(member.subnet, opened.space, config.execution, here.device)
-            for member in opened.members
-        }
+        opened = open_checkpoint(config.init_from, config.budget_names, config.subnets, world=here, say=console.print)
+        gates = {member.name: Gates.slice(member.subnet) for member in opened.members}
+        if config.execution is Execution.MASK:  # of full size, where the choices contain the widths
+            for name, subnet in ((member.name, member.subnet) for member in opened.members):
+                gates[name] = Gates.mask(one_hot_weights(subnet, opened.space, here.device))
         with open_run_folder(config.exp_manager, asdict(config), here) as folder:
             runner = PipelineRunner(here, opened.load_model(here.layout), DistillConfig(kl_weight=0.0))
             data = HeldOut(held_out, config.sequence_length)
@@ -45,13 +41,6 @@ def run_evaluate(config: EvaluateConfig, console: Console) -> Path:
                 write_json(folder / EVALUATION_FILE, {"checkpoint": str(opened.checkpoint), "members": rows})
                 console.print(evaluation_table(rows))
     return folder
-
-
-def member_gates(subnet: Subnet, space: Space, execution: str, device: torch.device) -> Gates:
-    """Return the gates that run `subnet` by slicing, or by full-size masks where the choices contain its widths."""
-    if execution == "slice":
-        return Gates.slice(subnet)
-    return Gates.mask({axis: weights.to(device) for axis, weights in one_hot_weights(subnet, space).items()})
 
 
 def evaluation_table(rows: list[dict[str, Any]]) -> Table:

@@ -101,24 +101,29 @@ def unescaped(prompt: str) -> str:
 def open_served(config: GenerateConfig, here: World, console: Console) -> Served:
     """Load the checkpoint or the folder, and find the subnets that `config` names."""
     if config.folder is not None:
-        folder, own, source = open_hf_folder(Path(config.folder)), Path(config.folder), config.folder
-        model, settings, named = load_hf_model(folder, here.layout), folder.exports.settings, dict[str, Subnet]()
+        folder, source, named = open_hf_folder(Path(config.folder)), config.folder, dict[str, Subnet]()
+        model = load_hf_model(folder, here.layout)
+        text: tuple[HfSettings, Path | None] = (folder.exports.settings, folder.path)
     else:
         opened = open_checkpoint(config.init_from, _budgets(config), config.subnets, world=here, say=console.print)
         model, source = opened.load_model(here.layout), str(opened.checkpoint)
         named = {member.name: member.subnet for member in opened.members}
-        settings, own = HfSettings(eos_token_id=None), None
-        if config.tokenizer is None:
-            settings, own = text_settings(opened.checkpoint, opened.record)
-        elif (carried := read_export_settings(opened.checkpoint)) is not None:
-            settings = carried.settings
-    path = config.tokenizer or own
+        text = _own_text(config, opened.checkpoint, opened.record)
+    settings, path = text[0], config.tokenizer or text[1]
     assert path is not None, "generate_problems lets nothing without a tokenizer through"
     tokenizer = load_tokenizer(Path(path), parse_special_tokens=True)
     whole = Subnet.full(model.decoder.masks.space.parent)
     ends = settings.end_tokens() or frozenset((tokenizer.eos_id,))
     suppressed = tuple((settings.generation or {}).get("suppress_tokens") or ())
     return Served(source, model.eval(), {WHOLE: whole, **named}, tokenizer, ends, suppressed)
+
+
+def _own_text(config: GenerateConfig, checkpoint: Path, record: Record) -> tuple[HfSettings, Path | None]:
+    """Return settings and tokenizer folder of a checkpoint; a tokenizer that is given keeps only what it carries."""
+    if config.tokenizer is None:
+        return text_settings(checkpoint, record)
+    carried = read_export_settings(checkpoint)
+    return HfSettings(eos_token_id=None) if carried is None else carried.settings, None
 
 
 @torch.no_grad()
@@ -161,7 +166,7 @@ def generate_problems(config: GenerateConfig) -> Iterator[Problem]:
         record = Record.read(checkpoint)
         shape, lanes, field = record.shape, record.lanes, "init_from.checkpoint"
         try:
-            own = None if config.tokenizer is not None else text_settings(checkpoint, record)[1]
+            own = _own_text(config, checkpoint, record)[1]
         except (DataError, ExportSettingsError) as error:
             yield Problem("tokenizer", None, str(error), TOKENIZER_REMEDY)
             return

@@ -162,7 +162,7 @@ def subnet_summary(subnet: Subnet) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(subnet).items()}
 
 
-def one_hot_weights(subnet: Subnet, space: Space) -> dict[Axis, torch.Tensor]:
+def one_hot_weights(subnet: Subnet, space: Space, device: torch.device | None = None) -> dict[Axis, torch.Tensor]:
     """Return exact one-hot weights [slots, K] of a subnet of this space; raises MembersError for one outside it."""
     try:
         chosen = choice_indices(space, subnet)
@@ -172,7 +172,7 @@ def one_hot_weights(subnet: Subnet, space: Space) -> dict[Axis, torch.Tensor]:
     except SpaceError as error:
         raise MembersError([Problem("execution", "mask", str(error), "use execution=slice")]) from error
     return {
-        axis: torch.nn.functional.one_hot(torch.tensor(indices), len(space.axes[axis].choices)).float()
+        axis: torch.nn.functional.one_hot(torch.tensor(indices, device=device), len(space.axes[axis].choices)).float()
         for axis, indices in chosen.items()
     }
 

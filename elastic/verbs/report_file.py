@@ -18,12 +18,10 @@ class OutputError(ConfigError):
 
 def output_file_problems(config: CostConfig | GenerateConfig) -> Iterator[Problem]:
     """Yield a problem if `output` exists and may not be replaced."""
-    if isinstance(config, GenerateConfig):
-        replace, switch = config.overwrite, "overwrite"
-    else:
-        replace, switch = config.exp_manager.overwrite, "exp_manager.overwrite"
-    if config.output is not None and Path(config.output).exists() and not replace:
-        yield Problem("output", config.output, "exists already", f"choose another file, or set {switch}=true")
+    section, prefix = (config, "") if isinstance(config, GenerateConfig) else (config.exp_manager, "exp_manager.")
+    if config.output is not None and Path(config.output).exists() and not section.overwrite:
+        remedy = f"choose another file, or set {prefix}overwrite=true"
+        yield Problem("output", config.output, "exists already", remedy)
 
 
 def check_output(config: CostConfig | GenerateConfig) -> None:
