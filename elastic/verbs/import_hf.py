@@ -33,8 +33,8 @@ from elastic.world.files import check_free_space, remove
 
 FAMILY_HEAD = """# @package _global_
 # What a family of this parent may be, to edit. Any field of conf/train_elastic.yaml can be added.
-# Command:  python recipes/train_elastic.py --config-dir=THIS_FOLDER --config-name=family data.path=... \
-#           init_from.permuted_parent=...
+# Command:  python recipes/train_elastic.py --config-dir=FOLDER --config-name=family data.path=DATA
+#           init_from.permuted_parent=RUN
 defaults: [train_elastic, _self_]
 """
 
@@ -66,7 +66,9 @@ def run_import(config: ImportConfig, console: Console) -> Path:
                 f"exp_manager.overwrite=true to replace it"
             )
         if offered is not None:
-            (folder / FAMILY_FILE).write_text(f"{FAMILY_HEAD}{yaml.safe_dump(offered, sort_keys=False)}")
+            (folder / FAMILY_FILE).write_text(
+                f"{FAMILY_HEAD}{yaml.safe_dump(offered, sort_keys=False, default_flow_style=None)}"
+            )
         try:
             with transfer_progress(console) as bar:
                 task = bar.add_task("importing", total=total)

@@ -109,11 +109,12 @@ def test_the_import_offers_a_run_that_is_what_the_defaults_give(folder: Path, sh
     assert f"--config-dir={run.relative_to(folder)} --config-name=family" in shown["import_hf"]
     given = (f"data.path={folder}/data/own", f"init_from.permuted_parent={folder}/runs/permuted_parent")
     overrides = [f"++{text}" for text in (*given, f"exp_manager.exp_dir={folder}/other", *SHORTER["train_elastic"])]
-    with initialize_config_dir(config_dir=str(CONF), version_base=None):
-        found = []
-        for name, where in (("train_elastic", ()), ("family", (f"hydra.searchpath=[file://{run}]",))):
-            values: Any = OmegaConf.to_container(compose(name, [*overrides, *where]), throw_on_missing=False)
-            found.append((values, config_dict(load_run(ElasticConfig, values, Cluster(), is_main=True))))
+    found = []
+    for name, where in (("train_elastic", CONF), ("family", run)):
+        with initialize_config_dir(config_dir=str(where), version_base=None):
+            cfg = compose(name, [*overrides, f"hydra.searchpath=[file://{CONF}]"])
+        values: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+        found.append((values, config_dict(load_run(ElasticConfig, values, Cluster(), is_main=True))))
     (_, by_default), (offered, loaded) = found
     assert offered["model"]["pattern"] == "M-M*-M-" and offered["model"]["hidden"] == 64
     assert offered["elastic"]["space"]["hidden"]["choices"] == [64, 56, 48, 40, 32]
