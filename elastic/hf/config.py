@@ -97,7 +97,7 @@ def export_warnings(shape: ModelShape, tensor_parallel: int = 1) -> list[str]:
     """List the sizes that stock code computes correctly but GPU kernels serve badly or refuse.
 
     Whole dimensions fill tiles of 64; of one rank's share, convolution channels and rows of in_proj are multiples of 8
-    (or the latter are copied), and what FP8 kernels multiply of 16.
+    (stock code copies the convolution's input else, and products prefer them), and what FP8 kernels multiply of 16.
     """
     padded, ranks, warnings = export_shape(shape), tensor_parallel, []
     on_each = f" on each of {ranks} tensor-parallel ranks" if ranks > 1 else ""
@@ -107,8 +107,8 @@ def export_warnings(shape: ModelShape, tensor_parallel: int = 1) -> list[str]:
         split["mamba heads x channels"] = d_inner
         channels, rows = d_inner + 2 * state, 2 * (d_inner + state) + padded.mamba_heads[0]
         for what, size, so in (
-            ("convolution channels", channels, ", which the causal convolution kernel needs"),
-            ("in_proj rows", rows, ", so the convolution's input is copied"),
+            ("convolution channels", channels, ", which stock code's convolution needs"),
+            ("in_proj rows", rows, ", so stock code copies its convolution's input"),
         ):
             if size % (8 * ranks):
                 warnings.append(f"{what} = {size} is not a multiple of 8{on_each}{so}")

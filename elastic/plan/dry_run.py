@@ -26,11 +26,12 @@ from elastic.model.cpu_backend import use_cpu_backend
 from elastic.model.model import build_model
 from elastic.plan.config import PlanConfig
 from elastic.plan.flops import stage_flops
-from elastic.plan.live import CollectiveBytes, LiveBytes, ProductFlops
+from elastic.plan.live import CollectiveBytes, LiveBytes, MovedBytes, ProductFlops
 from elastic.plan.memory import stage_activation_bytes, stage_memory
+from elastic.plan.moved import Moved, stage_moved
 from elastic.plan.phases import PhasePlan
 from elastic.plan.search import Candidate
-from elastic.plan.stand_ins import STAND_INS
+from elastic.plan.stand_ins import stand_ins
 from elastic.plan.traffic import micro_batch_traffic, step_traffic
 from elastic.plan.work import KernelSet, MicroBatchWork
 from elastic.space.gates import Gates
@@ -51,11 +52,13 @@ def trace_step(
 ) -> dict[str, int]:
     """Build what a training run builds and watch one step of it, on fake tensors or real ones; return what it took.
 
-    Bytes, of collectives by group and operation, and FLOPs of matrix products without the stand-ins'. The activations
-    are what stays on this stage after a forward pass, the peak all that is alive at once during forward and backward.
+    Bytes, of collectives by group and operation, FLOPs of matrix products without the stand-ins', and with stand-ins
+    what all but products and loss reads and writes in how many kernels. The activations are what stays on this stage
+    after a forward pass, the peak all that is alive at once during forward and backward.
     `with_optimizer` builds and steps it too, which asks for values: real tensors only; else it counts 0.
     """
-    kernels = STAND_INS if run.kernels is KernelSet.FUSED else Kernels.choose(torch.device("cpu"))
+    moved = MovedBytes()
+    kernels = stand_ins(moved) if run.kernels is KernelSet.FUSED else Kernels.choose(torch.device("cpu"))
     groups = {"tp": here.groups.tp, "pp": here.groups.pp, "cp": here.groups.cp, "dp": here.groups.dp_cp}
     with LiveBytes() as live:
         # 1. Build: student, teacher, gradient buffers, optimizer.
@@ -67,7 +70,7 @@ def trace_step(
         optimizer = build_optimizer(wrapped, optim, here) if with_optimizer else None
         masters = live.bytes - gradients - 2 * parameters
         wrapped.config.finalize_model_grads_func = _reduce_gradients
-        runner = PipelineRunner(here, wrapped, distill, teacher)
+        runner = _Rehearsed(moved, here, wrapped, distill, teacher)
         if run.layout.sequence:  # it would count as what the first forward pass keeps
             size = [run.tokens // run.batch, run.batch, run.parent.hidden]
             get_global_memory_buffer().get_tensor(size, run.layout.dtype, "mpu")
@@ -75,8 +78,8 @@ def trace_step(
         activations = _held_after_forward(live, wrapped, run, space)
         # 3. The step.
         work = [_micro_batch(run, space) for _ in range(micro_batches)]
-        before = live.bytes
-        with ProductFlops() as products, CollectiveBytes(groups) as collectives:
+        before, moved.part = live.bytes, "layers"
+        with ProductFlops() as products, CollectiveBytes(groups) as collectives, moved:
             work = runner.with_teacher(work)
             teacher_hidden = live.bytes - before
             live.reset_peak()
@@ -85,7 +88,7 @@ def trace_step(
         if optimizer is not None:
             optimizer.step()
         moments = live.bytes - before  # Adam makes them with its first step; from then on they are always there
-    return {
+    seen = {
         "parameters": parameters,
         "gradients": gradients,
         "optimizer": masters + moments,
@@ -93,7 +96,24 @@ def trace_step(
         "activations of one micro-batch": activations,
         "peak": peak + moments,
         "FLOPs": products.flops,
-    } | {" ".join(key): payload for key, payload in collectives.payload.items()}
+    }
+    if run.kernels is KernelSet.FUSED:
+        seen |= {"elementwise bytes": moved.moved["layers"], "kernels": moved.launches["layers"]}
+    return seen | {" ".join(key): payload for key, payload in collectives.payload.items()}
+
+
+class _Rehearsed(PipelineRunner):
+    """Counts what the loss moves apart: on tensors without a GPU it is computed in PyTorch."""
+
+    def __init__(self, moved: MovedBytes, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.moved = moved
+
+    def _student_loss(self, batch: MicroBatch, hidden: Tensor) -> Any:
+        self.moved.part = "loss"
+        found = super()._student_loss(batch, hidden)
+        self.moved.part = "layers"
+        return found
 
 
 @contextmanager
@@ -198,6 +218,9 @@ def comparison(
         "peak": memory.total,
         "FLOPs": count * (flops.matmul if run.kernels is KernelSet.FUSED else flops.total),
     }
+    if run.kernels is KernelSet.FUSED:  # what plain PyTorch moves on a CPU is of no interest
+        moved = sum(stage_moved(run, stage, sums_in_products=False).values(), Moved()) * count
+        planned |= {"elementwise bytes": moved.bytes, "kernels": moved.launches}
     sent = {key: count * payload for key, payload in micro_batch_traffic(run, stage).items()}
     sent |= step_traffic(run, stage, plan.config.optim.use_distributed_optimizer)
     planned |= {" ".join(key): sent[key] for key in sorted(sent) if key != ("dp", "all_gather")}

@@ -4,10 +4,12 @@ Norms, activations, gates and the convolution's taps are left out, as torch's Fl
 Megatron-Core does in its own count. The letters are those of `work`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from elastic.plan.work import KernelSet, LayerWork, MicroBatchWork, ScanSizes
+from elastic.plan.work import KernelSet, LayerWork, MicroBatchWork, ScanSizes, Summed
 from elastic.space.axes import LayerKind
+from elastic.space.cost import shape_cost
+from elastic.world.groups import Layout
 
 # Backward over forward: both gradients of a product. Flash attention computes the scores again (FlashAttention 2,
 # arXiv 2307.08691, section 3.2: 5 products where the forward pass has 2), and so does mamba-ssm's scan.
@@ -15,7 +17,7 @@ _BACKWARD, _FUSED_BACKWARD = 2.0, 2.5
 
 
 @dataclass(frozen=True)
-class Flops:
+class Flops(Summed):
     """One rank's products of one pass over one micro-batch, apart because they run at different speeds."""
 
     matmul: float = 0.0
@@ -26,12 +28,6 @@ class Flops:
     def total(self) -> float:
         """Return all of them."""
         return self.matmul + self.scan + self.attention
-
-    def __add__(self, other: "Flops") -> "Flops":
-        return Flops(self.matmul + other.matmul, self.scan + other.scan, self.attention + other.attention)
-
-    def __mul__(self, factor: float) -> "Flops":
-        return Flops(self.matmul * factor, self.scan * factor, self.attention * factor)
 
 
 def layer_flops(layer: LayerWork) -> Flops:
@@ -76,16 +72,34 @@ def backward_flops(forward: Flops, kernels: KernelSet) -> Flops:
     return Flops(forward.matmul * _BACKWARD, forward.scan * again, forward.attention * again)
 
 
-def stage_flops(run: MicroBatchWork, stage: int, *, recompute: bool = True) -> Flops:
-    """Count one rank of one stage on one micro-batch: the teacher's pass, the student's two, and the loss.
-
-    `recompute` false leaves out what the layout makes a rank do again.
-    """
+def pass_flops(run: MicroBatchWork, stage: int) -> dict[str, Flops]:
+    """Count one rank of one stage on one micro-batch: the teacher's pass, the student's two, recompute, the loss."""
     forward = forward_flops(run, stage)
-    total = forward_flops(run.teacher, stage) + forward + backward_flops(forward, run.kernels)
-    if recompute and run.layout.recompute:
-        total += forward
+    passes = {"teacher": forward_flops(run.teacher, stage), "forward": forward}
+    if run.layout.recompute:
+        passes["recompute"] = forward
+    passes["backward"] = backward_flops(forward, run.kernels)
     if stage == run.layout.pipeline - 1:
         # Student's logits and its two gradients at the kept width, the teacher's logits at the full one.
-        total += Flops(2.0 * run.tokens * run.local_vocab * (3 * run.hidden + run.parent.hidden))
-    return total
+        passes["loss"] = Flops(2.0 * run.tokens * run.local_vocab * (3 * run.hidden + run.parent.hidden))
+    return passes
+
+
+def stage_flops(run: MicroBatchWork, stage: int) -> Flops:
+    """Add up all passes of one rank of one stage on one micro-batch."""
+    return sum(pass_flops(run, stage).values(), Flops())
+
+
+def model_flops(run: MicroBatchWork) -> float:
+    """Return 6 N T + attention of the student on one micro-batch, all ranks together: what MFU counts.
+
+    N are the parameters that are computed, an embedding that only looks up left out; attention is causal, so half of
+    all pairs, as Megatron-Core counts it. Neither the teacher, nor the scan beyond its projections, nor recompute.
+    """
+    shape = run.parent if run.masked else run.subnet.shape(run.parent)
+    parameters = float(shape_cost(shape).params) - (0 if shape.tied_embeddings else shape.vocab * shape.hidden)
+    whole = replace(run, layout=Layout())
+    attention = sum(
+        attention_flops(layer) * count for layer, count in whole.distinct_layers(0) if layer.kind is LayerKind.ATTENTION
+    )
+    return 6.0 * parameters * whole.tokens + 3 * attention

@@ -1,6 +1,6 @@
-"""Count the bytes of tensors that are alive, and of collectives, while real or fake tensors are computed with.
+"""Count the bytes of tensors that are alive, of collectives and of elementwise work, on real or fake tensors.
 
-Nothing is patched: both counters are dispatch modes, which see every operation between `with` and its end.
+Nothing is patched: all counters are dispatch modes, which see every operation between `with` and its end.
 """
 
 import weakref
@@ -95,6 +95,37 @@ class ProductFlops(TorchDispatchMode):
         return result
 
 
+class MovedBytes(TorchDispatchMode):
+    """Bytes read and written, by all that is no product, view, allocation or exchange; and kernels, products included.
+
+    Both by the `part` of the work that is going on. What stands in for a kernel says what that moves with `add`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = "before"
+        self.moved: Counter[str] = Counter()
+        self.launches: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if func.is_view or func.namespace != "aten" or name.startswith(_NO_KERNEL):
+            return result
+        read, written = ([t for t in tree_leaves(some) if isinstance(t, torch.Tensor)] for some in (args, result))
+        if name in _ONLY_WRITE:
+            read = read[1:]
+        self.add(*(() if func.overloadpacket in flop_registry else (*read, *written)))
+        return result
+
+    def add(self, *tensors: torch.Tensor, launches: int = 1) -> None:
+        """Count kernels that read or write each of `tensors` once; an expanded one has no more than its storage."""
+        self.launches[self.part] += launches
+        self.moved[self.part] += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors)
+
+
+_NO_KERNEL = ("empty", "new_empty", "detach", "_unsafe_view", "promote_types", "lift_fresh", "scalar_tensor")
+_ONLY_WRITE = ("copy_", "zero_", "fill_")
 _COLLECTIVES: dict[str, tuple[str, Any]] = {
     "allreduce": ("all_reduce", sum),
     "allreduce_coalesced": ("all_reduce", sum),

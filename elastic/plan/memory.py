@@ -179,7 +179,7 @@ def saved_bytes(layer: LayerWork) -> int:
     if run.gates(Axis.HIDDEN, Axis.DEPTH):  # the residual gate keeps the layer's output
         terms["output"] = run.stream_bytes
     if not run.masked:
-        terms["weight copies"] = _copied_elements(layer.cut, layer.kind) * e
+        terms["weight copies"] = copied_elements(layer.cut, layer.kind) * e
     return sum(terms.values())
 
 
@@ -278,7 +278,7 @@ def _attention(layer: LayerWork) -> dict[str, int]:
 
 
 @cache
-def _copied_elements(cut: Cut, kind: LayerKind) -> int:
+def copied_elements(cut: Cut, kind: LayerKind) -> int:
     """Count the weights a slice copies, because their kept rows do not lie in one run.
 
     Asks the code that cuts them, on tensors without storage.

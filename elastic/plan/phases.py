@@ -1,33 +1,27 @@
-"""One phase of a curriculum on one layout: the micro-batches it is made of, their memory, work, traffic and time.
-
-How long a step takes is a model of assumed efficiencies, good for ranking layouts, not measured. Nothing is assumed to
-overlap: products, elementwise work over GPU memory, tensor-, context- and data-parallel traffic follow each
-other on a rank; stages work at the pace of the slowest (1F1B: m + p - 1 turns for m micro-batches).
-"""
+"""One phase of a curriculum on one layout: the micro-batches it is made of, their memory, work, traffic and time."""
 
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from elastic.config.sections import ParallelConfig
 from elastic.plan.config import PlanConfig
-from elastic.plan.flops import Flops, stage_flops
-from elastic.plan.memory import StageMemory, saved_bytes, stage_memory
+from elastic.plan.flops import Flops, model_flops, pass_flops
+from elastic.plan.memory import StageMemory, stage_memory
+from elastic.plan.timing import Seconds, StepTime, micro_batch_seconds, once_seconds, schedule_seconds
 from elastic.plan.traffic import micro_batch_traffic, moved_bytes, step_traffic
-from elastic.plan.work import FP32_BYTES, KernelSet, MicroBatchWork
+from elastic.plan.work import KernelSet, MicroBatchWork
 from elastic.router.phases import ElasticPhase
+from elastic.router.sampler import budget_of, draw_budgets
 from elastic.run.world import model_layout
 from elastic.space.reach import Sample, sample_subnet
 from elastic.space.shape import Subnet
 from elastic.space.space import Space
 from elastic.world.groups import Layout
 
-# Ours: a saved tensor is written once and read about twice in forward; backward moves about twice that. The loss
-# passes over its fp32 chunks about this many times.
-_PASSES, _BACKWARD_PASSES, _LOSS_PASSES = 3, 6, 16
-_GROUPS = {"tp": "tensor", "cp": "context", "pp": "pipeline"}
+_STEPS = 4  # whose budgets are drawn, to see how much stages wait for each other
 
 
 @dataclass(frozen=True)
@@ -37,24 +31,6 @@ class Share:
     budget: str
     weight: float
     run: MicroBatchWork
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """Seconds of one step by what they go to; `bubble` is the wait for other stages."""
-
-    products: float
-    elementwise: float
-    tensor: float
-    context: float
-    pipeline: float
-    data: float
-    bubble: float
-
-    @property
-    def total(self) -> float:
-        """Return the whole step."""
-        return sum(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass(frozen=True)
@@ -90,13 +66,24 @@ class PhasePlan:
 
     def flops(self, stage: int, *, recompute: bool = True) -> Flops:
         """Return one rank's mean work on a micro-batch of the mix; without `recompute` not what is done again."""
-        parts = (stage_flops(share.run, stage, recompute=recompute) * share.weight for share in self.shares)
-        return sum(parts, Flops())
+        found = Flops()
+        for share in self.shares:
+            passes = pass_flops(share.run, stage)
+            found += (
+                sum((one for name, one in passes.items() if recompute or name != "recompute"), Flops()) * share.weight
+            )
+        return found
 
     def step_flops(self, *, recompute: bool) -> float:
         """Return the FLOPs of a step over all GPUs; the model's alone, or with what recompute does again."""
         total = sum(self.flops(stage, recompute=recompute).total for stage in range(self.layout.pipeline))
         return total * self.micro_batches * self.replicas * self.layout.tensor * self.layout.context
+
+    def model_flops(self, *, with_teacher: bool) -> float:
+        """Return what MFU counts of a step: the student's 6 N T + attention, or the teacher's third of its own too."""
+        of_step = sum(share.weight * model_flops(share.run) for share in self.shares)
+        of_step += model_flops(self.shares[0].run.teacher) / 3 if with_teacher else 0.0
+        return of_step * self.micro_batches * self.replicas
 
     def sent_bytes(self, stage: int) -> dict[tuple[str, str], float]:
         """Return what one rank sends for a mean micro-batch, by group and operation."""
@@ -114,46 +101,55 @@ class PhasePlan:
 
     @cached_property
     def time(self) -> StepTime:
-        """Estimate one step from its slowest stage."""
-        stages = [self._micro_batch_time(stage) for stage in range(self.layout.pipeline)]
-        slowest = max(stages, key=lambda parts: sum(parts.values()))
-        link = self.config.cluster.network_gb_per_s * 1e9 * self.config.plan.link_efficiency
-        return StepTime(
-            **{name: seconds * self.micro_batches for name, seconds in slowest.items()},
-            data=sum(self.sent_bytes_once(0).values()) / link,
-            # Teacher and student each fill and drain the pipeline once: together one micro-batch's whole work.
-            bubble=sum(slowest.values()) * (self.layout.pipeline - 1),
-        )
-
-    def _micro_batch_time(self, stage: int) -> dict[str, float]:
-        """Return the seconds of one mean micro-batch on one stage, by kind; a group that fits in a node uses its links.
-
-        Megatron-Core places tensor ranks side by side, then context ranks; stages are farthest apart.
-        """
-        cluster, assumed, layout, flops = self.config.cluster, self.config.plan, self.layout, self.flops(stage)
-        matmul, attention = flops.matmul / assumed.matmul_efficiency, flops.attention / assumed.attention_efficiency
-        at_peak = matmul + attention + flops.scan / assumed.scan_efficiency
-        moved = sum(share.weight * elementwise_bytes(share.run, stage) for share in self.shares)
+        """Estimate one step: what its busiest stage does for a mean micro-batch, and waits for the others."""
+        stages = range(self.layout.pipeline)
         seconds = {
-            "products": at_peak / (cluster.peak_tflops * 1e12),
-            "elementwise": moved / (cluster.memory_gb_per_s * 1e9 * assumed.memory_efficiency),
-            **dict.fromkeys(_GROUPS.values(), 0.0),
+            share.budget: [micro_batch_seconds(self.config, share.run, stage) for stage in stages]
+            for share in self.shares
         }
-        node, ranks = cluster.gpus_per_node, layout.tensor * layout.context
-        near = {"tp": layout.tensor <= node, "cp": ranks <= node, "pp": False}
-        for (group, _), sent in self.sent_bytes(stage).items():
-            speed = cluster.node_gb_per_s if near[group] else cluster.network_gb_per_s
-            seconds[_GROUPS[group]] += sent / (speed * 1e9 * assumed.link_efficiency)
-        return seconds
+        means = [defaultdict[tuple[str, str], float](float) for _ in stages]
+        for share in self.shares:
+            for mean, found in zip(means, seconds[share.budget], strict=True):
+                for part, amount in found.items():
+                    mean[part] += share.weight * amount
+        busiest = max(stages, key=lambda stage: sum(means[stage].values()))
+        parts = {part: self.micro_batches * amount for part, amount in means[busiest].items()}
+        backward = sum(amount for (name, _), amount in means[busiest].items() if name in ("backward", "recompute"))
+        run = self.shares[0].run
+        parts |= once_seconds(self.config, run, busiest, self.replicas, backward)
+        return StepTime(parts | {("once", "waiting"): self._waiting(seconds, busiest)})
 
+    def _waiting(self, seconds: Mapping[str, Sequence[Seconds]], busiest: int) -> float:
+        """Return how long the busiest stage waits in a step: filling and draining for the teacher and the student,
+        and for other budgets on other stages, in the order in which the run takes them."""
+        if self.layout.pipeline == 1:
+            return 0.0
 
-def elementwise_bytes(run: MicroBatchWork, stage: int) -> float:
-    """Return the bytes that norms, gates, activations and the loss move through GPU memory for one micro-batch."""
-    passes = 2 * _PASSES + _BACKWARD_PASSES + (_PASSES if run.layout.recompute else 0)  # teacher's forward included
-    total = sum(count * passes * saved_bytes(layer) for layer, count in run.distinct_layers(stage))
-    if stage == run.layout.pipeline - 1:
-        total += _LOSS_PASSES * run.tokens * run.local_vocab * FP32_BYTES
-    return total
+        def taken(budget: str, *passes: str) -> list[float]:
+            return [sum(v for (name, _), v in stage.items() if name in passes) for stage in seconds[budget]]
+
+        teacher = taken(self.shares[0].budget, "teacher")
+        waiting = sum(teacher) - max(teacher) + self.micro_batches * (max(teacher) - teacher[busiest])
+        student = {
+            name: list(zip(taken(name, "forward", "loss"), taken(name, "recompute", "backward"), strict=True))
+            for name in seconds
+        }
+        orders = list(self._orders())
+        for order in orders:
+            work = [student[name] for name in order]
+            waiting += (schedule_seconds(work) - sum(sum(one[busiest]) for one in work)) / len(orders)
+        return waiting
+
+    def _orders(self) -> Iterator[list[str]]:
+        """Yield the budgets of one replica's micro-batches over a few steps, in the order it runs them (Chooser): from
+        the smallest to the largest."""
+        shares = sorted(self.shares, key=lambda share: model_flops(share.run))
+        draws = self.config.elastic.router.draws_per_step or self.micro_batches
+        in_step = self.micro_batches * self.replicas
+        for step in range(1 if len(shares) == 1 else _STEPS):
+            drawn = draw_budgets([share.weight for share in shares], self.config.seed, step, draws)
+            in_order = sorted(budget_of(drawn, number, in_step) for number in range(in_step))
+            yield [shares[index].budget for index in in_order[:: self.replicas]]
 
 
 def budget_samples(config: PlanConfig, space: Space) -> dict[str, Sample]:

@@ -5,16 +5,17 @@ GB are 10^9 bytes, FLOPs count a multiply and an add as two.
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from elastic.config.load import ConfigError
-from elastic.plan.config import PlanConfig
-from elastic.plan.phases import PhasePlan, StepTime, budget_samples
+from elastic.plan.config import PlanConfig, with_measured
+from elastic.plan.phases import PhasePlan, budget_samples
 from elastic.plan.search import Candidate, Found, Rejection, candidate, largest_micro_batch, run_problems, search
+from elastic.plan.timing import CAUSES, PASSES, StepTime
 from elastic.verbs.parent import nested_parent
 from elastic.verbs.report_file import check_output, table, write_output
 
@@ -25,13 +26,15 @@ SECONDS_PER_DAY = 86400.0
 def run_plan(config: PlanConfig, console: Console) -> dict[str, Any]:
     """Print the plan of the config's layout, warnings, and the ranked layouts; returns what `output` would hold.
 
-    Raises ConfigError if the layout is not legal on this cluster, RecordError for a permuted parent of another model,
-    and OutputError for an output that exists already.
+    Raises ConfigError if the layout is not legal on this cluster or `plan.measured` no measurement of its GPUs,
+    RecordError for a permuted parent of another model, and OutputError for an output that exists already.
     """
     check_output(config)
+    config, sources = with_measured(config)
     _, space = nested_parent(config)
     samples = budget_samples(config, space)
-    report: dict[str, Any] = {"cluster": asdict(config.cluster), "assumed": asdict(config.plan)}
+    figures = {name: {"value": getattr(config.plan, name), "source": source} for name, source in sources.items()}
+    report: dict[str, Any] = {"cluster": asdict(config.cluster), "plan": asdict(config.plan), "figures": figures}
     # 1. The layout of the config.
     if problems := run_problems(config):
         raise ConfigError(problems)
@@ -66,8 +69,10 @@ def _print_chosen(console: Console, config: PlanConfig, name: str, report: dict[
     )
     console.print(memory_table(values))
     console.print(work_table(values))
-    console.print(time_table(values))
-    for line in [*bill_lines(values, config), *(f"warning: {text}" for text in report["warnings"])]:
+    for phase in values["phases"]:
+        console.print(time_table(phase))
+    lines = [*figure_lines(report["figures"]), *bill_lines(values, config)]
+    for line in [*lines, *(f"warning: {text}" for text in report["warnings"])]:
         console.print(line, highlight=False)
 
 
@@ -92,7 +97,7 @@ def candidate_summary(one: Candidate) -> dict[str, Any]:
 def phase_values(plan: PhasePlan) -> dict[str, Any]:
     """Return one phase on one layout: memory per stage, work, traffic, time."""
     peak = plan.config.cluster.num_gpus * plan.config.cluster.peak_tflops * 1e12
-    flops, steps, time = plan.step_flops(recompute=False), plan.phase.num_steps, plan.time
+    steps, time, flops = plan.phase.num_steps, plan.time, plan.model_flops(with_teacher=False)
     memory = [plan.memory(stage) for stage in range(plan.layout.pipeline)]
     return {
         "name": plan.phase.name,
@@ -100,15 +105,27 @@ def phase_values(plan: PhasePlan) -> dict[str, Any]:
         "micro_batches": plan.micro_batches,
         "memory_bytes": [asdict(stage) | {"total": stage.total} for stage in memory],
         "largest_micro_batch": largest_micro_batch(plan),
-        "step_flops": flops,
+        "model_flops": flops,
+        "step_flops": plan.step_flops(recompute=False),
         "step_flops_with_recompute": plan.step_flops(recompute=True),
         "traffic_bytes": traffic_values(plan),
-        "step_seconds": asdict(time) | {"total": time.total},
+        "step_seconds": {**seconds_by_cause(time), "total": {"all": time.total}},
         "mfu": flops / (time.total * peak),
+        "mfu_with_teacher": plan.model_flops(with_teacher=True) / (time.total * peak),
         "steps": steps,
         "days": steps * time.total / SECONDS_PER_DAY,
         "days_at_mfu": steps * flops / (peak * plan.config.plan.mfu) / SECONDS_PER_DAY,
     }
+
+
+def seconds_by_cause(time: StepTime) -> dict[str, dict[str, float]]:
+    """Return the seconds of a step by cause, then by pass; "all" adds the passes up."""
+    found: dict[str, dict[str, float]] = {}
+    for cause in CAUSES:
+        by_pass = {name: time.parts[name, cause] for name in PASSES if time.parts.get((name, cause))}
+        if by_pass:
+            found[cause] = by_pass | {"all": time.of(cause)}
+    return found
 
 
 def traffic_values(plan: PhasePlan) -> dict[str, float]:
@@ -145,7 +162,21 @@ def memory_table(values: dict[str, Any]) -> Table:
 
 def work_table(values: dict[str, Any]) -> Table:
     """Render work, traffic and time of a step by phase."""
-    headings = ("", "runs", "batches", "PFLOP", "TP GB", "CP GB", "PP GB", "DP GB", "step", "MFU", "days", "mb fits")
+    headings = (
+        "",
+        "runs",
+        "batches",
+        "PFLOP",
+        "TP GB",
+        "CP GB",
+        "PP GB",
+        "DP GB",
+        "step",
+        "MFU",
+        "+teacher",
+        "days",
+        "mb fits",
+    )
     rows = []
     for phase in values["phases"]:
         sent: Counter[str] = Counter()
@@ -153,34 +184,50 @@ def work_table(values: dict[str, Any]) -> Table:
             sent[name.partition(" ")[0]] += amount
         row = [phase["name"], phase["execution"], str(phase["micro_batches"]), f"{phase['step_flops'] / 1e15:,.0f}"]
         row += [f"{sent[group] / 1e9:.1f}" for group in ("tp", "cp", "pp", "dp")]
-        row += [f"{phase['step_seconds']['total']:.1f} s", f"{phase['mfu']:.0%}", f"{phase['days']:.1f}"]
-        rows.append([*row, str(phase["largest_micro_batch"])])
+        row += [f"{phase['step_seconds']['total']['all']:.1f} s", f"{phase['mfu']:.0%}"]
+        row += [f"{phase['mfu_with_teacher']:.0%}", f"{phase['days']:.1f}", str(phase["largest_micro_batch"])]
+        rows.append(row)
     return table("one step: work of all GPUs, GB sent by one, seconds", headings, rows)
 
 
-def time_table(values: dict[str, Any]) -> Table:
-    """Render where the seconds of a step go, by phase."""
-    rows = [(one["name"], *(f"{part:.2f}" for part in one["step_seconds"].values())) for one in values["phases"]]
-    parts = [part.name for part in fields(StepTime)]
-    return table("seconds of a step, nothing overlapping", ("", *parts, "all"), rows)
+def time_table(phase: dict[str, Any]) -> Table:
+    """Render where the seconds of a phase's step go: a row for each cause, a column for each pass."""
+    by_cause = phase["step_seconds"]
+    sums = {name: sum(found.get(name, 0.0) for found in by_cause.values()) for name in PASSES}
+    sums |= {"all": by_cause["total"]["all"]}
+    rows = [
+        (cause, *(f"{found[name]:.2f}" if found.get(name) else "" for name in (*PASSES, "all")))
+        for cause, found in (by_cause | {"total": sums}).items()
+    ]
+    return table(f"{phase['name']}: seconds of a step on its busiest GPUs", ("", *PASSES, "all"), rows)
+
+
+def figure_lines(figures: dict[str, dict[str, Any]]) -> list[str]:
+    """State every figure that seconds rest on, and where it comes from; and what MFU counts."""
+    lines = [f"{name} = {figure['value']:.3g}, {figure['source']}" for name, figure in figures.items()]
+    return [*lines, "MFU counts the student's 6 N T + attention, +teacher also its 2 N T + attention; no recompute"]
 
 
 def ranking_table(found: Sequence[Candidate], config: PlanConfig) -> Table:
     """Render the best layouts: days of the whole curriculum, peak, and where the time goes."""
-    headings = ("layout", "days", "peak GB", "spare", "products", "memory", "TP", "CP", "DP", "bubble")
+    shares = {
+        "products": ("products", "attention", "scan"),
+        "memory": ("elementwise", "copies", "accumulation"),
+        "launches": ("launches",),
+        "TP": ("tensor",),
+        "CP": ("context",),
+        "DP": ("gradients", "weights"),
+        "waiting": ("pipeline", "waiting"),
+    }
     rows = []
     for one in found[: config.plan.top]:
-        seconds: Counter[str] = Counter()
-        for plan in one.plans:
-            for name, amount in asdict(plan.time).items():
-                seconds[name] += amount * plan.phase.num_steps
-        seconds["bubble"] += seconds["pipeline"]
         peak, spare = one.peak_bytes / 1e9, config.cluster.spare_share(one.peak_bytes)
-        shares = ("products", "elementwise", "tensor", "context", "data", "bubble")
         row = [one.name, f"{one.seconds / SECONDS_PER_DAY:.1f}", f"{peak:.1f}", f"{spare:.0%}"]
-        rows.append([*row, *(f"{seconds[share] / one.seconds:.0%}" for share in shares)])
+        for causes in shares.values():
+            row.append(f"{sum(plan.time.of(*causes) * plan.phase.num_steps for plan in one.plans) / one.seconds:.0%}")
+        rows.append(row)
     title = f"fastest of {len(found)} layouts that fit on {config.cluster.num_gpus} GPUs"
-    return table(title, headings, rows)
+    return table(title, ("layout", "days", "peak GB", "spare", *shares), rows)
 
 
 def alone_lines(found: Found) -> list[str]:
@@ -225,7 +272,7 @@ def rehearsal_table(rows: list[dict[str, Any]]) -> Table:
     """Render plan and trace side by side."""
     lines = []
     for row in rows:
-        unit, name = (1e12, "TFLOP") if row["what"] == "FLOPs" else (1e9, "GB")
+        unit, name = {"FLOPs": (1e12, "TFLOP"), "kernels": (1e3, "thousand")}.get(row["what"], (1e9, "GB"))
         ratio = f"{row['plan'] / row['trace']:.3f}" if row["trace"] else "-"
         numbers = (f"{row[key] / unit:.3f} {name}" for key in ("plan", "trace"))
         lines.append((f"{row['phase']}: {row['what']}", str(row["stage"]), *numbers, ratio))

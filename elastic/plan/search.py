@@ -15,7 +15,6 @@ from elastic.config.sections import ParallelConfig
 from elastic.plan.config import PlanConfig
 from elastic.plan.phases import PhasePlan, phase_plans
 from elastic.plan.work import FP32_BYTES, KernelSet
-from elastic.space.axes import LayerKind
 from elastic.space.reach import Sample
 
 MAX_BUBBLE, MAX_IMBALANCE, MAX_EXPOSED = 0.10, 0.15, 0.25
@@ -163,16 +162,16 @@ def _layout_warnings(chosen: Candidate) -> Iterator[str]:
 
 def _phase_warnings(plan: PhasePlan) -> Iterator[str]:
     run, layout, stages, time = plan.shares[0].run, plan.layout, plan.layout.pipeline, plan.time
-    if time.bubble > MAX_BUBBLE * time.total:
+    if time.of("waiting") > MAX_BUBBLE * time.total:
         yield (
-            f"{plan.micro_batches} micro-batches through {stages} stages leave {time.bubble / time.total:.0%} of the "
-            "step waiting; fewer stages or replicas help"
+            f"{plan.micro_batches} micro-batches through {stages} stages leave "
+            f"{time.of('waiting') / time.total:.0%} of the step waiting; fewer stages or replicas help"
         )
     work = [plan.flops(stage).total for stage in range(stages)]
     if max(work) > (1 + MAX_IMBALANCE) * sum(work) / stages:
         yield f"the slowest of {stages} stages has {max(work) * stages / sum(work) - 1:.0%} more work than the mean"
-    for name, seconds in (("context", time.context), ("data", time.data), ("tensor", time.tensor)):
-        if seconds > MAX_EXPOSED * time.total:
+    for name, causes in (("context", ["context"]), ("data", ["gradients", "weights"]), ("tensor", ["tensor"])):
+        if (seconds := time.of(*causes)) > MAX_EXPOSED * time.total:
             yield f"{name}-parallel traffic takes {seconds / time.total:.0%} of the step where nothing hides it"
     if run.tokens // layout.tensor < MIN_LOCAL_TOKENS:
         yield f"{run.tokens // layout.tensor} tokens of the stream on one rank are few; a larger micro-batch helps"
@@ -192,8 +191,8 @@ def _width_warnings(plan: PhasePlan) -> Iterator[str]:
         for layer, _ in whole.distinct_layers(0):
             if layer.inner < MIN_LOCAL_COLUMNS:
                 yield f"{share.budget}: {layer.inner} columns of a {layer.kind.name} layer on one rank are few"
-            if layer.kind is LayerKind.MAMBA and layer.scan.rows % 8:
-                yield f"{share.budget}: {layer.scan.rows} in_proj rows on one rank: the convolution's input is copied"
+            if layer.rows % 8:
+                yield f"{share.budget}: {layer.rows} in_proj rows on one rank are no multiple of 8, as products prefer"
     length = plan.phase.sequence_length
     if length % (chunk := KernelSet.FUSED.chunk_tokens):
         yield f"sequence length {length} is not a multiple of the scan's chunk of {chunk} tokens"

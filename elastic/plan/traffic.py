@@ -4,7 +4,7 @@ Read off Megatron-Core's tensor-parallel layers and mappings, `elastic.model` an
 those of `work`. Left out for their size: gate gradients, router gradients, the grad norm, the tokens of a batch.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 
 from elastic.plan.memory import parameter_bytes, rank_parameters
@@ -20,25 +20,32 @@ def moved_bytes(operation: str, payload: float, ranks: int) -> float:
     return {"all_reduce": 2 * share, "send": 1.0}.get(operation, share) * payload
 
 
-def micro_batch_traffic(run: MicroBatchWork, stage: int) -> Traffic:
-    """Return one rank's traffic for one micro-batch: teacher's and student's pass, recompute and backward."""
-    found: Counter[tuple[str, str]] = Counter()
+def pass_traffic(run: MicroBatchWork, stage: int) -> dict[str, Traffic]:
+    """Return one rank's traffic for one micro-batch by pass: teacher's and student's, recompute, backward and loss."""
     first, last = stage == 0, stage == run.layout.pipeline - 1
+    passes: defaultdict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
     for layer, count in run.teacher.distinct_layers(stage):
-        found.update(_layer(layer, count, gathers=1, scatters=1))
+        passes["teacher"].update(_layer(layer, count, gathers=1, scatters=1))
     for layer, count in run.distinct_layers(stage):
-        found.update(_layer(layer, count, gathers=1, scatters=1))
+        passes["forward"].update(_layer(layer, count, gathers=1, scatters=1))
         # The mirror of forward, and the input gathered once more for the weight.
-        found.update(_layer(layer, count, gathers=2, scatters=1, backward=True))
+        passes["backward"].update(_layer(layer, count, gathers=2, scatters=1, backward=True))
         if run.layout.recompute:  # ends with the last saved tensor: the output, where the residual gate keeps it
-            found.update(_layer(layer, count, gathers=1, scatters=int(run.gates(Axis.HIDDEN, Axis.DEPTH))))
-    if not last:  # forward of both; between stages a slice is padded to the full width
-        found["pp", "send"] += 2 * run.teacher.stream_bytes
+            gated = run.gates(Axis.HIDDEN, Axis.DEPTH)
+            passes["recompute"].update(_layer(layer, count, gathers=1, scatters=int(gated)))
+    if not last:  # between stages a slice is padded to the full width
+        passes["teacher"]["pp", "send"] += run.teacher.stream_bytes
+        passes["forward"]["pp", "send"] += run.teacher.stream_bytes
     if not first:
-        found["pp", "send"] += run.teacher.stream_bytes
+        passes["backward"]["pp", "send"] += run.teacher.stream_bytes
     if run.layout.tensor > 1:
-        found.update(_ends(run, first, last))
-    return found
+        _add_ends(passes, run, first, last)
+    return dict(passes)
+
+
+def micro_batch_traffic(run: MicroBatchWork, stage: int) -> Traffic:
+    """Add up one rank's traffic for one micro-batch."""
+    return sum((Counter(traffic) for traffic in pass_traffic(run, stage).values()), Counter())
 
 
 def _layer(layer: LayerWork, count: int, gathers: int, scatters: int, backward: bool = False) -> Traffic:
@@ -71,24 +78,22 @@ def _context(layer: LayerWork, backward: bool) -> Traffic:
     return {("cp", "reduce_scatter" if backward else "all_gather"): keys_values * ranks}
 
 
-def _ends(run: MicroBatchWork, first: bool, last: bool) -> Traffic:
+def _add_ends(passes: Mapping[str, Counter[tuple[str, str]]], run: MicroBatchWork, first: bool, last: bool) -> None:
     """Count embedding and loss: the vocabulary is split over the tensor-parallel ranks."""
-    found: Counter[tuple[str, str]] = Counter()
-    full = run.teacher.gathered_bytes
-    if first and run.layout.sequence:  # both models embed; the student's gradient is gathered
-        found["tp", "reduce_scatter"] += 2 * full
-        found["tp", "all_gather"] += full
-    elif first:
-        found["tp", "all_reduce"] += 2 * full
+    full, sequence = run.teacher.gathered_bytes, run.layout.sequence
+    if first:  # both models embed; the student's gradient is gathered
+        for name in ("teacher", "forward"):
+            passes[name]["tp", "reduce_scatter" if sequence else "all_reduce"] += full
+        if sequence:
+            passes["backward"]["tp", "all_gather"] += full
     if last:
         # Two maxima, then label logit, teacher, product and student sums of every token, fp32.
-        found["tp", "all_reduce"] += 6 * run.tokens * FP32_BYTES
-        if run.layout.sequence:
-            found["tp", "all_gather"] += run.gathered_bytes + full
-            found["tp", "reduce_scatter"] += run.gathered_bytes
+        passes["loss"]["tp", "all_reduce"] += 6 * run.tokens * FP32_BYTES
+        if sequence:
+            passes["loss"]["tp", "all_gather"] += run.gathered_bytes + full
+            passes["loss"]["tp", "reduce_scatter"] += run.gathered_bytes
         else:
-            found["tp", "all_reduce"] += run.gathered_bytes
-    return found
+            passes["loss"]["tp", "all_reduce"] += run.gathered_bytes
 
 
 def step_traffic(run: MicroBatchWork, stage: int, distributed_optimizer: bool) -> Traffic:

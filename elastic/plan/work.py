@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cache, cached_property
 from itertools import accumulate
+from typing import Self
 
 from elastic.model.sharding import pipeline_pattern
 from elastic.space.axes import Axis, LayerKind
@@ -20,6 +21,9 @@ from elastic.space.shape import LayerPattern, ModelShape, Subnet
 from elastic.world.groups import Layout
 
 FP32_BYTES = 4
+# Kernels of a forward and of a backward pass: mamba_chunk_scan_combined's (mamba-ssm 2.2, ssd_combined.py), and a fused
+# attention's (backward: row sums, gradients, a conversion).
+FUSED_LAUNCHES = {"scan": (5, 9), "attention": (1, 3)}
 # Rows of the first projection and columns of the second: in_proj, out_proj; linear_qkv, linear_proj; fc1, fc2.
 PROJECTIONS = {
     LayerKind.MAMBA: (DimKind.IN_PROJ, DimKind.INNER),
@@ -38,6 +42,18 @@ class KernelSet(StrEnum):
     def chunk_tokens(self) -> int:
         """Return the tokens of a chunk of the scan, TorchStateSpace's or mamba-ssm's."""
         return 64 if self is KernelSet.TORCH else 256
+
+
+class Summed:
+    """Counts that add up field by field."""
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(
+            *(mine + yours for mine, yours in zip(vars(self).values(), vars(other).values(), strict=True))
+        )
+
+    def __mul__(self, factor: float) -> Self:
+        return type(self)(*(mine * factor for mine in vars(self).values()))
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,8 @@ def test_dry_run_of_a_small_model_sees_what_the_plan_says(recompute: bool, execu
     for what, (plan, seen) in compared(run, 1, trace, optim).items():
         if what == "peak":
             check_peak(plan, seen)
+        elif what in ("elementwise bytes", "kernels"):
+            assert plan == pytest.approx(seen, rel=0.1), what
         else:
             assert plan == pytest.approx(seen, rel=0.03), what
 
@@ -121,7 +123,7 @@ def test_dry_run_of_a_small_model_sees_what_the_plan_says(recompute: bool, execu
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("num_gpus", [256, 512])
 def test_dry_run_of_the_12b_sees_what_the_plan_says(num_gpus: int) -> None:
-    """Both phases of conf/elastic_12b.yaml at its own layout: FLOPs within 5%, bytes within 10%."""
+    """Both phases of conf/elastic_12b.yaml at its own layout: FLOPs within 5%, bytes and kernels within 10%."""
     config: PlanConfig = values("plan", f"cluster.num_gpus={num_gpus}")
     here = config.space()
     chosen = candidate(config, config.parallel, config.data.micro_batch, budget_samples(config, here))

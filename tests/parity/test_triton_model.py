@@ -16,6 +16,7 @@ from elastic.model.backends import Kernels
 from elastic.model.elementwise import TritonElementwise
 from elastic.model.model import ElasticModel, Layout
 from elastic.model.state_space import TorchStateSpace
+from elastic.plan.live import MovedBytes
 from elastic.plan.stand_ins import StandInStateSpace
 from elastic.space.axes import Axis, LayerKind
 from elastic.space.gates import Gates
@@ -115,7 +116,7 @@ SPACE = Space(
     lanes=2,
     depth_ranking=(0, 1, 2),
 )
-KERNELS = Kernels(StandInStateSpace(), SdpaCoreAttention, TritonElementwise())
+KERNELS = Kernels(StandInStateSpace(MovedBytes()), SdpaCoreAttention, TritonElementwise())
 # Forward and backward, the scan left out; a stock layer on Transformer Engine has some 12 / 25, 7 / 14 and 5 / 8. What
 # a slice has beyond that are copies of the weights it keeps.
 MOST = {

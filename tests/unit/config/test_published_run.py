@@ -133,7 +133,7 @@ WIDTH_AXES = (Axis.HIDDEN, Axis.FFN, Axis.MAMBA_HEAD, Axis.MAMBA_CHANNEL, Axis.A
 @pytest.mark.parametrize("ranks", TENSOR_PARALLEL)
 def test_every_choice_is_legal_for_the_kernels_at_every_tensor_parallel_size(ranks: int) -> None:
     """All 1,080 combinations. One thing may stay uneven, and only where the space's comment says so: in_proj's rows on
-    a rank whose Mamba heads are not a multiple of 8, which costs a copy."""
+    a rank whose Mamba heads are not a multiple of 8, which costs stock code a copy."""
     space = priced().space()
     for widths in product(*(space.axes[axis].choices for axis in WIDTH_AXES)):
         warnings = export_warnings(exported(space, *widths), ranks)

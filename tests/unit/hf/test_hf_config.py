@@ -230,8 +230,8 @@ def test_export_warnings_judge_one_ranks_share() -> None:
     heads = export_warnings(replace(NANO_12B, mamba_heads=(96,) * 28), 8)
     # 2 x (960 + 128) + 12 = 2,188 = 8 x 273.5; the convolution's own 960 + 256 = 1,216 = 8 x 152.
     assert heads == [
-        "in_proj rows = 17504 is not a multiple of 8 on each of 8 tensor-parallel ranks, so the convolution's input is "
-        "copied"
+        "in_proj rows = 17504 is not a multiple of 8 on each of 8 tensor-parallel ranks, so stock code copies its "
+        "convolution's input"
     ]
     (ffn,) = export_warnings(replace(NANO_12B, ffn=(15_680,) * 28), 8)
     assert ffn.startswith("ffn = 15680 is not a multiple of 16 on each of 8") and 15_680 // 8 % 16 == 8

@@ -2,6 +2,7 @@
 FLOP formulas, and layouts the run's rules refuse."""
 
 import io
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +18,15 @@ from elastic.config.load import ConfigError
 from elastic.config.rules_layout import Cluster
 from elastic.config.sections import ParallelConfig
 from elastic.model.model import build_model
-from elastic.plan.config import PlanConfig
-from elastic.plan.flops import backward_flops, forward_flops, layer_flops, stage_flops
+from elastic.plan.config import PlanConfig, with_measured
+from elastic.plan.flops import backward_flops, forward_flops, layer_flops, model_flops, stage_flops
 from elastic.plan.live import LiveBytes, ProductFlops
 from elastic.plan.memory import optimizer_bytes, rank_parameters, saved_bytes, stage_memory
+from elastic.plan.moved import loss_moved
 from elastic.plan.phases import budget_samples, phase_plans
-from elastic.plan.run_plan import run_plan
+from elastic.plan.run_plan import run_plan, seconds_by_cause
 from elastic.plan.search import candidate, largest_micro_batch, layout_name, layout_rule_problems, search
+from elastic.plan.timing import CAUSES, PASSES, schedule_seconds
 from elastic.plan.traffic import micro_batch_traffic, moved_bytes
 from elastic.plan.work import KernelSet, LayerWork, MicroBatchWork
 from elastic.space.axes import Axis
@@ -168,6 +171,78 @@ def test_stages_keep_what_one_f_one_b_keeps() -> None:
     assert short.activations == 2 * stream
 
 
+def test_model_flops_by_hand() -> None:
+    """6 N T and causal attention of the student; the embedding looks up."""
+    run, _ = small_run(Execution.MASK, torch.float32)
+    parameters, tokens = shape_cost(run.parent).params - 256 * 64, BATCH * LENGTH
+    pairs = LENGTH if run.kernels is KernelSet.TORCH else LENGTH / 2  # PyTorch's products leave out nothing
+    assert model_flops(run) == 6 * parameters * tokens + 3 * 4 * tokens * pairs * 8 * 24
+
+
+def test_loss_moves_its_logits_and_its_head_by_hand() -> None:
+    run, _ = small_run(Execution.MASK, torch.bfloat16)
+    tokens, vocab, hidden, chunks = BATCH * LENGTH, 256, 64, 5
+    found = loss_moved(run, chunks)
+    # Two fp32 logits written, read for the statistics and for the gradient; that, in bf16, written and read twice.
+    assert found.elementwise == tokens * vocab * (2 * 4 + 2 * 4 + 2 * 4 + 3 * 2)
+    # A product written and read, the sum read and written; the sum set to zero, and read to be scaled into bf16.
+    assert found.accumulation == vocab * hidden * (chunks * 16 + 4 + 4 + 2)
+
+
+def test_stages_wait_as_1f1b_has_it() -> None:
+    """m + p - 1 turns of equal work; and two stages that wait for each other's forward passes, by hand."""
+    assert schedule_seconds([[(1.0, 2.0)] * 4] * 6) == pytest.approx((6 + 4 - 1) * 3.0)
+    assert schedule_seconds([[(1.0, 2.0)]] * 6) == 18.0
+    # Stage 0: F1 to 1, F2 to 4, B1 to 6, B2 from 13 to 19. Stage 1: F1 from 1, B1 from 2 to 4, F2 to 7, B2 to 13.
+    small, large = [(1.0, 2.0)] * 2, [(3.0, 6.0)] * 2
+    assert schedule_seconds([small, large]) == 19.0
+    assert schedule_seconds([small, large, small, large]) > schedule_seconds([small, small, large, large])
+
+
+def test_seconds_add_up_and_every_cause_is_there() -> None:
+    config = values("plan")
+    chosen = candidate(config, config.parallel, config.data.micro_batch, budget_samples(config, config.space()))
+    for plan in chosen.plans:
+        assert {cause for _, cause in plan.time.parts} <= set(CAUSES) and {name for name, _ in plan.time.parts} <= set(
+            PASSES
+        )
+        assert plan.time.total == pytest.approx(sum(plan.time.of(cause) for cause in CAUSES))
+        work = [plan.flops(stage).matmul for stage in range(2)]
+        products = max(work) * plan.micro_batches / (989e12 * config.plan.matmul_efficiency)
+        assert plan.time.of("products") >= 0.8 * products and plan.time.of("waiting") > 0
+    # Nothing of these numbers is hidden: a GPU of boundless speed still waits for its host.
+    fast = replace(config.cluster, peak_tflops=1e8, memory_gb_per_s=1e8, node_gb_per_s=1e8, network_gb_per_s=1e8)
+    (idle, _) = phase_plans(replace(config, cluster=fast), config.parallel, 1, budget_samples(config, config.space()))
+    assert idle.time.of("launches") > 0.8 * (idle.time.total - idle.time.of("waiting"))
+
+
+def test_measured_figures_take_the_place_of_assumed_ones(tmp_path: Path) -> None:
+    config, file = values("plan"), tmp_path / "gpu.json"
+    assert with_measured(config)[0] is config
+    measured = {"card": "NVIDIA H100 80GB HBM3", "matmul_tflops": 494.5, "copy_tb_per_s": 1.675, "launch_us": 3.5}
+    file.write_text(json.dumps(measured | {"cases": []}))
+    config = replace(config, plan=replace(config.plan, measured=str(file)))
+    plan, sources = with_measured(config)
+    found = plan.plan.matmul_efficiency, plan.plan.memory_efficiency, plan.plan.launch_us
+    assert found == pytest.approx((0.5, 0.5, 3.5)) and plan.plan.scan_efficiency == config.plan.scan_efficiency
+    names = {name for name, source in sources.items() if source.startswith("measured on NVIDIA H100 80GB HBM3")}
+    assert names == {"matmul_efficiency", "memory_efficiency", "launch_us"}
+    assert all(sources[name].startswith("assumed: ") for name in sources.keys() - names)
+    for bad, message in (
+        (measured | {"card": "NVIDIA H200"}, r"measured on NVIDIA H200, the cluster has h100 \(cluster.gpu\)"),
+        (measured | {"launch_us": 0}, "no positive number under launch_us"),
+        (measured | {"matmul_tflops": "650"}, "no positive number under matmul_tflops"),
+        ([], "no name of a GPU under card"),
+        (None, "is not JSON"),
+    ):
+        file.write_text("{" if bad is None else json.dumps(bad))
+        with pytest.raises(ConfigError, match=rf"plan\.measured = .*{message}"):
+            run_plan(config, Console(file=io.StringIO()))
+    file.unlink()
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        with_measured(config)
+
+
 def test_a_slice_does_less_and_a_mask_does_not() -> None:
     mask, slice_ = (small_run(execution, torch.float32)[0] for execution in (Execution.MASK, Execution.SLICE))
     full = replace(slice_, subnet=Subnet.full(mask.parent))
@@ -218,6 +293,19 @@ def test_the_docs_show_what_the_plan_says() -> None:
     seconds = re.search(r"The step is estimated at ([\d.]+) s and ([\d.]+) s", text)
     assert seconds is not None
     assert list(seconds.groups()) == [f"{plan.time.total:.1f}" for plan in chosen.plans]
+    causes = re.findall(r"^\| ([a-z]+) ((?:\| ?[\d.]* ?)+)\|$", text, re.MULTILINE)
+    assert [name for name, _ in causes] == [*seconds_by_cause(chosen.plans[0].time), "total"]
+    for name, cells in causes[:-1]:
+        by_pass = seconds_by_cause(chosen.plans[0].time)[name]
+        shown = [cell.strip() for cell in cells.split("|")[1:]]
+        assert shown == [f"{by_pass[one]:.2f}" if by_pass.get(one) else "" for one in (*PASSES, "all")]
+    proposed = re.search(r"alone, ([\d.]+) s a step, .*?\(([\d.]+) s and ([\d.]+) s\)", text, re.DOTALL)
+    assert proposed is not None
+    samples, four = budget_samples(config, config.space()), ParallelConfig(tensor=4, sequence=True)
+    (alone, _), both = (
+        phase_plans(config, replace(four, recompute=again), 2, samples) for again in ("none", "full")
+    )  # fmt: skip
+    assert list(proposed.groups()) == [f"{plan.time.total:.1f}" for plan in (alone, *both)]
     spare = 1 - chosen.peak_bytes / 1e9 / 80.0 - config.cluster.reserved_gb / 80.0
     assert f"{spare:.0%} of 80 GB is to spare" in text
 
@@ -261,7 +349,12 @@ def test_verb_prints_and_returns_the_same() -> None:
     report = run_plan(config, console)
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
-    assert f"{report['chosen']['phases'][1]['step_seconds']['total']:.1f} s" in text
+    phase = report["chosen"]["phases"][1]
+    assert f"{phase['step_seconds']['total']['all']:.1f} s" in text
+    by_cause = {cause: found["all"] for cause, found in phase["step_seconds"].items()}
+    assert by_cause.pop("total") == pytest.approx(sum(by_cause.values()))
+    assert all(cause in text and f"{seconds:.2f}" in text for cause, seconds in by_cause.items())
+    assert all(f"{name} = " in text and "assumed: " in figure["source"] for name, figure in report["figures"].items())
     assert f"{report['chosen']['days_at_mfu']:.1f} days" in text
     assert all(f"warning: {line}" in text.replace("\n", " ") for line in report["warnings"])
     assert "…" not in text
