@@ -144,7 +144,6 @@ RULES = (
     Rule(ELASTIC, rules_elastic.check_context_choices),
     Rule(FAMILY, rules_elastic.check_budgets),
     Rule(ELASTIC, rules_elastic.check_distill),
-    Rule(ELASTIC, rules_elastic.check_num_chunks),
     Rule(verbs.MembersConfig, check_subnets),
     Rule(verbs.ExtractConfig, check_export),
     Rule(GENERATE, check_source),

@@ -213,13 +213,3 @@ def check_distill(distill: sections.DistillConfig) -> Problems:
     if distill.kl_weight == 0 and distill.cross_entropy_weight == 0:
         rule = "distill.kl_weight and distill.cross_entropy_weight must not both be 0"
         yield Problem("distill.kl_weight", 0.0, rule, "nearest legal value is 1.0")
-
-
-def check_num_chunks(
-    distill: sections.DistillConfig, curriculum: Phases, data: DataConfig, parallel: ParallelConfig
-) -> Problems:
-    """A micro-batch must have a token for every chunk."""
-    shortest = min(phase.sequence_length for phase in curriculum) // parallel.context
-    tokens = max(1, shortest * data.micro_batch)
-    what = f"the {tokens} tokens of the shortest micro-batch"
-    yield from at_most_problem("distill.num_chunks", distill.num_chunks, tokens, what)

@@ -96,12 +96,12 @@ class ElasticSection:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """Weights of the distillation loss; `num_chunks` splits the tokens of a micro-batch so logits stay small."""
+    """Weights of the distillation loss; `chunk_tokens` of a micro-batch have logits at a time."""
 
     kl_weight: ranges.Weight = 1.0
     cross_entropy_weight: ranges.Weight = 0.0
     temperature: ranges.Temperature = 1.0
-    num_chunks: ranges.Tokens = 1
+    chunk_tokens: ranges.Tokens = 2048
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,9 +48,10 @@ def distillation_loss(
     kl_weight: float,
     cross_entropy_weight: float,
     temperature: float,
-    num_chunks: int,
+    chunk_tokens: int,
     tp_group: dist.ProcessGroup | None,
     report_cross_entropy: bool = False,
+    head_gradient: Tensor | None = None,
 ) -> LossTerms:
     """Sum kl_weight * tau^2 * KL(teacher || student) + cross_entropy_weight * CE over weighted tokens (eq. 14, 16).
 
@@ -59,19 +60,24 @@ def distillation_loss(
     else in fp32 (fp64 for fp64 inputs). The temperature softens the KL only, never the cross-entropy. A label outside
     the vocabulary makes the loss NaN unless its token weighs 0.
 
-    `num_chunks` bounds memory: three buffers [N / num_chunks, v] at a time. Gradients are ready when this returns, the
+    `chunk_tokens` bounds memory: three buffers [chunk_tokens, v] at a time. Gradients are ready when this returns, the
     backward pass only scales them; they are not computed where none are wanted. Teacher and token weights get none.
+
+    With `head_gradient` [v, d], fp32 (fp64 for fp64 inputs) like Megatron-Core's `main_grad`, the gradient of `total`
+    for the head is added to it before this returns, and autograd gets none for the head: nothing of the head's size is
+    allocated. It cannot be scaled afterwards, so `total` must be differentiated as it is, once: an incoming gradient
+    other than 1 makes that of student_hidden NaN, loud without waiting for the device.
 
     With `tp_group` the gradient of student_hidden is this rank's PARTIAL sum over its part of the vocabulary: pass the
     hidden states through `modules.head.parallel_hidden`, whose backward adds the ranks up. The head's is complete.
 
     Raises DistillationError for shapes, dtypes or settings that do not fit.
     """
-    _check_settings(kl_weight, cross_entropy_weight, temperature, num_chunks)
+    _check_settings(kl_weight, cross_entropy_weight, temperature, chunk_tokens)
     if (teacher_hidden is None) != (teacher_head is None):
         raise DistillationError("teacher_hidden and teacher_head: one of them is missing; give both or neither")
     teacher = None if teacher_hidden is None or teacher_head is None else (teacher_hidden, teacher_head)
-    _check_tensors((student_hidden, student_head), teacher, labels, token_weights)
+    _check_tensors((student_hidden, student_head), teacher, labels, token_weights, head_gradient)
     if kl_weight > 0 and teacher is None:
         raise DistillationError(f"teacher_hidden: missing, but kl_weight = {kl_weight} needs it; give it, or weight 0")
     if cross_entropy_weight > 0 and labels is None:
@@ -88,7 +94,7 @@ def distillation_loss(
         shard=VocabShard.of(student_head.shape[0], tp_group),
     )
     total, kl, cross_entropy = _ChunkedLoss.apply(
-        student_hidden, student_head, teacher, labels, token_weights, settings, num_chunks
+        student_hidden, student_head, teacher, labels, token_weights, settings, chunk_tokens, head_gradient
     )
     return LossTerms(total, None if teacher is None else kl, None if labels is None else cross_entropy)
 
@@ -105,23 +111,25 @@ class _ChunkedLoss(torch.autograd.Function):
         labels: Tensor | None,
         token_weights: Tensor | None,
         settings: LossSettings,
-        num_chunks: int,
+        chunk_tokens: int,
+        head_gradient: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         num_tokens = student_hidden.shape[0]
-        dtype = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
+        dtype = _sum_dtype(student_hidden)
         weights = student_hidden.new_ones(num_tokens, dtype=dtype) if token_weights is None else token_weights.to(dtype)
         hidden_grad = head_grad = None
         if settings.with_grad and ctx.needs_input_grad[0]:
             hidden_grad = torch.empty_like(student_hidden, memory_format=torch.contiguous_format)
         if settings.with_grad and ctx.needs_input_grad[1]:
-            head_grad = torch.zeros(student_head.shape, dtype=dtype, device=student_head.device)
+            head_grad = head_gradient
+            if head_grad is None:
+                head_grad = torch.zeros(student_head.shape, dtype=dtype, device=student_head.device)
         sums = torch.zeros(2, dtype=torch.float64, device=student_hidden.device)
         of_chunk = chunk_loss
         if student_hidden.is_cuda and dtype == torch.float32:
             of_chunk = partial(fused_chunk_loss, grad_dtype=student_hidden.dtype)
-        step = max(1, math.ceil(num_tokens / num_chunks))
-        for start in range(0, num_tokens, step):
-            chunk = slice(start, start + step)
+        for start in range(0, num_tokens, chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
             hidden = student_hidden[chunk]
             logits = _product(hidden, student_head.t(), dtype)
             teacher_logits = None if teacher is None else _product(teacher[0][chunk], teacher[1].t(), dtype)
@@ -133,13 +141,14 @@ class _ChunkedLoss(torch.autograd.Function):
                 continue
             gradient = gradient.to(hidden.dtype)
             if hidden_grad is not None:
-                torch.mm(gradient, student_head, out=hidden_grad[chunk])
-            if head_grad is not None and gradient.dtype == dtype:
-                head_grad.addmm_(gradient.t(), hidden)
-            elif head_grad is not None:
-                head_grad.add_(_product(gradient.t(), hidden, dtype))
-        ctx.save_for_backward(hidden_grad, head_grad)
+                # In fp32 first: a long sum over the vocabulary is split, and its parts would be rounded to bf16.
+                hidden_grad[chunk] = _product(gradient, student_head, dtype)
+            if head_grad is not None:
+                _add_product(head_grad, gradient.t(), hidden)
+        # Where the caller's buffer has it, autograd must not see it again.
+        ctx.save_for_backward(hidden_grad, None if head_gradient is not None else head_grad)
         ctx.dtypes = student_hidden.dtype, student_head.dtype
+        ctx.unscaled = head_grad is not None and head_grad is head_gradient
         total = settings.kl_weight * sums[0] + settings.cross_entropy_weight * sums[1]
         kl, cross_entropy = sums.to(dtype).unbind()
         ctx.mark_non_differentiable(kl, cross_entropy)
@@ -150,11 +159,18 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_reported: Tensor) -> tuple[Tensor | None, ...]:
         # New tensors, never the saved ones: Megatron-Core's mappings reduce a gradient in place. `grad` as [1], not as
         # a scalar, so that it is not rounded to bf16 before the product.
+        if ctx.unscaled:
+            grad = grad.where(grad == 1, torch.nan)
         scaled = (
             None if saved is None else torch.mul(saved, grad.reshape(1), out=torch.empty_like(saved, dtype=dtype))
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *scaled, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None
+
+
+def _sum_dtype(inputs: Tensor) -> torch.dtype:
+    """Return the dtype in which logits and sums over `inputs` are held."""
+    return torch.float64 if inputs.dtype == torch.float64 else torch.float32
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -164,15 +180,25 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(left, right).to(dtype)
 
 
-def _check_settings(kl_weight: float, cross_entropy_weight: float, temperature: float, num_chunks: int) -> None:
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left right to `total` in place; half precision into fp32 without the product in between on CUDA."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(_product(left, right, total.dtype))
+
+
+def _check_settings(kl_weight: float, cross_entropy_weight: float, temperature: float, chunk_tokens: int) -> None:
     """Raise DistillationError for numbers out of range."""
     for name, weight in (("kl_weight", kl_weight), ("cross_entropy_weight", cross_entropy_weight)):
         if not (math.isfinite(weight) and weight >= 0):
             raise DistillationError(f"{name} = {weight}: must be a finite number, at least 0")
     if not (math.isfinite(temperature) and temperature > 0):
         raise DistillationError(f"temperature = {temperature}: must be a finite number above 0; 1 leaves logits alone")
-    if num_chunks < 1:
-        raise DistillationError(f"num_chunks = {num_chunks}: must be at least 1; 1 takes all tokens at once")
+    if chunk_tokens < 1:
+        raise DistillationError(f"chunk_tokens = {chunk_tokens}: must be at least 1; 2048 keeps matrix products large")
 
 
 def _check_tensors(
@@ -180,13 +206,15 @@ def _check_tensors(
     teacher: tuple[Tensor, Tensor] | None,
     labels: Tensor | None,
     token_weights: Tensor | None,
+    head_gradient: Tensor | None,
 ) -> None:
-    """Raise DistillationError unless shapes and dtypes of (hidden states, head), labels and weights agree."""
+    """Raise DistillationError unless shapes and dtypes of (hidden states, head), labels, weights and sums agree."""
     _check_pair("student", *student)
     num_tokens, vocab = len(student[0]), len(student[1])
     expected: list[tuple[str, Tensor | None, tuple[int, ...], str]] = [
         ("labels", labels, (num_tokens,), "one id per token of student_hidden"),
         ("token_weights", token_weights, (num_tokens,), "one weight per token of student_hidden"),
+        ("head_gradient", head_gradient, tuple(student[1].shape), "student_head's"),
     ]
     if teacher is not None:
         _check_pair("teacher", *teacher)
@@ -198,6 +226,8 @@ def _check_tensors(
             raise DistillationError(f"{name}: shape {tuple(tensor.shape)} must be {shape}: {rule}")
     if labels is not None and labels.dtype not in (torch.int64, torch.int32):
         raise DistillationError(f"labels: dtype {labels.dtype} must be an integer one; convert with .long()")
+    if head_gradient is not None and head_gradient.dtype != (dtype := _sum_dtype(student[0])):
+        raise DistillationError(f"head_gradient: dtype {head_gradient.dtype} must be {dtype}, that of the sums")
 
 
 def _check_pair(role: str, hidden: Tensor, head: Tensor) -> None:

@@ -43,10 +43,11 @@ class ElasticModel(HybridModel):
         return self.decoder(embedded, gates, observer, cache)
 
     def head_weight(self, gates: Gates | None = None) -> Tensor:
-        """Return this rank's rows of the head, cut to the stream's width: [v, d]."""
+        """Return this rank's rows of the head, cut to the stream's width: [v, d]; uncut, the parameter."""
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        return weight if gates is None or gates.subnet is None else weight[:, : gates.subnet.hidden]
+        width = weight.shape[1] if gates is None or gates.subnet is None else gates.subnet.hidden
+        return weight if width == weight.shape[1] else weight[:, :width]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

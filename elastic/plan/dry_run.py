@@ -206,7 +206,7 @@ def comparison(
 
     A dry run has no optimizer, the stand-ins no FLOPs; the gather of new weights belongs to the optimizer.
     """
-    memory, flops = stage_memory(run, stage, count, plan.config.distill.num_chunks), stage_flops(run, stage)
+    memory, flops = stage_memory(run, stage, count, plan.config.distill.chunk_tokens), stage_flops(run, stage)
     if traced["optimizer"] == 0:
         memory = replace(memory, optimizer=0)
     planned: dict[str, float] = {

@@ -79,7 +79,7 @@ def optimizer_bytes(elements: Mapping[str, int], layout: Layout, shards: int = 1
 
 
 def stage_memory(
-    run: MicroBatchWork, stage: int, micro_batches: int, num_chunks: int, optimizer_shards: int = 1
+    run: MicroBatchWork, stage: int, micro_batches: int, chunk_tokens: int, optimizer_shards: int = 1
 ) -> StageMemory:
     """Add up one rank of a stage for a step of `micro_batches`, all like `run`; `optimizer_shards` ranks share Adam's
     state, 1 without the distributed optimizer.
@@ -101,7 +101,7 @@ def stage_memory(
         teacher_hidden=(micro_batches * last + (stage > 0)) * teacher.stream_bytes,
         activations=in_flight * stage_activation_bytes(run, stage),
         working_set=max((layer_working_set_bytes(layer) for layer, _ in run.distinct_layers(stage)), default=0),
-        logits=loss_bytes(run, num_chunks) if last else 0,
+        logits=loss_bytes(run, chunk_tokens) if last else 0,
         # Megatron-Core's for gathered streams (GlobalMemoryBuffer "mpu"); the teacher's is full.
         buffers=teacher.gathered_bytes if layout.sequence else 0,
     )
@@ -146,17 +146,22 @@ def layer_working_set_bytes(layer: LayerWork) -> int:
     return again + gradients + layer.rows * run.hidden * e
 
 
-def loss_bytes(run: MicroBatchWork, num_chunks: int) -> int:
+def loss_bytes(run: MicroBatchWork, chunk_tokens: int) -> int:
     """Return what the chunked loss holds at once (`elastic.distill.kl`).
 
-    Student's and teacher's hidden states gathered over the tensor-parallel group, the gradient of the student's; the
-    head's gradient in fp32 and one product to be added to it; three [n, v] buffers in fp32.
+    Student's and teacher's hidden states gathered over the tensor-parallel group, the gradient of the student's; three
+    [n, v] buffers in fp32. A whole head's gradient is summed where gradients are kept (PyTorch makes a product first);
+    a cut one's in fp32 beside it, and autograd then makes it and the whole head's, mostly zeros, in half precision.
     """
     gathers = run.layout.tensor > 1 and run.layout.sequence
     hidden = run.gathered_bytes + (run.gathered_bytes + run.teacher.gathered_bytes if gathers else 0)
-    head = run.local_vocab * run.hidden * (2 * FP32_BYTES)
-    chunk = math.ceil(run.tokens / num_chunks)
-    return hidden + head + 3 * chunk * run.local_vocab * FP32_BYTES
+    e, vocab = run.element_bytes, run.local_vocab
+    chunk = 3 * min(chunk_tokens, run.tokens) * vocab * FP32_BYTES
+    product = 0 if run.kernels is KernelSet.FUSED or e == FP32_BYTES else vocab * run.hidden * (e + FP32_BYTES)
+    if run.hidden == run.parent.hidden:
+        return hidden + chunk + product
+    summed = vocab * run.hidden * FP32_BYTES
+    return hidden + summed + max(chunk + product, vocab * (run.hidden + run.parent.hidden) * e)
 
 
 def saved_bytes(layer: LayerWork) -> int:

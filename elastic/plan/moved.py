@@ -59,10 +59,13 @@ def stage_moved(run: MicroBatchWork, stage: int, *, sums_in_products: bool = Tru
 
 def _accumulated(run: MicroBatchWork, stage: int, sums_in_products: bool) -> Moved:
     """Count weight gradients on their way to the fp32 buffers: products' where the kept rows are not the first ones,
-    and all of what is no product's weight: mostly the embedding's, as large as its weight though mostly zeros, and the
-    head's."""
+    and all of what is no product's weight: mostly the embedding's, as large as its weight though mostly zeros, and a
+    cut head's; a whole one's is summed by the loss."""
     elements = rank_parameters(run.parent, run.layout.tensor, run.layout.pipeline, stage)
     rest = sum(elements.values()) - sum(map(_projections, run.teacher.layers(stage)))
+    is_last, tied = stage == run.layout.pipeline - 1, run.parent.tied_embeddings
+    if is_last and run.hidden == run.parent.hidden and not (tied and stage == 0):
+        rest -= run.local_vocab * run.hidden
     found = rest * (run.element_bytes + _ADDED_BYTES)
     if stage == 0:
         found += run.local_vocab * run.parent.hidden * run.element_bytes
@@ -151,16 +154,23 @@ def _mamba_copies(layer: LayerWork, backward: bool) -> float:
     return together + 8 * rows + 5 * y + own
 
 
-def loss_moved(run: MicroBatchWork, num_chunks: int) -> Moved:
+def loss_moved(run: MicroBatchWork, chunk_tokens: int) -> Moved:
     """Count the chunked loss: the logits of both models are written and read twice, in fp32, the gradient is written
-    and read by two products; the head's gradient is a sum in fp32, to which every chunk adds a product.
+    and read by two products; one of them reads and writes the head's gradient in fp32, a cut head's first set to zero
+    and in the end read to be scaled.
     """
-    logits, head = run.tokens * run.local_vocab, run.local_vocab * run.hidden
+    logits, head, chunks = run.tokens * run.local_vocab, run.local_vocab * run.hidden, num_chunks(run, chunk_tokens)
+    beside = 0 if run.hidden == run.parent.hidden else 2 * FP32_BYTES + run.element_bytes
     return Moved(
         elementwise=logits * (2 * 3 * FP32_BYTES + 3 * run.element_bytes),
-        accumulation=head * (num_chunks * 4 * FP32_BYTES + 2 * FP32_BYTES + run.element_bytes),
-        launches=_LOSS_LAUNCHES * num_chunks,
+        accumulation=head * (chunks * _ADDED_BYTES + beside),
+        launches=_LOSS_LAUNCHES * chunks,
     )
+
+
+def num_chunks(run: MicroBatchWork, chunk_tokens: int) -> int:
+    """Return how often the loss of a micro-batch reads both heads."""
+    return -(-run.tokens // chunk_tokens)
 
 
 def step_moved(run: MicroBatchWork, stage: int, shards: int) -> Moved:

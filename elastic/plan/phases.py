@@ -50,9 +50,9 @@ class PhasePlan:
 
     def memory(self, stage: int) -> StageMemory:
         """Return the peak of one rank of a stage while the most demanding budget is in flight everywhere."""
-        chunks, distributed = self.config.distill.num_chunks, self.config.optim.use_distributed_optimizer
+        chunk, distributed = self.config.distill.chunk_tokens, self.config.optim.use_distributed_optimizer
         shards = self.replicas * self.layout.context if distributed else 1
-        plans = (stage_memory(share.run, stage, self.micro_batches, chunks, shards) for share in self.shares)
+        plans = (stage_memory(share.run, stage, self.micro_batches, chunk, shards) for share in self.shares)
         return max(plans, key=lambda plan: plan.total)
 
     @cached_property

@@ -3,7 +3,6 @@
 And the rules of thumb a layout breaks: nothing is refused for them, each costs speed or safety. The limits are ours.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -178,9 +177,9 @@ def _phase_warnings(plan: PhasePlan) -> Iterator[str]:
     all_saved = plan.changed(layout=replace(layout, recompute=False))
     if layout.recompute and all_saved.peak_bytes <= plan.config.cluster.budget_bytes:
         yield "fits without recompute: parallel.recompute=none saves a forward pass"
-    chunk = math.ceil(run.tokens / plan.config.distill.num_chunks) * run.local_vocab * FP32_BYTES
+    chunk = min(run.tokens, plan.config.distill.chunk_tokens) * run.local_vocab * FP32_BYTES
     if chunk > MAX_CHUNK_BYTES:
-        yield f"a chunk of logits takes {chunk / 1e9:.2f} GB three times over; raise distill.num_chunks"
+        yield f"a chunk of logits takes {chunk / 1e9:.2f} GB three times over; lower distill.chunk_tokens"
     yield from _width_warnings(plan)
 
 

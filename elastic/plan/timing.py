@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from elastic.plan.config import PlanConfig
 from elastic.plan.flops import Flops, pass_flops
-from elastic.plan.moved import Moved, loss_moved, stage_moved, step_moved
+from elastic.plan.moved import Moved, loss_moved, num_chunks, stage_moved, step_moved
 from elastic.plan.traffic import moved_bytes, pass_traffic, step_traffic
 from elastic.plan.work import MicroBatchWork
 
@@ -47,13 +47,14 @@ def micro_batch_seconds(config: PlanConfig, run: MicroBatchWork, stage: int) -> 
     """Return the seconds of one micro-batch on one stage."""
     flops, moved, traffic = pass_flops(run, stage), stage_moved(run, stage), pass_traffic(run, stage)
     if "loss" in flops:
-        moved["loss"] = loss_moved(run, config.distill.num_chunks)
+        moved["loss"] = loss_moved(run, config.distill.chunk_tokens)
     found = dict[tuple[str, str], float]()
     for name, passed in moved.items():
         seconds = _computing(config, flops.get(name, Flops()), passed)
         if name == "loss":  # products with few tokens take as long as it takes to read both heads again
             heads = 2 * run.hidden + run.parent.hidden
-            weights = config.distill.num_chunks * run.local_vocab * heads * run.element_bytes
+            chunks = num_chunks(run, config.distill.chunk_tokens)
+            weights = chunks * run.local_vocab * heads * run.element_bytes
             seconds["products"] = max(seconds["products"], weights / config.memory_bytes_per_s)
         for (group, operation), payload in traffic.get(name, {}).items():
             sent = moved_bytes(operation, payload, getattr(run.layout, _GROUPS[group]))

@@ -100,7 +100,7 @@ RULES: tuple[tuple[str, May, str], ...] = (
     ("seed", May.NOT_CHANGE, "the order of the samples and every draw follow from it"),
     ("data.*", May.CHANGE, "the content of the folder is compared, and the draws that follow from the micro-batch"),
     ("init_from.*", May.CHANGE, "its weights are compared"),
-    ("distill.num_chunks", May.CHANGE, "the same loss in other pieces"),
+    ("distill.chunk_tokens", May.CHANGE, "the same loss in other pieces"),
     ("distill.*", May.BE_ACCEPTED, "the loss is another from here on"),
     ("optim.use_distributed_optimizer", May.NOT_CHANGE, "the optimizer's state is stored in another form"),
     ("optim.overlap_grad_reduce", May.CHANGE, "the same gradients"),

@@ -120,9 +120,10 @@ class PipelineRunner:
             assert self.teacher is not None
             teacher_hidden, teacher_head = self._tokens(batch.teacher_hidden), self.teacher.head_weight()
             settings = self.loss
+        head = self.student_model.head_weight(batch.gates)
         terms = distillation_loss(
             self._tokens(hidden),
-            self.student_model.head_weight(batch.gates),
+            head,
             teacher_hidden,
             teacher_head,
             batch.labels.t().reshape(-1),
@@ -130,12 +131,26 @@ class PipelineRunner:
             **asdict(settings),
             tp_group=self.world.groups.tp,
             report_cross_entropy=True,
+            head_gradient=self._head_gradient(head),
         )
         counted = torch.full((), batch.labels.numel(), dtype=torch.int, device=hidden.device)  # no copy to wait for
         if weights is not None:
             counted = weights.sum().int()
         budget = None if batch.gates is None else batch.gates.budget
         return terms.total, counted, MicroBatchLoss(budget, counted, terms.kl, terms.cross_entropy)
+
+    def _head_gradient(self, head: Tensor) -> Tensor | None:
+        """Return the buffer in which micro-batches sum a whole head's gradient; a cut head's goes through autograd."""
+        whole = isinstance(head, nn.Parameter) and head.requires_grad and torch.is_grad_enabled()
+        if not whole or not isinstance(self.student, DistributedDataParallel):
+            return None
+        model = self.student_model
+        embeds_too = model.share_embeddings_and_output_weights and model.pre_process
+        if self.student.ddp_config.overlap_grad_reduce and not embeds_too:
+            # Megatron-Core's hook on the head insists on a gradient to add: zeros that take no memory.
+            head.grad = head.new_zeros(()).expand_as(head)
+        buffer: Tensor = head.main_grad  # type: ignore[attr-defined]  # the wrapper's
+        return buffer
 
     def _tokens(self, hidden: Tensor) -> Tensor:
         return parallel_hidden(hidden, self.world.layout.sequence, self.world.groups.tp)

@@ -38,7 +38,7 @@ from elastic.world.files import write_json
 from elastic.world.groups import World
 from elastic.world.watchdog import Watchdog
 
-FROM_SCRATCH = DistillConfig(kl_weight=0.0, cross_entropy_weight=1.0, num_chunks=1)
+FROM_SCRATCH = DistillConfig(kl_weight=0.0, cross_entropy_weight=1.0)
 GO_ON = "set exp_manager.resume_if_exists=true and exp_manager.overwrite=false"
 
 

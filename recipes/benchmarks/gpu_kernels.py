@@ -136,14 +136,18 @@ def losses(clock: Clock, ceilings: Ceilings, tiny: bool) -> list[dict[str, Any]]
             for count, scale in 2 * ((tokens, 1.0), (vocab, widths.hidden**-0.5))
         )
         leaves = hidden.requires_grad_(), head.requires_grad_()
+        main_grad = torch.zeros_like(head, dtype=torch.float32, requires_grad=False)
 
-        def run(leaves: tuple[Tensor, Tensor] = leaves, teacher: Any = (teacher_hidden, teacher_head)) -> None:
-            chunks = max(1, len(leaves[0]) // CHUNK_TOKENS)
+        def run(
+            leaves: tuple[Tensor, Tensor] = leaves,
+            teacher: Any = (teacher_hidden, teacher_head),
+            main_grad: Tensor = main_grad,
+        ) -> None:
             loss = distillation_loss(
                 leaves[0], leaves[1], teacher[0], teacher[1], None, None, kl_weight=1.0, cross_entropy_weight=0.0,
-                temperature=TEMPERATURE, num_chunks=chunks, tp_group=None,
+                temperature=TEMPERATURE, chunk_tokens=CHUNK_TOKENS, tp_group=None, head_gradient=main_grad,
             )  # fmt: skip
-            torch.autograd.grad(loss.total, leaves)
+            torch.autograd.grad(loss.total, leaves[0])
 
         costs = clock.costs({name: run}, "loss")
         flops = 8 * tokens * vocab * widths.hidden  # logits of both, two gradients

@@ -1,8 +1,8 @@
 """Chunked against unchunked distillation loss, forward and backward: time and peak memory.
 
 Called by `recipes/benchmark.py`. The variants take turns within one run, so that a busy machine slows all of them, and
-the ratios are medians of ratios within a turn. `plain` is what one writes without this module: full logits of teacher
-and student and `log_softmax` under autograd.
+the ratios are medians of ratios within a turn. `in main_grad` sums the head's gradient where Megatron-Core keeps it.
+`plain` is what one writes without this module: full logits of teacher and student and `log_softmax` under autograd.
 """
 
 import statistics
@@ -17,7 +17,7 @@ from torch import Tensor
 from elastic.distill.kl import distillation_loss
 from recipes.benchmarks.memory import peak_extra_bytes
 
-NUM_CHUNKS = (4, 16)
+CHUNK_TOKENS = (256, 64)
 BASELINE = "unchunked"
 
 
@@ -64,7 +64,7 @@ class _Tensors:
         )
 
 
-def _chunked(tensors: _Tensors, num_chunks: int) -> None:
+def _chunked(tensors: _Tensors, chunk_tokens: int, head_gradient: Tensor | None = None) -> None:
     distillation_loss(
         tensors.student_hidden,
         tensors.student_head,
@@ -75,8 +75,9 @@ def _chunked(tensors: _Tensors, num_chunks: int) -> None:
         kl_weight=1.0,
         cross_entropy_weight=0.0,
         temperature=1.0,
-        num_chunks=num_chunks,
+        chunk_tokens=chunk_tokens,
         tp_group=None,
+        head_gradient=head_gradient,
     ).total.backward()
 
 
@@ -106,9 +107,11 @@ def _time_ms(variant: Callable[[], None], tensors: _Tensors, device: torch.devic
 def measure(case: KlCase, num_turns: int, device: torch.device) -> list[dict[str, object]]:
     """Return one row per variant of a case, with ratios to the unchunked loss."""
     tensors = _Tensors.of(case, device)
+    main_grad = torch.zeros_like(tensors.student_head, dtype=torch.float32)
     variants: dict[str, Callable[[], None]] = {
-        BASELINE: partial(_chunked, tensors, 1),
-        **{f"{num_chunks} chunks": partial(_chunked, tensors, num_chunks) for num_chunks in NUM_CHUNKS},
+        BASELINE: partial(_chunked, tensors, case.num_tokens),
+        **{f"{size} tokens": partial(_chunked, tensors, size) for size in CHUNK_TOKENS},
+        **{f"{size} tokens, in main_grad": partial(_chunked, tensors, size, main_grad) for size in CHUNK_TOKENS},
         "plain": partial(_plain, tensors),
     }
     peaks: dict[str, int] = {}

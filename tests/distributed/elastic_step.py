@@ -87,7 +87,7 @@ def elastic_step(case: LayoutCase) -> dict[str, Any]:
     wrapped = wrap_for_training(student, OptimConfig())
     optimizer = build_optimizer(wrapped, OptimConfig(clip_grad=1.0), here)
     runner = PipelineRunner(
-        here, wrapped, DistillConfig(cross_entropy_weight=0.3, temperature=1.5, num_chunks=3), teacher
+        here, wrapped, DistillConfig(cross_entropy_weight=0.3, temperature=1.5, chunk_tokens=11), teacher
     )
     local = range(GLOBAL_BATCH // (MICRO_BATCH * here.data_size))
     numbers = [index * here.data_size + here.data_rank for index in local]

@@ -23,15 +23,15 @@ class Case:
     kl_weight: float
     cross_entropy_weight: float
     temperature: float
-    num_chunks: int
+    chunk_tokens: int
     sequence_parallel: bool
 
 
 CASES = [
-    Case(kl_weight, cross_entropy_weight, temperature, num_chunks, sequence_parallel)
+    Case(kl_weight, cross_entropy_weight, temperature, chunk_tokens, sequence_parallel)
     for kl_weight, cross_entropy_weight in ((1.0, 0.0), (1.0, 0.3), (0.0, 1.0))
     for temperature in (1.0, 2.0)
-    for num_chunks in (1, 4, 7)
+    for chunk_tokens in (1, 5, 18)
     for sequence_parallel in (False, True)
 ]
 
@@ -85,7 +85,7 @@ def _losses_and_gradients(cases: list[Case]) -> list[dict[str, Tensor]]:
             kl_weight=case.kl_weight,
             cross_entropy_weight=case.cross_entropy_weight,
             temperature=case.temperature,
-            num_chunks=case.num_chunks,
+            chunk_tokens=case.chunk_tokens,
             tp_group=group,
             report_cross_entropy=True,
         )
@@ -161,7 +161,7 @@ def _without_the_mapping() -> Tensor:
         kl_weight=1.0,
         cross_entropy_weight=0.0,
         temperature=1.0,
-        num_chunks=3,
+        chunk_tokens=7,
         tp_group=group,
     ).total.backward()
     assert hidden.grad is not None
@@ -170,12 +170,12 @@ def _without_the_mapping() -> Tensor:
 
 def test_without_the_mapping_each_rank_holds_a_partial_gradient() -> None:
     first, second = run_distributed(_without_the_mapping, 2)
-    expected = 2 * _definition(Case(1.0, 0.0, 1.0, 1, False))["hidden_grad"]
+    expected = 2 * _definition(Case(1.0, 0.0, 1.0, 18, False))["hidden_grad"]
     torch.testing.assert_close((first + second).double(), expected, rtol=1e-4, atol=1e-5)
     assert float((first.double() - expected).norm() / expected.norm()) > 0.1
 
 
-def _collectives(num_chunks: int) -> list[int]:
+def _collectives(chunk_tokens: int) -> list[int]:
     """Count this rank's collectives for a loss with and without cross-entropy."""
     inputs, group, rank = Inputs.draw(), dist.group.WORLD, dist.get_rank()
     rows = slice(rank * VOCAB // 2, (rank + 1) * VOCAB // 2)
@@ -192,7 +192,7 @@ def _collectives(num_chunks: int) -> list[int]:
                 kl_weight=1.0,
                 cross_entropy_weight=cross_entropy_weight,
                 temperature=2.0,
-                num_chunks=num_chunks,
+                chunk_tokens=chunk_tokens,
                 tp_group=group,
             )
         counts.append(sum(event.count for event in profiler.key_averages() if event.key == "c10d::allreduce_"))
@@ -200,7 +200,7 @@ def _collectives(num_chunks: int) -> list[int]:
 
 
 def test_two_collectives_per_chunk() -> None:
-    assert run_distributed(_collectives, 2, 3) == [[6, 6], [6, 6]]
+    assert run_distributed(_collectives, 2, 6) == [[6, 6], [6, 6]]
 
 
 def _fused_chunk():
@@ -223,3 +223,72 @@ def _fused_chunk():
 
 def test_fused_chunk_of_a_split_vocabulary_is_that_of_the_whole():
     run_distributed(_fused_chunk, 2)
+
+
+def _head_gradients(chunk_tokens: int, in_buffer: bool) -> tuple[dict[str, Tensor], bool]:
+    """Take two micro-batches, the second of twice the loss weight; whole head, then a cut one, all in fp64.
+
+    Returns the head's gradient of either, as an optimizer would find it, with the hidden states' of the first, and
+    whether autograd handed the whole head any.
+    """
+    inputs, group = Inputs.draw(), dist.group.WORLD
+    rows = slice(
+        dist.get_rank() * VOCAB // dist.get_world_size(), (dist.get_rank() + 1) * VOCAB // dist.get_world_size()
+    )
+    found, seen_by_autograd = {}, False
+    for name, width in (("whole", WIDTH), ("cut", 5)):
+        weight = inputs.student_head[rows].double().requires_grad_()
+        buffer = torch.full_like(weight, 0.25)  # what other micro-batches left
+        hidden = inputs.student_hidden.flatten(0, 1)[:, :width].double().requires_grad_()
+        direct = in_buffer and name == "whole"
+        for factor in (1.0, 2.0):
+            total = distillation_loss(
+                hidden,
+                weight if name == "whole" else weight[:, :width],
+                inputs.teacher_hidden.flatten(0, 1).double(),
+                inputs.teacher_head[rows].double(),
+                inputs.labels.t().reshape(-1),
+                factor * inputs.token_weights.t().reshape(-1),
+                kl_weight=1.0,
+                cross_entropy_weight=0.3,
+                temperature=1.5,
+                chunk_tokens=chunk_tokens,
+                tp_group=group,
+                head_gradient=buffer if direct else None,
+            ).total
+            total.backward()
+            if weight.grad is not None:
+                seen_by_autograd |= direct
+                buffer, weight.grad = buffer + weight.grad, None
+        found |= {f"{name} head": buffer - 0.25, f"{name} hidden": hidden.grad}
+    return found, seen_by_autograd
+
+
+def _plain_gradients(width: int) -> tuple[Tensor, Tensor]:
+    """Return what autograd makes of the definition with full logits: the whole head's gradient, the hidden states'."""
+    inputs = Inputs.draw()
+    head = inputs.student_head.double().requires_grad_()
+    hidden = inputs.student_hidden.flatten(0, 1)[:, :width].double().requires_grad_()
+    weights, labels = inputs.token_weights.t().reshape(-1).double(), inputs.labels.t().reshape(-1)
+    student = hidden @ head[:, :width].t()
+    log_p = (inputs.teacher_hidden.flatten(0, 1).double() @ inputs.teacher_head.double().t() / 1.5).log_softmax(-1)
+    kl = 1.5**2 * (log_p.exp() * (log_p - (student / 1.5).log_softmax(-1))).sum(-1)
+    cross_entropy = -student.log_softmax(-1).gather(1, labels.unsqueeze(1)).squeeze(1)
+    (3 * weights * (kl + 0.3 * cross_entropy)).sum().backward()
+    assert head.grad is not None and hidden.grad is not None
+    return head.grad, hidden.grad
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("chunk_tokens", [1, 7, S * B])
+def test_two_micro_batches_sum_the_heads_gradient_in_its_buffer_or_through_autograd(
+    size: int, chunk_tokens: int
+) -> None:
+    for in_buffer in (False, True):
+        ranks = run_distributed(_head_gradients, size, chunk_tokens, in_buffer)
+        assert not any(seen for _, seen in ranks), "the buffer has it; autograd must not bring it again"
+        for name, width in (("whole", WIDTH), ("cut", 5)):
+            head, hidden = _plain_gradients(width)
+            found = torch.cat([result[f"{name} head"] for result, _ in ranks])
+            torch.testing.assert_close(found, head, rtol=1e-11, atol=1e-13)
+            torch.testing.assert_close(sum(r[f"{name} hidden"] for r, _ in ranks), hidden, rtol=1e-11, atol=1e-13)

@@ -18,7 +18,7 @@ from elastic.world.groups import Layout, world
 from tests.distributed.harness import run_distributed
 from tests.unit.plan.test_plan import small_shape, values
 
-NUM_CHUNKS, LENGTH = 4, 256
+CHUNK_TOKENS, LENGTH = 64, 256
 
 
 def space() -> Space:
@@ -46,7 +46,7 @@ def compared(
 ) -> dict[str, tuple[float, float]]:
     """Plan and trace of every quantity, by name."""
     share = Share("all", 1.0, run)
-    config = PlanConfig(distill=DistillConfig(num_chunks=NUM_CHUNKS), optim=optim)
+    config = PlanConfig(distill=DistillConfig(chunk_tokens=CHUNK_TOKENS), optim=optim)
     plan = PhasePlan(config, ElasticPhase(name="p"), (share,), run.layout.pipeline, 1)
     rows = comparison(plan, run, stage, trace, run.layout.pipeline)
     return {row["what"]: (row["plan"], row["trace"]) for row in rows}
@@ -60,7 +60,7 @@ def real_steps(layouts: list[tuple[Layout, Execution]]) -> list[tuple[int, dict[
             run = micro_batch(layout, execution, KernelSet.TORCH)
             traces = [
                 trace_step(
-                    run, space(), here, micro_batches=layout.pipeline, distill=DistillConfig(num_chunks=NUM_CHUNKS),
+                    run, space(), here, micro_batches=layout.pipeline, distill=DistillConfig(chunk_tokens=CHUNK_TOKENS),
                     optim=OptimConfig(), with_optimizer=True,
                 )
                 for _ in range(3)
@@ -105,7 +105,7 @@ def test_dry_run_of_a_small_model_sees_what_the_plan_says(recompute: bool, execu
     layout = Layout(2, 2, 2, sequence=True, recompute=recompute, dtype=torch.bfloat16)
     run = micro_batch(layout, execution, KernelSet.FUSED)
     optim = OptimConfig(use_distributed_optimizer=True)
-    distill = DistillConfig(num_chunks=NUM_CHUNKS)
+    distill = DistillConfig(chunk_tokens=CHUNK_TOKENS)
     with fake_world(layout, 16, stage=1) as here:
         trace = trace_step(run, space(), here, micro_batches=2, distill=distill, optim=optim)
         assert here.groups.pp.rank() == 1

@@ -60,8 +60,9 @@ def loss_of(
     kl_weight: float = 1.0,
     cross_entropy_weight: float = 0.0,
     temperature: float = 1.0,
-    num_chunks: int = 1,
+    chunk_tokens: int = 2048,
     report_cross_entropy: bool = False,
+    head_gradient: Tensor | None = None,
 ) -> LossTerms:
     return distillation_loss(
         case.student_hidden,
@@ -73,9 +74,10 @@ def loss_of(
         kl_weight=kl_weight,
         cross_entropy_weight=cross_entropy_weight,
         temperature=temperature,
-        num_chunks=num_chunks,
+        chunk_tokens=chunk_tokens,
         tp_group=None,
         report_cross_entropy=report_cross_entropy,
+        head_gradient=head_gradient,
     )
 
 

@@ -16,13 +16,13 @@ TERMS = [(1.0, 0.0), (1.0, 0.3), (0.0, 1.0), (0.7, 0.3)]  # weights of KL and cr
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.7])
-@pytest.mark.parametrize("num_chunks", [1, 3, 4, 7])
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 7, 2048])
 def test_equals_the_fp64_definition(
-    shape: tuple[int, int, int, int], terms: tuple[float, float], temperature: float, num_chunks: int
+    shape: tuple[int, int, int, int], terms: tuple[float, float], temperature: float, chunk_tokens: int
 ) -> None:
-    case = Case.draw(*shape, scale=3.0, weighted=num_chunks != 3).leaves()
+    case = Case.draw(*shape, scale=3.0, weighted=chunk_tokens != 3).leaves()
     expected = Reference.of(case, *terms, temperature)
-    actual = loss_of(case, *terms, temperature, num_chunks, report_cross_entropy=True)
+    actual = loss_of(case, *terms, temperature, chunk_tokens, report_cross_entropy=True)
     (2.5 * actual.total).backward()
     assert actual.total.dtype == torch.float32
     assert relative_error(actual.total.detach(), expected.total) < 1e-6
@@ -32,8 +32,8 @@ def test_equals_the_fp64_definition(
     assert relative_error(case.student_head.grad, 2.5 * expected.head_grad) < 1e-5
 
 
-@pytest.mark.parametrize("num_chunks", [1, 5])
-def test_cross_entropy_alone_needs_no_teacher(num_chunks: int) -> None:
+@pytest.mark.parametrize("chunk_tokens", [5, 23])
+def test_cross_entropy_alone_needs_no_teacher(chunk_tokens: int) -> None:
     case = Case.draw(23, 128, 16, 24).leaves()
     expected = Reference.of(case, 0.0, 0.8, 2.0)
     actual = distillation_loss(
@@ -46,7 +46,7 @@ def test_cross_entropy_alone_needs_no_teacher(num_chunks: int) -> None:
         kl_weight=0.0,
         cross_entropy_weight=0.8,
         temperature=2.0,
-        num_chunks=num_chunks,
+        chunk_tokens=chunk_tokens,
         tp_group=None,
     )
     actual.total.backward()
@@ -63,7 +63,7 @@ def test_head_may_be_a_strided_prefix_of_a_wider_one() -> None:
     wide_head[:, :6] = case.student_head.detach()
     wide_head.requires_grad_()
     sliced = replace(case, student_head=wide_head[:, :6])
-    loss_of(sliced, num_chunks=5).total.backward()
+    loss_of(sliced, chunk_tokens=3).total.backward()
     expected = Reference.of(case, 1.0, 0.0, 1.0)
     assert wide_head.grad is not None
     assert relative_error(wide_head.grad[:, :6], expected.head_grad) < 1e-5
@@ -86,7 +86,7 @@ def test_gradcheck_in_fp64(temperature: float, with_teacher: bool) -> None:
             kl_weight=0.6 if with_teacher else 0.0,
             cross_entropy_weight=0.3,
             temperature=temperature,
-            num_chunks=2,
+            chunk_tokens=3,
             tp_group=None,
         ).total
 
@@ -94,13 +94,13 @@ def test_gradcheck_in_fp64(temperature: float, with_teacher: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("num_chunks", [1, 4])
-def test_student_equal_to_teacher_gives_exactly_zero(dtype: torch.dtype, num_chunks: int) -> None:
+@pytest.mark.parametrize("chunk_tokens", [3, 11])
+def test_student_equal_to_teacher_gives_exactly_zero(dtype: torch.dtype, chunk_tokens: int) -> None:
     # Not just small: Adam blows rounding noise up to full-size steps.
     teacher = Case.draw(11, 50, 8, 8, dtype=dtype, scale=5.0)
     case = replace(teacher, student_hidden=teacher.teacher_hidden, student_head=teacher.teacher_head).leaves()
     for temperature in (1.0, 3.0):
-        terms = loss_of(case, temperature=temperature, num_chunks=num_chunks)
+        terms = loss_of(case, temperature=temperature, chunk_tokens=chunk_tokens)
         terms.total.backward()
         assert terms.total.item() == 0
         assert case.student_hidden.grad is not None and not case.student_hidden.grad.any()
@@ -130,7 +130,7 @@ def test_a_constant_added_to_a_tokens_logits_changes_nothing(shift: float) -> No
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 4.0])
 def test_extreme_logits_stay_finite(temperature: float) -> None:
     case = Case.draw(8, 33, 4, 4, scale=1e4).leaves()
-    terms = loss_of(case, 1.0, 0.3, temperature, num_chunks=3)
+    terms = loss_of(case, 1.0, 0.3, temperature, chunk_tokens=3)
     terms.total.backward()
     expected = Reference.of(case, 1.0, 0.3, temperature)
     assert relative_error(terms.total.detach(), expected.total) < 1e-5

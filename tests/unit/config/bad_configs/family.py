@@ -178,10 +178,15 @@ BAD: tuple[BadConfig, ...] = (
     ),
     (
         ElasticConfig,
-        {"distill.num_chunks": 500},
+        {"distill.num_chunks": 4},
         1,
-        "distill.num_chunks = 500: must be at most the 256 tokens of the shortest micro-batch; nearest legal value is "
-        "256",
+        "distill.num_chunks = 4: unknown key; known here: kl_weight, cross_entropy_weight, temperature, chunk_tokens",
+    ),
+    (
+        ElasticConfig,
+        {"distill.chunk_tokens": 0},
+        1,
+        "distill.chunk_tokens = 0: must be at least 1; nearest legal value is 1",
     ),
     # more of the space
     (
