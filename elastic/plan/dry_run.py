@@ -49,13 +49,15 @@ def trace_step(
     distill: DistillConfig,
     optim: OptimConfig,
     with_optimizer: bool = False,
+    still_s: float = 0.0,
 ) -> dict[str, int]:
     """Build what a training run builds and watch one step of it, on fake tensors or real ones; return what it took.
 
     Bytes, of collectives by group and operation, FLOPs of matrix products without the stand-ins', and with stand-ins
     what all but products and loss reads and writes in how many kernels. The activations are what stays on this stage
     after a forward pass, the peak all that is alive at once during forward and backward.
-    `with_optimizer` builds and steps it too, which asks for values: real tensors only; else it counts 0.
+    `still_s` is how long a process group's threads may hold a tensor that was sent. `with_optimizer` builds and steps
+    it too, which asks for values: real tensors only; else it counts 0.
     """
     moved = MovedBytes()
     kernels = stand_ins(moved) if run.kernels is KernelSet.FUSED else Kernels.choose(torch.device("cpu"))
@@ -75,7 +77,7 @@ def trace_step(
             size = [run.tokens // run.batch, run.batch, run.parent.hidden]
             get_global_memory_buffer().get_tensor(size, run.layout.dtype, "mpu")
         # 2. One micro-batch's forward pass alone.
-        activations = _held_after_forward(live, wrapped, run, space)
+        activations = _held_after_forward(live, wrapped, run, space, still_s)
         # 3. The step.
         work = [_micro_batch(run, space) for _ in range(micro_batches)]
         before, moved.part = live.bytes, "layers"
@@ -167,17 +169,17 @@ def _micro_batch(run: MicroBatchWork, space: Space) -> MicroBatch:
     return MicroBatch(tokens, labels, None, Gates.mask(weights) if run.masked else Gates.slice(run.subnet))
 
 
-def _held_after_forward(live: LiveBytes, student: Any, run: MicroBatchWork, space: Space) -> int:
+def _held_after_forward(live: LiveBytes, student: Any, run: MicroBatchWork, space: Space, still_s: float) -> int:
     """Return the bytes one micro-batch keeps alive once its forward pass of this stage is over, output left out."""
     bare, batch = student.module, _micro_batch(run, space)
     stream: Tensor | None = None
-    before = live.bytes
+    before = live.settled(still_s)
     if not bare.pre_process:
         size = (run.stream_tokens // run.batch, run.batch, run.parent.hidden)
         stream = torch.zeros(size, dtype=run.layout.dtype).requires_grad_()
         bare.set_input_tensor(stream)
     output = student(batch.tokens, batch.gates)
-    held = live.bytes - before - output.nbytes
+    held = live.settled(still_s) - before - output.nbytes
     bare.set_input_tensor(None)
     del output
     return held

@@ -3,6 +3,7 @@
 Nothing is patched: all counters are dispatch modes, which see every operation between `with` and its end.
 """
 
+import time
 import weakref
 from collections import Counter
 from collections.abc import Mapping
@@ -31,6 +32,15 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor):
                 self._see(leaf.untyped_storage())
         return result
+
+    def settled(self, still_s: float) -> int:
+        """Return the bytes alive once nothing was let go of for `still_s`: gloo's threads hold a sent tensor on."""
+        known, since = self.bytes, time.monotonic()
+        while time.monotonic() - since < still_s:
+            time.sleep(0.01)
+            if self.bytes != known:
+                known, since = self.bytes, time.monotonic()
+        return known
 
     def reset_peak(self) -> None:
         """Start a new peak from what is alive now."""

@@ -58,16 +58,12 @@ def real_steps(layouts: list[tuple[Layout, Execution]]) -> list[tuple[int, dict[
     for layout, execution in layouts:
         with world(layout) as here:
             run = micro_batch(layout, execution, KernelSet.TORCH)
-            traces = [
-                trace_step(
-                    run, space(), here, micro_batches=layout.pipeline, distill=DistillConfig(chunk_tokens=CHUNK_TOKENS),
-                    optim=OptimConfig(), with_optimizer=True,
-                )
-                for _ in range(3)
-            ]  # fmt: skip
-            # gloo's threads let go of an exchanged stream a moment late now and then: that is not kept by the step.
-            kept = "activations of one micro-batch"
-            seen.append((here.groups.pp.rank(), traces[0] | {kept: min(trace[kept] for trace in traces)}))
+            # gloo's threads let go of an exchanged stream late on a busy machine: that is not kept by the step.
+            trace = trace_step(
+                run, space(), here, micro_batches=layout.pipeline, distill=DistillConfig(chunk_tokens=CHUNK_TOKENS),
+                optim=OptimConfig(), with_optimizer=True, still_s=2.0,
+            )  # fmt: skip
+            seen.append((here.groups.pp.rank(), trace))
     return seen
 
 
