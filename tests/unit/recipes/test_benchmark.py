@@ -1,11 +1,5 @@
 """The benchmark leaves out what a machine cannot time, and says so in its table."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -33,30 +27,6 @@ def test_a_precision_that_was_not_timed_is_a_dash() -> None:
     assert [list(column.cells) for column in table.columns] == [
         ["mask 3 / plain"], ["1.06"], ["-"], ["1.07"], ["-"], ["1.10"],
     ]  # fmt: skip
-
-
-def test_what_a_gpu_measures_runs_in_tiny_on_a_cpu(tmp_path: Path) -> None:
-    """Every line of `make gpu`'s benchmark, kernels in Triton's interpreter; a process of its own, for its groups."""
-    file, root = tmp_path / "report" / "gpu.json", Path(__file__).parents[3]
-    environment = {**os.environ, "PYTHONPATH": str(root), "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(root / "recipes" / "benchmark.py"), "--only", "gpu", "--device", "cpu", "--tiny"]
-    run = subprocess.run(
-        [*command, "--rounds", "1", "--json", str(file)], env=environment, stdout=subprocess.PIPE, text=True, check=True
-    )
-    report = json.loads(file.read_text())
-    assert all(report[name] > 0 for name in ("matmul_tflops", "copy_tb_per_s", "launch_us")) and report["card"] == "CPU"
-    kernels = {"norm", "gated group norm", "squared ReLU", "residual", "convolution"}
-    assert {row["kernel"] for row in report["kernels"][:-1]} == {
-        f"{name}, {which}" for name in kernels for which in ("forward", "backward")
-    }
-    assert "loss of a chunk" in report["kernels"][-1]["kernel"] and len(report["losses"]) == 2
-    cases = {"plain", "mask 3", "mask 5", "slice 9B", "submodel 9B", "slice 6B", "submodel 6B", "teacher"}
-    places = {(row["layers"], row["tokens"]) for row in report["cases"]}
-    assert len(places) == 4 and len(report["cases"]) == len(places) * len(cases)
-    assert {row["case"] for row in report["cases"]} == cases and report["left_out"] == []
-    assert all((row["case"] == "teacher") != (row.get("step_s", 0) > 0) for row in report["cases"])
-    assert all(row["ms"] > 0 and row["flops"] > 0 for row in [*report["cases"], *report["losses"]])
-    assert run.stdout.rstrip().splitlines()[-2].split()[1:4] == ["M-M-M-M-", "48", "teacher"]
 
 
 def test_what_there_is_no_time_or_memory_for_is_left_out_and_named() -> None:
