@@ -7,12 +7,16 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from elastic.data.tokenizer import train_tokenizer
+from elastic.data.chat import ChatTemplate
+from elastic.data.conversation import Conversation, LossOn, parse_conversation
+from elastic.data.prepare_config import PrepareConfig
+from elastic.data.tokenizer import load_tokenizer, train_tokenizer
 
 SPECIAL = [
     "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
     "<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>",
 ]  # fmt: skip
+USER, ANSWER = {"role": "user", "content": "how many?"}, {"role": "assistant", "content": "two"}
 PLAIN_TOKENS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]  # tokens of their own, and no special ones
 
 # Each is written with generation markers around what the assistant says. Without them the same template is one that the
@@ -191,3 +195,19 @@ def conversations(style: str, count: int) -> list[dict[str, Any]]:
 def write_chats(path: Path, records: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     return path
+
+
+def opened(folder: Path, loss_on: LossOn = "response", *, parse_special_tokens: bool = False) -> ChatTemplate:
+    return ChatTemplate(folder, load_tokenizer(folder), loss_on, parse_special_tokens=parse_special_tokens)
+
+
+def parsed(record: dict[str, Any], loss_on: LossOn = "response") -> Conversation:
+    found = parse_conversation(json.dumps(record), loss_on)
+    assert isinstance(found, Conversation), found
+    return found
+
+
+def chat_config(tmp_path: Path, source: Path, tokenizer: Path, **changes: Any) -> PrepareConfig:
+    settings: dict[str, Any] = {"validation_ratio": 0.2, "document_format": "chat", "tokenizer_path": str(tokenizer)}
+    place = {"output_dir": str(tmp_path / "data"), "paths": [str(source)]}
+    return PrepareConfig(**settings | place | changes)
