@@ -51,10 +51,6 @@ class _NestedWeight:
         """Say which part of this rank's weight a cut computes with."""
         return _Part(self.hidden_dim, cut.grid(DimKind.HIDDEN), cut.grid(self.inner))
 
-    def kept_weight(self, cut: Cut) -> Tensor:
-        """Return the part of this rank's weight that a cut computes with: [kept rows, kept columns]."""
-        return self.part(cut).of(self.weight)
-
 
 class ElasticColumnParallelLinear(_NestedWeight, tensor_parallel.ColumnParallelLinear):
     """Y = X W^T from the stream, rows of W sharded."""

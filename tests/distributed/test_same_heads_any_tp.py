@@ -82,7 +82,9 @@ def _layer_weights(layer: torch.nn.Module, kind: str, cut: Cut) -> Mapping[str, 
         "*": ("self_attention.linear_qkv", "self_attention.linear_proj"),
         "-": ("mlp.linear_fc1", "mlp.linear_fc2"),
     }[kind]
-    used |= {f"{linear}.weight": layer.get_submodule(linear).kept_weight(cut) for linear in linears}
+    for name in linears:
+        linear = layer.get_submodule(name)
+        used[f"{name}.weight"] = linear.part(cut).of(linear.weight)
     if kind == "M":
         cp = layer.mixer._context_parallel(cut)
         used |= {
