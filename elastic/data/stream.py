@@ -110,6 +110,7 @@ class Batch:
     labels: torch.Tensor
     sample_ids: torch.Tensor
     counted: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
 
     @property
     def counts_all(self) -> bool:
