@@ -9,7 +9,8 @@ from rich.table import Table
 
 from elastic.checkpoint.find import list_checkpoints
 from elastic.checkpoint.record import Record
-from elastic.data.stream import HeldOut, TokenStream, validation_batches
+from elastic.data.held_out import HeldOut, validation_batches
+from elastic.data.stream import TokenStream
 from elastic.space.axes import AXES, INNER_AXIS, LayerKind
 from elastic.space.shape import ModelShape
 

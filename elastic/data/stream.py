@@ -1,11 +1,12 @@
-"""Read prepared tokens: one long stream cut into chunks, and the micro-batches every rank takes from it.
+"""Read prepared tokens: a long stream, the sequences cut from it, and the micro-batches every rank takes.
 
 Legend: S sequence length, B micro-batch size.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -65,7 +66,40 @@ class TokenStream:
         return torch.from_numpy(bits[start - 8 * first :][:count].astype(bool))
 
 
-class PackedSequences:
+@dataclass(frozen=True)
+class Row:
+    """One sequence: tokens [S] and labels [S] int64, label s what follows token s.
+
+    `counted` [S] bool: which labels the loss counts; None: all. `positions` [S] int32: the place of each token in its
+    own document, where documents must not see each other; None: the sequence is one document.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    counted: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+
+
+class Samples(Protocol):
+    """A source of sequences of one length: `len()` of them make an epoch, and indices run on without end."""
+
+    sequence_length: int
+    is_masked: bool  # rows say which of their labels count
+
+    def __len__(self) -> int: ...
+
+    def row(self, sample_index: int) -> Row:
+        """Return a sample's sequence, a pure function of the index."""
+        ...
+
+
+def concatenated_row(stream: TokenStream, start: int, sequence_length: int) -> Row:
+    """Return the sequence from position `start` on, whatever documents begin and end in it."""
+    tokens = stream.read(start, sequence_length + 1)
+    return Row(tokens[:-1], tokens[1:], stream.counted(start + 1, sequence_length) if stream.is_masked else None)
+
+
+class Concatenated:
     """Chunks of S + 1 tokens of a stream, in an order shuffled anew for every epoch.
 
     Chunk c is tokens [c * S, c * S + S + 1), so neighbours share one token and every token but the first is a label
@@ -82,6 +116,7 @@ class PackedSequences:
             )
         self.stream = stream
         self.sequence_length = sequence_length
+        self.is_masked = stream.is_masked
         num_chunks = (stream.num_tokens - 1) // sequence_length
         self.order = SampleOrder(num_chunks, mixed_seed(seed, salt, sequence_length))
 
@@ -89,9 +124,9 @@ class PackedSequences:
         """Return the number of chunks, which is the number of samples of an epoch."""
         return self.order.num_chunks
 
-    def sample(self, sample_index: int) -> torch.Tensor:
-        """Return tokens [S+1] int64 of a sample; indices run on through the epochs without end."""
-        return self.stream.read(self.start(sample_index), self.sequence_length + 1)
+    def row(self, sample_index: int) -> Row:
+        """Return the sequence of a sample."""
+        return concatenated_row(self.stream, self.start(sample_index), self.sequence_length)
 
     def start(self, sample_index: int) -> int:
         """Return the position in the stream of a sample's first token."""
@@ -102,8 +137,9 @@ class PackedSequences:
 class Batch:
     """One micro-batch on one data-parallel rank: tokens [B, S], labels [B, S], sample_ids [B], all int64 on the CPU.
 
-    Label s is token s + 1. A sample id is the index within the phase, unique across epochs; -1 marks a row that only
-    fills the last validation batches to their size. `counted` [B, S]: which labels the data's mask counts; None: all.
+    Label s follows token s. A sample id is the index within the phase, unique across epochs; -1 marks a row that only
+    fills the last validation batches to their size. `counted` [B, S] bool: which labels count; None: all.
+    `positions` [B, S] int32: each token's place in its own document, 0 starts one; None: a sequence is one document.
     """
 
     tokens: torch.Tensor
@@ -127,17 +163,21 @@ class Batch:
         return self.tokens.numel() if self.counts_all else int(self.token_weights().sum())
 
 
-def _batch(stream: TokenStream, starts: list[int], sequence_length: int, sample_ids: list[int]) -> Batch:
-    tokens = torch.stack([stream.read(start, sequence_length + 1) for start in starts])
-    counted = None
-    if stream.is_masked:
-        counted = torch.stack([stream.counted(start + 1, sequence_length) for start in starts])
-    ids = torch.tensor(sample_ids, dtype=torch.int64)
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), ids, counted)
+def batch_of(rows: Sequence[Row], sample_ids: Sequence[int]) -> Batch:
+    """Put rows of one length together; what only some of them say is written out for the others."""
+    counted = positions = None
+    if any(row.counted is not None for row in rows):
+        every = torch.ones(len(rows[0].tokens), dtype=torch.bool)
+        counted = torch.stack([every if row.counted is None else row.counted for row in rows])
+    if any(row.positions is not None for row in rows):
+        whole = torch.arange(len(rows[0].tokens), dtype=torch.int32)
+        positions = torch.stack([whole if row.positions is None else row.positions for row in rows])
+    tokens, labels = (torch.stack(parts) for parts in zip(*((row.tokens, row.labels) for row in rows), strict=True))
+    return Batch(tokens, labels, torch.tensor(sample_ids, dtype=torch.int64), counted, positions)
 
 
 def read_batch(
-    dataset: PackedSequences,
+    dataset: Samples,
     consumed_samples: int,
     micro_batch_index: int,
     data_parallel_rank: int,
@@ -154,8 +194,7 @@ def read_batch(
     global_index = micro_batch_index * data_parallel_size + data_parallel_rank
     first = consumed_samples + global_index * micro_batch_size
     sample_ids = list(range(first, first + micro_batch_size))
-    starts = [dataset.start(index) for index in sample_ids]
-    return _batch(dataset.stream, starts, dataset.sequence_length, sample_ids)
+    return batch_of([dataset.row(index) for index in sample_ids], sample_ids)
 
 
 class PhaseData:
@@ -178,7 +217,7 @@ class PhaseData:
         self.micro_batch_size, self.world, self.numbers = micro_batch_size, world, numbers
         self.is_masked = stream.is_masked
         self.datasets = [
-            PackedSequences(stream, phase.sequence_length, seed, salt=index)
+            Concatenated(stream, phase.sequence_length, seed, salt=index)
             for index, phase in enumerate(curriculum.phases)
         ]
 
@@ -188,69 +227,3 @@ class PhaseData:
         dataset = self.datasets[moment.phase_index]
         numbers = self.numbers(moment, moment.phase.global_batch // (size * replicas), rank, replicas)
         return [read_batch(dataset, moment.consumed_samples, number, 0, 1, size) for number in numbers]
-
-
-class HeldOut:
-    """The held-out split as sequences [S + 1] of one source each: S tokens and the one that follows the last.
-
-    Which sequences a loss is taken over is spread evenly over the split, not its front; so it does not depend on the
-    order in which the sources were named, as the split itself does not.
-    """
-
-    def __init__(self, stream: TokenStream, sequence_length: int) -> None:
-        self.stream, self.sequence_length = stream, sequence_length
-        self.split = stream.manifest.splits[stream.prefix.name]
-
-    def __len__(self) -> int:
-        """Return how many sequences there are."""
-        return self.split.num_sequences(self.sequence_length)
-
-    def spread(self, num_sequences: int) -> dict[str, list[int]]:
-        """Return the first token of each of `num_sequences` sequences, by source; sources without any are left out.
-
-        Raises DataError when the split has fewer.
-        """
-        if not 1 <= num_sequences <= len(self):
-            raise DataError(
-                f"num_sequences = {num_sequences}: {self.stream.prefix} has {len(self)} sequences of "
-                f"{self.sequence_length} tokens; nearest legal {max(1, min(num_sequences, len(self)))}"
-            )
-        wanted = [index * len(self) // num_sequences for index in range(num_sequences)]
-        chosen: dict[str, list[int]] = {}
-        first_sequence = first_token = 0
-        for source, num_tokens in (self.split.sources or {str(self.stream.prefix): self.stream.num_tokens}).items():
-            end = first_sequence + (num_tokens - 1) // self.sequence_length
-            inside = [index - first_sequence for index in wanted if first_sequence <= index < end]
-            if inside:
-                chosen[source] = [first_token + index * self.sequence_length for index in inside]
-            first_sequence, first_token = end, first_token + num_tokens
-        return chosen
-
-    def row(self, start: int) -> torch.Tensor:
-        """Return tokens [S + 1] from position `start`, int64."""
-        return self.stream.read(start, self.sequence_length + 1)
-
-
-def source_labels(sources: Iterable[str]) -> dict[str, str]:
-    """Name each configured path by its last part where that tells them apart, else by the whole."""
-    paths = list(sources)
-    parts = [Path(path).name or path for path in paths]
-    return {path: part if parts.count(part) == 1 else path for path, part in zip(paths, parts, strict=True)}
-
-
-def validation_batches(
-    held_out: HeldOut, num_sequences: int, data_parallel_rank: int, data_parallel_size: int, micro_batch_size: int
-) -> Iterator[tuple[str, Batch]]:
-    """Yield (source, micro-batch): one rank's share of `num_sequences` sequences, the same set at any layout.
-
-    Every rank gets the same number of full batches of every source. Rows beyond a source's last sequence repeat its
-    first under sample id -1 and weigh nothing: reduce with `Batch.token_weights()`. Other sample ids are the position
-    of the first token. Raises DataError when the split is shorter than `num_sequences`.
-    """
-    for source, starts in held_out.spread(num_sequences).items():
-        for first_of_all in range(0, len(starts), data_parallel_size * micro_batch_size):
-            first = first_of_all + data_parallel_rank * micro_batch_size
-            mine = starts[first : first + micro_batch_size]
-            fill = micro_batch_size - len(mine)
-            rows, sample_ids = [*mine, *starts[:1] * fill], [*mine, *[PADDING_SAMPLE] * fill]
-            yield source, _batch(held_out.stream, rows, held_out.sequence_length, sample_ids)

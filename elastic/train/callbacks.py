@@ -12,7 +12,7 @@ from elastic.checkpoint.contents import damages, step_of
 from elastic.checkpoint.find import checkpoint_folder, list_checkpoints
 from elastic.checkpoint.state import begin_save
 from elastic.checkpoint.write import CheckpointWrite
-from elastic.data.stream import HeldOut, source_labels
+from elastic.data.held_out import HeldOut, source_labels
 from elastic.space.gates import Gates
 from elastic.train.evaluation import evaluate_subnets
 from elastic.train.log import RunLog

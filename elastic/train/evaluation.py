@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from elastic.data.stream import HeldOut, validation_batches
+from elastic.data.held_out import HeldOut, validation_batches
 from elastic.space.gates import Gates
 from elastic.train.pipeline import MicroBatchLoss, PipelineRunner
 from elastic.world.groups import World

@@ -10,7 +10,8 @@ from elastic.checkpoint.state import Trainable, TrainingState, load_checkpoint
 from elastic.config.load import config_dict
 from elastic.config.sections import DistillConfig
 from elastic.config.verbs import ElasticConfig, TrainConfig
-from elastic.data.stream import HeldOut, PhaseData, TokenStream
+from elastic.data.held_out import HeldOut
+from elastic.data.stream import PhaseData, TokenStream
 from elastic.hf.config import stock_notes
 from elastic.model.backends import in_words
 from elastic.model.model import build_model

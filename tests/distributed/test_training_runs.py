@@ -16,7 +16,7 @@ from elastic.config.load import load
 from elastic.config.sections import DistillConfig, OptimConfig
 from elastic.config.verbs import ElasticConfig
 from elastic.data import stream
-from elastic.data.stream import PackedSequences, TokenStream, read_batch
+from elastic.data.stream import Concatenated, TokenStream, read_batch
 from elastic.model.initialize import named_global_parameters
 from elastic.model.model import build_model
 from elastic.router.router import Router
@@ -155,11 +155,11 @@ def test_each_sample_of_an_epoch_once_over_three_interruptions_and_dp_1_2_1(star
         length, total = phase["sequence_length"], phase["global_batch"] * phase["steps"]
         ids = sorted(sample for (at, _), samples in counts.items() if at == length for sample in samples)
         assert ids == list(range(total)), f"phase {phase['name']}"
-        num_chunks = len(PackedSequences(TokenStream(start / "data" / "train"), length, 0))
+        num_chunks = len(Concatenated(TokenStream(start / "data" / "train"), length, 0))
         epoch = [chunk_of[length, sample] for sample in range(min(total, num_chunks))]
         assert len(set(epoch)) == len(epoch), "a chunk twice in one epoch"
         assert total < num_chunks or sorted(epoch) == list(range(num_chunks))
-    assert phases[0]["global_batch"] * 7 > len(PackedSequences(TokenStream(start / "data" / "train"), 32, 0))
+    assert phases[0]["global_batch"] * 7 > len(Concatenated(TokenStream(start / "data" / "train"), 32, 0))
 
 
 class Groups(Callback):

@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerFast
 from elastic.data import chat as chat_module
 from elastic.data import tokenizer as tokenizer_module
 from elastic.data.chat import ChatError, ChatTemplate, NotSeparable
+from elastic.data.held_out import HeldOut, validation_batches
 from elastic.data.manifest import DataError, SkipRecord, read_manifest
 from elastic.data.prepare import Prepared, prepare
-from elastic.data.stream import HeldOut, PackedSequences, TokenStream, read_batch, validation_batches
+from elastic.data.stream import Concatenated, TokenStream, read_batch
 from elastic.data.tokenizer import load_tokenizer
 from tests.unit.data.chatting import (
     ANSWER,
@@ -165,7 +166,7 @@ def test_prepared_folder_holds_ids_and_masks_and_a_batch_has_them_beside_its_lab
 
     stream = TokenStream(prepared.folder / "train")
     mask = torch_mask(prepared)
-    dataset = PackedSequences(stream, 37, seed=3)
+    dataset = Concatenated(stream, 37, seed=3)
     for index in range(len(dataset)):
         batch = read_batch(dataset, 0, index, 0, 1, 1)
         start = dataset.start(index)

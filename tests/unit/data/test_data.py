@@ -9,19 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from elastic.data.held_out import HeldOut, source_labels, validation_batches
 from elastic.data.manifest import DataError
 from elastic.data.order import SampleOrder, mixed_seed
 from elastic.data.prepare import PrepareConfig, prepare
-from elastic.data.stream import (
-    PADDING_SAMPLE,
-    Batch,
-    HeldOut,
-    PackedSequences,
-    TokenStream,
-    read_batch,
-    source_labels,
-    validation_batches,
-)
+from elastic.data.stream import PADDING_SAMPLE, Batch, Concatenated, TokenStream, read_batch
 from elastic.data.tokenizer import load_tokenizer
 
 S = 16
@@ -101,12 +93,12 @@ def test_order_of_a_huge_corpus_needs_no_table_and_never_changes() -> None:
 
 
 def test_every_token_but_the_first_is_a_label_once_an_epoch(stream: TokenStream) -> None:
-    dataset = PackedSequences(stream, S, seed=1)
+    dataset = Concatenated(stream, S, seed=1)
     whole = stream.read(0, stream.num_tokens)
-    chunk_of = {dataset.order.chunk(index): dataset.sample(index) for index in range(len(dataset))}
+    chunk_of = {dataset.order.chunk(index): dataset.row(index) for index in range(len(dataset))}
     assert len(dataset) == (stream.num_tokens - 1) // S
-    labels = torch.cat([chunk_of[chunk][1:] for chunk in range(len(dataset))])
-    tokens = torch.cat([chunk_of[chunk][:-1] for chunk in range(len(dataset))])
+    labels = torch.cat([chunk_of[chunk].labels for chunk in range(len(dataset))])
+    tokens = torch.cat([chunk_of[chunk].tokens for chunk in range(len(dataset))])
     assert labels.equal(whole[1 : len(dataset) * S + 1])
     assert tokens.equal(whole[: len(dataset) * S])
     assert labels.dtype == torch.int64
@@ -114,7 +106,7 @@ def test_every_token_but_the_first_is_a_label_once_an_epoch(stream: TokenStream)
 
 def test_phases_and_lengths_read_in_orders_of_their_own(stream: TokenStream) -> None:
     def chunks(length: int, salt: int) -> list[int]:
-        dataset = PackedSequences(stream, length, seed=1, salt=salt)
+        dataset = Concatenated(stream, length, seed=1, salt=salt)
         return [dataset.order.chunk(index) for index in range(20)]
 
     assert chunks(S, 0) == chunks(S, 0)
@@ -127,18 +119,18 @@ def test_phases_and_lengths_read_in_orders_of_their_own(stream: TokenStream) -> 
 
 
 def test_sequence_longer_than_the_data_is_refused_with_the_longest_legal(stream: TokenStream) -> None:
-    assert len(PackedSequences(stream, stream.num_tokens - 1, seed=0)) == 1
+    assert len(Concatenated(stream, stream.num_tokens - 1, seed=0)) == 1
     for length in (0, stream.num_tokens):
         nearest = max(1, min(length, stream.num_tokens - 1))
         with pytest.raises(DataError, match=rf"sequence_length = {length}: .* nearest legal {nearest}$"):
-            PackedSequences(stream, length, seed=0)
+            Concatenated(stream, length, seed=0)
 
 
 # Micro-batches
 
 
 def step(
-    dataset: PackedSequences, consumed: int, global_batch: int, data_parallel_size: int, micro_batch_size: int
+    dataset: Concatenated, consumed: int, global_batch: int, data_parallel_size: int, micro_batch_size: int
 ) -> list[Batch]:
     """Return all micro-batches of one step on all ranks."""
     num_micro_batches = global_batch // (data_parallel_size * micro_batch_size)
@@ -154,13 +146,14 @@ def step(
 def test_step_reads_the_same_samples_at_every_layout(
     stream: TokenStream, data_parallel_size: int, micro_batch_size: int
 ) -> None:
-    dataset = PackedSequences(stream, S, seed=5)
+    dataset = Concatenated(stream, S, seed=5)
     batches = step(dataset, 24, 8, data_parallel_size, micro_batch_size)
     assert sorted(ids(batches)) == list(range(24, 32))
     for batch in batches:
         assert batch.tokens.shape == batch.labels.shape == (micro_batch_size, S)
         for row, sample_id in enumerate(batch.sample_ids.tolist()):
-            assert torch.cat([batch.tokens[row], batch.labels[row, -1:]]).equal(dataset.sample(sample_id))
+            sample = dataset.row(sample_id)
+            assert batch.tokens[row].equal(sample.tokens) and batch.labels[row].equal(sample.labels)
             assert batch.labels[row, :-1].equal(batch.tokens[row, 1:])
         assert batch.token_weights().equal(torch.ones(micro_batch_size, S))
 
@@ -169,9 +162,9 @@ def test_every_sample_is_read_once_over_interruptions_and_changes_of_layout(prep
     consumed, seen = 0, Counter[int]()
     chunks = Counter[int]()
     layouts = [(8, 1, 2), (8, 2, 1), (12, 2, 3), (8, 1, 8), (4, 4, 1)]
-    length = len(PackedSequences(TokenStream(prepared / "train"), S, seed=5))
+    length = len(Concatenated(TokenStream(prepared / "train"), S, seed=5))
     while consumed < 2 * length:
-        dataset = PackedSequences(TokenStream(prepared / "train"), S, seed=5)  # a new process knows only `consumed`
+        dataset = Concatenated(TokenStream(prepared / "train"), S, seed=5)  # a new process knows only `consumed`
         global_batch, *layout = layouts[consumed % len(layouts)]
         batches = step(dataset, consumed, global_batch, *layout)
         seen.update(ids(batches))
@@ -204,7 +197,7 @@ def test_validation_is_the_same_set_with_equal_steps_at_every_layout(
         assert batch.tokens.shape == (micro_batch_size, S)
         for row, sample_id in enumerate(batch.sample_ids.tolist()):
             if sample_id != PADDING_SAMPLE:
-                assert batch.tokens[row].equal(held_out.row(sample_id)[:-1])
+                assert batch.tokens[row].equal(held_out.row(sample_id).tokens)
 
 
 def test_validation_is_spread_over_the_whole_split(prepared: Path) -> None:
