@@ -91,9 +91,9 @@ def transformer_config(shape: ModelShape, layout: Layout) -> TransformerConfig:
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
         sequence_parallel=layout.sequence,
-        recompute_granularity="full" if layout.recompute else None,
-        recompute_method="uniform" if layout.recompute else None,
-        recompute_num_layers=1 if layout.recompute else None,
+        recompute_granularity="full" if layout.recompute == "full" else None,
+        recompute_method="uniform" if layout.recompute == "full" else None,
+        recompute_num_layers=1 if layout.recompute == "full" else None,
         calculate_per_token_loss=True,
         # Megatron-Core's own needs apex and whole weights; elastic/model/linear.py accumulates the same way without.
         gradient_accumulation_fusion=False,

@@ -76,7 +76,7 @@ def pass_flops(run: MicroBatchWork, stage: int) -> dict[str, Flops]:
     """Count one rank of one stage on one micro-batch: the teacher's pass, the student's two, recompute, the loss."""
     forward = forward_flops(run, stage)
     passes = {"teacher": forward_flops(run.teacher, stage), "forward": forward}
-    if run.layout.recompute:
+    if run.layout.recompute == "full":
         passes["recompute"] = forward
     passes["backward"] = backward_flops(forward, run.kernels)
     if stage == run.layout.pipeline - 1:

@@ -109,7 +109,7 @@ def stage_memory(
 
 def stage_activation_bytes(run: MicroBatchWork, stage: int) -> int:
     """Return what one micro-batch keeps on one stage between its forward and its backward pass."""
-    if run.layout.recompute:  # a slice's first layer keeps a view of the whole stream it was given
+    if run.layout.recompute == "full":  # a slice's first layer keeps a view of the whole stream it was given
         kept = len(run.layers(stage)) * run.stream_bytes + run.teacher.stream_bytes - run.stream_bytes
     else:
         kept = sum(count * saved_bytes(layer) for layer, count in run.distinct_layers(stage))
@@ -129,7 +129,7 @@ def layer_working_set_bytes(layer: LayerWork) -> int:
     widest inner tensors (three of them at once: two from the ends of an elementwise step and one in fp32).
     """
     run, e = layer.run, layer.run.element_bytes
-    again = saved_bytes(layer) if run.layout.recompute else 0
+    again = saved_bytes(layer) if run.layout.recompute == "full" else 0
     gradients = 2 * run.gathered_bytes + 2 * run.stream_bytes
     match layer.kind:
         case LayerKind.MLP:

@@ -50,7 +50,7 @@ def stage_moved(run: MicroBatchWork, stage: int, *, sums_in_products: bool = Tru
         "teacher": teacher + _ends(run.teacher, stage, backward=False),
         "forward": forward + _ends(run, stage, backward=False),
     }
-    if run.layout.recompute:
+    if run.layout.recompute == "full":
         passes["recompute"] = forward
     backward = _layers(run, stage, backward=True) + _ends(run, stage, backward=True)
     passes["backward"] = backward + _accumulated(run, stage, sums_in_products)

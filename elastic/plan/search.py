@@ -174,8 +174,8 @@ def _phase_warnings(plan: PhasePlan) -> Iterator[str]:
             yield f"{name}-parallel traffic takes {seconds / time.total:.0%} of the step where nothing hides it"
     if run.tokens // layout.tensor < MIN_LOCAL_TOKENS:
         yield f"{run.tokens // layout.tensor} tokens of the stream on one rank are few; a larger micro-batch helps"
-    all_saved = plan.changed(layout=replace(layout, recompute=False))
-    if layout.recompute and all_saved.peak_bytes <= plan.config.cluster.budget_bytes:
+    all_saved = plan.changed(layout=replace(layout, recompute="none"))
+    if layout.recompute != "none" and all_saved.peak_bytes <= plan.config.cluster.budget_bytes:
         yield "fits without recompute: parallel.recompute=none saves a forward pass"
     chunk = min(run.tokens, plan.config.distill.chunk_tokens) * run.local_vocab * FP32_BYTES
     if chunk > MAX_CHUNK_BYTES:

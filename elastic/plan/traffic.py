@@ -30,7 +30,9 @@ def pass_traffic(run: MicroBatchWork, stage: int) -> dict[str, Traffic]:
         passes["forward"].update(_layer(layer, count, gathers=1, scatters=1))
         # The mirror of forward, and the input gathered once more for the weight.
         passes["backward"].update(_layer(layer, count, gathers=2, scatters=1, backward=True))
-        if run.layout.recompute:  # ends with the last saved tensor: the output, where the residual gate keeps it
+        if (
+            run.layout.recompute == "full"
+        ):  # ends with the last saved tensor: the output, where the residual gate keeps it
             gated = run.gates(Axis.HIDDEN, Axis.DEPTH)
             passes["recompute"].update(_layer(layer, count, gathers=1, scatters=int(gated)))
     if not last:  # between stages a slice is padded to the full width

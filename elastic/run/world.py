@@ -10,7 +10,7 @@ from elastic.world.groups import DTYPES, Layout, World, world
 
 def model_layout(parallel: ParallelConfig, compute: ComputeConfig) -> Layout:
     """Translate the config sections to a Layout."""
-    return Layout(**asdict(parallel) | {"recompute": parallel.recompute == "full"}, dtype=DTYPES[compute.precision])
+    return Layout(**asdict(parallel), dtype=DTYPES[compute.precision])
 
 
 def run_world(config: ComputedConfig) -> AbstractContextManager[World]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
@@ -23,13 +23,13 @@ LEAVE_TIME_S = 60.0
 
 @dataclass(frozen=True)
 class Layout:
-    """How one model copy is spread over ranks, its precision, and whether activations are recomputed."""
+    """How one model copy is spread over ranks, its precision, and which activations are recomputed."""
 
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
     sequence: bool = False
-    recompute: bool = False
+    recompute: Literal["none", "full"] = "none"
     dtype: torch.dtype = torch.float32
 
 

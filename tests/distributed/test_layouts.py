@@ -17,15 +17,15 @@ from tests.parity.model_factory import relative_error
 
 BOUND = 1e-11
 ONE = LayoutCase("one process", Layout())
-ALL = LayoutCase("TP2xPP2+SP", Layout(tensor=2, pipeline=2, sequence=True, recompute=True))
+ALL = LayoutCase("TP2xPP2+SP", Layout(tensor=2, pipeline=2, sequence=True, recompute="full"))
 CASES = [
-    LayoutCase("recompute", Layout(recompute=True)),
-    LayoutCase("TP2", Layout(tensor=2, recompute=True)),
-    LayoutCase("TP2+SP", Layout(tensor=2, sequence=True, recompute=True)),
-    LayoutCase("PP2", Layout(pipeline=2, recompute=True)),
+    LayoutCase("recompute", Layout(recompute="full")),
+    LayoutCase("TP2", Layout(tensor=2, recompute="full")),
+    LayoutCase("TP2+SP", Layout(tensor=2, sequence=True, recompute="full")),
+    LayoutCase("PP2", Layout(pipeline=2, recompute="full")),
     LayoutCase("PP2 without recompute", Layout(pipeline=2)),
-    LayoutCase("DP2", Layout(recompute=True), data=2),
-    LayoutCase("CP2", Layout(context=2, recompute=True)),
+    LayoutCase("DP2", Layout(recompute="full"), data=2),
+    LayoutCase("CP2", Layout(context=2, recompute="full")),
     ALL,
 ]
 

@@ -77,7 +77,7 @@ def test_pitfall_17_gate_gradient_is_finite_for_every_choice() -> None:
 
 def test_pitfall_23_recompute_sees_its_own_micro_batch() -> None:
     """Two micro-batches with different gates are in flight at once; recomputing gives the same gradients."""
-    plain, recomputing = build_lively(EVERY_AXIS), build_lively(EVERY_AXIS, Layout(recompute=True))
+    plain, recomputing = build_lively(EVERY_AXIS), build_lively(EVERY_AXIS, Layout(recompute="full"))
     tokens = tokens_for(EVERY_AXIS.parent)
     outcomes = []
     for model in (plain, recomputing):

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the adaptatio
 def _train_one_step_and_save(left_out: list[str], tied: bool, folder: str) -> bool:
     """Do everything that the training loop asks of Megatron-Core, on two pipeline stages."""
     use_cpu_backend(without=left_out)
-    layout = Layout(pipeline=2, recompute=True)
+    layout = Layout(pipeline=2, recompute="full")
     parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2)
     here = World(layout, ProcessGroupCollection.use_mpu_process_groups(), torch.device("cpu"))
     model = build_lively(Space(shape_of("M-*-", tied_embeddings=tied), {}), layout)

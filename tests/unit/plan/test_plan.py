@@ -159,7 +159,7 @@ def test_adam_by_hand() -> None:
 def test_stages_keep_what_one_f_one_b_keeps() -> None:
     """Stage s of p holds min(p - s, micro-batches); recompute leaves one stream per layer."""
     run, _ = small_run(Execution.MASK, torch.float32)
-    run = replace(run, layout=Layout(pipeline=3, recompute=True))
+    run = replace(run, layout=Layout(pipeline=3, recompute="full"))
     first, middle, last = (stage_memory(run, stage, 8, 1) for stage in range(3))
     stream = BATCH * LENGTH * 64 * 4
     assert first.activations == 3 * (stream + stream)  # the gated embedding, too

@@ -165,7 +165,7 @@ def test_equal_scores_keep_their_order_and_scoring_twice_gives_the_same_bits(
 
 
 def test_recomputed_layers_are_observed_once(model: ElasticModel, batches: list[Tensor]) -> None:
-    recomputing = build_model(SPACE, Layout(recompute=True))
+    recomputing = build_model(SPACE, Layout(recompute="full"))
     recomputing.load_state_dict(model.state_dict())
     assert recomputing.training
     expected, observed = (collect_scores(parent, SPACE, batches) for parent in (model, recomputing))
