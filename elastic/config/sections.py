@@ -18,6 +18,8 @@ from elastic.space.space import AxisChoices, KeepAtLeast, Space
 
 # How a checkpoint is looked at before it is trusted: all checksums, or all sizes and the checksums of small files.
 Verification = Literal["full", "sizes"]
+# What becomes of a document that is longer than a sequence, where documents are packed.
+LongDocuments = Literal["cut", "leave_out"]
 DataFolder = Annotated[str, Required("the folder recipes/prepare_data.py wrote")]
 
 

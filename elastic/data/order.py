@@ -5,6 +5,8 @@ import math
 import struct
 from dataclasses import dataclass
 
+import numpy as np
+
 NUM_ROUNDS = 8
 _MASK = (1 << 64) - 1
 
@@ -47,14 +49,14 @@ def _permute(index: int, rows: int, columns: int, keys: tuple[int, ...]) -> int:
     column, row = divmod(index, rows)
     for number, key in enumerate(keys):
         if number % 2 == 0:
-            row = (row + _hash(key, column)) % rows
+            row = (row + hashed(key, column)) % rows
         else:
-            column = (column + _hash(key, row)) % columns
+            column = (column + hashed(key, row)) % columns
     return column * rows + row
 
 
-def _hash(key: int, value: int) -> int:
-    """Mix a value and a key into 64 bits (the finalizer of splitmix64)."""
+def hashed[T: (int, np.ndarray)](key: int, value: T) -> T:
+    """Mix a value, or each of an array of uint64, and a key into 64 bits (the finalizer of splitmix64)."""
     mixed = (key + value * 0x9E3779B97F4A7C15) & _MASK
     mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK

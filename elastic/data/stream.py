@@ -13,6 +13,7 @@ import torch
 
 from elastic.data.manifest import MASK_SUFFIX, REMEDY, DataError, checked_manifest
 from elastic.data.order import SampleOrder, mixed_seed
+from elastic.data.packing import Packing, document_bounds
 from elastic.router.phases import Curriculum, Moment
 from elastic.router.sampler import in_turn
 from elastic.world.groups import World
@@ -51,6 +52,15 @@ class TokenStream:
     def is_masked(self) -> bool:
         """Tell whether the loss counts some of the tokens only."""
         return self.manifest.splits[self.prefix.name].num_counted is not None
+
+    def bounds(self) -> np.ndarray:
+        """Return where the documents begin, and the last ends: positions [N + 1], from the index beside the tokens."""
+        bounds = document_bounds(Path(f"{self.prefix}.idx"))
+        if not len(bounds) or bounds[-1] != self.num_tokens:
+            raise DataError(
+                f"{self.prefix}.idx: its documents do not end where the {self.num_tokens:,} tokens do; {REMEDY}"
+            )
+        return bounds
 
     def read(self, start: int, count: int) -> torch.Tensor:
         """Return tokens [count] from position `start`, int64."""
@@ -131,6 +141,46 @@ class Concatenated:
     def start(self, sample_index: int) -> int:
         """Return the position in the stream of a sample's first token."""
         return self.order.chunk(sample_index) * self.sequence_length
+
+
+def packed_row(stream: TokenStream, packing: Packing, sequence: int) -> Row:
+    """Return a sequence of whole documents. What is left over holds token 0, a document of its own that never counts.
+
+    A document's last token is a label and no input, so no label is another document's.
+    """
+    size = packing.sequence_length
+    tokens, labels = (torch.zeros(size, dtype=torch.int64) for _ in "tl")
+    counted, positions = torch.zeros(size, dtype=torch.bool), torch.empty(size, dtype=torch.int32)
+    end = 0
+    for start, length in packing.pieces(sequence):
+        part, read = slice(end, end + length), stream.read(start, length + 1)
+        tokens[part], labels[part], counted[part] = read[:-1], read[1:], stream.counted(start + 1, length)
+        positions[part] = torch.arange(length, dtype=torch.int32)
+        end += length
+    positions[end:] = torch.arange(size - end, dtype=torch.int32)
+    return Row(tokens, labels, counted, positions)
+
+
+class Isolated:
+    """Whole documents packed into sequences (packing.py), which are read in an order shuffled anew for every epoch.
+
+    Every document is read once an epoch. Which documents share a sequence is the same in every epoch and phase of one
+    length: they never see each other. `salt` as for Concatenated.
+    """
+
+    is_masked = True  # what no document fills
+
+    def __init__(self, stream: TokenStream, packing: Packing, seed: int, salt: int = 0) -> None:
+        self.stream, self.packing, self.sequence_length = stream, packing, packing.sequence_length
+        self.order = SampleOrder(len(packing), mixed_seed(seed, salt, packing.sequence_length))
+
+    def __len__(self) -> int:
+        """Return the number of sequences, which is the number of samples of an epoch."""
+        return self.order.num_chunks
+
+    def row(self, sample_index: int) -> Row:
+        """Return the sequence of a sample."""
+        return packed_row(self.stream, self.packing, self.order.chunk(sample_index))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,186 @@
+"""Packing whole documents: each once an epoch, none split without need, nothing from one counted in another."""
+
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from elastic.config.sections import LongDocuments
+from elastic.data.manifest import DataError
+from elastic.data.packing import best_fit, document_bounds, pack
+from elastic.data.prepare import prepare
+from elastic.data.stream import Isolated, TokenStream, read_batch
+from tests.unit.data.chatting import CHATML, chat_config, conversations, unmarked, write_chats, write_tokenizer
+
+S = 64
+
+
+def bounds_of(lengths: list[int] | np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))])
+
+
+def plain_best_fit(lengths: list[int], sequence_length: int) -> list[int]:
+    """Return the rooms left by the textbook's best fit decreasing, one document at a time."""
+    rooms: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [room for room in rooms if room >= length]
+        if fitting:
+            rooms.remove(min(fitting))
+        rooms.append((min(fitting) if fitting else sequence_length) - length)
+    return sorted(rooms)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_histogram_is_packed_as_document_by_document(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    size = int(generator.integers(1, 40))
+    lengths = generator.integers(1, size + 1, int(generator.integers(1, 300))).tolist()
+    rooms: dict[int, int] = {}
+    for first, number, pieces in _with_lengths(best_fit(np.bincount(lengths, minlength=size + 1).tolist()), lengths):
+        for sequence in range(first, first + number):
+            rooms[sequence] = rooms.get(sequence, size) - pieces
+    assert sorted(rooms) == list(range(len(rooms))) and sorted(rooms.values()) == plain_best_fit(lengths, size)
+
+
+def _with_lengths(placed: list[tuple[int, int, int]], lengths: list[int]) -> list[tuple[int, int, int]]:
+    """Turn numbers of pieces into the places they take: pieces are placed from the longest down."""
+    descending, taken, filled = sorted(lengths, reverse=True), 0, []
+    for first, number, pieces in placed:
+        here = set(descending[taken : taken + number * pieces])
+        assert len(here) == 1, "pieces placed together are of one length"
+        filled.append((first, number, pieces * here.pop()))
+        taken += number * pieces
+    assert taken == len(lengths)
+    return filled
+
+
+LENGTHS = {
+    "mixed": [1, 2, 3, S - 1, S, S + 1, S + 2, 2 * S, 2 * S + 1, 2 * S + 2, 5 * S + 7, 17, 17, 17, 40],
+    "single tokens among others": [1, 1, 9, 1],
+    "a whole sequence and its last label": [S + 1],
+    "all equal": [12] * 100,
+    "all longer": [3 * S] * 7,
+    "two tokens": [2] * (2 * S + 1),
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+@pytest.mark.parametrize("long_documents", ["cut", "leave_out"])
+def test_every_token_but_a_documents_first_is_a_label_once(name: str, long_documents: LongDocuments) -> None:
+    lengths = LENGTHS[name]
+    bounds = bounds_of(lengths)
+    kept = [n for n in lengths if 1 < n <= S + 1 or (n > 1 and long_documents == "cut")]
+    if not kept:
+        with pytest.raises(DataError, match=rf"^sequence_length = {S}: none of {len(lengths)} documents "):
+            pack(bounds, S, 0, long_documents)
+        return
+    packing = pack(bounds, S, 0, long_documents)
+    labels = Counter[int]()
+    for sequence in range(len(packing)):
+        pieces = packing.pieces(sequence)
+        assert 1 <= sum(length for _, length in pieces) <= S
+        for start, length in pieces:
+            document = int(np.searchsorted(bounds, start, side="right")) - 1
+            assert length >= 1 and start + length < bounds[document + 1]  # its labels are tokens of its own document
+            assert (start - bounds[document]) % S == 0
+            labels.update(range(start + 1, start + length + 1))
+    expected = [t for a, n in zip(bounds, lengths, strict=False) if n in kept for t in range(a + 1, a + n)]
+    assert labels == dict.fromkeys(expected, 1)
+    assert packing.num_bare == lengths.count(1) and packing.num_long == sum(n > S + 1 for n in lengths)
+    assert packing.num_documents == len(kept)
+    assert packing.fill == pytest.approx(len(expected) / (len(packing) * S), abs=1e-12)
+    said = f"{len(kept)} documents in {len(packing)} sequences of {S} tokens"
+    done = "cut" if long_documents == "cut" else "left out"
+    assert str(packing).startswith(said) and (f"{packing.num_long} longer ones {done}" in str(packing)) == bool(
+        packing.num_long
+    )
+
+
+def test_seeds_mix_documents_of_one_length_and_nothing_else_decides() -> None:
+    bounds = bounds_of(np.random.default_rng(0).integers(2, S, 2000))
+    one, same, other = (pack(bounds, S, seed) for seed in (1, 1, 2))
+    assert np.array_equal(one.starts, same.starts) and np.array_equal(one.first_piece, same.first_piece)
+    assert np.array_equal(one.lengths, other.lengths) and not np.array_equal(one.starts, other.starts)
+    # Pinned: a resumed run on a later version must read the same samples.
+    packing = pack(bounds_of([9, 30, 9, 9, 40, 70, 22, 9]), 32, seed=7)
+    starts = [[97], [129], [57], [9], [167, 39], [0, 189, 48, 89], [161]]
+    assert [[start for start, _ in packing.pieces(sequence)] for sequence in range(len(packing))] == starts
+
+
+@pytest.mark.parametrize("sequence_length", [2048, 8192, 49152])
+def test_lengths_like_those_of_chats_fill_more_than_98_percent(sequence_length: int) -> None:
+    lengths = np.random.default_rng(5).lognormal(7.0, 1.1, 20_000).astype(np.int64) + 2  # mean 2,000, median 1,100
+    packing = pack(bounds_of(lengths), sequence_length, 0)
+    assert packing.fill > 0.995
+    assert int(packing.lengths.sum()) == int((lengths - 1).sum())
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chats")
+    source = write_chats(folder / "chats.jsonl", conversations("chatml", 120))
+    tokenizer = write_tokenizer(folder, unmarked(CHATML))
+    return prepare(chat_config(folder, source, tokenizer, validation_ratio=0.3)).folder
+
+
+def test_rows_hold_whole_conversations_with_their_masks(chats: Path) -> None:
+    stream = TokenStream(chats / "train")
+    bounds = document_bounds(chats / "train.idx")
+    samples = Isolated(stream, pack(stream.bounds(), S, seed=3), seed=3)
+    for epoch in range(2):
+        found = Counter[tuple[tuple[int, ...], tuple[int, ...], tuple[bool, ...]]]()
+        for index in range(len(samples)):
+            row = samples.row(epoch * len(samples) + index)
+            assert row.counted is not None and row.positions is not None and row.positions[0] == 0
+            begins = [*(row.positions == 0).nonzero().flatten().tolist(), S]
+            for begin, end in pairwise(begins):
+                assert row.positions[begin:end].tolist() == list(range(end - begin))
+                piece = (tuple(part[begin:end].tolist()) for part in (row.tokens, row.labels, row.counted))
+                found[next(piece), next(piece), next(piece)] += 1
+        expected = Counter[tuple[tuple[int, ...], tuple[int, ...], tuple[bool, ...]]]()
+        for first, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            for start in range(first, end - 1, S):
+                length = min(S, end - 1 - start)
+                tokens, counted = stream.read(start, length + 1).tolist(), stream.counted(start + 1, length).tolist()
+                expected[tuple(tokens[:-1]), tuple(tokens[1:]), tuple(counted)] += 1
+        padding = {piece for piece in found if not any(piece[0])}
+        assert not any(any(labels) or any(counted) for _, labels, counted in padding)
+        assert Counter({piece: number for piece, number in found.items() if piece not in padding}) == expected
+        assert samples.packing.fill > 0.9  # of 80 short conversations
+
+
+@pytest.mark.parametrize("data_parallel_size", [1, 2, 4])
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_a_step_reads_the_same_rows_at_every_layout_and_after_every_interruption(
+    chats: Path, data_parallel_size: int, micro_batch_size: int
+) -> None:
+    stream = TokenStream(chats / "train")
+    samples = Isolated(stream, pack(stream.bounds(), S, seed=5), seed=5, salt=1)
+    consumed, seen = 0, Counter[int]()
+    while consumed < 2 * len(samples):
+        again = Isolated(TokenStream(chats / "train"), pack(stream.bounds(), S, seed=5), seed=5, salt=1)
+        for number in range(8 // micro_batch_size):
+            rank, index = number % data_parallel_size, number // data_parallel_size
+            batch = read_batch(again, consumed, index, rank, data_parallel_size, micro_batch_size)
+            assert batch.positions is not None and batch.counted is not None and not batch.counts_all
+            for place, sample in enumerate(batch.sample_ids.tolist()):
+                row = samples.row(sample)
+                seen[samples.order.chunk(sample)] += sample < 2 * len(samples)
+                assert row.counted is not None and batch.counted[place].equal(row.counted)
+                assert row.positions is not None and batch.positions[place].equal(row.positions)
+                assert batch.tokens[place].equal(row.tokens) and batch.labels[place].equal(row.labels)
+            assert batch.token_weights().sum() == batch.num_counted() == batch.counted.sum()
+        consumed += 8
+    assert seen == dict.fromkeys(range(len(samples)), 2)
+
+
+def test_an_index_that_is_none_or_does_not_fit_is_refused(chats: Path, tmp_path: Path) -> None:
+    index = (chats / "train.idx").read_bytes()
+    for content, rule in ((b"nothing", "is no index"), (index[:-1], "is cut off"), (index[:33], "is no index")):
+        (tmp_path / "train.idx").write_bytes(content)
+        with pytest.raises(DataError, match=rf"train\.idx: {rule}.*prepare the data again"):
+            document_bounds(tmp_path / "train.idx")
+    assert torch.equal(torch.from_numpy(document_bounds(chats / "train.idx"))[:1], torch.zeros(1, dtype=torch.int64))
