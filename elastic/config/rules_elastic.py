@@ -113,9 +113,7 @@ def learning_rate_problems(path: str, rate: LearningRate, phase: Phase) -> Probl
         yield from at_most_problem(f"{path}.warmup_steps", rate.warmup_steps, phase.num_steps, what)
 
 
-def check_elastic_phases(
-    curriculum: tuple[ElasticPhase, ...], elastic: ElasticSection, optim: sections.OptimConfig
-) -> Problems:
+def check_elastic_phases(curriculum: tuple[ElasticPhase, ...], elastic: ElasticSection) -> Problems:
     """Budget weights name budgets, temperatures fall, and slice execution needs choices that no longer move."""
     names = [budget.name for budget in elastic.budgets]
     for index, phase in enumerate(curriculum):
@@ -137,9 +135,6 @@ def check_elastic_phases(
         if phase.execution is Execution.SLICE and not phase.router_frozen:
             rule = f"a sliced forward gives the router no gradient, so it needs {path}.router_frozen = true"
             yield Problem(f"{path}.execution", "slice", rule, "nearest legal value is mask")
-        if phase.execution is Execution.SLICE and optim.overlap_grad_reduce:
-            rule = f"a skipped layer gets no gradient, so its bucket is never ready in {path}.execution = slice"
-            yield Problem("optim.overlap_grad_reduce", True, rule, "nearest legal value is false")
 
 
 def check_space(model: ModelConfig, elastic: ElasticSection) -> Problems:

@@ -50,10 +50,14 @@ class RouterSettings:
 
 @dataclass
 class Draw:
-    """The gates of one step on one replica, and the router's graph behind them."""
+    """The gates of one step on one replica, and the router's graph behind them.
+
+    `ends_alike`: the replicas' last micro-batches compute the same layers and widths.
+    """
 
     gates: list[Gates]
     drawn: tuple[int, ...]  # the budgets of the whole step, for all replicas
+    ends_alike: bool = True
     sources: list[Mapping[Axis, Tensor]] = field(default_factory=list)
     budget_losses: Tensor | None = None
     router_loss: Tensor | None = None
@@ -124,7 +128,9 @@ class Chooser:
         budgets = [budget_of(drawn, number, in_step) for number in numbers]
         if phase.router_frozen:
             frozen = self._frozen_gates(moment)
-            return Draw([frozen[budget] for budget in budgets], drawn)
+            fullest = max(drawn, key=lambda budget: self._sizes[budget])  # runs last
+            ends_alike = phase.execution is Execution.MASK or drawn.count(fullest) * in_step >= replicas * len(drawn)
+            return Draw([frozen[budget] for budget in budgets], drawn, ends_alike)
         logits = self.router()
         noise_draws = self.settings.noise_draws_per_step or in_step
         # Equal runs of micro-batches share a draw of noise, as for the budgets.

@@ -1,6 +1,8 @@
 """Optimizers, Megatron-Core's Adam for the model and torch's AdamW for the router, and the gradients they step on."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -43,6 +45,30 @@ def build_optimizer(wrapped: DistributedDataParallel, optim: OptimConfig, world:
     if optim.overlap_grad_reduce:
         wrapped.config.no_sync_func = wrapped.no_sync  # reduce with the last micro-batch only
     return optimizer
+
+
+@contextmanager
+def reduced_at_once(wrapped: DistributedDataParallel) -> Iterator[None]:
+    """Reduce all gradients of a step after its last backward pass, whatever the config says of overlapping.
+
+    Replicas whose last micro-batches differ would start the buckets in different orders, and wait for each other.
+    """
+    config = wrapped.config
+    if not wrapped.ddp_config.overlap_grad_reduce:
+        yield
+        return
+    no_sync, finalize = config.no_sync_func, config.finalize_model_grads_func
+
+    def start_and_finalize(*args: Any, **kwargs: Any) -> None:
+        wrapped.start_grad_sync()
+        finalize(*args, **kwargs)
+
+    config.no_sync_func, config.finalize_model_grads_func = nullcontext, start_and_finalize
+    try:
+        with wrapped.no_sync():
+            yield
+    finally:
+        config.no_sync_func, config.finalize_model_grads_func = no_sync, finalize
 
 
 def build_router_optimizer(router: nn.Module, optim: OptimConfig) -> Optimizer:

@@ -4,6 +4,7 @@ Shapes: B sequences, S sequence, s this context-parallel rank's share, D hidden,
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from elastic.config.sections import DistillConfig
 from elastic.data.stream import Batch
@@ -19,6 +21,7 @@ from elastic.distill.kl import distillation_loss
 from elastic.model.forward import context_parallel_slice, parallel_hidden
 from elastic.model.model import ElasticModel
 from elastic.space.gates import Gates
+from elastic.train.optimizer import reduced_at_once
 from elastic.world.groups import World
 
 
@@ -78,9 +81,16 @@ class PipelineRunner:
             return list(micro_batches)
         return [replace(batch, teacher_hidden=states) for batch, states in zip(micro_batches, hidden, strict=True)]
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatchLoss]:
-        """Run the student forward and backward; gradients are summed over ranks and divided by all that count."""
-        return self._schedule(self.student, micro_batches, self._student_loss, forward_only=False)
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], *, ends_alike: bool = True) -> list[MicroBatchLoss]:
+        """Run the student forward and backward; gradients are summed over ranks and divided by all that count.
+
+        `ends_alike` says that the last micro-batch has the same budget on all replicas: then their gradients become
+        ready in one order, and the reduction may run beside its backward pass. The same answer on all ranks.
+        """
+        wrapped = self.student
+        hidden_behind = ends_alike or not isinstance(wrapped, DistributedDataParallel)
+        with nullcontext() if hidden_behind else reduced_at_once(wrapped):
+            return self._schedule(wrapped, micro_batches, self._student_loss, forward_only=False)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatchLoss]:
@@ -94,7 +104,10 @@ class PipelineRunner:
 
         def forward_step(batches: Iterator[MicroBatch], stage: nn.Module, *_: Any) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches)
-            return stage(batch.tokens, None if is_teacher else batch.gates), partial(loss, batch)
+            hidden = stage(batch.tokens, None if is_teacher else batch.gates)
+            if batch is micro_batches[-1] and not forward_only:
+                hidden = self._with_all_ready(hidden, batch.gates)
+            return hidden, partial(loss, batch)
 
         batch_size, local_tokens = micro_batches[0].tokens.shape
         was_training = model.training
@@ -111,6 +124,17 @@ class PipelineRunner:
         )
         model.train(was_training)
         return outputs
+
+    def _with_all_ready(self, hidden: Tensor, gates: Gates | None) -> Tensor:
+        """Have the backward pass from `hidden` say that the layers which `gates` skip have all their gradient.
+
+        A bucket is reduced once all its gradients are ready, which those of a skipped layer would never be.
+        """
+        if not _overlaps(self.student) or gates is None or gates.subnet is None:
+            return hidden
+        layers, kept = self.student_model.decoder.layers, gates.subnet.kept_layers
+        idle = [p for layer in layers if layer.layer_number - 1 not in kept for p in layer.parameters()]
+        return _Ready.apply(hidden, *idle) if idle else hidden
 
     def _student_loss(self, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, MicroBatchLoss]:
         """Return (sum of the loss over this rank's tokens, their number, report) as the schedule wants it."""
@@ -141,19 +165,49 @@ class PipelineRunner:
 
     def _head_gradient(self, head: Tensor) -> Tensor | None:
         """Return the buffer in which micro-batches sum a whole head's gradient; a cut head's goes through autograd."""
-        whole = isinstance(head, nn.Parameter) and head.requires_grad and torch.is_grad_enabled()
-        if not whole or not isinstance(self.student, DistributedDataParallel):
+        trains = head.requires_grad and torch.is_grad_enabled()
+        if not trains or not isinstance(self.student, DistributedDataParallel):
             return None
-        model = self.student_model
+        model, parameter = self.student_model, self.student_model.head_weight()
         embeds_too = model.share_embeddings_and_output_weights and model.pre_process
-        if self.student.ddp_config.overlap_grad_reduce and not embeds_too:
-            # Megatron-Core's hook on the head insists on a gradient to add: zeros that take no memory.
-            head.grad = head.new_zeros(()).expand_as(head)
-        buffer: Tensor = head.main_grad  # type: ignore[attr-defined]  # the wrapper's
-        return buffer
+        added = head is parameter and not embeds_too and _overlaps(self.student)
+        if added:
+            _say_added(parameter)
+        else:  # this micro-batch's comes through autograd, at least the embedding's
+            parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+        return parameter.main_grad if head is parameter else None  # type: ignore[attr-defined]
 
     def _tokens(self, hidden: Tensor) -> Tensor:
         return parallel_hidden(hidden, self.world.layout.sequence, self.world.groups.tp)
+
+
+def _overlaps(student: nn.Module) -> bool:
+    return isinstance(student, DistributedDataParallel) and student.ddp_config.overlap_grad_reduce
+
+
+def _say_added(parameter: Tensor) -> None:
+    """Leave Megatron-Core's hook nothing to add; it insists on a gradient, so zeros that take no memory."""
+    parameter.grad = parameter.new_zeros(()).expand_as(parameter)
+    parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # the wrapper's
+
+
+class _Ready(torch.autograd.Function):
+    """Passes a copy on (the schedule frees what a stage hands on, so no view) and has no gradient for the parameters.
+
+    Autograd then calls the wrapper's hooks on them all the same.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = parameters
+        return hidden.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        for parameter in ctx.parameters:
+            _say_added(parameter)
+        return grad, *(None for _ in ctx.parameters)
 
 
 def _keep_hidden(batch: MicroBatch, hidden: Tensor, non_loss_data: bool = True) -> Tensor:

@@ -121,7 +121,7 @@ class Trainer:
         self.progress.enter(number, "forward and backward")
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
-        losses = self.runner.forward_backward(work)
+        losses = self.runner.forward_backward(work, ends_alike=draw is None or draw.ends_alike)
         # 3. Through the gates to the router, outside the sharded graph.
         self.progress.enter(number, "optimizer")
         router_gradients = self._router_gradients(moment, draw, batches)

@@ -23,15 +23,13 @@ HEADS = {False: "output_layer.weight", True: "embedding.word_embeddings.weight"}
 def _head_gradients(layout: Layout, tied: bool, overlap: bool) -> tuple[Tensor, Tensor] | None:
     """Return the head's gradient of a step, wrapped and bare; None on a stage that has no head.
 
-    Overlapping, all micro-batches are masked (slices are refused); else also a cut slice and one of full width. Their
-    number is a power of two: Megatron-Core divides by that of the tokens with an fp32 factor.
+    Micro-batches are masked, a cut slice, one of full width. Their number is a power of two: Megatron-Core divides by
+    that of the tokens with an fp32 factor.
     """
     here, space = join_world(layout, torch.device("cpu")), tiny_space()
     space = replace(space, parent=replace(space.parent, tied_embeddings=tied))
-    kinds = [0, 1] if overlap else [0, 1, 3]
-    work_gates = [mixed_gates(space, number, layout.dtype) for number in kinds]
-    if not overlap:
-        work_gates.append(Gates.slice(space.subnet({}), budget=0))
+    work_gates = [mixed_gates(space, number, layout.dtype) for number in (0, 1, 3)]
+    work_gates.append(Gates.slice(space.subnet({}), budget=0))
     found, teacher = [], build_model(space, layout, seed=2, init_std=0.3)
     teacher.requires_grad_(False)
     optim, distill = OptimConfig(overlap_grad_reduce=overlap), DistillConfig(cross_entropy_weight=0.3, chunk_tokens=7)

@@ -183,6 +183,8 @@ def test_slices_run_from_the_smallest_budget_to_the_largest_over_all_replicas(re
             assert [plain[number].budget for number in own] == [choice.budget for choice in choices]
         assert sorted(ratio for row in at_once for ratio in row) == [ratio for row in at_once for ratio in row]
         assert sum(len(set(row)) > 1 for row in at_once) <= 2, "replicas differ where one budget follows another"
+        ends_alike = {gates.draw(here, 16 // replicas, replica, replicas).ends_alike for replica in range(replicas)}
+        assert ends_alike == {len(set(at_once[-1])) == 1}
         if 16 // draws % replicas == 0:
             assert all(len(set(row)) == 1 for row in at_once), "replicas that divide a draw's run never wait"
         seen.add(tuple(map(tuple, numbers)))

@@ -136,13 +136,6 @@ BAD: tuple[BadConfig, ...] = (
         "upstream); nearest legal value is false",
     ),
     (
-        ElasticConfig,
-        {"optim.overlap_grad_reduce": True},
-        1,
-        "optim.overlap_grad_reduce = true: a skipped layer gets no gradient, so its bucket is never ready in "
-        "curriculum.1.execution = slice; nearest legal value is false",
-    ),
-    (
         PretrainConfig,
         {"exp_manager.keep_milestones_every_n_steps": 250},
         1,
