@@ -47,4 +47,5 @@ class ReadAhead:
 
 
 def _pinned(batch: Batch) -> Batch:
-    return replace(batch, **{name: tensor.pin_memory() for name, tensor in vars(batch).items() if tensor is not None})
+    tensors = ((name, value) for name, value in vars(batch).items() if isinstance(value, torch.Tensor))
+    return replace(batch, **{name: tensor.pin_memory() for name, tensor in tensors})  # type: ignore[arg-type]

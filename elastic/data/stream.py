@@ -14,7 +14,7 @@ import torch
 from elastic.data.manifest import MASK_SUFFIX, REMEDY, DataError, checked_manifest
 from elastic.data.order import SampleOrder, mixed_seed
 from elastic.data.packing import Packing, document_bounds
-from elastic.router.phases import Curriculum, Moment
+from elastic.router.phases import Moment
 from elastic.router.sampler import in_turn
 from elastic.world.groups import World
 
@@ -81,13 +81,15 @@ class Row:
     """One sequence: tokens [S] and labels [S] int64, label s what follows token s.
 
     `counted` [S] bool: which labels the loss counts; None: all. `positions` [S] int32: the place of each token in its
-    own document, where documents must not see each other; None: the sequence is one document.
+    own document, where documents must not see each other; None: the sequence is one document. `source` is the number
+    of its source in a blend.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     counted: torch.Tensor | None = None
     positions: torch.Tensor | None = None
+    source: int | None = None
 
 
 class Samples(Protocol):
@@ -190,6 +192,7 @@ class Batch:
     Label s follows token s. A sample id is the index within the phase, unique across epochs; -1 marks a row that only
     fills the last validation batches to their size. `counted` [B, S] bool: which labels count; None: all.
     `positions` [B, S] int32: each token's place in its own document, 0 starts one; None: a sequence is one document.
+    `sources` of the rows in a blend, known on the host; empty without one.
     """
 
     tokens: torch.Tensor
@@ -197,6 +200,7 @@ class Batch:
     sample_ids: torch.Tensor
     counted: torch.Tensor | None = None
     positions: torch.Tensor | None = None
+    sources: tuple[int, ...] = ()
 
     @property
     def counts_all(self) -> bool:
@@ -223,7 +227,8 @@ def batch_of(rows: Sequence[Row], sample_ids: Sequence[int]) -> Batch:
         whole = torch.arange(len(rows[0].tokens), dtype=torch.int32)
         positions = torch.stack([whole if row.positions is None else row.positions for row in rows])
     tokens, labels = (torch.stack(parts) for parts in zip(*((row.tokens, row.labels) for row in rows), strict=True))
-    return Batch(tokens, labels, torch.tensor(sample_ids, dtype=torch.int64), counted, positions)
+    sources = tuple(row.source for row in rows if row.source is not None)
+    return Batch(tokens, labels, torch.tensor(sample_ids, dtype=torch.int64), counted, positions, sources)
 
 
 def read_batch(
@@ -250,26 +255,20 @@ def read_batch(
 class PhaseData:
     """This replica's micro-batches at any step of the curriculum: a pure function of (seed, step).
 
-    Every phase reads the stream at its own length and in its own order. `numbers` says which of a step's micro-batches,
+    Every phase reads samples of its own length, in its own order. `numbers` says which of a step's micro-batches,
     counted over all replicas, this replica runs, and in which order; in turn without it.
     """
 
     def __init__(
         self,
-        stream: TokenStream,
-        curriculum: Curriculum,
+        datasets: Sequence[Samples],
         *,
         micro_batch_size: int,
-        seed: int,
         world: World,
         numbers: Callable[[Moment, int, int, int], Sequence[int]] = in_turn,
     ) -> None:
-        self.micro_batch_size, self.world, self.numbers = micro_batch_size, world, numbers
-        self.is_masked = stream.is_masked
-        self.datasets = [
-            Concatenated(stream, phase.sequence_length, seed, salt=index)
-            for index, phase in enumerate(curriculum.phases)
-        ]
+        self.datasets, self.micro_batch_size, self.world, self.numbers = datasets, micro_batch_size, world, numbers
+        self.is_masked = any(samples.is_masked for samples in datasets)
 
     def batches(self, moment: Moment) -> list[Batch]:
         """Return the micro-batches of one step, in the order they run."""

@@ -11,7 +11,7 @@ from elastic.config.load import config_dict
 from elastic.config.sections import DistillConfig
 from elastic.config.verbs import ElasticConfig, TrainConfig
 from elastic.data.held_out import HeldOut
-from elastic.data.stream import PhaseData, TokenStream
+from elastic.data.stream import Concatenated, PhaseData, TokenStream
 from elastic.hf.config import stock_notes
 from elastic.model.backends import in_words
 from elastic.model.model import build_model
@@ -136,10 +136,11 @@ def _trainer(config: TrainConfig, here: World, stream: TokenStream, record: Reco
         wrapped=wrapped,
         optimizer=optimizer,
         data=PhaseData(
-            stream,
-            curriculum,
+            [
+                Concatenated(stream, phase.sequence_length, config.seed, salt=index)
+                for index, phase in enumerate(curriculum.phases)
+            ],
             micro_batch_size=config.data.micro_batch,
-            seed=config.seed,
             world=here,
             numbers=in_turn if chooser is None else chooser.numbers,
         ),
