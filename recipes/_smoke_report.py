@@ -10,7 +10,7 @@ from rich.table import Table
 from elastic.checkpoint.find import list_checkpoints
 from elastic.checkpoint.record import Record
 from elastic.data.held_out import HeldOut, validation_batches
-from elastic.data.stream import TokenStream
+from elastic.data.tokens import TokenStream
 from elastic.space.axes import AXES, INNER_AXIS, LayerKind
 from elastic.space.shape import ModelShape
 

@@ -18,8 +18,9 @@ from elastic.space.space import AxisChoices, KeepAtLeast, Space
 
 # How a checkpoint is looked at before it is trusted: all checksums, or all sizes and the checksums of small files.
 Verification = Literal["full", "sizes"]
-# What becomes of a document that is longer than a sequence, where documents are packed.
-LongDocuments = Literal["cut", "leave_out"]
+# How documents stand in sequences: whole ones that never see each other, or one behind the other, cut where one ends.
+Packed = Literal["isolated", "concatenated"]
+LongDocuments = Literal["cut", "leave_out"]  # what becomes of those longer than a sequence where they are isolated
 DataFolder = Annotated[str, Required("the folder recipes/prepare_data.py wrote")]
 
 

@@ -45,7 +45,7 @@ class Packing:
     @property
     def fill(self) -> float:
         """Return the share of all places that hold a token of a document."""
-        return float(self.lengths.sum(dtype=np.int64)) / (len(self) * self.sequence_length)
+        return float(self.lengths.sum(dtype=np.int64)) / max(1, len(self) * self.sequence_length)
 
     def pieces(self, sequence: int) -> list[tuple[int, int]]:
         """Return (start, length) of a sequence's pieces, longest first."""
@@ -85,7 +85,7 @@ def pack(bounds: np.ndarray, sequence_length: int, seed: int, long_documents: Lo
     Best fit decreasing: from the longest piece down, each goes where the least room is left that still holds it. Which
     of the pieces of one length goes where is drawn from `seed`. Cut documents are pieces of S places and a rest, each a
     document of its own; a piece's last label is the first token of the next. About 150 bytes for every piece while it
-    runs. Raises DataError where no document is left.
+    runs.
     """
     places = np.diff(bounds) - 1
     is_long = places > sequence_length
@@ -93,11 +93,6 @@ def pack(bounds: np.ndarray, sequence_length: int, seed: int, long_documents: Lo
     num_long, num_bare = int(is_long.sum()), int(len(places) - taken.sum())
     if long_documents == "leave_out":
         taken &= ~is_long
-    if not taken.any():
-        raise DataError(
-            f"sequence_length = {sequence_length}: none of {len(places):,} documents can be packed, {num_long:,} are "
-            f"longer than a sequence and {num_bare:,} a single token; set data.long_documents=cut, or give longer ones"
-        )
     starts, places = bounds[:-1][taken], places[taken]
     num_documents = len(places)
     counts = -(-places // sequence_length)
@@ -161,7 +156,7 @@ def best_fit(counts: Sequence[int]) -> list[tuple[int, int, int]]:
 
 def _sequences_of(placed: Sequence[tuple[int, int, int]]) -> np.ndarray:
     """Write out the sequence of every piece, in the order of the pieces."""
-    first, number, pieces = np.array(placed, np.int64).T
+    first, number, pieces = np.array(placed, np.int64).reshape(-1, 3).T
     sizes = number * pieces
     within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     return np.repeat(first, sizes) + within // np.repeat(pieces, sizes)

@@ -1,79 +1,23 @@
-"""Read prepared tokens: a long stream, the sequences cut from it, and the micro-batches every rank takes.
+"""Make sequences of prepared tokens, and the micro-batches every rank takes from them.
 
 Legend: S sequence length, B micro-batch size.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 
-from elastic.data.manifest import MASK_SUFFIX, REMEDY, DataError, checked_manifest
+from elastic.data.manifest import DataError
 from elastic.data.order import SampleOrder, mixed_seed
-from elastic.data.packing import Packing, document_bounds
+from elastic.data.packing import Packing
+from elastic.data.tokens import TokenStream
 from elastic.router.phases import Moment
 from elastic.router.sampler import in_turn
 from elastic.world.groups import World
 
-DTYPES = ("uint16", "int32")
 PADDING_SAMPLE = -1
-
-
-class TokenStream:
-    """The tokens of one split as a single memory-mapped stream, documents in file order, each ending in end-of-text.
-
-    `prefix` is `<prepared folder>/train` or `.../validation`. Raises DataError when a file is missing, truncated,
-    swapped or altered, or the tokenizer is another: sizes and sampled checksums against data.json.
-    """
-
-    def __init__(self, prefix: str | Path) -> None:
-        self.prefix = Path(prefix)
-        self.manifest = checked_manifest(self.prefix.parent, [self.prefix.name])
-        if self.manifest.dtype not in DTYPES:
-            raise DataError(f"{self.prefix}.bin: data.json says {self.manifest.dtype}, no type of token ids; {REMEDY}")
-        self._tokens = np.asarray(np.memmap(f"{self.prefix}.bin", dtype=self.manifest.dtype, mode="r"))
-        if self.num_tokens != self.manifest.splits[self.prefix.name].num_tokens:
-            raise DataError(f"{self.prefix}.bin: holds {self.num_tokens:,} tokens, data.json says otherwise; {REMEDY}")
-        self._counted = None
-        if self.is_masked:
-            self._counted = np.asarray(np.memmap(f"{self.prefix}{MASK_SUFFIX}", dtype=np.uint8, mode="r"))
-            if len(self._counted) != -(-self.num_tokens // 8):
-                raise DataError(f"{self.prefix}{MASK_SUFFIX}: holds no bit for every token; {REMEDY}")
-
-    @property
-    def num_tokens(self) -> int:
-        """Return how many tokens the stream holds."""
-        return len(self._tokens)
-
-    @property
-    def is_masked(self) -> bool:
-        """Tell whether the loss counts some of the tokens only."""
-        return self.manifest.splits[self.prefix.name].num_counted is not None
-
-    def bounds(self) -> np.ndarray:
-        """Return where the documents begin, and the last ends: positions [N + 1], from the index beside the tokens."""
-        bounds = document_bounds(Path(f"{self.prefix}.idx"))
-        if not len(bounds) or bounds[-1] != self.num_tokens:
-            raise DataError(
-                f"{self.prefix}.idx: its documents do not end where the {self.num_tokens:,} tokens do; {REMEDY}"
-            )
-        return bounds
-
-    def read(self, start: int, count: int) -> torch.Tensor:
-        """Return tokens [count] from position `start`, int64."""
-        assert start >= 0 and start + count <= self.num_tokens, f"tokens {start}..{start + count} are not in the stream"
-        return torch.from_numpy(self._tokens[start : start + count].astype(np.int64))
-
-    def counted(self, start: int, count: int) -> torch.Tensor:
-        """Return which of the tokens [count] from position `start` the loss counts as labels, bool."""
-        if self._counted is None:
-            return torch.ones(count, dtype=torch.bool)
-        first = start // 8
-        bits = np.unpackbits(self._counted[first : -(-(start + count) // 8)], bitorder="little")
-        return torch.from_numpy(bits[start - 8 * first :][:count].astype(bool))
 
 
 @dataclass(frozen=True)
@@ -93,7 +37,7 @@ class Row:
 
 
 class Samples(Protocol):
-    """A source of sequences of one length: `len()` of them make an epoch, and indices run on without end."""
+    """A source of sequences of one length: `len()` of them make an epoch, indices run on without end; str() says it."""
 
     sequence_length: int
     is_masked: bool  # rows say which of their labels count
@@ -136,6 +80,9 @@ class Concatenated:
         """Return the number of chunks, which is the number of samples of an epoch."""
         return self.order.num_chunks
 
+    def __str__(self) -> str:
+        return f"{len(self):,} sequences of {self.sequence_length:,} tokens, documents behind one another"
+
     def row(self, sample_index: int) -> Row:
         """Return the sequence of a sample."""
         return concatenated_row(self.stream, self.start(sample_index), self.sequence_length)
@@ -172,17 +119,27 @@ class Isolated:
 
     is_masked = True  # what no document fills
 
-    def __init__(self, stream: TokenStream, packing: Packing, seed: int, salt: int = 0) -> None:
-        self.stream, self.packing, self.sequence_length = stream, packing, packing.sequence_length
-        self.order = SampleOrder(len(packing), mixed_seed(seed, salt, packing.sequence_length))
+    def __init__(self, stream: TokenStream, sequence_length: int, seed: int, salt: int = 0) -> None:
+        self.stream, self.sequence_length = stream, sequence_length
+        self.packing = stream.packed(sequence_length, mixed_seed(seed, sequence_length))
+        self.order = SampleOrder(len(self.packing), mixed_seed(seed, salt, sequence_length))
 
     def __len__(self) -> int:
         """Return the number of sequences, which is the number of samples of an epoch."""
         return self.order.num_chunks
 
+    def __str__(self) -> str:
+        return str(self.packing)
+
     def row(self, sample_index: int) -> Row:
         """Return the sequence of a sample."""
         return packed_row(self.stream, self.packing, self.order.chunk(sample_index))
+
+
+def samples_of(stream: TokenStream, sequence_length: int, seed: int, salt: int = 0) -> Samples:
+    """Return the sequences of a stream, made as it says; raises DataError where there are none."""
+    kind = Isolated if stream.packing == "isolated" else Concatenated
+    return kind(stream, sequence_length, seed, salt)
 
 
 @dataclass(frozen=True)

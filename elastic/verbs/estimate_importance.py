@@ -13,7 +13,8 @@ from elastic.checkpoint.find import checkpoint_folder, resolve_checkpoint
 from elastic.checkpoint.record import Record
 from elastic.checkpoint.state import Trainable, begin_save, load_checkpoint
 from elastic.config.verbs import ImportanceConfig
-from elastic.data.stream import Concatenated, TokenStream, read_batch
+from elastic.data.stream import read_batch, samples_of
+from elastic.data.tokens import TokenStream
 from elastic.hf.reload import logit_difference, probe_tokens
 from elastic.model.forward import context_parallel_slice, forward_hidden
 from elastic.model.initialize import named_global_parameters
@@ -79,7 +80,7 @@ def run_importance(config: ImportanceConfig, console: Console) -> Path:
 def _calibration(config: ImportanceConfig, stream: TokenStream, here: World, num_sequences: int) -> Iterator[Tensor]:
     """Yield this replica's share of the calibration sequences, whole [B, S]; the same set at any layout."""
     section = config.importance
-    dataset = Concatenated(stream, section.sequence_length, config.seed)
+    dataset = samples_of(stream, section.sequence_length, config.seed)
     for index in range(num_sequences // (section.micro_batch * here.data_size)):
         yield read_batch(dataset, 0, index, here.data_rank, here.data_size, section.micro_batch).tokens
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from elastic.config.sections import DistillConfig
 from elastic.config.verbs import EvaluateConfig
 from elastic.data.held_out import HeldOut, source_labels
-from elastic.data.stream import TokenStream
+from elastic.data.tokens import TokenStream
 from elastic.run.folder import open_run_folder
 from elastic.run.world import run_world
 from elastic.space.cost import subnet_cost

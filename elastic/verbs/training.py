@@ -11,7 +11,8 @@ from elastic.config.load import config_dict
 from elastic.config.sections import DistillConfig
 from elastic.config.verbs import ElasticConfig, TrainConfig
 from elastic.data.held_out import HeldOut
-from elastic.data.stream import Concatenated, PhaseData, TokenStream
+from elastic.data.stream import PhaseData, samples_of
+from elastic.data.tokens import TokenStream
 from elastic.hf.config import stock_notes
 from elastic.model.backends import in_words
 from elastic.model.model import build_model
@@ -136,10 +137,7 @@ def _trainer(config: TrainConfig, here: World, stream: TokenStream, record: Reco
         wrapped=wrapped,
         optimizer=optimizer,
         data=PhaseData(
-            [
-                Concatenated(stream, phase.sequence_length, config.seed, salt=index)
-                for index, phase in enumerate(curriculum.phases)
-            ],
+            [samples_of(stream, phase.sequence_length, config.seed, n) for n, phase in enumerate(curriculum.phases)],
             micro_batch_size=config.data.micro_batch,
             world=here,
             numbers=in_turn if chooser is None else chooser.numbers,

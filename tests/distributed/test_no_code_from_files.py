@@ -23,8 +23,8 @@ from elastic.checkpoint.record import RECORD_FILE, Record, RecordError
 from elastic.checkpoint.state import ROUTER_FILE, STATE_FILE, Trainable, load_checkpoint, load_router
 from elastic.checkpoint.write import COMMON
 from elastic.data.manifest import DataError
-from elastic.data.stream import TokenStream
 from elastic.data.tokenizer import load_tokenizer
+from elastic.data.tokens import TokenStream
 from elastic.hf.export_settings import EXPORT_SETTINGS_FOLDER, ExportSettingsError, read_export_settings
 from elastic.model.model import build_model
 from elastic.world.groups import Layout

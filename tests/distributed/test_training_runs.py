@@ -16,7 +16,8 @@ from elastic.config.load import load
 from elastic.config.sections import DistillConfig, OptimConfig
 from elastic.config.verbs import ElasticConfig
 from elastic.data import stream
-from elastic.data.stream import Concatenated, TokenStream, read_batch
+from elastic.data.stream import Concatenated, read_batch
+from elastic.data.tokens import TokenStream
 from elastic.model.initialize import named_global_parameters
 from elastic.model.model import build_model
 from elastic.router.router import Router

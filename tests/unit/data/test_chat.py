@@ -15,8 +15,9 @@ from elastic.data.chat import ChatError, ChatTemplate, NotSeparable
 from elastic.data.held_out import HeldOut, validation_batches
 from elastic.data.manifest import DataError, SkipRecord, read_manifest
 from elastic.data.prepare import Prepared, prepare
-from elastic.data.stream import Concatenated, TokenStream, read_batch
+from elastic.data.stream import Concatenated, read_batch
 from elastic.data.tokenizer import load_tokenizer
+from elastic.data.tokens import TokenStream
 from tests.unit.data.chatting import (
     ANSWER,
     CHATML,

@@ -17,7 +17,7 @@ from elastic.config.sections import DataConfig
 from elastic.config.verbs import PretrainConfig
 from elastic.data.manifest import REMEDY, DataError
 from elastic.data.prepare import PrepareConfig, prepare
-from elastic.data.stream import TokenStream
+from elastic.data.tokens import TokenStream
 from elastic.verbs.training import run_training
 
 ROOT = Path(__file__).parents[3]

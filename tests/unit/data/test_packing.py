@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from elastic.config.sections import LongDocuments
+from elastic.data.held_out import HeldOut, validation_batches
 from elastic.data.manifest import DataError
 from elastic.data.packing import best_fit, document_bounds, pack
-from elastic.data.prepare import prepare
-from elastic.data.stream import Isolated, TokenStream, read_batch
+from elastic.data.prepare import PrepareConfig, prepare
+from elastic.data.stream import PADDING_SAMPLE, Concatenated, Isolated, read_batch, samples_of
+from elastic.data.tokens import TokenStream
 from tests.unit.data.chatting import CHATML, chat_config, conversations, unmarked, write_chats, write_tokenizer
+from tests.unit.data.preparing import write_jsonl
 
 S = 64
 
@@ -73,10 +76,6 @@ def test_every_token_but_a_documents_first_is_a_label_once(name: str, long_docum
     lengths = LENGTHS[name]
     bounds = bounds_of(lengths)
     kept = [n for n in lengths if 1 < n <= S + 1 or (n > 1 and long_documents == "cut")]
-    if not kept:
-        with pytest.raises(DataError, match=rf"^sequence_length = {S}: none of {len(lengths)} documents "):
-            pack(bounds, S, 0, long_documents)
-        return
     packing = pack(bounds, S, 0, long_documents)
     labels = Counter[int]()
     for sequence in range(len(packing)):
@@ -91,7 +90,7 @@ def test_every_token_but_a_documents_first_is_a_label_once(name: str, long_docum
     assert labels == dict.fromkeys(expected, 1)
     assert packing.num_bare == lengths.count(1) and packing.num_long == sum(n > S + 1 for n in lengths)
     assert packing.num_documents == len(kept)
-    assert packing.fill == pytest.approx(len(expected) / (len(packing) * S), abs=1e-12)
+    assert packing.fill == pytest.approx(len(expected) / max(1, len(packing) * S), abs=1e-12)
     said = f"{len(kept)} documents in {len(packing)} sequences of {S} tokens"
     done = "cut" if long_documents == "cut" else "left out"
     assert str(packing).startswith(said) and (f"{packing.num_long} longer ones {done}" in str(packing)) == bool(
@@ -129,7 +128,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_rows_hold_whole_conversations_with_their_masks(chats: Path) -> None:
     stream = TokenStream(chats / "train")
     bounds = document_bounds(chats / "train.idx")
-    samples = Isolated(stream, pack(stream.bounds(), S, seed=3), seed=3)
+    samples = Isolated(stream, S, seed=3)
     for epoch in range(2):
         found = Counter[tuple[tuple[int, ...], tuple[int, ...], tuple[bool, ...]]]()
         for index in range(len(samples)):
@@ -158,10 +157,10 @@ def test_a_step_reads_the_same_rows_at_every_layout_and_after_every_interruption
     chats: Path, data_parallel_size: int, micro_batch_size: int
 ) -> None:
     stream = TokenStream(chats / "train")
-    samples = Isolated(stream, pack(stream.bounds(), S, seed=5), seed=5, salt=1)
+    samples = Isolated(stream, S, seed=5, salt=1)
     consumed, seen = 0, Counter[int]()
     while consumed < 2 * len(samples):
-        again = Isolated(TokenStream(chats / "train"), pack(stream.bounds(), S, seed=5), seed=5, salt=1)
+        again = Isolated(TokenStream(chats / "train"), S, seed=5, salt=1)
         for number in range(8 // micro_batch_size):
             rank, index = number % data_parallel_size, number // data_parallel_size
             batch = read_batch(again, consumed, index, rank, data_parallel_size, micro_batch_size)
@@ -184,3 +183,39 @@ def test_an_index_that_is_none_or_does_not_fit_is_refused(chats: Path, tmp_path:
         with pytest.raises(DataError, match=rf"train\.idx: {rule}.*prepare the data again"):
             document_bounds(tmp_path / "train.idx")
     assert torch.equal(torch.from_numpy(document_bounds(chats / "train.idx"))[:1], torch.zeros(1, dtype=torch.int64))
+
+
+def test_held_out_documents_are_packed_within_their_source_and_read_alike_at_every_layout(tmp_path: Path) -> None:
+    for name, size in (("prose", 60), ("code", 25)):
+        write_jsonl(tmp_path / f"{name}.jsonl", [f"{name} {index} " + "again " * (index % 9) for index in range(size)])
+    paths = [str(tmp_path / f"{name}.jsonl") for name in ("prose", "code")]
+    folder = tmp_path / "data"
+    prepare(PrepareConfig(paths, "jsonl", output_dir=str(folder), vocab_size=300, validation_ratio=0.5))
+    stream = TokenStream(folder / "validation", "isolated")
+    held_out, bounds = HeldOut(stream, S), stream.bounds()
+    ends = np.cumsum(list(stream.manifest.splits["validation"].sources.values()))
+    everything = held_out.spread(len(held_out))
+    for (source, places), end in zip(everything.items(), ends, strict=True):
+        rows = [held_out.row(place) for place in places]
+        begin = end - stream.manifest.splits["validation"].sources[source]
+        inside = [n - 1 for a, n in zip(bounds[:-1], np.diff(bounds), strict=True) if begin <= a < end]
+        assert sum(int(row.counted.sum()) for row in rows if row.counted is not None) == sum(inside)
+        tokens = Counter(stream.read(begin, end - begin).tolist())
+        labels = Counter(torch.cat([row.labels[row.counted] for row in rows]).tolist())
+        assert labels <= tokens and tokens.total() - labels.total() == len(inside)  # all but the first of each
+    found = []
+    for size, batch_size in ((1, 1), (2, 1), (1, 4), (4, 2)):
+        every = [b for rank in range(size) for b in validation_batches(held_out, len(held_out), rank, size, batch_size)]
+        weights = sum(batch.token_weights().sum().item() for _, batch in every)
+        ids = sorted(number for _, batch in every for number in batch.sample_ids.tolist() if number != PADDING_SAMPLE)
+        found.append((weights, ids))
+    labels_in_all = stream.num_tokens - stream.manifest.splits["validation"].num_documents
+    assert found == [(labels_in_all, list(range(len(held_out))))] * 4
+
+
+def test_nothing_to_pack_is_refused_with_what_there_is(tmp_path: Path, chats: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"sequence_length = 2: .*train: 0 documents in 0 sequences .*left out; set data"
+    ):
+        samples_of(TokenStream(chats / "train", "isolated", "leave_out"), 2, seed=0)
+    assert isinstance(samples_of(TokenStream(chats / "train"), 16, seed=0), Concatenated)

@@ -14,7 +14,7 @@ from elastic.data import prepare as prepare_module
 from elastic.data import splits as splits_module
 from elastic.data.manifest import DataError, Manifest, checked_manifest, read_manifest
 from elastic.data.prepare import prepare
-from elastic.data.stream import TokenStream
+from elastic.data.tokens import TokenStream
 from tests.unit.data.preparing import config, contents, texts, write_jsonl
 
 
