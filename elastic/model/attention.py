@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.ssm.mamba_context_parallel import _undo_attention_load_balancing
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention
@@ -17,6 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from elastic.model.cache import AttentionCache
+from elastic.model.documents import Documents, context_spans
 from elastic.model.masks import ElasticLayer, LayerGates
 from elastic.model.observe import LayerObserver
 from elastic.space.axes import Axis
@@ -49,15 +51,13 @@ class SdpaCoreAttention(MegatronModule):
         """Attend [S, B, h, A] over [S, B, kv, A]; returns [S, B, h*A]. Packed sequences are refused."""
         if packed_seq_params is not None or attention_mask is not None or attention_bias is not None:
             raise ValueError("SdpaCoreAttention is causal over whole sequences: no mask, bias or packed sequences")
-        size, rank, half = self.cp_group.size(), self.cp_group.rank(), query.shape[0] // 2
-        if size == 1:
-            return _attended(query, key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3))
-        gathered = (gather_from_sequence_parallel_region(t, group=self.cp_group) for t in (key, value))
-        keys, values = (_undo_attention_load_balancing(t, size).permute(1, 2, 0, 3) for t in gathered)
+        keys, values = (_whole_sequences(t, self.cp_group).permute(1, 2, 0, 3) for t in (key, value))
+        if self.cp_group.size() == 1:
+            return _attended(query, keys, values)
         # A chunk sees what is in front of it, and itself causally.
-        ends = [(chunk + 1) * half for chunk in (rank, 2 * size - 1 - rank)]
-        chunks = zip(query.split(half), ends, strict=True)
-        return torch.cat([_attended(own, keys[:, :, :end], values[:, :, :end]) for own, end in chunks])
+        spans = context_spans(keys.shape[2], self.cp_group.rank(), self.cp_group.size())
+        chunks = zip(query.chunk(2), spans, strict=True)
+        return torch.cat([_attended(own, keys[:, :, :end], values[:, :, :end]) for own, (_, end) in chunks])
 
 
 def cached_attention(query: Tensor, key: Tensor, value: Tensor, cache: AttentionCache) -> Tensor:
@@ -66,6 +66,59 @@ def cached_attention(query: Tensor, key: Tensor, value: Tensor, cache: Attention
     torch's scaled_dot_product_attention on every device: the training kernel of a GPU takes no cache of ours.
     """
     return _attended(query, *cache.append(key, value))
+
+
+def _whole_sequences(tokens: Tensor, cp_group: Any) -> Tensor:
+    """Gather keys or values [s, B, kv, A] of every context-parallel rank, in the sequence's order: [S, B, kv, A]."""
+    if cp_group.size() == 1:
+        return tokens
+    gathered = gather_from_sequence_parallel_region(tokens, group=cp_group)
+    return _undo_attention_load_balancing(gathered, cp_group.size())
+
+
+def attention_by_documents(query: Tensor, key: Tensor, value: Tensor, documents: Documents, cp_group: Any) -> Tensor:
+    """Attend [S, B, h, A] over [S, B, kv, A] of the own document alone; returns [S, B, h*A], without a mask of pairs.
+
+    Under context parallelism keys and values are gathered: they are few heads, and documents need no even lengths, as
+    they would in Transformer Engine's ring. In bf16 on a GPU it is torch's variable-length flash attention.
+    """
+    flat_query, keys, values = (_rows(t) for t in (query, *(_whole_sequences(t, cp_group) for t in (key, value))))
+    fits = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0
+    context = (_attended_packed if fits else _attended_in_turn)(flat_query, keys, values, documents)
+    return _tokens_first(context, query.shape[1])
+
+
+def _rows(tokens: Tensor) -> Tensor:
+    """Lay [S, B, h, A] out as [B * S, h, A], one sequence after another."""
+    return tokens.transpose(0, 1).flatten(0, 1)
+
+
+def _tokens_first(rows: Tensor, batch: int) -> Tensor:
+    """Turn [B * S, ...] back into [S, B, h*A]."""
+    return rows.flatten(1).unflatten(0, (batch, -1)).transpose(0, 1).contiguous()
+
+
+def _attended_in_turn(query: Tensor, keys: Tensor, values: Tensor, documents: Documents) -> Tensor:
+    """Attend piece by piece: query [B * s, h, A], keys and values [B * S, kv, A]; returns [B * s, h*A]."""
+    queries = query.unsqueeze(1).split([piece.num_queries for piece in documents.pieces])
+    # Split, not sliced: the backward pass is one copy and not a buffer of the whole for each document.
+    of_documents = [t.transpose(0, 1).unsqueeze(0).split(documents.lengths, dim=2) for t in (keys, values)]
+    found = [
+        _attended(own, *(split[piece.document][:, :, : piece.num_keys] for split in of_documents))
+        for own, piece in zip(queries, documents.pieces, strict=True)
+    ]
+    return torch.cat(found).squeeze(1)
+
+
+def _attended_packed(query: Tensor, keys: Tensor, values: Tensor, documents: Documents) -> Tensor:
+    """Do the same in one kernel; causal is from the last query and key of a piece backwards."""
+    packed = documents.packed
+    if packed.key_rows is not None:
+        keys, values = (t.index_select(0, packed.key_rows) for t in (keys, values))
+    ends, most = (packed.query_ends, packed.key_ends), (packed.most_queries, packed.most_keys)
+    # What torch.nn.attention.varlen calls, whose own arguments differ between torch's versions.
+    context: Tensor = torch.ops.aten._flash_attention_forward(query, keys, values, *ends, *most, 0.0, True, False)[0]
+    return context
 
 
 def _attended(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -83,7 +136,12 @@ class ElasticSelfAttention(SelfAttention):
     """Query heads are elastic inside each KV group; keys and values stay."""
 
     def forward_gated(
-        self, x: Tensor, gates: LayerGates, observer: LayerObserver | None = None, cache: AttentionCache | None = None
+        self,
+        x: Tensor,
+        gates: LayerGates,
+        observer: LayerObserver | None = None,
+        cache: AttentionCache | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """Map [S, B, D] to [S, B, D] under the layer's head gate; x goes on where a cache ends."""
         kv, a = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
@@ -92,14 +150,28 @@ class ElasticSelfAttention(SelfAttention):
         query, key, value = (t.flatten(2, 3) for t in qkv.split([qkv.shape[3] - 2, 1, 1], dim=3))
         if observer is not None:
             observer.query(query)
-        if cache is None:
-            context = self.core_attention(query, key, value, None, attn_mask_type=self.attn_mask_type)  # [S, B, h*A]
-        else:
+        if cache is not None:
             context = cached_attention(query, key, value, cache)
+        elif documents is not None:
+            context = self._by_documents(query, key, value, documents)
+        else:
+            context = self.core_attention(query, key, value, None, attn_mask_type=self.attn_mask_type)  # [S, B, h*A]
         heads = gates[Axis.ATTENTION_HEAD]
         if heads.vector is not None:
             context = heads.apply(context.unflatten(-1, (-1, a)).transpose(-1, -2)).transpose(-1, -2).flatten(-2)
         return self.linear_proj.forward_cut(context, gates.cut)
+
+    def _by_documents(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
+        """Attend inside documents, with Transformer Engine's packed layout where it is there and holds whole ones."""
+        cp_group = self.pg_collection.cp
+        if isinstance(self.core_attention, SdpaCoreAttention) or cp_group.size() > 1:
+            return attention_by_documents(query, key, value, documents, cp_group)
+        packed = documents.packed
+        ends, most = packed.query_ends, packed.most_queries
+        layout = PackedSeqParams("thd", ends, ends, max_seqlen_q=most, max_seqlen_kv=most)
+        rows, mask = (_rows(t) for t in (query, key, value)), self.attn_mask_type
+        context = self.core_attention(*rows, None, attn_mask_type=mask, packed_seq_params=layout)
+        return _tokens_first(context, query.shape[1])
 
 
 class ElasticAttentionLayer(ElasticLayer, TransformerLayer):

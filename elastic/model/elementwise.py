@@ -47,20 +47,31 @@ class TorchElementwise:
         scale = hidden if depth is None else depth if hidden is None else depth * hidden
         return x + y if scale is None else torch.addcmul(x, y, scale.to(y.dtype))
 
-    def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None = None) -> Tensor:
+    def causal_conv(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        before: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """Return silu(bias + sum_j weight[:, j] x[:, t - (K-1-j)]) of `x` [B, L, I], weight [I, K] and bias [I].
 
         `before` [B, K-1, I] are the inputs in front of `x` (None: zeros). It is moved on in place to the last of both,
-        for inference: nothing is then differentiated.
+        for inference: nothing is then differentiated. `positions` int32 [B, L] is each token's place in its document,
+        over whose start no tap reaches (None: one document).
         """
         length, taps = x.shape[1], weight.shape[1]
         padded = F.pad(x, (0, 0, taps - 1, 0)) if before is None else torch.cat([before, x], dim=1)
         if before is not None:
             before.copy_(padded[:, length:])
         # k shifted multiply-adds are faster on a CPU than conv1d.
-        y = torch.addcmul(bias, padded[:, :length], weight[:, 0])
-        for tap in range(1, taps):
-            y = torch.addcmul(y, padded[:, tap : tap + length], weight[:, tap])
+        y = bias
+        for tap in range(taps):
+            reached, shift = padded[:, tap : tap + length], taps - 1 - tap
+            if positions is not None and shift:
+                reached = reached.masked_fill((positions < shift).unsqueeze(-1), 0.0)
+            y = torch.addcmul(y, reached, weight[:, tap])
         return F.silu(y)
 
 
@@ -87,11 +98,18 @@ class TritonElementwise(TorchElementwise):
         of = super().residual if x.dtype == torch.float64 else self._gated.residual
         return of(x, y, depth, hidden)
 
-    def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None = None) -> Tensor:
+    def causal_conv(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        before: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """Convolve rows of wider rows where they lie."""
         if x.dtype == torch.float64:
-            return super().causal_conv(x, weight, bias, before)
-        y = self._conv(x, weight, bias, before=before)
+            return super().causal_conv(x, weight, bias, before, positions)
+        y = self._conv(x, weight, bias, positions, before)
         if before is not None:
             before.copy_(torch.cat([before, x], dim=1)[:, x.shape[1] :])
         return y

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
+from elastic.model.documents import context_spans
 from elastic.model.model import ElasticModel
 from elastic.model.observe import Observer
 from elastic.space.gates import Gates
@@ -20,12 +21,17 @@ class SequenceLengthError(ValueError):
 
 @torch.no_grad()
 def forward_hidden(
-    model: ElasticModel, tokens: Tensor, gates: Gates | None = None, observer: Observer | None = None
+    model: ElasticModel,
+    tokens: Tensor,
+    gates: Gates | None = None,
+    observer: Observer | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor | None:
     """Map tokens [B, S] to final hidden states [S(/tp), B, d] on the last pipeline stage, None on the others.
 
     The stages run one after another. Every rank of a replica calls this with the tokens of its context-parallel rank
-    (`context_parallel_slice`), in the same order; the stages before the last read only their size.
+    (`context_parallel_slice`), in the same order; the stages after the first read only their size. `positions` are of
+    whole sequences, as `ElasticModel.forward` takes them.
     """
     # 1. Take the stream of the stage before: [S(/tp), B, D].
     tokens = tokens.to(next(model.parameters()).device)
@@ -37,7 +43,7 @@ def forward_hidden(
         dist.recv(stream, group=stages, group_src=stages.rank() - 1)
         model.set_input_tensor(stream)
     # 2. Run this stage.
-    output = model(tokens, gates, observer)
+    output = model(tokens, gates, observer, positions=positions)
     if not model.pre_process:
         model.set_input_tensor(None)  # the model must not keep the stream alive
     # 3. Hand it on.
@@ -50,8 +56,8 @@ def forward_hidden(
 def context_parallel_slice(tokens: Tensor, cp_rank: int, cp_size: int) -> Tensor:
     """Return one context-parallel rank's part [B, S/cp_size] of whole sequences [B, S].
 
-    Megatron-Core's load balancing: of 2 * cp_size equal chunks a rank holds chunk r and chunk 2 * cp_size - 1 - r, so
-    that all ranks attend to equally many tokens. Raises SequenceLengthError if S is not a multiple of 2 * cp_size.
+    It is the two chunks of `context_spans`, so that all ranks attend to equally many tokens. Raises SequenceLengthError
+    if S is not a multiple of 2 * cp_size.
     """
     if cp_size == 1:
         return tokens
@@ -61,8 +67,7 @@ def context_parallel_slice(tokens: Tensor, cp_rank: int, cp_size: int) -> Tensor
             f"sequence length {length}: must be a multiple of 2 x parallel.context = {num_chunks}, "
             f"nearest legal is {max(1, round(length / num_chunks)) * num_chunks}"
         )
-    chunks = tokens.chunk(num_chunks, dim=1)
-    return torch.cat([chunks[cp_rank], chunks[num_chunks - 1 - cp_rank]], dim=1)
+    return torch.cat([tokens[:, first:end] for first, end in context_spans(length, cp_rank, cp_size)], dim=1)
 
 
 def sees_own_tokens(model: ElasticModel) -> bool:

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from elastic.model.cache import MambaCache
+from elastic.model.documents import Documents
 from elastic.model.elementwise import TorchElementwise
 from elastic.model.masks import ElasticLayer, LayerGates
 from elastic.model.norm import GatedGroupNorm, parameter_device
@@ -117,15 +118,23 @@ class PortableMambaMixer(MambaMixer):
         return self.norm(y, z, self.ngroups_local_tp, self.d_inner // self.ngroups)
 
     def _state_space(
-        self, zxBCdt: Tensor, cp: MambaContextParallel, cache: MambaCache | None = None
+        self,
+        zxBCdt: Tensor,
+        cp: MambaContextParallel,
+        cache: MambaCache | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Convolve and scan [S, B, z x B C dt], from where a cache ends; returns y and z [S, B, i]."""
+        """Convolve and scan whole sequences [S, B, z x B C dt], from where a cache ends; returns y and z [S, B, i].
+
+        Both begin anew at the start of each document.
+        """
         state = cp.ngroups_local_tpcp * cp.d_state
         inner, heads = cp.d_inner_local_tpcp, cp.nheads_local_tpcp
         z, conv_in, dt = zxBCdt.transpose(0, 1).split([inner, inner + 2 * state, heads], dim=-1)
         before, last_state = (None, None) if cache is None else (cache.conv_inputs, cache.state)
+        positions, numbers = (None, None) if documents is None else (documents.positions, documents.numbers)
         conv_weight, conv_bias = cp.get_conv1d_weight().squeeze(1), cp.get_conv1d_bias()
-        xbc = self.elementwise.causal_conv(conv_in, conv_weight, conv_bias, before)
+        xbc = self.elementwise.causal_conv(conv_in, conv_weight, conv_bias, before, positions)
         x, b, c = xbc.split([inner, state, state], dim=-1)
         a_log = cp.get_A_log()
         y = self.state_space.scan(
@@ -137,6 +146,7 @@ class PortableMambaMixer(MambaMixer):
             c.unflatten(-1, (cp.ngroups_local_tpcp, -1)),
             cp.get_D(),
             last_state,
+            numbers,
         )
         return y.flatten(-2).transpose(0, 1), z.transpose(0, 1)
 
@@ -145,7 +155,12 @@ class ElasticMambaMixer(PortableMambaMixer):
     """Heads are elastic inside each SSM group, channels inside each head; B, C and the state stay."""
 
     def forward_gated(
-        self, x: Tensor, gates: LayerGates, observer: LayerObserver | None = None, cache: MambaCache | None = None
+        self,
+        x: Tensor,
+        gates: LayerGates,
+        observer: LayerObserver | None = None,
+        cache: MambaCache | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """Map [S, B, D] to [S, B, D] under the layer's head and channel gates; x goes on where a cache ends."""
         cut = gates.cut
@@ -155,7 +170,7 @@ class ElasticMambaMixer(PortableMambaMixer):
         if observer is not None:
             x_rows = zxbcdt.narrow(-1, inner.kept_size, inner.kept_size)
             observer.mamba_inner(x_rows.unflatten(-1, (cp.nheads_local_tp, -1)))
-        y, z = self._state_space(cp.pre_conv_ssm(zxbcdt), cp, cache)
+        y, z = self._state_space(cp.pre_conv_ssm(zxbcdt), cp, cache, documents)
         if cp.cp_size > 1:  # back to this rank's tokens, whose own z never left
             y, z = cp.post_conv_ssm(y.contiguous()), zxbcdt[..., : inner.kept_size]
         heads, channels = gates[Axis.MAMBA_HEAD], gates[Axis.MAMBA_CHANNEL]

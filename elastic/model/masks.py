@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic.model.cache import LayerCache
+from elastic.model.documents import Documents
 from elastic.model.elementwise import TorchElementwise
 from elastic.model.observe import LayerObserver
 from elastic.space.axes import AXES, LANES, Axis
@@ -64,14 +65,19 @@ class ElasticLayer(nn.Module):
         self.elementwise = elementwise
 
     def forward(
-        self, x: Tensor, gates: LayerGates, observer: LayerObserver | None = None, cache: LayerCache | None = None
+        self,
+        x: Tensor,
+        gates: LayerGates,
+        observer: LayerObserver | None = None,
+        cache: LayerCache | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """Map the stream [S, B, D] to the stream; `cache` is this layer's own."""
         norm, function = (getattr(self, name) for name in self.norm_and_function)
         normalised = norm(x, gates.hidden)
         if observer is not None:
             observer.normalised(normalised)
-        y = function.forward_gated(normalised, gates, observer, cache)
+        y = function.forward_gated(normalised, gates, observer, cache, documents)
         return self.elementwise.residual(x, y, gates.depth, gates.hidden.vector)
 
 

@@ -8,6 +8,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from elastic.model.documents import Documents
 from elastic.model.elementwise import TorchElementwise
 from elastic.model.masks import ElasticLayer, LayerGates
 from elastic.model.observe import LayerObserver
@@ -29,9 +30,14 @@ class ElasticMLP(MLP):
         self.elementwise = submodules.elementwise
 
     def forward_gated(
-        self, x: Tensor, gates: LayerGates, observer: LayerObserver | None = None, cache: None = None
+        self,
+        x: Tensor,
+        gates: LayerGates,
+        observer: LayerObserver | None = None,
+        cache: None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
-        """Map [S, B, D] to [S, B, D] under the layer's ffn gates; what remembers nothing has no cache."""
+        """Map [S, B, D] to [S, B, D] under the layer's ffn gates; a token sees itself, whatever its document."""
         pre_activation = self.linear_fc1.forward_cut(x, gates.cut)  # [S, B, f]
         if observer is not None:
             observer.ffn(pre_activation)

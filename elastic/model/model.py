@@ -13,6 +13,7 @@ from torch import Tensor
 from elastic.model.backends import Kernels
 from elastic.model.cache import ModelCache
 from elastic.model.cpu_backend import use_cpu_backend
+from elastic.model.documents import Documents
 from elastic.model.initialize import initialize_parameters
 from elastic.model.observe import Observer
 from elastic.model.sharding import pipeline_pattern
@@ -32,15 +33,20 @@ class ElasticModel(HybridModel):
         gates: Gates | None = None,
         observer: Observer | None = None,
         cache: ModelCache | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Map tokens [B, S] to final hidden states [S(/tp), B, d] on the last stage, to the stream before it.
 
-        `gates` None runs the whole parent. Packed sequences have no argument here: documents in one sequence see
-        each other, or are fed one per sequence. `observer` sees what the layers compute. With a `cache` the tokens are
-        the next ones of its sequences (without gradients, on one pipeline stage).
+        `gates` None runs the whole parent. `positions`, int32 on the CPU, is each token's place in its own document, of
+        the whole sequences on every context-parallel rank: documents do not see each other (None: a sequence is one).
+        `observer` sees what the layers compute. With a `cache` the tokens are the next ones of its sequences, which are
+        one document each (without gradients, on one pipeline stage).
         """
+        assert cache is None or positions is None, "a decoded sequence is one document"
         embedded = self.embedding(input_ids=tokens, position_ids=None) if self.pre_process else None
-        return self.decoder(embedded, gates, observer, cache)
+        cp, device = self.pg_collection.cp, next(self.parameters()).device
+        documents = Documents.of(positions, device, cp.rank(), cp.size())
+        return self.decoder(embedded, gates, observer, cache, documents)
 
     def head_weight(self, gates: Gates | None = None) -> Tensor:
         """Return this rank's rows of the head, cut to the stream's width: [v, d]; uncut, the parameter."""

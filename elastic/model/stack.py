@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from elastic.model.cache import ModelCache
+from elastic.model.documents import Documents
 from elastic.model.elementwise import TorchElementwise
 from elastic.model.masks import LayerGates, Masks
 from elastic.model.norm import ElasticRMSNorm, parameter_device
@@ -70,14 +71,19 @@ class ElasticStack(HybridStack):
             self.final_norm = ElasticRMSNorm(config, config.hidden_size, eps, elementwise=elementwise)
 
     def forward(
-        self, x: Tensor | None, gates: Gates | None, observer: Observer | None = None, cache: ModelCache | None = None
+        self,
+        x: Tensor | None,
+        gates: Gates | None,
+        observer: Observer | None = None,
+        cache: ModelCache | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """Run this stage's layers under `gates` (None: the whole parent).
 
         Takes the embeddings [S, B, D] on the first stage, else what `set_input_tensor` was given. Returns the
         normalised [S, B, d] on the last stage; between stages the stream is padded to D, the size the pipeline
         schedule exchanges. `observer` sees what the layers compute. With a `cache`, made for the subnet that `gates`
-        run, the S tokens are the next ones of its sequences, and it is moved on.
+        run, the S tokens are the next ones of its sequences, and it is moved on. `documents` do not see each other.
         """
         layers = self.masks.layers(gates)
         hidden, width = layers[0].hidden, layers[0].cut.kept(Axis.HIDDEN)
@@ -86,13 +92,18 @@ class ElasticStack(HybridStack):
         x = x[..., :width]
         if self.pre_process:
             x = hidden.apply(x)
-        x = self._run_layers(x, layers, observer, cache)
+        x = self._run_layers(x, layers, observer, cache, documents)
         if self.post_process:
             return self.final_norm(x, hidden)
         return F.pad(x, (0, self.config.hidden_size - width))
 
     def _run_layers(
-        self, x: Tensor, gates: tuple[LayerGates, ...], observer: Observer | None, cache: ModelCache | None
+        self,
+        x: Tensor,
+        gates: tuple[LayerGates, ...],
+        observer: Observer | None,
+        cache: ModelCache | None,
+        documents: Documents | None,
     ) -> Tensor:
         recompute = self.config.recompute_granularity == "full" and self.training and x.requires_grad
         assert observer is None or not recompute, "a recomputed layer would be observed twice"
@@ -105,7 +116,8 @@ class ElasticStack(HybridStack):
                 x = layer(x, own, seen_by, cache.get(layer_index))
             elif recompute:
                 # The gates travel inside the call, so the recomputed forward sees its own micro-batch's choice.
-                x = checkpoint(layer, x, own, use_reentrant=False, preserve_rng_state=False)
+                arguments = (x, own, None, None, documents)
+                x = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, own, seen_by)
+                x = layer(x, own, seen_by, None, documents)
         return x

@@ -27,13 +27,16 @@ class TorchStateSpace:
         c: Tensor,
         d: Tensor,
         state: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Run the recurrence at softplus(dt + dt_bias), in chunks of Q tokens.
 
         x [B,L,H,P], dt [B,L,H], dt_bias, a < 0 and d [H], b and c [B,L,G,N]. `state` [B,H,P,N], at least fp32, is that
         before `x` (None: zeros) and is moved on in place, for inference: nothing is differentiated then. One token
-        takes one step from it, without filling up a chunk.
+        takes one step from it, without filling up a chunk. `documents` int32 [B,L] is the number of each token's
+        document in its row: a token hears its own document alone.
         """
+        assert state is None or documents is None, "a decoded sequence is one document"
         length, wide = x.shape[1], torch.promote_types(dt.dtype, torch.float32)
         dt, a = F.softplus(dt.to(wide) + dt_bias.to(wide)), a.to(wide)
         if state is not None and length == 1:
@@ -52,14 +55,20 @@ class TorchStateSpace:
         x_dt = chunked(x_padded * dt.unsqueeze(-1).to(x.dtype), x.shape[-1])
         b_chunk, c_chunk = (t.unflatten(1, (-1, q)).transpose(2, 3) for t in (b, c))  # [B,C,G,Q,N]
         # 2. Inside a chunk: y_i = sum_{j<=i} (C_i . B_j) exp(decay_i - decay_j) dt_j x_j.
-        above = torch.ones(q, q, dtype=torch.bool, device=x.device).triu(1)
-        between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill(above, float("-inf")).exp().to(x.dtype)
+        hidden = torch.ones(q, q, dtype=torch.bool, device=x.device).triu(1)
+        from_start, to_end = decay, decay[..., -1:] - decay
+        if documents is not None:
+            own = _pad_length(documents, -length % q).unflatten(1, (-1, q))[:, :, None, None]  # [B,C,1,1,Q]
+            hidden = hidden | (own.unsqueeze(-1) != own.unsqueeze(-2))
+            to_end = to_end.masked_fill(own != own[..., -1:], float("-inf"))
+            last_of_before = F.pad(own[..., -1:], (0, 0) * 3 + (1, 0))[:, :-1]
+            from_start = from_start.masked_fill(own != last_of_before, float("-inf"))
+        between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill(hidden, float("-inf")).exp().to(x.dtype)
         scores = (c_chunk @ b_chunk.transpose(-1, -2)).unsqueeze(3) * between
         y = scores @ x_dt
         # 3. What each chunk adds to the state [B,C,G,R,P,N], then the recurrence from chunk to chunk.
-        to_end = (decay[..., -1:] - decay).exp().to(x.dtype)
-        added = (x_dt * to_end.unsqueeze(-1)).transpose(-1, -2) @ b_chunk.unsqueeze(3)
-        chunk_decay = decay[..., -1].exp()[..., None, None]
+        added = (x_dt * to_end.exp().to(x.dtype).unsqueeze(-1)).transpose(-1, -2) @ b_chunk.unsqueeze(3)
+        chunk_decay = from_start[..., -1].exp()[..., None, None]
         carried = torch.zeros_like(added[:, 0], dtype=wide)
         if state is not None:
             carried = state.to(wide).unflatten(1, (groups, -1))
@@ -71,7 +80,7 @@ class TorchStateSpace:
         if state is not None:
             state.copy_(carried.flatten(1, 2))
         # 4. What earlier chunks contribute through the state.
-        y = y + (c_chunk.unsqueeze(3) @ before.transpose(-1, -2)) * decay.exp().unsqueeze(-1).to(x.dtype)
+        y = y + (c_chunk.unsqueeze(3) @ before.transpose(-1, -2)) * from_start.exp().unsqueeze(-1).to(x.dtype)
         y = y.permute(0, 1, 4, 2, 3, 5).reshape(x_padded.shape)[:, :length]
         return y + x * d.to(x.dtype).unsqueeze(-1)
 
@@ -96,12 +105,14 @@ class MambaSsmStateSpace(TorchStateSpace):
         c: Tensor,
         d: Tensor,
         state: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Scan with mamba-ssm's chunked kernel, one next token with its update kernel."""
         a, d, dt_bias = a.float(), d.float(), dt_bias.float()
         in_chunks = partial(self._scan, chunk_size=self.chunk_tokens, D=d, dt_bias=dt_bias, dt_softplus=True)
+        assert state is None or documents is None, "a decoded sequence is one document"
         if state is None:
-            return in_chunks(x, dt, a, b, c)
+            return in_chunks(x, dt, a, b, c, seq_idx=documents)
         if x.shape[1] > 1:
             y, final = in_chunks(x, dt, a, b, c, initial_states=state, return_final_states=True)
             state.copy_(final)

@@ -37,6 +37,7 @@ class StandInStateSpace(TorchStateSpace):
         c: Tensor,
         d: Tensor,
         state: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Keep out, x, dt, dA_cumsum, dt_bias, a, b, c, d."""
         return _Scan.apply(self.moved, x, dt, dt_bias.float(), a.float(), b, c, d.float())
@@ -76,7 +77,7 @@ class StandInElementwise(TorchElementwise):
         gates = [t for t in (depth, hidden) if t is not None]
         return _Elementwise.apply(self.moved, y, x, *gates) if gates else x + y
 
-    def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None = None) -> Tensor:
+    def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> Tensor:
         """Keep the input [B, L, I], a view of wider rows."""
         return _Elementwise.apply(self.moved, x, None, weight, bias)
 

@@ -30,6 +30,7 @@ class MicroBatch:
     """What one micro-batch needs: tokens and labels [B, s], its gates (None: the whole parent), the teacher's states.
 
     `token_weights` [B, s] is 0 where the data's mask leaves a label out, or a row only fills up; None counts all.
+    `positions` [B, S], of whole sequences and on the CPU, say where documents start (None: a sequence is one).
     """
 
     tokens: Tensor
@@ -37,6 +38,7 @@ class MicroBatch:
     token_weights: Tensor | None = None
     gates: Gates | None = None
     teacher_hidden: Tensor | None = None
+    positions: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class PipelineRunner:
             return context_parallel_slice(t.to(self.world.device, non_blocking=True), cp.rank(), cp.size())
 
         weights = None if batch.counts_all else share(batch.token_weights())
-        return MicroBatch(share(batch.tokens), share(batch.labels), weights, gates)
+        return MicroBatch(share(batch.tokens), share(batch.labels), weights, gates, positions=batch.positions)
 
     def with_teacher(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Run the teacher over all micro-batches first and leave its hidden states with them on the last stage."""
@@ -104,7 +106,8 @@ class PipelineRunner:
 
         def forward_step(batches: Iterator[MicroBatch], stage: nn.Module, *_: Any) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches)
-            hidden = stage(batch.tokens, None if is_teacher else batch.gates)
+            gates = None if is_teacher else batch.gates
+            hidden = stage(batch.tokens, gates, positions=batch.positions)
             if batch is micro_batches[-1] and not forward_only:
                 hidden = self._with_all_ready(hidden, batch.gates)
             return hidden, partial(loss, batch)

@@ -22,6 +22,8 @@ from elastic.world.groups import Layout, join_world
 from tests.shapes import random_choice
 
 SEQUENCE, MICRO_BATCH, GLOBAL_BATCH = 32, 1, 4
+# Lengths of the isolated documents of two micro-batches; shards of TP 2 and chunks of CP 2 end inside some of them.
+PACKED = {2: (5, 14, 1, 12), 3: (8, 3, 21)}
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,10 @@ def batch(global_index: int, counted: Tensor | None = None) -> Batch:
     """The micro-batch with this global number, the same at any layout; `counted` [B, S] is the mask of its labels."""
     generator = torch.Generator().manual_seed(100 + global_index)
     tokens = torch.randint(64, (MICRO_BATCH, SEQUENCE + 1), generator=generator)
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.arange(MICRO_BATCH), counted)
+    ids, positions = torch.arange(MICRO_BATCH), None
+    if lengths := PACKED.get(global_index):
+        positions = torch.cat([torch.arange(length, dtype=torch.int32) for length in lengths]).expand(MICRO_BATCH, -1)
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), ids, counted, positions)
 
 
 def mixed_gates(space: Space, global_index: int, dtype: torch.dtype) -> Gates:

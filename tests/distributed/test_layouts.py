@@ -1,7 +1,8 @@
 """Any two parallel layouts give the same numbers: losses, gradient norm, every parameter's and every gate's gradient.
 
-Mixed budgets are in flight (soft masks, one-hot masks, slices) and activations are fully recomputed. Compared in fp64,
-where rounding (some 1e-14) is far below what a wrong layout does; in bf16 by the one-process run's own error.
+Mixed budgets are in flight (soft masks, one-hot masks, slices), two of the micro-batches hold isolated documents (whose
+numbers are those of each alone: tests/parity/test_documents.py), and activations are fully recomputed. Compared in
+fp64, where rounding (some 1e-14) is far below what a wrong layout does; in bf16 by the one-process run's own error.
 """
 
 from dataclasses import replace

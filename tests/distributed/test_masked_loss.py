@@ -57,8 +57,8 @@ def reference_step(masks: dict[int, Tensor]) -> dict[str, Any]:
     for g in range(GLOBAL_BATCH):
         data, gates = batch(g), mixed_gates(space, g, torch.float64)
         with torch.no_grad():
-            taught = teacher(data.tokens, None) @ teacher.head_weight().t()  # [S, B, V]
-        logits = student(data.tokens, gates) @ student.head_weight(gates).t()
+            taught = teacher(data.tokens, positions=data.positions) @ teacher.head_weight().t()  # [S, B, V]
+        logits = student(data.tokens, gates, positions=data.positions) @ student.head_weight(gates).t()
         log_p, log_q = ((z / TEMPERATURE).log_softmax(-1) for z in (taught, logits))
         kl = TEMPERATURE**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
         labels = data.labels.t().unsqueeze(-1)
