@@ -4,6 +4,8 @@ states to a head whose rows are split over the vocabulary.
 Shapes: B batch, S sequence (of this context-parallel rank), D hidden, d kept hidden width, V vocab, v this rank's rows.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import mappings
@@ -19,6 +21,13 @@ class SequenceLengthError(ValueError):
     """A sequence that the context-parallel ranks cannot share."""
 
 
+class Sequences(NamedTuple):
+    """Whole sequences of tokens [B, S] and, int32 [B, S], where in its document each stands (None: one a sequence)."""
+
+    tokens: Tensor
+    positions: Tensor | None = None
+
+
 @torch.no_grad()
 def forward_hidden(
     model: ElasticModel,
@@ -27,15 +36,14 @@ def forward_hidden(
     observer: Observer | None = None,
     positions: Tensor | None = None,
 ) -> Tensor | None:
-    """Map tokens [B, S] to final hidden states [S(/tp), B, d] on the last pipeline stage, None on the others.
+    """Map whole tokens [B, S] to final hidden states [S(/cp/tp), B, d] on the last pipeline stage, None on the others.
 
-    The stages run one after another. Every rank of a replica calls this with the tokens of its context-parallel rank
-    (`context_parallel_slice`), in the same order; the stages after the first read only their size. `positions` are of
-    whole sequences, as `ElasticModel.forward` takes them.
+    The stages run one after another. Every rank of a replica calls this with the same whole sequences, in the same
+    order, and runs its `context_parallel_slice` of them. `positions` as `ElasticModel.forward` takes them.
     """
     # 1. Take the stream of the stage before: [S(/tp), B, D].
-    tokens = tokens.to(next(model.parameters()).device)
-    stages, config = model.pg_collection.pp, model.config
+    stages, cp, config = model.pg_collection.pp, model.pg_collection.cp, model.config
+    tokens = context_parallel_slice(tokens, cp.rank(), cp.size()).to(next(model.parameters()).device)
     if not model.pre_process:
         batch, length = tokens.shape
         length //= model.pg_collection.tp.size() if config.sequence_parallel else 1

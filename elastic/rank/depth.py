@@ -4,14 +4,14 @@ Shapes: B batch, S sequence, D hidden, V vocab, L layers; lower case = this tens
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from elastic.model.forward import context_parallel_slice, forward_hidden, sees_own_tokens, sum_over_world
+from elastic.model.forward import Sequences, forward_hidden, sees_own_tokens, sum_over_world
 from elastic.model.model import ElasticModel
 from elastic.rank.permutation import RankingError
 from elastic.space.axes import Axis
@@ -48,7 +48,7 @@ class DepthScores:
 def rank_layers(
     model: ElasticModel,
     space: Space,
-    token_batches: Sequence[Tensor],
+    batches: Iterable[Sequences],
     method: Literal["iterative", "one_shot"] = "iterative",
     *,
     stop_after: int | None = None,
@@ -70,7 +70,7 @@ def rank_layers(
             f"depth: method = {method}, stop_after = {stop_after}: the method is iterative or one_shot, and of "
             f"{num_layers} layers between 1 and {num_layers - 1} can be removed"
         )
-    meter = _LogitMeter(model, space, token_batches)
+    meter = _LogitMeter(model, space, batches)
     total, done = sum(num_layers - removed for removed in range(rounds)), 0
     present, removed_first = list(range(num_layers)), list[int]()
     history: list[dict[int, float]] = []
@@ -98,14 +98,13 @@ class _LogitMeter:
     squares is x^T (W^T W) x: with that [D, D] matrix no logits exist, and no difference of large logits is taken.
     """
 
-    def __init__(self, model: ElasticModel, space: Space, token_batches: Sequence[Tensor]) -> None:
+    def __init__(self, model: ElasticModel, space: Space, batches: Iterable[Sequences]) -> None:
         self._model, self._space = model, space
-        cp = model.pg_collection.cp
         self._device = next(model.parameters()).device
-        self._batches = [context_parallel_slice(batch, cp.rank(), cp.size()) for batch in token_batches]
+        self._batches = list(batches)
         self._gram = self._head_gram() if model.post_process else None
         # One [S, B, D] per batch stays on the last stage, so that no round runs the whole parent again.
-        self._references = [forward_hidden(model, batch) for batch in self._batches]
+        self._references = [self._run(batch) for batch in self._batches]
         self._energy = sum(map(self._squares, self._references), self._zero())
         sum_over_world(self._energy)
         if not 0.0 < float(self._energy) < math.inf:
@@ -119,8 +118,11 @@ class _LogitMeter:
         gates = Gates.slice(replace(Subnet.full(self._space.parent), kept_layers=kept_layers))
         total = self._zero()
         for batch, reference in zip(self._batches, self._references, strict=True):
-            total += self._squares(reference, forward_hidden(self._model, batch, gates))
+            total += self._squares(reference, self._run(batch, gates))
         return total
+
+    def _run(self, batch: Sequences, gates: Gates | None = None) -> Tensor | None:
+        return forward_hidden(self._model, batch.tokens, gates, positions=batch.positions)
 
     def relative(self, changes: Sequence[Tensor]) -> list[float]:
         """Sum `changes` over all ranks and divide by sum(M_full^2); raises RankingError if one is not finite."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elastic.model.forward import context_parallel_slice, forward_hidden, sees_own_tokens, sum_over_world
+from elastic.model.forward import Sequences, forward_hidden, sees_own_tokens, sum_over_world
 from elastic.model.model import ElasticModel
 from elastic.rank.depth import DepthScores
 from elastic.rank.permutation import Order, Ranking, RankingError
@@ -104,21 +104,20 @@ class ScoreCollector:
         return _LayerTotals(self.hidden if self._counts_tokens else None, shard)
 
 
-def collect_scores(model: ElasticModel, space: Space, token_batches: Iterable[Tensor]) -> Scores:
-    """Run the whole parent over `token_batches` and return its width scores; the same on every rank.
+def collect_scores(model: ElasticModel, space: Space, batches: Iterable[Sequences]) -> Scores:
+    """Run the whole parent over `batches` and return its width scores; the same on every rank.
 
-    A batch holds whole sequences [B, S] of this data-parallel rank: the ranks of one replica get the same batches, two
+    A batch holds whole sequences of this data-parallel rank: the ranks of one replica get the same batches, two
     replicas different ones. D_top is the smallest choice of the space, else half of the channels (ours). Raises
     RankingError without tokens or if an activation is not finite.
     """
     shape, groups = space.parent, model.pg_collection
     collector = ScoreCollector(model, shape)
     num_tokens = torch.zeros((), dtype=torch.int64, device=collector.hidden.device)
-    for batch in token_batches:
-        tokens = context_parallel_slice(batch, groups.cp.rank(), groups.cp.size())
-        forward_hidden(model, tokens, observer=collector.layer)
-        if groups.tp.rank() == 0 and groups.pp.rank() == 0:
-            num_tokens += tokens.numel()
+    for batch in batches:
+        forward_hidden(model, batch.tokens, observer=collector.layer, positions=batch.positions)
+        if groups.tp.rank() == groups.pp.rank() == groups.cp.rank() == 0:
+            num_tokens += batch.tokens.numel()
     for total in (collector.hidden, *collector.inner, num_tokens):
         sum_over_world(total)  # what another rank owns is zero here
     smallest = space.axes[Axis.MAMBA_CHANNEL].choices[-1]

@@ -16,7 +16,7 @@ from elastic.config.verbs import ImportanceConfig
 from elastic.data.stream import read_batch, samples_of
 from elastic.data.tokens import TokenStream
 from elastic.hf.reload import logit_difference, probe_tokens
-from elastic.model.forward import context_parallel_slice, forward_hidden
+from elastic.model.forward import Sequences, forward_hidden
 from elastic.model.initialize import named_global_parameters
 from elastic.model.model import ElasticModel, build_model
 from elastic.model.sharding import shard_tensor, unshard_tensors
@@ -77,12 +77,13 @@ def run_importance(config: ImportanceConfig, console: Console) -> Path:
     return folder
 
 
-def _calibration(config: ImportanceConfig, stream: TokenStream, here: World, num_sequences: int) -> Iterator[Tensor]:
+def _calibration(config: ImportanceConfig, stream: TokenStream, here: World, num_sequences: int) -> Iterator[Sequences]:
     """Yield this replica's share of the calibration sequences, whole [B, S]; the same set at any layout."""
     section = config.importance
     dataset = samples_of(stream, section.sequence_length, config.seed)
     for index in range(num_sequences // (section.micro_batch * here.data_size)):
-        yield read_batch(dataset, 0, index, here.data_rank, here.data_size, section.micro_batch).tokens
+        batch = read_batch(dataset, 0, index, here.data_rank, here.data_size, section.micro_batch)
+        yield Sequences(batch.tokens, batch.positions)
 
 
 def _rank_layers(
@@ -120,9 +121,7 @@ def _permute_in_place(model: ElasticModel, ranking: Ranking, space: Space, here:
 @torch.no_grad()
 def _probe_logits(model: ElasticModel, record: Record, here: World) -> Tensor | None:
     """Return this rank's vocabulary rows of the logits on fixed tokens, on the last stage."""
-    cp = here.groups.cp
-    tokens = context_parallel_slice(probe_tokens(record.shape.vocab), cp.rank(), cp.size())
-    hidden = forward_hidden(model, tokens)
+    hidden = forward_hidden(model, probe_tokens(record.shape.vocab))
     return None if hidden is None else (hidden @ model.head_weight().t()).float()
 
 

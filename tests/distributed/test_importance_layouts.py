@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from elastic.model.cpu_backend import use_cpu_backend
-from elastic.model.forward import SequenceLengthError, context_parallel_slice, forward_hidden
+from elastic.model.forward import SequenceLengthError, Sequences, context_parallel_slice, forward_hidden
 from elastic.model.model import build_model
 from elastic.rank.depth import rank_layers
 from elastic.rank.importance import collect_scores, make_ranking
@@ -26,9 +26,12 @@ SPACE = Space(
 LENGTH_TOKENS = 16
 
 
-def _token_batches() -> list[Tensor]:
+def _batches() -> list[Sequences]:
+    """Every second batch holds isolated documents, which end inside the ranks' shards."""
     generator = torch.Generator().manual_seed(7)
-    return [torch.randint(SHAPE.vocab, (2, LENGTH_TOKENS), generator=generator) for _ in range(4)]
+    tokens = [torch.randint(SHAPE.vocab, (2, LENGTH_TOKENS), generator=generator) for _ in range(4)]
+    positions = torch.cat([torch.arange(length, dtype=torch.int32) for length in (3, 7, 1, 5)]).expand(2, -1)
+    return [Sequences(batch, positions if index % 2 == 0 else None) for index, batch in enumerate(tokens)]
 
 
 def _estimate(layout: Layout) -> dict[str, Any]:
@@ -36,19 +39,18 @@ def _estimate(layout: Layout) -> dict[str, Any]:
     use_cpu_backend()
     groups = join_world(layout, torch.device("cpu")).groups
     model = build_model(SPACE, layout, init_std=0.3)
-    batches = _token_batches()
+    batches = _batches()
     own = batches[groups.dp.rank() :: groups.dp.size()]
     scores = collect_scores(model, SPACE, own)
     iterative, one_shot = (rank_layers(model, SPACE, own, method) for method in ("iterative", "one_shot"))
     subnet = Gates.slice(SPACE.subnet({Axis.HIDDEN: (1,), Axis.MAMBA_CHANNEL: (1,), Axis.DEPTH: (1,)}))
-    tokens = context_parallel_slice(batches[0], groups.cp.rank(), groups.cp.size())
     tensors = scores.tensors() | {f"iterative.{name}": score for name, score in iterative.tensors().items()}
     tensors |= {f"one_shot.{name}": score for name, score in one_shot.tensors().items()}
     return {
         "tensors": tensors,
         "num_tokens": scores.num_tokens,
         "rankings": [make_ranking(scores, SPACE, depth) for depth in (iterative, one_shot)],
-        "hidden": forward_hidden(model, tokens, subnet),
+        "hidden": forward_hidden(model, batches[0].tokens, subnet, positions=batches[0].positions),
         "place": (groups.tp.rank(), groups.pp.rank(), groups.cp.rank()),
     }
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from elastic.model.forward import Sequences
 from elastic.model.model import ElasticModel, build_model
 from elastic.rank.depth import rank_layers
 from elastic.space.axes import Axis
@@ -30,7 +31,7 @@ def test_layer_scores_are_eq_5_on_the_logits(model: ElasticModel, batches: list[
         without = torch.cat([logits(model, batch, kept) for batch in batches], dim=1)
         return float((full - without).pow(2).sum() / full.pow(2).sum())
 
-    depth = rank_layers(model, SPACE, batches)
+    depth = rank_layers(model, SPACE, map(Sequences, batches))
     assert len(depth.history) == 4, "depth is not elastic in this space: all but one layer are removed"
     present = list(range(5))
     for scores in depth.history:
@@ -38,7 +39,7 @@ def test_layer_scores_are_eq_5_on_the_logits(model: ElasticModel, batches: list[
         assert scores == pytest.approx(expected, rel=1e-4)
         present.remove(min(expected, key=lambda layer: expected[layer]))
     assert depth.order[0] == present[0]
-    one_shot = rank_layers(model, SPACE, batches, "one_shot")
+    one_shot = rank_layers(model, SPACE, map(Sequences, batches), "one_shot")
     assert one_shot.history == depth.history[:1]
     assert list(one_shot.order) == top_of(torch.tensor(one_shot.scores), 5)
 
@@ -52,7 +53,7 @@ def test_layer_that_adds_nothing_is_ranked_last(
 ) -> None:
     with torch.no_grad():
         model.get_parameter(f"decoder.layers.{layer_index}.{projection}.weight").zero_()
-    depth = rank_layers(model, SPACE, batches, method)
+    depth = rank_layers(model, SPACE, map(Sequences, batches), method)
     assert depth.scores[layer_index] == 0.0
     assert depth.order[-1] == layer_index
     assert min(score for index, score in enumerate(depth.scores) if index != layer_index) > 0.0
@@ -60,10 +61,10 @@ def test_layer_that_adds_nothing_is_ranked_last(
 
 def test_removal_stops_at_the_smallest_depth(model: ElasticModel, batches: list[Tensor]) -> None:
     space, told = Space(SHAPE, {Axis.DEPTH: AxisChoices((5, 4, 3))}), []
-    depth = rank_layers(model, space, batches, progress=lambda done, total: told.append((done, total)))
+    depth = rank_layers(model, space, map(Sequences, batches), progress=lambda done, total: told.append((done, total)))
     assert [len(scores) for scores in depth.history] == [5, 4]
     assert told == [(done, 9) for done in range(1, 10)]
-    whole = rank_layers(model, SPACE, batches)
+    whole = rank_layers(model, SPACE, map(Sequences, batches))
     assert depth.order[3:] == whole.order[3:], "the layers that any depth may drop"
     last = depth.history[-1]
     kept = [layer for layer in last if layer != depth.order[3]]
@@ -103,7 +104,10 @@ def test_iterative_keeps_one_of_two_duplicates_that_one_shot_drops_both() -> Non
             # LN(x)_1^2 is 16/10 at layer 0; 16/2 once layer 0 has made channels 0 and 1 equal in size.
             second[writes, 0] = amount / 1.6
     tokens = [torch.randint(48, (2, 8), generator=torch.Generator().manual_seed(3))]
-    one_shot, iterative = rank_layers(model, space, tokens, "one_shot"), rank_layers(model, space, tokens)
+    one_shot, iterative = (
+        rank_layers(model, space, map(Sequences, tokens), "one_shot"),
+        rank_layers(model, space, map(Sequences, tokens)),
+    )
     assert one_shot.order[0] == 0, one_shot
     assert iterative.order[1] == 0, iterative
     assert iterative.order[0] in (1, 2) and iterative.order[2] in (1, 2)

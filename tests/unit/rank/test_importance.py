@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from elastic.model.forward import Sequences
 from elastic.model.model import ElasticModel, build_model
 from elastic.rank.depth import rank_layers
 from elastic.rank.importance import (
@@ -49,7 +50,7 @@ def weight_of(model: ElasticModel, name: str) -> Tensor:
 
 
 def test_hidden_and_ffn_scores_are_eq_1_and_2(model: ElasticModel, batches: list[Tensor]) -> None:
-    scores, inputs = collect_scores(model, SPACE, batches), layer_inputs(model, batches)
+    scores, inputs = collect_scores(model, SPACE, map(Sequences, batches)), layer_inputs(model, batches)
     assert scores.num_tokens == 80
     torch.testing.assert_close(scores.hidden, sum(x.abs().sum(0) for x in inputs), rtol=1e-5, atol=0)
     for ordinal, layer_index in enumerate((1, 4)):
@@ -58,7 +59,7 @@ def test_hidden_and_ffn_scores_are_eq_1_and_2(model: ElasticModel, batches: list
 
 
 def test_mamba_scores_are_eq_3_and_4(model: ElasticModel, batches: list[Tensor]) -> None:
-    scores, inputs = collect_scores(model, SPACE, batches), layer_inputs(model, batches)
+    scores, inputs = collect_scores(model, SPACE, map(Sequences, batches)), layer_inputs(model, batches)
     heads, channels = 8, 6
     for ordinal, layer_index in enumerate((0, 3)):
         # Rows of in_proj are [z, x, B, C, dt]; x has one run of P rows per head.
@@ -75,7 +76,7 @@ def test_mamba_scores_are_eq_3_and_4(model: ElasticModel, batches: list[Tensor])
 
 
 def test_attention_score_is_the_magnitude_of_the_query(model: ElasticModel, batches: list[Tensor]) -> None:
-    scores, inputs = collect_scores(model, SPACE, batches), layer_inputs(model, batches)
+    scores, inputs = collect_scores(model, SPACE, map(Sequences, batches)), layer_inputs(model, batches)
     rows = weight_of(model, "2.self_attention.linear_qkv.weight").view(2, 5, 8, 24)  # per KV group: q q q k v
     expected = [(inputs[2] @ rows[head // 3, head % 3].T).norm(dim=-1).sum() for head in range(6)]
     torch.testing.assert_close(scores.attention_heads[0], torch.stack(expected), rtol=1e-5, atol=0)
@@ -128,10 +129,10 @@ def plant_query(model: ElasticModel, head: int) -> None:
 def test_worst_part_is_ranked_first_once_its_weights_are_scaled_up(
     model: ElasticModel, batches: list[Tensor], plant: Callable, order: Callable
 ) -> None:
-    worst = order(make_ranking(collect_scores(model, SPACE, batches), SPACE))[-1]
+    worst = order(make_ranking(collect_scores(model, SPACE, map(Sequences, batches)), SPACE))[-1]
     with torch.no_grad():
         plant(model, worst)
-    assert order(make_ranking(collect_scores(model, SPACE, batches), SPACE))[0] == worst
+    assert order(make_ranking(collect_scores(model, SPACE, map(Sequences, batches)), SPACE))[0] == worst
 
 
 def test_heads_are_ranked_by_the_best_channels_alone() -> None:
@@ -146,8 +147,8 @@ def test_heads_are_ranked_by_the_best_channels_alone() -> None:
 
 
 def test_the_best_channels_are_the_smallest_choice_else_half(model: ElasticModel, batches: list[Tensor]) -> None:
-    assert collect_scores(model, SPACE, batches).num_top_channels == 2
-    assert collect_scores(model, Space(SHAPE, {}), batches).num_top_channels == 3
+    assert collect_scores(model, SPACE, map(Sequences, batches)).num_top_channels == 2
+    assert collect_scores(model, Space(SHAPE, {}), map(Sequences, batches)).num_top_channels == 3
 
 
 def test_equal_scores_keep_their_order_and_scoring_twice_gives_the_same_bits(
@@ -156,7 +157,7 @@ def test_equal_scores_keep_their_order_and_scoring_twice_gives_the_same_bits(
     with torch.no_grad():
         rows = model.get_parameter("decoder.layers.1.mlp.linear_fc1.weight")
         rows[20], rows[3], rows[9] = rows[9].clone(), rows[9].clone(), rows[9].clone()
-    first, second = (collect_scores(model, SPACE, batches) for _ in range(2))
+    first, second = (collect_scores(model, SPACE, map(Sequences, batches)) for _ in range(2))
     for name, score in first.tensors().items():
         assert torch.equal(score, second.tensors()[name]), name
     order = make_ranking(first, SPACE).ffn[0]
@@ -168,21 +169,36 @@ def test_recomputed_layers_are_observed_once(model: ElasticModel, batches: list[
     recomputing = build_model(SPACE, Layout(recompute="full"))
     recomputing.load_state_dict(model.state_dict())
     assert recomputing.training
-    expected, observed = (collect_scores(parent, SPACE, batches) for parent in (model, recomputing))
+    expected, observed = (collect_scores(parent, SPACE, map(Sequences, batches)) for parent in (model, recomputing))
     assert torch.equal(observed.hidden, expected.hidden)
     with pytest.raises(AssertionError, match="observed twice"):
         recomputing(batches[0], None, ScoreCollector(recomputing, SHAPE))
 
 
 def test_scores_are_sums_over_batches(model: ElasticModel, batches: list[Tensor]) -> None:
-    parts = [collect_scores(model, SPACE, [batch]).tensors() for batch in batches]
-    whole = collect_scores(model, SPACE, [torch.cat(batches)]).tensors()
+    parts = [collect_scores(model, SPACE, [Sequences(batch)]).tensors() for batch in batches]
+    whole = collect_scores(model, SPACE, [Sequences(torch.cat(batches))]).tensors()
     for name in ("hidden", "ffn.0", "mamba_inner.1", "attention_heads.0"):
         torch.testing.assert_close(whole[name], parts[0][name] + parts[1][name], rtol=1e-6, atol=0)
 
 
+def test_packed_documents_are_scored_as_if_each_were_alone(model: ElasticModel, batches: list[Tensor]) -> None:
+    lengths = (1, 8, 11)
+    positions = torch.cat([torch.arange(length) for length in lengths]).int().expand(2, -1)
+    packed = [Sequences(batch, positions) for batch in batches]
+    alone = [Sequences(piece) for batch in batches for piece in batch.split(lengths, dim=1)]
+    found, expected = (collect_scores(model, SPACE, of).tensors() for of in (packed, alone))
+    for name, score in expected.items():
+        torch.testing.assert_close(found[name], score, rtol=1e-5, atol=0, msg=name)
+    depth, expected_depth = (rank_layers(model, SPACE, of, "one_shot") for of in (packed, alone))
+    torch.testing.assert_close(depth.tensors(), expected_depth.tensors(), rtol=1e-5, atol=0, equal_nan=True)
+
+
 def test_scores_survive_the_ranking_file(model: ElasticModel, batches: list[Tensor], tmp_path: Path) -> None:
-    scores, depth = collect_scores(model, SPACE, batches), rank_layers(model, SPACE, batches, stop_after=2)
+    scores, depth = (
+        collect_scores(model, SPACE, map(Sequences, batches)),
+        rank_layers(model, SPACE, map(Sequences, batches), stop_after=2),
+    )
     ranking = make_ranking(scores, SPACE, depth)
     save_ranking(tmp_path / "ranking.safetensors", ranking, scores.tensors() | depth.tensors(), {"data": "random"})
     stored = load_file(tmp_path / "ranking.safetensors")
@@ -197,8 +213,8 @@ def test_unusable_calibration_is_refused(model: ElasticModel, batches: list[Tens
     with pytest.raises(RankingError, match="at least one sequence"):
         rank_layers(model, SPACE, [])
     with pytest.raises(RankingError, match="between 1 and 4"):
-        rank_layers(model, SPACE, batches, stop_after=5)
+        rank_layers(model, SPACE, map(Sequences, batches), stop_after=5)
     with torch.no_grad():
         model.get_parameter("decoder.layers.1.mlp.linear_fc1.weight")[3] = float("inf")
     with pytest.raises(RankingError, match=r"ffn\.0"):
-        collect_scores(model, SPACE, batches)
+        collect_scores(model, SPACE, map(Sequences, batches))
