@@ -77,19 +77,30 @@ class _Chunks(io.RawIOBase):
         return size
 
 
-def parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[bytes]:
-    """Yield each row of a parquet file as a line of JSON with those of `columns` that it has; null is left out.
-
-    A column of objects gives every object all fields that one of them has, the others' null: they are no fields.
-    """
-    parquet = _package("pyarrow.parquet", path)
+def parquet_batches(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, bytes]]:
+    """Yield the rows of a parquet file, some at a time: how many, and those of `columns` that it has, for `rows_of`."""
+    parquet, arrow = _package("pyarrow.parquet", path), _package("pyarrow", path)
     try:
         with parquet.ParquetFile(path) as file:
             there = [name for name in columns if name in file.schema_arrow.names]
             for batch in file.iter_batches(batch_size=ROWS, columns=there):
-                for row in batch.to_pylist():
-                    yield json.dumps(_without_null(row), ensure_ascii=False, default=str).encode(errors="surrogatepass")
+                sink = arrow.BufferOutputStream()
+                with arrow.ipc.new_stream(sink, batch.schema) as stream:
+                    stream.write_batch(batch)
+                yield batch.num_rows, sink.getvalue().to_pybytes()
     except ValueError as error:  # what pyarrow's own errors derive from
+        raise OSError(f"damaged: {error}") from error
+
+
+def rows_of(batch: bytes, path: Path) -> Iterator[bytes]:
+    """Yield each row of a batch of the file `path` as a line of JSON; null is left out.
+
+    A column of objects gives every object all fields that one of them has, the others' null: they are no fields.
+    """
+    try:
+        for row in _package("pyarrow", path).ipc.open_stream(batch).read_all().to_pylist():
+            yield json.dumps(_without_null(row), ensure_ascii=False, default=str).encode(errors="surrogatepass")
+    except ValueError as error:
         raise OSError(f"damaged: {error}") from error
 
 

@@ -1,24 +1,21 @@
-"""Read documents from text, lines, jsonl or chats: one at a time, the unusable ones counted by reason."""
+"""Make documents of raw blocks: text, lines, jsonl or chats; the unusable ones by reason."""
 
 import codecs
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BufferedReader
 from typing import Any
 
+from elastic.data.blocks import Block, Passed, Raw
 from elastic.data.chat import Chat, ChatTemplate, NotSeparable, TemplateRefusal
-from elastic.data.containers import PARQUET, open_lines, parquet_rows
-from elastic.data.conversation import COLUMNS, parse_conversation
-from elastic.data.corpus_files import Corpus, CorpusFile, Remark, SkipReason, Tally, find_files, place_of
+from elastic.data.containers import PARQUET, rows_of
+from elastic.data.conversation import parse_conversation
+from elastic.data.corpus_files import Corpus, SkipReason, place_of
+from elastic.data.manifest import SkipRecord
 
-DRAIN_BYTES = 1 << 20
 DETAIL_CHARACTERS = 200
-# How files begin that would otherwise be counted as thousands of bad lines: gzip, zstd, xz, zip, bzip2; UTF-16 marks.
-BZIP2 = [b"BZh%d1AY&SY" % level for level in range(1, 10)]
-COMPRESSED = (b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\x00", b"PK\x03\x04", *BZIP2)
-UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 POSITIONS = 1 << 64
 
 
@@ -36,108 +33,57 @@ class Document:
     digest: bytes
     chat: Chat | None = None
 
-    @property
-    def split_position(self) -> int:
-        """Return the content's number in 0..2**64-1 that decides between training and validation."""
-        return int.from_bytes(self.digest[:8])
 
-    @property
-    def sample_position(self) -> int:
-        """Return an independent number in 0..2**64-1 that decides who the tokenizer is trained on."""
-        return int.from_bytes(self.digest[8:])
+def split_position(digest: bytes) -> int:
+    """Return the content's number in 0..2**64-1 that decides between training and validation."""
+    return int.from_bytes(digest[:8])
 
 
-def read_documents(corpus: Corpus, tally: Tally, template: ChatTemplate | None = None) -> Iterator[Document]:
-    """Yield the usable documents of `corpus` in its order and count them, and the others, in `tally`.
+def sample_position(digest: bytes) -> int:
+    """Return an independent number in 0..2**64-1 that decides who the tokenizer is trained on."""
+    return int.from_bytes(digest[8:])
 
-    Conversations are rendered by `template`.
-    Holds one document in memory, plus about 130 bytes per distinct document when duplicates are skipped.
+
+def parse_block(block: Block, corpus: Corpus, template: ChatTemplate | None = None) -> Iterator[Document | Passed]:
+    """Yield the usable documents of a block in its order, conversations rendered by `template`, and what is not usable.
+
+    Copies of a document are documents.
     """
-    seen: set[bytes] = set()
-    for file in find_files(corpus, tally):
-        for line, raw in _raw_documents(file, corpus):
-            document: Document | SkipReason
-            detail, place = "", place_of(file.path, line)
-            try:
-                document = raw if isinstance(raw, SkipReason) else _document(raw, file.source, place, corpus, template)
-            except TemplateRefusal as error:
-                document, detail = SkipReason.REFUSED, str(error)[:DETAIL_CHARACTERS]
-            except NotSeparable:
-                document = SkipReason.NOT_SEPARABLE
-            if isinstance(document, Document) and document.digest in seen:
-                document = SkipReason.DUPLICATE
-            if isinstance(document, SkipReason):
-                tally.skip(document, file.path, line, detail=detail)
-                continue
-            if corpus.max_bytes is not None and tally.kept_bytes + document.num_bytes > corpus.max_bytes:
-                tally.stopped_at_max_bytes = True
-                return
-            if corpus.skip_duplicates:
-                seen.add(document.digest)
-            tally.kept += 1
-            tally.kept_bytes += document.num_bytes
-            tally.digest.update(document.digest)
-            if document.chat is not None and document.chat.conversation.ends_without_answer:
-                tally.remark(Remark.ENDS_WITHOUT_ANSWER, place)
-            if document.chat is not None and document.chat.spelled:
-                tally.remark(Remark.SPELLS_SPECIAL_TOKEN, place)
-            yield document
-
-
-def _raw_documents(file: CorpusFile, corpus: Corpus) -> Iterator[tuple[int | None, bytes | SkipReason]]:
-    """Yield (line number from 1, raw bytes or why there are none); the number is None where it is about the file."""
-    limit = corpus.max_document_bytes
-    try:
-        if corpus.document_format == "text":
-            yield None, _whole_file(file, limit)
-        elif corpus.document_format == "chat" and file.path.suffix == PARQUET:
-            for number, row in enumerate(parquet_rows(file.path, COLUMNS), start=1):
-                yield number, row if len(row) <= limit else SkipReason.TOO_LARGE
-        elif corpus.document_format == "chat":
-            with open_lines(file.path) as stream:
-                yield from _lines(stream, limit)
-        else:
-            with file.path.open("rb") as stream:
-                yield from _lines(stream, limit)
-    except OSError:
-        yield None, SkipReason.UNREADABLE
-
-
-def _whole_file(file: CorpusFile, limit: int) -> bytes | SkipReason:
-    if file.size_bytes > limit:
-        return SkipReason.TOO_LARGE
-    with file.path.open("rb") as stream:
-        content = stream.read(file.size_bytes + 1)  # one more, so that a file that grows is noticed
-    if len(content) != file.size_bytes:
-        return SkipReason.CHANGED
-    return _no_plain_text(content) or content
-
-
-def _lines(stream: "BufferedReader[Any]", limit: int) -> Iterator[tuple[int | None, bytes | SkipReason]]:
-    if reason := _no_plain_text(stream.peek(max(map(len, COMPRESSED)))):
-        yield None, reason
-        return
-    number = 0
-    while line := stream.readline(limit + 1):
-        number += 1
-        if len(line) <= limit or line.endswith(b"\n"):
-            yield number, line.removesuffix(b"\n").removesuffix(b"\r")
+    for part in block:
+        if not isinstance(part, Raw):
+            yield part
             continue
-        # Drop the rest of an endless line in small pieces, so that its size never matters.
-        while line and not line.endswith(b"\n"):
-            line = stream.readline(DRAIN_BYTES)
-        yield number, SkipReason.TOO_LARGE
+        try:
+            for line, raw in _cut(part, corpus):
+                document: Document | SkipReason
+                detail, place = "", part.place(line)
+                try:
+                    too_large = len(raw) > corpus.max_document_bytes
+                    document = SkipReason.TOO_LARGE if too_large else _document(raw, part, place, corpus, template)
+                except TemplateRefusal as error:
+                    document, detail = SkipReason.REFUSED, f": {str(error)[:DETAIL_CHARACTERS]}"
+                except NotSeparable:
+                    document = SkipReason.NOT_SEPARABLE
+                yield {document: SkipRecord(1, place + detail)} if isinstance(document, SkipReason) else document
+        except OSError:
+            yield {SkipReason.UNREADABLE: SkipRecord(1, place_of(part.path, None))}
 
 
-def _no_plain_text(start: bytes) -> SkipReason | None:
-    """Say why a file that begins so is no plain text, None if it may be."""
-    if start.startswith(COMPRESSED):
-        return SkipReason.COMPRESSED
-    return SkipReason.UTF16 if start.startswith(UTF16) else None
+def _cut(part: Raw, corpus: Corpus) -> Iterator[tuple[int | None, bytes]]:
+    """Yield each document's line and raw bytes."""
+    if part.line is None:
+        yield None, part.content
+    elif corpus.document_format == "chat" and part.path.suffix == PARQUET:
+        yield from enumerate(rows_of(part.content, part.path), start=part.line)
+    else:
+        for number, line in enumerate(io.BytesIO(part.content), start=part.line):
+            content = line.removesuffix(b"\n")
+            # A line end of two bytes counts in part, as it did in every release.
+            yield number, content if len(content) > corpus.max_document_bytes else content.removesuffix(b"\r")
 
 
 def _document(
-    raw: bytes, source: str, place: str, corpus: Corpus, template: ChatTemplate | None
+    raw: bytes, part: Raw, place: str, corpus: Corpus, template: ChatTemplate | None
 ) -> Document | SkipReason:
     if b"\0" in raw:
         return SkipReason.BINARY
@@ -165,7 +111,7 @@ def _document(
         return SkipReason.INVALID_UTF8
     # What is said decides, not how a template writes it: the same conversation is always on the same side.
     digest = hashlib.blake2b(content or encoded, digest_size=16, person=b"elastic-document").digest()
-    return Document(source, place, text, len(encoded), digest, chat)
+    return Document(part.source, place, text, len(encoded), digest, chat)
 
 
 def _text_in_json(line: str, text_field: str) -> str | SkipReason:

@@ -5,7 +5,7 @@ import os
 import platform
 import stat
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -126,6 +126,11 @@ class Tally:
         """Count `count` files, or one document that begins in `line` (from 1) of a file; `detail` of the first."""
         first = SkipRecord(0, place_of(path, line) + (f": {detail}" if detail else ""))
         self.skipped.setdefault(reason, first).count += count
+
+    def add(self, skipped: Mapping[str, SkipRecord]) -> None:
+        """Count what was left out elsewhere, after what is counted already."""
+        for reason, record in skipped.items():
+            self.skipped.setdefault(reason, SkipRecord(0, record.example)).count += record.count
 
     def remark(self, remark: Remark, place: str) -> None:
         """Count a document that is taken; `place` is where it begins."""

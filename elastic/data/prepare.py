@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType
 
-from elastic.data.chat import ChatTemplate
+from elastic.data.blocks import empty_shards
+from elastic.data.chosen import Chosen
 from elastic.data.conversation import MESSAGE_FIELDS
-from elastic.data.corpus import POSITIONS, read_documents
 from elastic.data.corpus_files import SkipReason, Tally, describe_files
+from elastic.data.joined import JOINED, join_shards
 from elastic.data.manifest import (
     MANIFEST_NAME,
     DataError,
@@ -26,7 +27,8 @@ from elastic.data.manifest import (
     checked_manifest,
 )
 from elastic.data.prepare_config import PrepareConfig
-from elastic.data.splits import SUFFIXES, TRAIN, VALIDATION, encode, write_splits
+from elastic.data.shards import shards_in
+from elastic.data.splits import SUFFIXES, write_splits
 from elastic.data.tokenizer import (
     CHAT_TEMPLATE,
     TOKENIZER_FILES,
@@ -36,39 +38,45 @@ from elastic.data.tokenizer import (
     tokenizer_files,
     train_tokenizer,
 )
-from elastic.world.files import REMEDIES, written_aside
+from elastic.data.workers import CHANGED, TRAIN, VALIDATION, Work, Workers
+from elastic.world.files import REMEDIES, first_few, remove, written_aside
 
 OURS = {MANIFEST_NAME, *TOKENIZER_FILES, *(name + suffix for name in (TRAIN, VALIDATION) for suffix in SUFFIXES)}
-PROBED_CHATS = 32  # looked at for what the loss counts before the whole corpus has been read
-SAMPLE_DOCUMENT_CHARACTERS = 1 << 20
 CANNOT_WRITE = {*REMEDIES, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY}
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A prepared folder, its manifest, and whether it was there already."""
+    """A prepared folder, its manifest, and whether it was there already; of the last shard, all of them as one."""
 
     folder: Path
     manifest: Manifest
     already_prepared: bool
+    joined: Manifest | None = None
 
 
 def prepare(config: PrepareConfig) -> Prepared:
     """Make the folder `config.output_dir` with train.{bin,idx}, validation.{bin,idx}, a tokenizer and data.json.
 
     Of chats of which the loss counts a part, also train.mask and validation.mask: a bit for every token.
-    The same settings and source give the same bytes. A folder already made from them is recognised and left alone.
+    The same settings and source give the same bytes, whatever the number of `workers`. A folder already made from them
+    is recognised and left alone. With `shard=3/64` it lies within `output_dir`, which is a prepared folder, too, as soon
+    as the last shard is there.
     Raises DataError for illegal settings (all of them at once), a folder that holds something else, a corpus without
     usable documents, one that changes while it is read, or a place that cannot be written to.
     """
     problems = config.problems()
     if problems:
         raise DataError("data: " + "; ".join(map(str, problems)))
-    folder, source = Path(config.output_dir), describe_files(config)
+    folder, source = config.folder, describe_files(config)
+    if config.shard is not None:
+        _check_shards(config, source["total_bytes"])
     existing = _existing(folder, config, source)
     if existing is not None:
-        return Prepared(folder, existing, already_prepared=True)
+        return Prepared(folder, existing, already_prepared=True, joined=_joined(config))
     try:
+        if config.shard is not None:
+            remove(folder.with_name(MANIFEST_NAME))  # all shards together are no longer what it says
         with written_aside(folder, replace=config.overwrite) as aside:
             aside.mkdir()
             manifest = _build(config, source, aside)
@@ -78,7 +86,28 @@ def prepare(config: PrepareConfig) -> Prepared:
         raise DataError(
             f"output_dir = {folder}: cannot be written ({error.strerror}); free the space or choose another place"
         ) from error
-    return Prepared(folder, manifest, already_prepared=False)
+    return Prepared(folder, manifest, already_prepared=False, joined=_joined(config))
+
+
+def _joined(config: PrepareConfig) -> Manifest | None:
+    return None if config.shard is None else join_shards(Path(config.output_dir))
+
+
+def _check_shards(config: PrepareConfig, total_bytes: int) -> None:
+    """Raise DataError where a shard would be empty, or the folder of all shards holds something else."""
+    together, number = Path(config.output_dir), config.part.of
+    if empty := empty_shards(config, number, total_bytes):
+        raise DataError(
+            f"shard = {config.shard}: {len(empty)} of {number} shards would hold nothing, the first is {empty[0]}; "
+            "only plain files of lines are cut: take fewer shards, or more and smaller files"
+        )
+    names = {path.name for path in together.iterdir()} if together.is_dir() else set()
+    same = {name for name, shard in shards_in(together).items() if shard.of == number}
+    if strangers := sorted(name for name in names - same - JOINED if not name.startswith(".")):
+        raise DataError(
+            f"output_dir = {together}: holds what is no shard of {number} ({', '.join(first_few(strangers))}); "
+            "choose another folder"
+        )
 
 
 def _existing(folder: Path, config: PrepareConfig, source: dict[str, Any]) -> Manifest | None:
@@ -113,18 +142,22 @@ def _differences(old: Any, new: Any) -> list[str]:
 
 
 def _build(config: PrepareConfig, source: dict[str, Any], aside: Path) -> Manifest:
-    tally, template = Tally(), None
     if config.tokenizer_path is not None:
         copy_tokenizer(Path(config.tokenizer_path), aside)
-    if config.is_chat:
-        template = _chat_template(config, aside)
-    threshold, sample = _scan(config, source["total_bytes"], tally, template)
-    if config.tokenizer_path is None:
-        train_tokenizer(sample, config.vocab_size, aside)
-    tokenizer = load_tokenizer(aside, parse_special_tokens=config.parse_special_tokens, add_bos=config.add_bos)
-    dtype: np.dtype = np.dtype(DType.optimal_dtype(tokenizer.vocab_size))  # 2 bytes below 65,500 ids, else 4
-    splits = write_splits(config, threshold, tally.digest.digest(), template or tokenizer, dtype, aside)
-    files = tokenizer_files(aside)
+    if config.chat_template is not None:
+        (aside / CHAT_TEMPLATE).write_bytes(Path(config.chat_template).read_bytes())
+    with Workers(config, aside, config.num_workers(source["total_bytes"])) as workers:
+        chosen = Chosen(config, source["total_bytes"])
+        threshold = _scan(chosen, workers)
+        if config.tokenizer_path is None:
+            train_tokenizer(chosen.sample(), config.vocab_size, aside)
+        tokenizer = load_tokenizer(aside, parse_special_tokens=config.parse_special_tokens, add_bos=config.add_bos)
+        dtype: np.dtype = np.dtype(DType.optimal_dtype(tokenizer.vocab_size))  # 2 bytes below 65,500 ids, else 4
+        encoded = workers.run(Work.encode, chosen.again(threshold, str(dtype)))
+        digest, splits = write_splits(config, threshold, encoded, dtype, aside)
+    tally, files = chosen.tally, tokenizer_files(aside)
+    if digest != tally.digest.digest():
+        raise DataError(f"data: {', '.join(config.paths)} {CHANGED}")
     manifest = Manifest(
         settings=config.settings(),
         source=source,
@@ -149,43 +182,17 @@ def _build(config: PrepareConfig, source: dict[str, Any], aside: Path) -> Manife
     return manifest
 
 
-def _chat_template(config: PrepareConfig, aside: Path) -> ChatTemplate:
-    """Open the tokenizer in `aside`, with the template of the config where it names one."""
-    if config.chat_template is not None:
-        (aside / CHAT_TEMPLATE).write_bytes(Path(config.chat_template).read_bytes())
-    own = load_tokenizer(aside)
-    return ChatTemplate(aside, own, config.counted_part, parse_special_tokens=config.parse_special_tokens)
-
-
-def _scan(
-    config: PrepareConfig, source_bytes: int, tally: Tally, template: ChatTemplate | None
-) -> tuple[int, list[str]]:
-    """Read everything once into `tally`; returns the split's threshold and the sample the tokenizer is trained on.
-
-    A document whose split position is below the threshold goes to validation.
-    """
-    lowest, highest, surely_training = POSITIONS, -1, ""
-    sample: list[str] = []
-    sample_bytes = 0
-    nominal = int(config.validation_ratio * POSITIONS)
-    total_bytes = max(1, min(source_bytes, config.max_bytes or source_bytes))
-    # Sampled by content and not from the front, so that the tokenizer sees the whole corpus whatever its order.
-    sampled_below = POSITIONS * config.tokenizer_sample_bytes // total_bytes
-    for document in read_documents(config, tally, template):
-        if template is not None and tally.kept <= PROBED_CHATS:
-            encode([document], template)
-        lowest = min(lowest, document.split_position)
-        if document.split_position > highest:
-            highest, surely_training = document.split_position, document.text[:SAMPLE_DOCUMENT_CHARACTERS]
-        wanted = document.split_position >= nominal and document.sample_position < sampled_below
-        if config.tokenizer_path is None and wanted and sample_bytes < config.tokenizer_sample_bytes:
-            sample.append(document.text[:SAMPLE_DOCUMENT_CHARACTERS])
-            sample_bytes += min(document.num_bytes, 4 * SAMPLE_DOCUMENT_CHARACTERS)
+def _scan(chosen: Chosen, workers: Workers) -> int:
+    """Read everything once and choose; returns the split position below which documents go to validation."""
+    for found in workers.run(Work.scan, chosen.first()):
+        chosen.add(found)
+    tally, config = chosen.tally, chosen.config
     if not tally.kept:
         skipped = ", ".join(skip_lines(tally.skipped)) or "nothing"
         raise DataError(f"data: no usable document in {', '.join(config.paths)}; skipped: {skipped}{_advice(tally)}")
-    # Few large documents may all miss the sample; the tokenizer still needs one that is not validation.
-    return _split_threshold(nominal, lowest, highest), sample or [surely_training]
+    if config.part.of > 1:
+        return chosen.nominal  # the same for every shard, whatever documents it has
+    return _split_threshold(chosen.nominal, chosen.lowest, chosen.highest)
 
 
 def _split_threshold(nominal: int, lowest: int, highest: int) -> int:

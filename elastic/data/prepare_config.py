@@ -1,5 +1,6 @@
 """Settings of data preparation and their rules."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,10 +9,13 @@ from typing import Annotated, Any
 from elastic.config.load import Problem, load_with_problems
 from elastic.data.conversation import LossOn
 from elastic.data.corpus_files import STDLIB, Corpus, resolve_path
+from elastic.data.shards import WHOLE, Shard, parse_shard
 from elastic.data.tokenizer import SMALLEST_VOCAB, TOKENIZER_JSON, AddBos, tokenizer_fingerprint
 from elastic.space.ranges import Bytes, Range, Required
 from elastic.world.files import sha256_of
 
+WORKER_BYTES = 16 << 20  # to encode them takes ten times as long as to start a process
+MOST_WORKERS = 1024
 MOST_TRAINED = 2**20  # the trainer takes memory for every token before it reads a text
 
 
@@ -29,6 +33,10 @@ class PrepareConfig(Corpus):
     loss_on: which tokens of chats the loss counts: `response` (what the assistant says, the default), `last_response`
         (in its last turn) or `all`. Text has no mask.
     overwrite: replace a prepared folder that was made from something else.
+    workers: how many processes make documents and ids; `auto` is one for each core, where there is enough to do. The
+        result is the same.
+    shard: `3/64` prepares the third of 64 equal shares, in a folder of its own within `output_dir`; together they are
+        one prepared folder. Copies of a document are found within a shard. None prepares everything.
     """
 
     output_dir: Annotated[str, Required("for example runs/data")] = "runs/data"
@@ -41,6 +49,25 @@ class PrepareConfig(Corpus):
     chat_template: str | None = None
     loss_on: LossOn | None = None
     overwrite: bool = False
+    workers: Annotated[str, Required("auto, or a number")] = "auto"
+    shard: str | None = None
+
+    @property
+    def part(self) -> Shard:
+        """Return which share of the corpus is prepared."""
+        return (WHOLE if self.shard is None else parse_shard(self.shard)) or WHOLE
+
+    @property
+    def folder(self) -> Path:
+        """Return the folder that is prepared."""
+        together = Path(self.output_dir)
+        return together if self.shard is None else together / self.part.folder_name
+
+    def num_workers(self, total_bytes: int) -> int:
+        """Return how many processes work on a corpus of so many bytes."""
+        if self.workers != "auto":
+            return int(self.workers)
+        return max(1, min(len(os.sched_getaffinity(0)), total_bytes // self.part.of // WORKER_BYTES))
 
     @property
     def is_chat(self) -> bool:
@@ -72,6 +99,7 @@ class PrepareConfig(Corpus):
         for name in () if self.is_chat else ("chat_template", "loss_on"):
             if (value := asdict(self)[name]) is not None:
                 yield Problem(name, value, "is for chats", "set document_format=chat, or null")
+        yield from self._dealing_problems()
         if self.chat_template is not None and not Path(self.chat_template).is_file():
             yield Problem("chat_template", self.chat_template, "must be a file", "null takes the tokenizer's own")
         output = Path(self.output_dir).resolve()
@@ -86,6 +114,23 @@ class PrepareConfig(Corpus):
             rule, remedy = f"must be a folder with {TOKENIZER_JSON}", "null trains a tokenizer"
             yield Problem("tokenizer_path", self.tokenizer_path, rule, remedy)
 
+    def _dealing_problems(self) -> Iterator[Problem]:
+        if self.workers != "auto" and not (self.workers.isdecimal() and 1 <= int(self.workers) <= MOST_WORKERS):
+            rule = f"must be auto, or a number of processes from 1 to {MOST_WORKERS}"
+            yield Problem("workers", self.workers, rule, "nearest legal value is auto")
+        if self.shard is None:
+            return
+        if parse_shard(self.shard) is None:
+            yield Problem(
+                "shard", self.shard, "must be a number, from 1, of how many: 3/64", "null prepares everything"
+            )
+        if self.tokenizer_path is None:
+            rule = "shards are encoded with one tokenizer, which cannot be trained on one of them"
+            yield Problem("tokenizer_path", None, rule, "name one, for example that of data prepared with max_bytes")
+        if self.max_bytes is not None:
+            rule = "a shard does not know how many bytes stand before it"
+            yield Problem("max_bytes", self.max_bytes, rule, "null takes everything, or leave shard out")
+
     def settings(self) -> dict[str, Any]:
         """Return what decides the prepared content, as it stands in the manifest.
 
@@ -96,6 +141,8 @@ class PrepareConfig(Corpus):
             "paths",
             "overwrite",
             "tokenizer_path",
+            "workers",
+            *(("shard",) if self.shard is None else ()),
         }  # paths stand in the description of the source
         if self.tokenizer_path is not None:
             elsewhere |= {"vocab_size", "tokenizer_sample_bytes"}
@@ -103,6 +150,8 @@ class PrepareConfig(Corpus):
         settings = {name: value for name, value in asdict(self).items() if name not in elsewhere}
         if self.exclude_folders is not None:
             settings["exclude_folders"] = sorted(self.exclude_folders)
+        if self.shard is not None:
+            settings["shard"] = f"{self.part.number}/{self.part.of}"
         if self.is_chat:
             settings["loss_on"] = self.counted_part
         if self.is_chat and self.chat_template is not None:

@@ -1,7 +1,8 @@
-"""Encode documents and write the splits: token ids as Megatron indexed datasets, beside them the loss mask of chats."""
+"""Write the splits: token ids as Megatron indexed datasets, beside them the loss mask of chats."""
 
+import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -9,18 +10,11 @@ from types import TracebackType
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from elastic.data.chat import ChatError, ChatTemplate
-from elastic.data.corpus import Document, read_documents
-from elastic.data.corpus_files import Tally
-from elastic.data.manifest import MASK_SUFFIX, DataError, SplitRecord, record_file
+from elastic.data.manifest import MASK_SUFFIX, SplitRecord, record_file
 from elastic.data.prepare_config import PrepareConfig
-from elastic.data.tokenizer import LoadedTokenizer
+from elastic.data.workers import TRAIN, VALIDATION, Encoded
 
-TRAIN = "train"
-VALIDATION = "validation"
 SUFFIXES = (".bin", ".idx", MASK_SUFFIX)
-BATCH_BYTES = 4 << 20
-BATCH_DOCUMENTS = 4096
 
 
 class LossMask:
@@ -52,38 +46,33 @@ class LossMask:
 def write_splits(
     config: PrepareConfig,
     threshold: int,
-    digest: bytes,
-    encoder: LoadedTokenizer | ChatTemplate,
+    encoded: Iterable[tuple[bytes, Mapping[str, Encoded]]],
     dtype: np.dtype,
     aside: Path,
-) -> dict[str, SplitRecord]:
-    """Read everything again, encode in bounded batches and write each document into its split.
+) -> tuple[bytes, dict[str, SplitRecord]]:
+    """Write what the blocks of the corpus are encoded to; returns a hash of all documents' digests, and the splits.
 
     Writes Megatron indexed datasets, whose lengths are kept in memory until the end: about 150 bytes per document.
-    Raises DataError if the documents are not those of the `digest` of the first reading.
     """
-    names, tally = (TRAIN, VALIDATION) if threshold else (TRAIN,), Tally()
-    text_bytes, sources = Counter[str](), {name: Counter[str]() for name in names}
-    template = encoder if isinstance(encoder, ChatTemplate) else None
+    names = (TRAIN, VALIDATION) if threshold else (TRAIN,)
+    digest, text_bytes, sources = hashlib.sha256(), Counter[str](), {name: Counter[str]() for name in names}
     masked = names if config.counted_part != "all" else ()
     with ExitStack() as stack:
         masks = {name: stack.enter_context(LossMask(aside / (name + MASK_SUFFIX))) for name in masked}
         writers = {name: IndexedDatasetBuilder(f"{aside / name}.bin", dtype.type) for name in names}
         for writer in writers.values():
             stack.enter_context(writer.data_file)
-        for batch in _batches(read_documents(config, tally, template)):
-            for document, (ids, counted) in zip(batch, encode(batch, encoder), strict=True):
-                split = VALIDATION if document.split_position < threshold else TRAIN
-                writers[split].add_document(ids, [len(ids)])
-                if counted is not None:
-                    masks[split].add(counted)
-                text_bytes[split] += document.num_bytes
-                sources[split][document.source] += len(ids)
+        for digests, splits in encoded:
+            digest.update(digests)
+            for name, part in splits.items():
+                _add(writers[name], part)
+                if part.counted is not None:
+                    masks[name].add(part.counted)
+                text_bytes[name] += part.text_bytes
+                sources[name].update(part.sources)
         for name, writer in writers.items():
             writer.finalize(f"{aside / name}.idx")
-    if tally.digest.digest() != digest:
-        raise DataError(f"data: {', '.join(config.paths)} changed while it was read; start again when it is at rest")
-    return {
+    return digest.digest(), {
         name: SplitRecord(
             num_documents=len(writer.sequence_lengths),
             num_tokens=sources[name].total(),
@@ -98,26 +87,9 @@ def write_splits(
     }
 
 
-def encode(
-    documents: Sequence[Document], encoder: LoadedTokenizer | ChatTemplate
-) -> Sequence[tuple[np.ndarray, np.ndarray | None]]:
-    """Return the ids of each document, and which of them the loss counts, None for all."""
-    if isinstance(encoder, LoadedTokenizer):
-        return [(ids, None) for ids in encoder.encode_documents([document.text for document in documents])]
-    try:
-        return encoder.encode([document.chat for document in documents if document.chat is not None])
-    except ChatError as error:
-        raise DataError(f"{documents[error.index].place}: {error}") from error
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    num_bytes = 0
-    for document in documents:
-        batch.append(document)
-        num_bytes += document.num_bytes
-        if num_bytes >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
-            yield batch
-            batch, num_bytes = [], 0
-    if batch:
-        yield batch
+def _add(writer: IndexedDatasetBuilder, part: Encoded) -> None:
+    """Do what the builder's `add_document` does, for all documents of a block at once."""
+    writer.data_file.write(part.ids.tobytes())
+    first = len(writer.sequence_lengths)
+    writer.sequence_lengths.extend(part.lengths)
+    writer.document_indices.extend(range(first + 1, first + len(part.lengths) + 1))

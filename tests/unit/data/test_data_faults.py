@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from elastic.data import blocks as blocks_module
 from elastic.data import prepare as prepare_module
-from elastic.data.corpus import read_documents
 from elastic.data.corpus_files import Corpus, Tally
 from elastic.data.manifest import DataError, SkipRecord
 from elastic.data.prepare import prepare
 from tests.unit.data.preparing import config, texts, write_jsonl
+from tests.unit.data.reading import read_documents
 
 OWN_MEMORY = Path("/proc/self/mem")  # a regular file that may be opened and not read, even by root
 needs_proc = pytest.mark.skipif(not OWN_MEMORY.exists(), reason="needs Linux's proc file system")
@@ -208,7 +209,8 @@ def test_name_that_is_no_utf8_is_read_and_shown(tmp_path: Path) -> None:
     assert read(tmp_path) == (["good"], {"binary": SkipRecord(1, f"{tmp_path}/a\\xff.py")})
 
 
-def test_file_that_goes_while_others_are_read_is_counted(tmp_path: Path) -> None:
+def test_file_that_goes_while_others_are_read_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks_module, "BLOCK_BYTES", 1)
     for name in "abc":
         (tmp_path / f"{name}.py").write_text(name)
     tally, found = Tally(), []

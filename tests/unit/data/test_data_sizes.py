@@ -15,7 +15,7 @@ MIB = 1 << 20
 
 MEASURE = """
 import resource, sys
-from elastic.data.corpus import read_documents
+from tests.unit.data.reading import read_documents
 from elastic.data.corpus_files import Corpus, Tally
 kind, path, limit = sys.argv[1:]
 tally, before = Tally(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

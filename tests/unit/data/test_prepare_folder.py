@@ -12,6 +12,7 @@ import pytest
 from elastic.data import manifest as manifest_module
 from elastic.data import prepare as prepare_module
 from elastic.data import splits as splits_module
+from elastic.data import workers as workers_module
 from elastic.data.manifest import DataError, Manifest, checked_manifest, read_manifest
 from elastic.data.prepare import prepare
 from elastic.data.tokens import TokenStream
@@ -91,7 +92,7 @@ def test_damaged_folder_is_not_taken_for_prepared(source: Path, tmp_path: Path, 
     assert contents(folder) == before
 
 
-KILLED_AT = ["train_tokenizer", "load_tokenizer", "_batches", "record_file", "Manifest"]
+KILLED_AT = ["train_tokenizer", "load_tokenizer", "encode", "record_file", "Manifest"]
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # the child forks only to be killed
@@ -104,7 +105,8 @@ def test_kill_leaves_nothing_that_looks_whole(
 
     process = os.fork()
     if process == 0:
-        monkeypatch.setattr(prepare_module if hasattr(prepare_module, step) else splits_module, step, kill)
+        modules = (prepare_module, splits_module, workers_module)
+        monkeypatch.setattr(next(module for module in modules if hasattr(module, step)), step, kill)
         try:
             prepare(config(source, tmp_path / "data"))
         finally:
