@@ -3,16 +3,16 @@
 What a worker process imports is light: no torch, no Megatron-Core; transformers for chats alone.
 """
 
-import multiprocessing
 import os
-import signal
+import subprocess
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cached_property
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Self
@@ -30,6 +30,7 @@ from elastic.data.tokenizer import LoadedTokenizer, load_tokenizer
 TRAIN = "train"
 VALIDATION = "validation"
 CHANGED = "changed while it was read; start again when it is at rest"
+SERVE = "import sys; from elastic.data.workers import serve; serve(int(sys.argv[1]))"
 SAMPLE_DOCUMENT_CHARACTERS = 1 << 20
 
 
@@ -184,17 +185,23 @@ class Workers:
 
     def __init__(self, config: PrepareConfig, folder: Path, count: int) -> None:
         self.own, self._count = Work(config, folder), count
-        self._idle: SimpleQueue[tuple[SpawnProcess, Connection]] = SimpleQueue()
-        self._started: list[tuple[SpawnProcess, Connection]] = []
+        self._idle: SimpleQueue[tuple[subprocess.Popen[bytes], Connection]] = SimpleQueue()
+        self._started: list[tuple[subprocess.Popen[bytes], Connection]] = []
 
     def __enter__(self) -> Self:
-        context = multiprocessing.get_context("spawn")  # a fork would copy threads that hold locks
         for _ in range(self._count if self._count > 1 else 0):
-            ours, theirs = context.Pipe()
-            arguments = (theirs, self.own.config, self.own.folder)
-            process = context.Process(target=_serve, args=arguments, daemon=True)
-            process.start()
+            ours, theirs = Pipe()
+            # Neither a fork, which would copy threads that hold locks, nor multiprocessing's spawn, which would run the
+            # imports of whoever called. A group of its own: Ctrl-C is for this process.
+            process = subprocess.Popen(
+                [sys.executable, "-c", SERVE, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TOKENIZERS_PARALLELISM": "false"},
+                stdin=subprocess.DEVNULL,
+                process_group=0,
+            )
             theirs.close()  # or nobody would hear that the process has ended
+            ours.send((self.own.config, self.own.folder))
             self._started.append((process, ours))
             self._idle.put((process, ours))
         return self
@@ -202,7 +209,7 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         for process, connection in self._started:
             process.kill()  # it holds nothing that is wanted any more
-            process.join()
+            process.wait()
             connection.close()
 
     def run[R](self, task: Callable[..., R], inputs: Iterable[tuple[Any, ...]]) -> Iterator[R]:
@@ -230,8 +237,7 @@ class Workers:
             connection.send((task, arguments))
             result: R | DataError = connection.recv()
         except (EOFError, OSError):
-            process.join()
-            code = process.exitcode or 0
+            code = process.wait()
             how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
             raise DataError(
                 f"data: a worker process {how}, and nothing is written; where memory ran out take fewer with workers=N"
@@ -243,11 +249,10 @@ class Workers:
         return result
 
 
-def _serve(connection: Connection, config: PrepareConfig, folder: Path) -> None:
-    """Do one task after another until the other end is closed, or its process gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the parent
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    work = Work(config, folder)
+def serve(descriptor: int) -> None:
+    """Do one task after another in a process of its own until the other end is closed, or its process gone."""
+    connection: Connection = Connection(descriptor)
+    work = Work(*connection.recv())
     while True:
         try:
             task, arguments = connection.recv()
