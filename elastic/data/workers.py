@@ -252,14 +252,14 @@ class Workers:
 def serve(descriptor: int) -> None:
     """Do one task after another in a process of its own until the other end is closed, or its process gone."""
     connection: Connection = Connection(descriptor)
-    work = Work(*connection.recv())
-    while True:
-        try:
+    try:
+        work = Work(*connection.recv())
+        while True:
             task, arguments = connection.recv()
             try:
                 result = task(work, *arguments)
             except DataError as error:
                 result = error
             connection.send(result)
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            return
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
