@@ -60,8 +60,7 @@ def prepare(config: PrepareConfig) -> Prepared:
 
     Of chats of which the loss counts a part, also train.mask and validation.mask: a bit for every token.
     The same settings and source give the same bytes, whatever the number of `workers`. A folder already made from them
-    is recognised and left alone. With `shard=3/64` it lies within `output_dir`, which is one, too, when the last shard is
-    there.
+    is recognised and left alone. With `shard=3/64` it lies within `output_dir`, and all of them there are one, too.
     Raises DataError for illegal settings (all of them at once), a folder that holds something else, a corpus without
     usable documents, one that changes while it is read, or a place that cannot be written to.
     """
