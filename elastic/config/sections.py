@@ -120,10 +120,22 @@ class ImportanceSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Prepared data folder, and how many sequences are taken at once and held out."""
+class PreparedData:
+    """Prepared data folder, and how sequences are made of its documents.
+
+    `packing` null: chats isolated, that is whole documents that never see each other; texts concatenated. Of isolated
+    ones, those longer than a sequence are cut, into documents of their own, or left out.
+    """
 
     path: DataFolder = ""
+    packing: Packed | None = None
+    long_documents: LongDocuments = "cut"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(PreparedData):
+    """Prepared data, and how many sequences are taken at once and held out."""
+
     micro_batch: ranges.Sequences = 1
     validation_sequences: ranges.Sequences = 64
 

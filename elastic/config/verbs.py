@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from elastic.config import sections
-from elastic.config.sections import DataConfig, DataFolder, Verification
+from elastic.config.sections import DataConfig, PreparedData, Verification
 from elastic.router.phases import ElasticPhase, Phase
 from elastic.space import ranges
 from elastic.space.axes import AXES
@@ -63,13 +63,6 @@ class PretrainConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationData:
-    """The prepared data whose training split the scores are collected on."""
-
-    path: DataFolder = ""
-
-
-@dataclass(frozen=True, kw_only=True)
 class CheckpointInput:
     """A checkpoint that is read, and how closely it is looked at first: all checksums, or sizes (and small files)."""
 
@@ -88,7 +81,7 @@ class ImportanceConfig(RunConfig):
     """recipes/estimate_importance.py: scores, rankings, permuted parent. `lanes` deals its FFN neurons."""
 
     init_from: ParentInput = field(default_factory=ParentInput)
-    data: CalibrationData = field(default_factory=CalibrationData)
+    data: PreparedData = field(default_factory=PreparedData)
     importance: sections.ImportanceSection = field(default_factory=sections.ImportanceSection)
     lanes: ranges.Size = 8
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from elastic.world.files import file_problems, sha256_of
 
@@ -96,6 +96,11 @@ class Manifest:
     dtype: str
     splits: Mapping[str, SplitRecord]
     remarks: Mapping[str, SkipRecord] = field(default_factory=dict)
+
+    @property
+    def packing(self) -> Literal["isolated", "concatenated"]:
+        """Return how its documents stand in sequences where nobody says otherwise: of chats none sees another."""
+        return "isolated" if self.settings.get("document_format") == "chat" else "concatenated"
 
     def write(self, folder: Path) -> None:
         """Write `data.json` into `folder`."""

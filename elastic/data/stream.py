@@ -93,20 +93,19 @@ class Concatenated:
 
 
 def packed_row(stream: TokenStream, packing: Packing, sequence: int) -> Row:
-    """Return a sequence of whole documents. What is left over holds token 0, a document of its own that never counts.
+    """Return a sequence of whole documents. A document's last token is a label and no input: no label is another's.
 
-    A document's last token is a label and no input, so no label is another document's.
+    What is left over repeats the sequence from its start and never counts: who looks at inputs, as importance does,
+    sees text and no padding.
     """
-    size = packing.sequence_length
-    tokens, labels = (torch.zeros(size, dtype=torch.int64) for _ in "tl")
-    counted, positions = torch.zeros(size, dtype=torch.bool), torch.empty(size, dtype=torch.int32)
-    end = 0
-    for start, length in packing.pieces(sequence):
-        part, read = slice(end, end + length), stream.read(start, length + 1)
-        tokens[part], labels[part], counted[part] = read[:-1], read[1:], stream.counted(start + 1, length)
-        positions[part] = torch.arange(length, dtype=torch.int32)
-        end += length
-    positions[end:] = torch.arange(size - end, dtype=torch.int32)
+    pieces, size = packing.pieces(sequence), packing.sequence_length
+    read = [stream.read(start, length + 1) for start, length in pieces]
+    tokens, labels = torch.cat([part[:-1] for part in read]), torch.cat([part[1:] for part in read])
+    counted = torch.zeros(size, dtype=torch.bool)
+    counted[: len(tokens)] = torch.cat([stream.counted(start + 1, length) for start, length in pieces])
+    positions = torch.cat([torch.arange(length, dtype=torch.int32) for _, length in pieces])
+    again = -(-size // len(tokens))
+    tokens, labels, positions = (part.repeat(again)[:size] for part in (tokens, labels, positions))
     return Row(tokens, labels, counted, positions)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from elastic.config.sections import LongDocuments, Packed
+from elastic.config.sections import LongDocuments, Packed, PreparedData
 from elastic.data.manifest import MASK_SUFFIX, REMEDY, DataError, checked_manifest
 from elastic.data.packing import Packing, document_bounds, pack
 
@@ -13,20 +13,32 @@ DTYPES = ("uint16", "int32")
 LONGER = "set data.long_documents=cut, or give documents of two tokens and more"
 
 
+def open_split(data: PreparedData, split: str) -> "TokenStream":
+    """Open a split of prepared data as the config says."""
+    return TokenStream(Path(data.path) / split, data.packing, data.long_documents)
+
+
+def num_packable(data: PreparedData, sequence_length: int) -> int:
+    """Count the training documents that something can be learnt from at a length, where they are isolated."""
+    places = np.diff(document_bounds(Path(data.path) / "train.idx")) - 1
+    return int(((places > 0) & ((places <= sequence_length) | (data.long_documents == "cut"))).sum())
+
+
 class TokenStream:
     """The tokens of one split as a single memory-mapped stream, documents in file order, each ending in end-of-text.
 
-    `prefix` is `<prepared folder>/train` or `.../validation`; `packing` and `long_documents` say how sequences are made
-    of it. Raises DataError when a file is missing, truncated, swapped or altered, or the tokenizer is another: sizes
-    and sampled checksums against data.json.
+    `prefix` is `<prepared folder>/train` or `.../validation`; `packing` (None: as the manifest says) and
+    `long_documents` say how sequences are made of it. Raises DataError when a file is missing, truncated, swapped or
+    altered, or the tokenizer is another: sizes and sampled checksums against data.json.
     """
 
     def __init__(
-        self, prefix: str | Path, packing: Packed = "concatenated", long_documents: LongDocuments = "cut"
+        self, prefix: str | Path, packing: Packed | None = None, long_documents: LongDocuments = "cut"
     ) -> None:
-        self.prefix, self.packing, self.long_documents = Path(prefix), packing, long_documents
+        self.prefix, self.long_documents = Path(prefix), long_documents
         self._packings: dict[tuple[int, int], Packing] = {}
         self.manifest = checked_manifest(self.prefix.parent, [self.prefix.name])
+        self.packing = packing or self.manifest.packing
         if self.manifest.dtype not in DTYPES:
             raise DataError(f"{self.prefix}.bin: data.json says {self.manifest.dtype}, no type of token ids; {REMEDY}")
         self._tokens = np.asarray(np.memmap(f"{self.prefix}.bin", dtype=self.manifest.dtype, mode="r"))
@@ -37,6 +49,12 @@ class TokenStream:
             self._counted = np.asarray(np.memmap(f"{self.prefix}{MASK_SUFFIX}", dtype=np.uint8, mode="r"))
             if len(self._counted) != -(-self.num_tokens // 8):
                 raise DataError(f"{self.prefix}{MASK_SUFFIX}: holds no bit for every token; {REMEDY}")
+
+    @property
+    def in_words(self) -> str:
+        """Say how sequences are made of the documents."""
+        longer = "cut" if self.long_documents == "cut" else "left out"
+        return f"isolated, longer documents {longer}" if self.packing == "isolated" else "concatenated"
 
     @property
     def num_tokens(self) -> int:

@@ -18,6 +18,7 @@ from elastic.space.axes import Axis
 
 ABSENT = "absent"
 REPLICAS = "replicas"  # what a checkpoint says of its run, beside the checksums of its inputs
+PACKING = "packing"  # how sequences are made of documents, in the provenance of a record; absent: concatenated
 TRAINED = "this phase has been trained"
 
 
@@ -98,7 +99,7 @@ RULES: tuple[tuple[str, May, str], ...] = (
     ("model.init_std", May.CHANGE, "weights start only once"),
     ("model.*", May.NOT_CHANGE, "the stored weights have this shape"),
     ("seed", May.NOT_CHANGE, "the order of the samples and every draw follow from it"),
-    ("data.*", May.CHANGE, "the content of the folder is compared, and the draws that follow from the micro-batch"),
+    ("data.*", May.CHANGE, "content and packing are compared, and the draws that follow from the micro-batch"),
     ("init_from.*", May.CHANGE, "its weights are compared"),
     ("distill.chunk_tokens", May.CHANGE, "the same loss in other pieces"),
     ("distill.*", May.BE_ACCEPTED, "the loss is another from here on"),
@@ -141,6 +142,10 @@ def differences(
     else:
         yield from _curriculum_differences(then.curriculum, config.curriculum, state.step, ((), ()))
     yield from _layer_differences(saved, record)
+    before, now = (found.provenance.get(PACKING, "concatenated") for found in (saved, record))
+    if before != now:
+        why = "sequences are made otherwise from here on: in this epoch documents may be read twice, or not at all"
+        yield Difference("data.packing", before, now, why, True)
     for name, checksum in sorted(origin["inputs"].items()):
         before = state.origin.get("inputs", {}).get(name, checksum)
         if before != checksum:

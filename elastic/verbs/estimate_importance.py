@@ -14,7 +14,7 @@ from elastic.checkpoint.record import Record
 from elastic.checkpoint.state import Trainable, begin_save, load_checkpoint
 from elastic.config.verbs import ImportanceConfig
 from elastic.data.stream import read_batch, samples_of
-from elastic.data.tokens import TokenStream
+from elastic.data.tokens import TokenStream, open_split
 from elastic.hf.reload import logit_difference, probe_tokens
 from elastic.model.forward import Sequences, forward_hidden
 from elastic.model.initialize import named_global_parameters
@@ -46,7 +46,7 @@ def run_importance(config: ImportanceConfig, console: Console) -> Path:
 
     Raises PermutationError, and writes no checkpoint, if the logits of the permuted parent moved.
     """
-    stream = TokenStream(Path(config.data.path) / "train")
+    stream = open_split(config.data, "train")
     with run_world(config) as here:
         full = config.init_from.verify == "full"
         start = resolve_checkpoint(config.init_from.parent, full=full, world=here, say=console.print)

@@ -10,7 +10,7 @@ from rich.table import Table
 from elastic.config.sections import DistillConfig
 from elastic.config.verbs import EvaluateConfig
 from elastic.data.held_out import HeldOut, source_labels
-from elastic.data.tokens import TokenStream
+from elastic.data.tokens import open_split
 from elastic.run.folder import open_run_folder
 from elastic.run.world import run_world
 from elastic.space.cost import subnet_cost
@@ -26,7 +26,7 @@ EVALUATION_FILE = "evaluation.json"
 
 def run_evaluate(config: EvaluateConfig, console: Console) -> Path:
     """Evaluate and write evaluation.json; returns the run folder."""
-    held_out = TokenStream(Path(config.data.path) / "validation")
+    held_out = open_split(config.data, "validation")
     with run_world(config) as here:
         opened = open_checkpoint(config.init_from, config.budget_names, config.subnets, world=here, say=console.print)
         gates = {member.name: Gates.slice(member.subnet) for member in opened.members}

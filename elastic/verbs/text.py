@@ -1,7 +1,7 @@
 """Configs, checkpoints and prepared data: whose tokenizer, token ids that the model holds, sequences that are there."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +10,10 @@ from tokenizers import Tokenizer
 from elastic.checkpoint.record import Record
 from elastic.config.load import Problem
 from elastic.config.verbs import ElasticConfig, EvaluateConfig, ImportanceConfig, PretrainConfig, TrainConfig
+from elastic.data.held_out import HeldOut
 from elastic.data.manifest import DataError, Manifest, read_manifest
 from elastic.data.tokenizer import TOKENIZER_JSON
+from elastic.data.tokens import LONGER, num_packable, open_split
 from elastic.hf.export_settings import EXPORT_SETTINGS_FOLDER, HfSettings, read_export_settings
 from elastic.hf.tokenizer_files import special_tokens
 
@@ -45,11 +47,24 @@ def length_problems(config: object) -> Iterator[Problem]:
         case _:
             return
     manifest = _manifest(config.data.path)
-    splits = {} if manifest is None else manifest.splits
+    if manifest is not None:
+        try:
+            yield from _too_short(config, lengths, manifest)
+        except DataError as error:
+            yield Problem("data.path", config.data.path, str(error), "or give another folder")
+
+
+def _too_short(
+    config: TrainConfig | EvaluateConfig | ImportanceConfig, lengths: Sequence[tuple[str, str, int]], manifest: Manifest
+) -> Iterator[Problem]:
+    splits, isolated = manifest.splits, (config.data.packing or manifest.packing) == "isolated"
     if "train" in splits and not isinstance(config, EvaluateConfig):
         tokens = splits["train"].num_tokens
         for _, field, length in lengths:
-            if length >= tokens:
+            if isolated and not num_packable(config.data, length):
+                rule = f"no document in the training split of {config.data.path} fits into a sequence"
+                yield Problem(field, length, rule, LONGER)
+            elif not isolated and length >= tokens:
                 rule = f"the training split of {config.data.path} holds {tokens:,} tokens, and a sequence needs one "
                 remedy = f"nearest legal value is {max(1, tokens - 1)}"
                 yield Problem(field, length, f"{rule}more than its length", remedy)
@@ -57,6 +72,8 @@ def length_problems(config: object) -> Iterator[Problem]:
         wanted = config.data.validation_sequences
         for where, _, length in lengths:
             available = splits["validation"].num_sequences(length)
+            if isolated:
+                available = len(HeldOut(open_split(config.data, "validation"), length))
             if wanted > available:
                 rule = f"{where}: the held-out split has {available:,} sequences of {length:,} tokens"
                 larger = "prepare the data with a larger validation_ratio"

@@ -1,6 +1,6 @@
 """The two training verbs, a parent from scratch and the family, by one body: the config says which."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -11,8 +11,8 @@ from elastic.config.load import config_dict
 from elastic.config.sections import DistillConfig
 from elastic.config.verbs import ElasticConfig, TrainConfig
 from elastic.data.held_out import HeldOut
-from elastic.data.stream import PhaseData, samples_of
-from elastic.data.tokens import TokenStream
+from elastic.data.stream import PhaseData, Samples, samples_of
+from elastic.data.tokens import open_split
 from elastic.hf.config import stock_notes
 from elastic.model.backends import in_words
 from elastic.model.model import build_model
@@ -20,6 +20,7 @@ from elastic.router.draw import Chooser
 from elastic.router.phases import Curriculum
 from elastic.router.router import Router
 from elastic.router.sampler import in_turn
+from elastic.run.changes import PACKING
 from elastic.run.folder import FINISHED_FILE
 from elastic.run.resume import RunStart, load_run_state, open_training_run
 from elastic.run.world import run_world
@@ -50,17 +51,22 @@ def run_training(config: TrainConfig, console: Console, callbacks: Sequence[Call
 
     `callbacks` of the caller run after the run's own.
     """
-    stream, settings = TokenStream(Path(config.data.path) / "train"), config.exp_manager
+    stream, settings = open_split(config.data, "train"), config.exp_manager
+    lengths = [phase.sequence_length for phase in config.curriculum]
+    datasets = [samples_of(stream, length, config.seed, salt) for salt, length in enumerate(lengths)]
+    sequences = [f"{phase.name}: {data}" for phase, data in zip(config.curriculum, datasets, strict=True)]
     with run_world(config) as here:
-        start, record = _started_from(config, here, console)
+        packed = {PACKING: stream.in_words, "sequences": "; ".join(sequences)}
+        start, record = _started_from(config, here, console, packed)
         with open_training_run(config, stream.manifest, record, here, console.print, start) as opened:
-            trainer, folder = _trainer(config, here, stream, record, opened), opened.folder
+            trainer, folder = _trainer(config, here, datasets, record, opened), opened.folder
             wandb_run = None
             if here.is_main:
                 if trainer.chooser is not None:
                     lines = family_lines(trainer.chooser.space, trainer.chooser.budgets)
                     console.print(lines, markup=False, highlight=False)
                 console.print(f"computed: {record.provenance['computed']}", markup=False, highlight=False)
+                console.print(*(f"data of {line}" for line in sequences), sep="\n", markup=False, highlight=False)
                 for change in opened.changes:
                     console.print(f"accepted from step {trainer.step} on: {change}", highlight=False)
                 if trainer.step < trainer.total_steps:
@@ -89,10 +95,12 @@ def run_training(config: TrainConfig, console: Console, callbacks: Sequence[Call
             return folder
 
 
-def _started_from(config: TrainConfig, here: World, console: Console) -> tuple[Path | None, Record]:
+def _started_from(
+    config: TrainConfig, here: World, console: Console, packed: Mapping[str, str]
+) -> tuple[Path | None, Record]:
     """Return the permuted parent's checkpoint (None: from scratch), and the record of what is trained."""
     longest, data = max(phase.sequence_length for phase in config.curriculum), config.data.path
-    provenance = {LONGEST: str(longest), "computed": in_words()}
+    provenance = {LONGEST: str(longest), "computed": in_words(), **packed}
     if not isinstance(config, ElasticConfig):
         return None, Record("parent", config.model.shape(), data=data, provenance=provenance)
     start, space = nested_parent(config, here, console.print)
@@ -112,7 +120,9 @@ def family_lines(space: Space, budgets: Sequence[Budget]) -> str:
     return "\n".join([*lines, *(f"note: of a member at the smallest depth, {note}" for note in notes)])
 
 
-def _trainer(config: TrainConfig, here: World, stream: TokenStream, record: Record, opened: RunStart) -> Trainer:
+def _trainer(
+    config: TrainConfig, here: World, datasets: Sequence[Samples], record: Record, opened: RunStart
+) -> Trainer:
     """Build student, teacher and router, and load them: from the run's own checkpoint, else from the parent."""
     space, curriculum, start = record.space(), Curriculum(config.curriculum), opened.permuted_parent
     loss = config.distill if isinstance(config, ElasticConfig) else FROM_SCRATCH
@@ -137,7 +147,7 @@ def _trainer(config: TrainConfig, here: World, stream: TokenStream, record: Reco
         wrapped=wrapped,
         optimizer=optimizer,
         data=PhaseData(
-            [samples_of(stream, phase.sequence_length, config.seed, n) for n, phase in enumerate(curriculum.phases)],
+            datasets,
             micro_batch_size=config.data.micro_batch,
             world=here,
             numbers=in_turn if chooser is None else chooser.numbers,
@@ -164,7 +174,7 @@ def _budgets(record: Record) -> tuple[str, ...]:
 
 
 def _callbacks(config: TrainConfig, trainer: Trainer, log: RunLog, console: Console) -> list[Callback]:
-    settings, section, held_out = config.exp_manager, config.trainer, TokenStream(Path(config.data.path) / "validation")
+    settings, section, held_out = config.exp_manager, config.trainer, open_split(config.data, "validation")
     return [
         Validate(
             [HeldOut(held_out, phase.sequence_length) for phase in trainer.curriculum.phases],

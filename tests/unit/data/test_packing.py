@@ -1,7 +1,7 @@
 """Packing whole documents: each once an epoch, none split without need, nothing from one counted in another."""
 
 from collections import Counter
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -133,21 +133,26 @@ def test_rows_hold_whole_conversations_with_their_masks(chats: Path) -> None:
         found = Counter[tuple[tuple[int, ...], tuple[int, ...], tuple[bool, ...]]]()
         for index in range(len(samples)):
             row = samples.row(epoch * len(samples) + index)
-            assert row.counted is not None and row.positions is not None and row.positions[0] == 0
+            assert row.counted is not None and row.positions is not None
+            pieces = samples.packing.pieces(samples.order.chunk(epoch * len(samples) + index))
+            full = sum(length for _, length in pieces)
             begins = [*(row.positions == 0).nonzero().flatten().tolist(), S]
+            assert begins[: len(pieces) + 1] == [0, *accumulate(length for _, length in pieces)]
             for begin, end in pairwise(begins):
                 assert row.positions[begin:end].tolist() == list(range(end - begin))
                 piece = (tuple(part[begin:end].tolist()) for part in (row.tokens, row.labels, row.counted))
-                found[next(piece), next(piece), next(piece)] += 1
+                if end <= full:
+                    found[next(piece), next(piece), next(piece)] += 1
+            assert not row.counted[full:].any()  # what is left over repeats the row
+            for part in (row.tokens, row.labels, row.positions):
+                assert part[full:].equal(part.narrow(0, 0, full).repeat(S)[: S - full])
         expected = Counter[tuple[tuple[int, ...], tuple[int, ...], tuple[bool, ...]]]()
         for first, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
             for start in range(first, end - 1, S):
                 length = min(S, end - 1 - start)
                 tokens, counted = stream.read(start, length + 1).tolist(), stream.counted(start + 1, length).tolist()
                 expected[tuple(tokens[:-1]), tuple(tokens[1:]), tuple(counted)] += 1
-        padding = {piece for piece in found if not any(piece[0])}
-        assert not any(any(labels) or any(counted) for _, labels, counted in padding)
-        assert Counter({piece: number for piece, number in found.items() if piece not in padding}) == expected
+        assert found == expected
         assert samples.packing.fill > 0.9  # of 80 short conversations
 
 
@@ -218,4 +223,5 @@ def test_nothing_to_pack_is_refused_with_what_there_is(tmp_path: Path, chats: Pa
         DataError, match=r"sequence_length = 2: .*train: 0 documents in 0 sequences .*left out; set data"
     ):
         samples_of(TokenStream(chats / "train", "isolated", "leave_out"), 2, seed=0)
-    assert isinstance(samples_of(TokenStream(chats / "train"), 16, seed=0), Concatenated)
+    assert isinstance(samples_of(TokenStream(chats / "train"), 16, seed=0), Isolated)  # as chats are, if nobody says
+    assert isinstance(samples_of(TokenStream(chats / "train", "concatenated"), 16, seed=0), Concatenated)
