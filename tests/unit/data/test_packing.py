@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from elastic.config.load import load
 from elastic.config.sections import LongDocuments
+from elastic.config.verbs import ElasticConfig
 from elastic.data.held_out import HeldOut, validation_batches
 from elastic.data.manifest import DataError
 from elastic.data.packing import best_fit, document_bounds, pack
 from elastic.data.prepare import PrepareConfig, prepare
 from elastic.data.stream import PADDING_SAMPLE, Concatenated, Isolated, read_batch, samples_of
 from elastic.data.tokens import TokenStream
+from elastic.verbs.text import length_problems
+from tests.unit.config.configs import put, values_of
 from tests.unit.data.chatting import CHATML, chat_config, conversations, unmarked, write_chats, write_tokenizer
 from tests.unit.data.preparing import write_jsonl
 
@@ -225,3 +229,25 @@ def test_nothing_to_pack_is_refused_with_what_there_is(tmp_path: Path, chats: Pa
         samples_of(TokenStream(chats / "train", "isolated", "leave_out"), 2, seed=0)
     assert isinstance(samples_of(TokenStream(chats / "train"), 16, seed=0), Isolated)  # as chats are, if nobody says
     assert isinstance(samples_of(TokenStream(chats / "train", "concatenated"), 16, seed=0), Concatenated)
+
+
+def test_what_is_too_long_or_too_few_is_said_before_anything_starts(chats: Path) -> None:
+    there = len(HeldOut(TokenStream(chats / "validation"), S))
+    data = dict(path=str(chats), packing=None, validation_sequences=there + 1)
+    lengths = {"curriculum.0.sequence_length": S, "curriculum.1.sequence_length": S}
+    values = values_of(ElasticConfig, lengths | {f"data.{name}": value for name, value in data.items()})
+    (problem,) = length_problems(load(ElasticConfig, values))
+    assert str(problem).endswith(
+        f"the held-out split has {there} sequences of {S} tokens; nearest legal value is {there}"
+    )
+    put(values, "data.validation_sequences", 1)
+    assert list(length_problems(load(ElasticConfig, values))) == []
+    put(values, "data.long_documents", "leave_out")
+    put(values, "curriculum.0.sequence_length", 2)
+    problem, *_ = length_problems(load(ElasticConfig, values))
+    assert str(problem) == (
+        f"curriculum.0.sequence_length = 2: no document in the training split of {chats} fits into a sequence; set "
+        "data.long_documents=cut, or give documents of two tokens and more"
+    )
+    put(values, "data.packing", "concatenated")
+    assert not [problem for problem in length_problems(load(ElasticConfig, values)) if "curriculum" in problem.field]

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,7 @@ from elastic.checkpoint.record import Family, Record
 from elastic.checkpoint.state import TrainingState
 from elastic.config.load import config_dict, load
 from elastic.config.verbs import ElasticConfig, PretrainConfig
-from elastic.run.changes import RULES, ResumeError, check_accepted, differences, flatten, rule_of
+from elastic.run.changes import PACKING, RULES, ResumeError, check_accepted, differences, flatten, rule_of
 from elastic.run.resume import weights_sha256
 from tests.distributed.training import elastic_values
 
@@ -35,12 +36,18 @@ def record_of(config, ranking=(0, 1, 2, 3, 4)):
     return Record("elastic", space.parent, space.lanes, space.depth_ranking, "data", family)
 
 
-def compare(then, now, step=3, replicas=(1, 1), inputs=(INPUTS, INPUTS), rankings=((0, 1, 2, 3, 4),) * 2):
+def compare(then, now, step=3, replicas=(1, 1), inputs=(INPUTS, INPUTS), rankings=((0, 1, 2, 3, 4),) * 2, packing=None):
     """Return the differences by field; the curriculum is 5 steps and 4 steps long."""
     old, new = load(ElasticConfig, then), load(ElasticConfig, now)
     state = TrainingState(step, 1234, config_dict(old), {"inputs": inputs[0], "replicas": replicas[0]})
     origin = {"inputs": inputs[1], "replicas": replicas[1]}
-    found = differences(state, record_of(old, rankings[0]), new, record_of(new, rankings[1]), origin)
+    then_record, now_record = record_of(old, rankings[0]), record_of(new, rankings[1])
+    if packing is not None:
+        then_record, now_record = (
+            replace(record, provenance={} if words is None else {PACKING: words})
+            for record, words in zip((then_record, now_record), packing, strict=True)
+        )
+    found = differences(state, then_record, new, now_record, origin)
     return {difference.field: difference for difference in found}
 
 
@@ -154,6 +161,20 @@ def test_other_content_under_the_same_path_is_noticed(tmp_path):
     assert verdicts(compare(same, same, inputs=(INPUTS, other))) == {"data.path (train split)": False}
     ranked = compare(same, same, rankings=((0, 1, 2, 3, 4), (4, 3, 2, 1, 0)))
     assert verdicts(ranked) == {"init_from.permuted_parent (depth ranking)": False}
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "differs"),
+    [
+        (None, "concatenated", False),  # of a version that knew nothing else
+        ("isolated, longer documents cut", "isolated, longer documents cut", False),
+        (None, "isolated, longer documents cut", True),
+        ("isolated, longer documents cut", "isolated, longer documents left out", True),
+    ],
+)
+def test_sequences_made_otherwise_want_the_users_word(tmp_path, then, now, differs):
+    same = values(tmp_path)
+    assert verdicts(compare(same, same, packing=(then, now))) == ({"data.packing": True} if differs else {})
 
 
 def test_draws_that_follow_the_layout_are_a_difference_unless_both_numbers_are_set(tmp_path):
