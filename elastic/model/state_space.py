@@ -45,26 +45,12 @@ class TorchStateSpace:
         x_padded, dt, b, c = (_pad_length(t, -length % q) for t in (x, dt, b, c))
         groups = b.shape[2]
 
-        def chunked(t: Tensor, *last: int) -> Tensor:  # [B, C*Q, G*R, ...] -> [B, C, G, R, Q, ...]
-            return t.view(t.shape[0], -1, q, groups, t.shape[2] // groups, *last).permute(
-                0, 1, 3, 4, 2, *range(5, 5 + len(last))
-            )
-
-        # 1. Cumulative log-decay inside each chunk [B,C,G,R,Q], and inputs scaled by dt.
-        decay = chunked(dt * a).cumsum(-1)
-        x_dt = chunked(x_padded * dt.unsqueeze(-1).to(x.dtype), x.shape[-1])
+        # 1. Log-decays inside each chunk, and inputs scaled by dt.
+        between, to_end, from_start = _log_decays(dt * a, q, groups, documents)
+        x_dt = _chunked(x_padded * dt.unsqueeze(-1).to(x.dtype), q, groups, x.shape[-1])
         b_chunk, c_chunk = (t.unflatten(1, (-1, q)).transpose(2, 3) for t in (b, c))  # [B,C,G,Q,N]
         # 2. Inside a chunk: y_i = sum_{j<=i} (C_i . B_j) exp(decay_i - decay_j) dt_j x_j.
-        hidden = torch.ones(q, q, dtype=torch.bool, device=x.device).triu(1)
-        from_start, to_end = decay, decay[..., -1:] - decay
-        if documents is not None:
-            own = _pad_length(documents, -length % q).unflatten(1, (-1, q))[:, :, None, None]  # [B,C,1,1,Q]
-            hidden = hidden | (own.unsqueeze(-1) != own.unsqueeze(-2))
-            to_end = to_end.masked_fill(own != own[..., -1:], float("-inf"))
-            last_of_before = F.pad(own[..., -1:], (0, 0) * 3 + (1, 0))[:, :-1]
-            from_start = from_start.masked_fill(own != last_of_before, float("-inf"))
-        between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill(hidden, float("-inf")).exp().to(x.dtype)
-        scores = (c_chunk @ b_chunk.transpose(-1, -2)).unsqueeze(3) * between
+        scores = (c_chunk @ b_chunk.transpose(-1, -2)).unsqueeze(3) * between.exp().to(x.dtype)
         y = scores @ x_dt
         # 3. What each chunk adds to the state [B,C,G,R,P,N], then the recurrence from chunk to chunk.
         added = (x_dt * to_end.exp().to(x.dtype).unsqueeze(-1)).transpose(-1, -2) @ b_chunk.unsqueeze(3)
@@ -145,6 +131,34 @@ def _step(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, sta
     by_group.addcmul_((x_now * dt_now.unsqueeze(-1)).unsqueeze(-1), b_now.unsqueeze(-2))
     y = (by_group * c_now.unsqueeze(-2)).sum(-1).flatten(1, 2).unsqueeze(1).to(x.dtype)  # [B,1,H,P]
     return y + x * d.to(x.dtype).unsqueeze(-1)
+
+
+def _chunked(t: Tensor, q: int, groups: int, *last: int) -> Tensor:
+    """View [B, C*Q, G*R, ...] as [B, C, G, R, Q, ...]."""
+    heads = t.view(t.shape[0], -1, q, groups, t.shape[2] // groups, *last)
+    return heads.permute(0, 1, 3, 4, 2, *range(5, 5 + len(last)))
+
+
+def _log_decays(rate: Tensor, q: int, groups: int, documents: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum dt A [B,C*Q,H] from token to token [B,C,G,R,Q,Q], from each to its chunk's end, and from what was before it.
+
+    -inf where one does not hear the other: it is later, or of another document [B, L].
+    """
+    later = torch.ones(q, q, dtype=torch.bool, device=rate.device).triu(1)
+    if documents is None:
+        decay = _chunked(rate, q, groups).cumsum(-1)
+        from_start, to_end = decay, decay[..., -1:] - decay
+    else:
+        own = _pad_length(documents, -documents.shape[1] % q).unflatten(1, (-1, q))  # [B,C,Q]
+        later = later | (own.unsqueeze(-1) != own.unsqueeze(-2))
+        # A product with zeros: in differences of one running sum, documents would hear each other's rounding.
+        decay = _chunked(((~later).to(rate.dtype) @ rate.unflatten(1, (-1, q))).flatten(1, 2), q, groups)
+        own, later = (t[:, :, None, None] for t in (own, later))
+        last_before = F.pad(own[..., -1:], (0, 0) * 3 + (1, 0))[:, :-1]
+        from_start = decay.masked_fill(own != last_before, float("-inf"))
+        to_end = (decay[..., -1:] - decay).masked_fill(own != own[..., -1:], float("-inf"))
+    between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill(later, float("-inf"))
+    return between, to_end, from_start
 
 
 def _pad_length(t: Tensor, padding: int) -> Tensor:

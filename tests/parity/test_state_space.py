@@ -52,9 +52,9 @@ class ScanInputs:
     def to(self, dtype: torch.dtype) -> "ScanInputs":
         return ScanInputs(**{name: t.detach().to(dtype).requires_grad_() for name, t in vars(self).items()})
 
-    def run(self, scan: Any) -> tuple[Tensor, list[Tensor]]:
+    def run(self, scan: Any, *more: Any) -> tuple[Tensor, list[Tensor]]:
         """Return the output and the gradients of a fixed weighting of it."""
-        y = scan(self.x, self.dt, self.dt_bias, -torch.exp(self.a_log), self.b, self.c, self.d)
+        y = scan(self.x, self.dt, self.dt_bias, -torch.exp(self.a_log), self.b, self.c, self.d, *more)
         weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         gradients = torch.autograd.grad(y, list(vars(self).values()), weights.to(y.dtype))
         return y, list(gradients)
@@ -91,6 +91,40 @@ def test_scan_in_low_precision_stays_near_the_recurrence(groups: int, dtype: tor
 def test_scan_does_not_depend_on_the_chunk(chunk: int) -> None:
     inputs = ScanInputs.draw(13, 2, torch.float64)
     torch.testing.assert_close(inputs.run(TorchStateSpace(chunk).scan), inputs.run(TorchStateSpace(5).scan))
+
+
+def numbers_of(sizes: list[int]) -> Tensor:
+    """Return the number of each token's document, the same in every row."""
+    return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).int().expand(BATCH, -1)
+
+
+@pytest.mark.parametrize("sizes", [[20], [1] * 20, [8, 8, 4], [7, 2, 7, 1, 3], [13, 1, 6], [3, 17]])
+def test_the_scan_begins_anew_at_each_document(sizes: list[int]) -> None:
+    """On and beside the edges of the chunks of 8, several in one chunk, one over several, of one token."""
+
+    def alone(x: Tensor, dt: Tensor, dt_bias: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        pieces = zip(*(t.split(sizes, dim=1) for t in (x, dt, b, c)), strict=True)
+        return torch.cat([recurrence(x_, dt_, dt_bias, a, b_, c_, d) for x_, dt_, b_, c_ in pieces], dim=1)
+
+    inputs = ScanInputs.draw(sum(sizes), 2, torch.float64)
+    y, gradients = inputs.run(TorchStateSpace(CHUNK).scan, None, numbers_of(sizes))
+    expected_y, expected_gradients = inputs.run(alone)
+    torch.testing.assert_close(y, expected_y, rtol=1e-10, atol=1e-10)
+    for actual, expected in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_no_gradient_reaches_another_document() -> None:
+    """Exactly none, also where decays underflow; everything stays finite."""
+    inputs = ScanInputs.draw(20, 2, torch.float32)
+    strong = ScanInputs(**{**vars(inputs), "a_log": torch.full_like(inputs.a_log, 10.0).requires_grad_()})
+    for leaves in (inputs, strong):
+        arguments = (leaves.dt_bias, -torch.exp(leaves.a_log), leaves.b, leaves.c, leaves.d)
+        y = TorchStateSpace(CHUNK).scan(leaves.x, leaves.dt, *arguments, None, numbers_of([5, 6, 9]))
+        of_tokens = (leaves.x, leaves.dt, leaves.b, leaves.c)
+        for gradient in torch.autograd.grad(y[:, 5:11].square().sum(), of_tokens):
+            assert gradient.isfinite().all() and gradient[:, 5:11].abs().max() > 0
+            assert not gradient[:, :5].any() and not gradient[:, 11:].any()
 
 
 @pytest.mark.parametrize("groups", GROUPS)
@@ -142,6 +176,18 @@ def test_a_convolution_in_pieces_equals_the_whole(sizes: list[int], taps: int) -
     y = [TorchElementwise().causal_conv(piece, weight, bias, before) for piece in x.split(sizes, dim=1)]
     torch.testing.assert_close(torch.cat(y, dim=1), F.silu(depthwise_causal_conv(x, weight, bias)))
     assert torch.equal(before, x[:, 12 - (taps - 1) :])
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4, 7])
+def test_no_tap_reaches_over_the_start_of_a_document(taps: int) -> None:
+    sizes = [1, 2, 6, 3]
+    x, weight, bias = (torch.randn(size).double().requires_grad_() for size in ((BATCH, 12, 5), (5, taps), (5,)))
+    positions = torch.cat([torch.arange(size) for size in sizes]).int().expand(BATCH, -1)
+    alone = [F.silu(depthwise_causal_conv(piece, weight, bias)) for piece in x.split(sizes, dim=1)]
+    y, expected = TorchElementwise().causal_conv(x, weight, bias, None, positions), torch.cat(alone, dim=1)
+    torch.testing.assert_close(y, expected)
+    found, wanted = (torch.autograd.grad(of.sin().sum(), (x, weight, bias)) for of in (y, expected))
+    torch.testing.assert_close(found, wanted)
 
 
 def test_scan_survives_decays_that_underflow() -> None:
