@@ -7,7 +7,7 @@ uses stands in layers.py; a skipped layer costs nothing.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -73,9 +73,8 @@ class Widths:
             axes[axis] = full = getattr(parent, entry.size)
             if axis in probabilities:
                 weights = probabilities[axis].double()
-                slots = weights @ space.widths_table(axis, weights.device)  # [..., slots]
-                per_layer = [slots[..., space.slot(axis, ordinal)] for ordinal in range(len(full) if entry.own else 1)]
-                axes[axis] = per_layer if entry.own else per_layer[0]
+                slots = (weights @ space.widths_table(axis, weights.device)).unbind(-1)  # each [...]
+                axes[axis] = [slots[space.slot(axis, n)] for n in range(len(full))] if entry.own else slots[0]
         keep: Sequence[Number] = (1,) * len(parent.pattern)
         if Axis.DEPTH in probabilities:
             chances = probabilities[Axis.DEPTH][..., 0, :].double()
@@ -138,14 +137,17 @@ def cost(parent: ModelShape, widths: Widths, deployment: Deployment) -> Cost:
     widest = {kind: _widest(parent, widths, kind) for kind in PADDED if parent.pattern.layers_of(kind)}
     flops: Number = 2 * parent.vocab * hidden
     held: dict[str, Number] = dict.fromkeys(("kv_bytes", "ssm_bytes", "conv_bytes"), 0)
-    for layer_index, kind in enumerate(parent.pattern.kinds):
-        keep, own = widths.keep[layer_index], widths.of_layer(kind, parent.pattern.ordinal(layer_index))
+    kinds = parent.pattern.kinds
+    layers = [widths.of_layer(kind, parent.pattern.ordinal(layer_index)) for layer_index, kind in enumerate(kinds)]
+    for kind, own, keep in _alike(kinds, layers, widths.keep):
         layer_params, layer_flops = layer_cost(parent, kind, own, deployment.length_tokens)
         params, flops = params + keep * layer_params, flops + keep * layer_flops
-        as_stored = own | ({INNER_AXIS[kind]: widest[kind]} if kind in widest else {})
-        stored = stored + keep * layer_cost(parent, kind, as_stored, deployment.length_tokens)[0]
         for name, elements in LAYERS[kind].cache(parent, own, deployment.length_tokens).items():
             held[name] = held[name] + keep * elements
+    inner = {kind: {INNER_AXIS[kind]: width} for kind, width in widest.items()}
+    as_stored = [{**own, **inner.get(kind, {})} for kind, own in zip(kinds, layers, strict=True)]
+    for kind, own, keep in _alike(kinds, as_stored, widths.keep):
+        stored = stored + keep * layer_cost(parent, kind, own, deployment.length_tokens)[0]
     return Cost(
         params=params,
         stored_params=stored,
@@ -155,10 +157,22 @@ def cost(parent: ModelShape, widths: Widths, deployment: Deployment) -> Cost:
     )
 
 
+def _alike(
+    kinds: Sequence[LayerKind], layers: Sequence[Mapping[Axis, Number]], keep: Sequence[Number]
+) -> Iterable[tuple[LayerKind, Mapping[Axis, Number], Number]]:
+    """Join layers of a kind whose widths are the same objects: counted once, times how many of them run."""
+    found: dict[tuple[LayerKind, tuple[int, ...]], tuple[LayerKind, Mapping[Axis, Number], Number]] = {}
+    for kind, own, runs in zip(kinds, layers, keep, strict=True):
+        key = kind, tuple(map(id, own.values()))
+        found[key] = kind, own, runs + (found[key][2] if key in found else 0)
+    return found.values()
+
+
 def _widest(parent: ModelShape, widths: Widths, kind: LayerKind) -> Number:
     """Return the largest inner width of the layers of a kind that are kept, 0 if none is."""
     layers, axis = parent.pattern.layers_of(kind), INNER_AXIS[kind]
-    kept = [widths.keep[layer] * widths.of_layer(kind, ordinal)[axis] for ordinal, layer in enumerate(layers)]
+    pairs = [(widths.keep[layer], widths.of_layer(kind, ordinal)[axis]) for ordinal, layer in enumerate(layers)]
+    kept = [keep * width for keep, width in {(id(k), id(w)): (k, w) for k, w in pairs}.values()]
     like = next((width for width in kept if isinstance(width, Tensor)), None)
     if like is None:
         return max(kept)

@@ -1,13 +1,14 @@
 """The search for a sample subnet keeps its rule, against brute force over spaces small enough for it."""
 
 from dataclasses import replace
+from functools import cache
 from itertools import product
 
 import pytest
 import torch
 
 from elastic.space.axes import Axis
-from elastic.space.cost import Budget, Deployment, Metric, subnet_cost
+from elastic.space.cost import Budget, Cost, Deployment, Metric, subnet_cost
 from elastic.space.reach import TOLERANCE, sample_subnet, smallest_subnet
 from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import AxisChoices, Space
@@ -33,18 +34,20 @@ def budget(share: float, metric: Metric = Metric.PARAMS) -> Budget:
     return Budget("asked", metric, ratio=share).absolute(PARENT, DEPLOYMENT)
 
 
-def homogeneous(space: Space) -> list[tuple[Subnet, float]]:
-    """List every subnet of one width per axis, and how unevenly its axes give way."""
-    axes = space.elastic_axes()
+@cache
+def homogeneous() -> list[tuple[Subnet, Cost, float]]:
+    """List every subnet of one width per axis, its cost, and how unevenly its axes give way."""
+    axes = SPACE.elastic_axes()
     found = []
-    for indices in product(*(range(len(space.axes[axis].choices)) for axis in axes)):
-        chosen = {axis: (index,) * space.num_slots(axis) for axis, index in zip(axes, indices, strict=True)}
+    for indices in product(*(range(len(SPACE.axes[axis].choices)) for axis in axes)):
+        chosen = {axis: (index,) * SPACE.num_slots(axis) for axis, index in zip(axes, indices, strict=True)}
         shares = []
         for axis, index in zip(axes, indices, strict=True):
-            choices = space.axes[axis].choices
+            choices = SPACE.axes[axis].choices
             shares.append((choices[0] - choices[index]) / (choices[0] - choices[-1]))
         mean = sum(shares) / len(shares)
-        found.append((space.subnet(chosen), sum((share - mean) ** 2 for share in shares) / len(shares)))
+        subnet, spread = SPACE.subnet(chosen), sum((share - mean) ** 2 for share in shares) / len(shares)
+        found.append((subnet, subnet_cost(PARENT, subnet, DEPLOYMENT), spread))
     return found
 
 
@@ -67,14 +70,10 @@ def test_sample_is_the_most_balanced_of_those_within_tolerance(metric: Metric, s
     sample = sample_subnet(SPACE, asked, DEPLOYMENT)
     used = subnet_cost(PARENT, sample.subnet, DEPLOYMENT)
     assert sample.cost == used and sample.ratio == float(used[metric]) / asked.limit and sample.is_near
-    by_subnet = homogeneous(SPACE)
-    near = [
-        (spread, subnet)
-        for subnet, spread in by_subnet
-        if abs(float(subnet_cost(PARENT, subnet, DEPLOYMENT)[metric]) / asked.limit - 1) <= TOLERANCE
-    ]
-    best = min(spread for spread, _ in near)
-    (own,) = [spread for subnet, spread in by_subnet if subnet == sample.subnet]
+    every = homogeneous()
+    near = [spread for _, used, spread in every if abs(float(used[metric]) / asked.limit - 1) <= TOLERANCE]
+    best = min(near)
+    (own,) = [spread for subnet, _, spread in every if subnet == sample.subnet]
     assert own == pytest.approx(best, abs=1e-12)
     assert len(near) > 1 or share == 1.0
     assert sample_subnet(SPACE, asked, DEPLOYMENT) == sample
