@@ -162,7 +162,7 @@ class ParallelConfig:
     pipeline: ranges.Ranks = 1
     context: ranges.Ranks = 1
     sequence: bool = False
-    recompute: Literal["none", "full"] = "none"
+    recompute: Literal["none", "selective", "full"] = "none"
 
     @property
     def model_size(self) -> int:

@@ -4,6 +4,7 @@ Shapes: S sequence, B batch, D hidden, G groups, H heads, P head channels, N sta
 The input projection packs its rows as [z, x, B, C, dt]; the convolution runs over [x, B, C].
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from elastic.model.elementwise import TorchElementwise
 from elastic.model.masks import ElasticLayer, LayerGates
 from elastic.model.norm import GatedGroupNorm, parameter_device
 from elastic.model.observe import LayerObserver
+from elastic.model.recompute import between_products
 from elastic.model.state_space import TorchStateSpace
 from elastic.space.axes import Axis
 from elastic.space.layers import FP32_PARAMETERS, DimKind
@@ -134,20 +136,24 @@ class PortableMambaMixer(MambaMixer):
         before, last_state = (None, None) if cache is None else (cache.conv_inputs, cache.state)
         positions, numbers = (None, None) if documents is None else (documents.positions, documents.numbers)
         conv_weight, conv_bias = cp.get_conv1d_weight().squeeze(1), cp.get_conv1d_bias()
-        xbc = self.elementwise.causal_conv(conv_in, conv_weight, conv_bias, before, positions)
-        x, b, c = xbc.split([inner, state, state], dim=-1)
         a_log = cp.get_A_log()
-        y = self.state_space.scan(
-            x.unflatten(-1, (heads, -1)),
-            dt,
-            cp.get_dt_bias(),
-            -torch.exp(a_log.to(torch.promote_types(a_log.dtype, torch.float32))),
-            b.unflatten(-1, (cp.ngroups_local_tpcp, -1)),
-            c.unflatten(-1, (cp.ngroups_local_tpcp, -1)),
-            cp.get_D(),
-            last_state,
-            numbers,
-        )
+
+        def scan(xbc: Tensor) -> Tensor:
+            x, b, c = xbc.split([inner, state, state], dim=-1)
+            return self.state_space.scan(
+                x.unflatten(-1, (heads, -1)),
+                dt,
+                cp.get_dt_bias(),
+                -torch.exp(a_log.to(torch.promote_types(a_log.dtype, torch.float32))),
+                b.unflatten(-1, (cp.ngroups_local_tpcp, -1)),
+                c.unflatten(-1, (cp.ngroups_local_tpcp, -1)),
+                cp.get_D(),
+                last_state,
+                numbers,
+            )
+
+        xbc = partial(self.elementwise.causal_conv, conv_in, conv_weight, conv_bias, before, positions)
+        y = between_products(self.config, xbc, scan)
         return y.flatten(-2).transpose(0, 1), z.transpose(0, 1)
 
 
@@ -177,8 +183,9 @@ class ElasticMambaMixer(PortableMambaMixer):
         gate, active = _outer(heads.vector, channels.vector, cp.nheads_local_tp, self.headdim), None
         if gate is None:
             active = heads.active * channels.active / self.ngroups  # of one group
-        y = self.norm(y, z, self.ngroups_local_tp, active, gate, take(self.norm.weight, 0, inner))
-        return self.out_proj.forward_cut(y, cut)
+        weight = take(self.norm.weight, 0, inner)
+        normalised = partial(self.norm, y, z, self.ngroups_local_tp, active, gate, weight)
+        return between_products(self.config, normalised, partial(self.out_proj.forward_cut, cut=cut))
 
 
 def _outer(heads: Tensor | None, channels: Tensor | None, num_heads: int, num_channels: int) -> Tensor | None:

@@ -5,16 +5,18 @@ Shapes: D hidden, K choices, L layers; lower case = this tensor-parallel rank's 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from elastic.model.cache import LayerCache
 from elastic.model.documents import Documents
 from elastic.model.elementwise import TorchElementwise
 from elastic.model.observe import LayerObserver
+from elastic.model.recompute import between_products
 from elastic.space.axes import AXES, LANES, Axis
 from elastic.space.gates import Execution, Gates
 from elastic.space.nesting import Cut, mask_table
@@ -59,6 +61,7 @@ class ElasticLayer(nn.Module):
     """x + g_depth g_hidden F(norm(x)): norm and F are the submodules `norm_and_function` of Megatron-Core's layer."""
 
     norm_and_function: tuple[str, str]
+    config: TransformerConfig
 
     def __init__(self, *args: Any, elementwise: TorchElementwise, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -74,10 +77,13 @@ class ElasticLayer(nn.Module):
     ) -> Tensor:
         """Map the stream [S, B, D] to the stream; `cache` is this layer's own."""
         norm, function = (getattr(self, name) for name in self.norm_and_function)
-        normalised = norm(x, gates.hidden)
-        if observer is not None:
-            observer.normalised(normalised)
-        y = function.forward_gated(normalised, gates, observer, cache, documents)
+
+        def run(normalised: Tensor) -> Tensor:
+            if observer is not None:
+                observer.normalised(normalised)
+            return function.forward_gated(normalised, gates, observer, cache, documents)
+
+        y = between_products(self.config, partial(norm, x, gates.hidden), run)
         return self.elementwise.residual(x, y, gates.depth, gates.hidden.vector)
 
 

@@ -1,6 +1,7 @@
 """The elastic squared-ReLU MLP and its layer. Shapes: S sequence, B batch, D hidden, F ffn; lower case = this rank."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from megatron.core.ssm.mlp_layer import MLPLayer
@@ -12,6 +13,7 @@ from elastic.model.documents import Documents
 from elastic.model.elementwise import TorchElementwise
 from elastic.model.masks import ElasticLayer, LayerGates
 from elastic.model.observe import LayerObserver
+from elastic.model.recompute import between_products
 from elastic.space.axes import Axis
 
 
@@ -41,8 +43,8 @@ class ElasticMLP(MLP):
         pre_activation = self.linear_fc1.forward_cut(x, gates.cut)  # [S, B, f]
         if observer is not None:
             observer.ffn(pre_activation)
-        neurons = self.elementwise.squared_relu(pre_activation, gates[Axis.FFN].vector)
-        return self.linear_fc2.forward_cut(neurons, gates.cut)
+        neurons = partial(self.elementwise.squared_relu, pre_activation, gates[Axis.FFN].vector)
+        return between_products(self.config, neurons, partial(self.linear_fc2.forward_cut, cut=gates.cut))
 
 
 class ElasticMLPLayer(ElasticLayer, MLPLayer):

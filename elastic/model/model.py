@@ -97,7 +97,8 @@ def transformer_config(shape: ModelShape, layout: Layout) -> TransformerConfig:
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
         sequence_parallel=layout.sequence,
-        recompute_granularity="full" if layout.recompute == "full" else None,
+        recompute_granularity=None if layout.recompute == "none" else layout.recompute,
+        recompute_modules=[],  # elastic/model/recompute.py says what `selective` is
         recompute_method="uniform" if layout.recompute == "full" else None,
         recompute_num_layers=1 if layout.recompute == "full" else None,
         calculate_per_token_loss=True,

@@ -29,7 +29,7 @@ class Layout:
     pipeline: int = 1
     context: int = 1
     sequence: bool = False
-    recompute: Literal["none", "full"] = "none"
+    recompute: Literal["none", "selective", "full"] = "none"
     dtype: torch.dtype = torch.float32
 
 

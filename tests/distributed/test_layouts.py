@@ -1,8 +1,8 @@
 """Any two parallel layouts give the same numbers: losses, gradient norm, every parameter's and every gate's gradient.
 
 Mixed budgets are in flight (soft masks, one-hot masks, slices), two of the micro-batches hold isolated documents (whose
-numbers are those of each alone: tests/parity/test_documents.py), and activations are fully recomputed. Compared in
-fp64, where rounding (some 1e-14) is far below what a wrong layout does; in bf16 by the one-process run's own error.
+numbers are those of each alone: tests/parity/test_documents.py), and activations are recomputed, all or some.
+Compared in fp64, where rounding (some 1e-14) is far below what a wrong layout does; in bf16 by the one-process run's own error.
 """
 
 from dataclasses import replace
@@ -25,8 +25,10 @@ CASES = [
     LayoutCase("TP2+SP", Layout(tensor=2, sequence=True, recompute="full")),
     LayoutCase("PP2", Layout(pipeline=2, recompute="full")),
     LayoutCase("PP2 without recompute", Layout(pipeline=2)),
+    LayoutCase("PP2, selective", Layout(pipeline=2, recompute="selective")),
     LayoutCase("DP2", Layout(recompute="full"), data=2),
     LayoutCase("CP2", Layout(context=2, recompute="full")),
+    LayoutCase("TP2xCP2+SP, selective", Layout(tensor=2, context=2, sequence=True, recompute="selective")),
     ALL,
 ]
 

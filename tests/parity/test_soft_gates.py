@@ -75,9 +75,10 @@ def test_pitfall_17_gate_gradient_is_finite_for_every_choice() -> None:
                 assert torch.isfinite(gradient).all() and torch.count_nonzero(gradient) > 0
 
 
-def test_pitfall_23_recompute_sees_its_own_micro_batch() -> None:
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_pitfall_23_recompute_sees_its_own_micro_batch(recompute: str) -> None:
     """Two micro-batches with different gates are in flight at once; recomputing gives the same gradients."""
-    plain, recomputing = build_lively(EVERY_AXIS), build_lively(EVERY_AXIS, Layout(recompute="full"))
+    plain, recomputing = build_lively(EVERY_AXIS), build_lively(EVERY_AXIS, Layout(recompute=recompute))
     tokens = tokens_for(EVERY_AXIS.parent)
     outcomes = []
     for model in (plain, recomputing):
