@@ -156,7 +156,10 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Ranks per model replica; data parallelism takes the rest of the world."""
+    """Ranks per model replica; data parallelism takes the rest of the world.
+
+    `recompute` in the backward pass: nothing; selective: what stands between matrix products; full: whole layers.
+    """
 
     tensor: ranges.Ranks = 1
     pipeline: ranges.Ranks = 1

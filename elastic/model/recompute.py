@@ -46,7 +46,7 @@ class _Again:
     def outside(self, tensor: Tensor) -> Tensor | int:
         """Number a view of what `make` made, and leave alone what is none."""
         if tensor.untyped_storage() is not self.storage:
-            return tensor
+            return tensor.detach()  # else an operation that keeps its own result would keep itself
         self.views.append((tensor.shape, tensor.stride(), int(tensor.storage_offset())))
         return -len(self.views)
 

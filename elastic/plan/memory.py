@@ -11,14 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 
-import torch
-
 from elastic.model.model import Layout
 from elastic.model.sharding import sharded_dim
-from elastic.plan.work import FP32_BYTES, PROJECTIONS, KernelSet, LayerWork, MicroBatchWork, ScanSizes, stage_layers
+from elastic.plan.work import FP32_BYTES, KernelSet, LayerWork, MicroBatchWork, ScanSizes, copied_elements, stage_layers
 from elastic.space.axes import Axis, LayerKind
-from elastic.space.layers import FP32_PARAMETERS, LAYER_PREFIX, LAYERS, MODEL_PARAMETERS, DimKind
-from elastic.space.nesting import Cut, parameter_size, take
+from elastic.space.layers import FP32_PARAMETERS, LAYER_PREFIX, LAYERS, MODEL_PARAMETERS
+from elastic.space.nesting import parameter_size
 from elastic.space.shape import ModelShape
 
 
@@ -125,11 +123,12 @@ def stage_activation_bytes(run: MicroBatchWork, stage: int) -> int:
 def layer_working_set_bytes(layer: LayerWork) -> int:
     """Return what one layer's backward pass needs beside what all layers keep.
 
-    A recomputed layer first makes its saved tensors again. Then gradients: the stream's, gathered and not, and of the
-    widest inner tensors (three of them at once: two from the ends of an elementwise step and one in fp32).
+    A recomputed layer first makes its saved tensors again, a selective one those between two products. Then gradients:
+    the stream's, gathered and not, and of the widest inner tensors (three of them at once: two from the ends of an
+    elementwise step and one in fp32).
     """
     run, e = layer.run, layer.run.element_bytes
-    again = saved_bytes(layer) if run.layout.recompute == "full" else 0
+    again = {"none": 0, "selective": max(_made_again(layer)), "full": saved_bytes(layer)}[run.layout.recompute]
     gradients = 2 * run.gathered_bytes + 2 * run.stream_bytes
     match layer.kind:
         case LayerKind.MLP:
@@ -165,7 +164,7 @@ def loss_bytes(run: MicroBatchWork, chunk_tokens: int) -> int:
 
 
 def saved_bytes(layer: LayerWork) -> int:
-    """Return the bytes a layer keeps for backward without recompute."""
+    """Return the bytes a layer keeps for backward; under full recompute, once it was run again."""
     run, e = layer.run, layer.run.element_bytes
     fused = run.kernels is KernelSet.FUSED
     terms = {"norm": _norm(run.stream_tokens * run.hidden, run.stream_tokens, e)}
@@ -185,7 +184,24 @@ def saved_bytes(layer: LayerWork) -> int:
         terms["output"] = run.stream_bytes
     if not run.masked:
         terms["weight copies"] = copied_elements(layer.cut, layer.kind) * e
+    if run.layout.recompute == "selective":
+        terms["made again"] = -sum(_made_again(layer))
     return sum(terms.values())
+
+
+def _made_again(layer: LayerWork) -> list[int]:
+    """Return the bytes of the steps between products, which selective recompute does not keep; their inputs stay."""
+    run, scan, e = layer.run, layer.scan, layer.run.element_bytes
+    fused, inner = run.kernels is KernelSet.FUSED, run.tokens * layer.inner * e
+    norm = _norm(run.stream_tokens * run.hidden, run.stream_tokens, e)
+    steps = [run.stream_bytes if fused else norm - run.stream_bytes]
+    if layer.kind is LayerKind.MLP:
+        steps.append(inner * (2 if run.gates(Axis.FFN) and not fused else 1))
+    elif layer.kind is LayerKind.MAMBA:
+        terms, conv_out = _mamba(layer), scan.tokens * scan.conv * e
+        in_torch = terms.get("z gate", 0) + terms.get("gate", 0) - inner  # the scan's output is an input
+        steps += [conv_out + terms.get("convolution", 0), terms["group norm"] + (0 if fused else in_torch)]
+    return steps
 
 
 def _norm(channels: int, rows: int, e: int) -> int:
@@ -280,21 +296,3 @@ def _attention(layer: LayerWork) -> dict[str, int]:
         terms["k v"] = keys_values * run.layout.context
         terms["mask"] = half * half * (2 * run.layout.context + 1) * (1 + e)
     return terms
-
-
-@cache
-def copied_elements(cut: Cut, kind: LayerKind) -> int:
-    """Count the weights a slice copies, because their kept rows do not lie in one run.
-
-    Asks the code that cuts them, on tensors without storage.
-    """
-    rows, columns = PROJECTIONS[kind]
-    copied = 0
-    for kinds in ((rows, DimKind.HIDDEN), (DimKind.HIDDEN, columns)):
-        layouts = [cut.grid(dim) for dim in kinds]
-        weight = torch.empty([layout.full_size for layout in layouts], device="meta")
-        kept = weight
-        for dim, layout in reversed(list(enumerate(layouts))):
-            kept = take(kept, dim, layout)
-        copied += 0 if kept._base is weight or kept is weight else kept.numel()
-    return copied

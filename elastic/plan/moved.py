@@ -6,8 +6,16 @@ the dry run counts them one by one. The letters are those of `work`. Left out fo
 
 from dataclasses import dataclass
 
-from elastic.plan.memory import copied_elements, rank_parameters
-from elastic.plan.work import FP32_BYTES, FUSED_LAUNCHES, PROJECTIONS, LayerWork, MicroBatchWork, Summed
+from elastic.plan.memory import rank_parameters
+from elastic.plan.work import (
+    FP32_BYTES,
+    FUSED_LAUNCHES,
+    PROJECTIONS,
+    LayerWork,
+    MicroBatchWork,
+    Summed,
+    copied_elements,
+)
 from elastic.space.axes import Axis, LayerKind
 
 # Kernels of a layer's forward and backward pass: of any, more under masks, and more of a cut one; without what
@@ -52,6 +60,9 @@ def stage_moved(run: MicroBatchWork, stage: int, *, sums_in_products: bool = Tru
     }
     if run.layout.recompute == "full":
         passes["recompute"] = forward
+    elif run.layout.recompute == "selective":
+        again = (_made_again(layer) * count for layer, count in run.distinct_layers(stage))
+        passes["recompute"] = sum(again, Moved())
     backward = _layers(run, stage, backward=True) + _ends(run, stage, backward=True)
     passes["backward"] = backward + _accumulated(run, stage, sums_in_products)
     return passes
@@ -134,6 +145,20 @@ def layer_moved(layer: LayerWork, backward: bool) -> Moved:
         copies += 0 if backward else 2 * kept * e
         launches += _CUT_LAUNCHES[layer.kind][backward]
     return Moved(elementwise, copies, launches=launches)
+
+
+def _made_again(layer: LayerWork) -> Moved:
+    """Count what selective recompute does of a layer's forward pass: the steps between its products."""
+    run, scan, e = layer.run, layer.scan, layer.run.element_bytes
+    inner = run.tokens * layer.inner * e
+    match layer.kind:
+        case LayerKind.MLP:
+            steps, launches = 2 * inner, 2
+        case LayerKind.MAMBA:
+            steps, launches = 2 * scan.tokens * scan.conv * e + 3 * inner, 3
+        case LayerKind.ATTENTION:
+            steps, launches = 0, 1
+    return Moved(elementwise=2 * run.stream_bytes + steps, launches=launches)
 
 
 def _mamba_copies(layer: LayerWork, backward: bool) -> float:

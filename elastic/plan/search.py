@@ -3,7 +3,7 @@
 And the rules of thumb a layout breaks: nothing is refused for them, each costs speed or safety. The limits are ours.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -15,8 +15,10 @@ from elastic.plan.config import PlanConfig
 from elastic.plan.phases import PhasePlan, phase_plans
 from elastic.plan.work import FP32_BYTES, KernelSet
 from elastic.space.reach import Sample
+from elastic.world.groups import Recompute
 
 MAX_BUBBLE, MAX_IMBALANCE, MAX_EXPOSED = 0.10, 0.15, 0.25
+_RECOMPUTE: Mapping[Recompute, tuple[str, ...]] = {"none": (), "selective": ("selective",), "full": ("recompute",)}
 MIN_LOCAL_COLUMNS, MIN_LOCAL_TOKENS, MAX_CHUNK_BYTES = 512, 1024, 1 << 30
 
 
@@ -62,7 +64,7 @@ def layout_name(parallel: ParallelConfig, micro_batch: int) -> str:
     """Write a layout in short, without what is 1."""
     sizes = {"TP": parallel.tensor, "PP": parallel.pipeline, "CP": parallel.context}
     parts = [f"{axis}{size}" for axis, size in sizes.items() if size > 1] or ["TP1"]
-    return " ".join([*parts, f"mb{micro_batch}", *(["recompute"] if parallel.recompute == "full" else [])])
+    return " ".join([*parts, f"mb{micro_batch}", *_RECOMPUTE[parallel.recompute]])
 
 
 def candidate(config: PlanConfig, parallel: ParallelConfig, micro_batch: int, samples: dict[str, Sample]) -> Candidate:
@@ -129,7 +131,7 @@ def layouts(config: PlanConfig) -> Iterator[tuple[ParallelConfig, int]]:
         if cluster.num_gpus % (tensor * pipeline * context) == 0:
             one = ParallelConfig(tensor=tensor, pipeline=pipeline, context=context, sequence=tensor > 1)
             for micro_batch in _powers(config.plan.max_micro_batch):
-                yield from ((replace(one, recompute=again), micro_batch) for again in ("none", "full"))
+                yield from ((replace(one, recompute=again), micro_batch) for again in _RECOMPUTE)
 
 
 def largest_micro_batch(plan: PhasePlan) -> int:
@@ -174,9 +176,11 @@ def _phase_warnings(plan: PhasePlan) -> Iterator[str]:
             yield f"{name}-parallel traffic takes {seconds / time.total:.0%} of the step where nothing hides it"
     if run.tokens // layout.tensor < MIN_LOCAL_TOKENS:
         yield f"{run.tokens // layout.tensor} tokens of the stream on one rank are few; a larger micro-batch helps"
-    all_saved = plan.changed(layout=replace(layout, recompute="none"))
-    if layout.recompute != "none" and all_saved.peak_bytes <= plan.config.cluster.budget_bytes:
-        yield "fits without recompute: parallel.recompute=none saves a forward pass"
+    for less in list(_RECOMPUTE)[: list(_RECOMPUTE).index(layout.recompute)]:
+        if plan.changed(layout=replace(layout, recompute=less)).peak_bytes <= plan.config.cluster.budget_bytes:
+            saves = "a forward pass" if layout.recompute == "full" else "reading activations again"
+            yield f"fits with less recompute: parallel.recompute={less} saves {saves}"
+            break
     chunk = min(run.tokens, plan.config.distill.chunk_tokens) * run.local_vocab * FP32_BYTES
     if chunk > MAX_CHUNK_BYTES:
         yield f"a chunk of logits takes {chunk / 1e9:.2f} GB three times over; lower distill.chunk_tokens"

@@ -32,7 +32,7 @@ def pass_traffic(run: MicroBatchWork, stage: int) -> dict[str, Traffic]:
         passes["backward"].update(_layer(layer, count, gathers=2, scatters=1, backward=True))
         if (
             run.layout.recompute == "full"
-        ):  # ends with the last saved tensor: the output, where the residual gate keeps it
+        ):  # ends with the last saved tensor: where the residual gate keeps it, the output
             gated = run.gates(Axis.HIDDEN, Axis.DEPTH)
             passes["recompute"].update(_layer(layer, count, gathers=1, scatters=int(gated)))
     if not last:  # between stages a slice is padded to the full width

@@ -12,11 +12,13 @@ from functools import cache, cached_property
 from itertools import accumulate
 from typing import Self
 
+import torch
+
 from elastic.model.sharding import pipeline_pattern
 from elastic.space.axes import Axis, LayerKind
 from elastic.space.gates import Execution
 from elastic.space.layers import DimKind
-from elastic.space.nesting import Cut
+from elastic.space.nesting import Cut, take
 from elastic.space.shape import LayerPattern, ModelShape, Subnet
 from elastic.world.groups import Layout
 
@@ -234,3 +236,21 @@ def stage_layers(parent: ModelShape, pipeline: int) -> tuple[range, ...]:
     """Return the layer indices of every pipeline stage."""
     sizes = LayerPattern.parse(pipeline_pattern(parent, pipeline)).segments
     return tuple(range(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True))
+
+
+@cache
+def copied_elements(cut: Cut, kind: LayerKind) -> int:
+    """Count the weights a slice copies, because their kept rows do not lie in one run.
+
+    Asks the code that cuts them, on tensors without storage.
+    """
+    rows, columns = PROJECTIONS[kind]
+    copied = 0
+    for kinds in ((rows, DimKind.HIDDEN), (DimKind.HIDDEN, columns)):
+        layouts = [cut.grid(dim) for dim in kinds]
+        weight = torch.empty([layout.full_size for layout in layouts], device="meta")
+        kept = weight
+        for dim, layout in reversed(list(enumerate(layouts))):
+            kept = take(kept, dim, layout)
+        copied += 0 if kept._base is weight or kept is weight else kept.numel()
+    return copied

@@ -21,6 +21,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LEAVE_TIME_S = 60.0
 
 
+# Of activations: none, what stands between matrix products (model/recompute.py), or whole layers.
+Recompute = Literal["none", "selective", "full"]
+
+
 @dataclass(frozen=True)
 class Layout:
     """How one model copy is spread over ranks, its precision, and which activations are recomputed."""
@@ -29,7 +33,7 @@ class Layout:
     pipeline: int = 1
     context: int = 1
     sequence: bool = False
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Recompute = "none"
     dtype: torch.dtype = torch.float32
 
 

@@ -2,7 +2,7 @@
 
 Mixed budgets are in flight (soft masks, one-hot masks, slices), two of the micro-batches hold isolated documents (whose
 numbers are those of each alone: tests/parity/test_documents.py), and activations are recomputed, all or some.
-Compared in fp64, where rounding (some 1e-14) is far below what a wrong layout does; in bf16 by the one-process run's own error.
+Compared in fp64, where rounding (some 1e-14) is far below what a wrong layout does; in bf16 by one process's own error.
 """
 
 from dataclasses import replace

@@ -67,11 +67,15 @@ def real_steps(layouts: list[tuple[Layout, Execution]]) -> list[tuple[int, dict[
     return seen
 
 
-ONE = [(Layout(), Execution.MASK), (Layout(recompute="full", dtype=torch.bfloat16), Execution.SLICE)]
+ONE = [
+    (Layout(), Execution.MASK),
+    (Layout(recompute="selective"), Execution.MASK),
+    (Layout(recompute="full", dtype=torch.bfloat16), Execution.SLICE),
+]
 TWO = [
     (Layout(tensor=2, sequence=True, dtype=torch.bfloat16), Execution.MASK),
     (Layout(tensor=2, sequence=True, recompute="full"), Execution.SLICE),
-    (Layout(pipeline=2), Execution.SLICE),
+    (Layout(pipeline=2, recompute="selective"), Execution.SLICE),
     (Layout(pipeline=2, recompute="full", dtype=torch.bfloat16), Execution.MASK),
 ]
 
@@ -95,7 +99,7 @@ def test_memory_of_a_real_step_is_what_the_plan_says(world_size: int, layouts: l
 
 
 @pytest.mark.parametrize("execution", list(Execution))
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_dry_run_of_a_small_model_sees_what_the_plan_says(recompute: str, execution: Execution) -> None:
     """Last of two stages of one of 2 x 2 x 2 x 2 ranks; FLOPs and traffic as they are."""
     layout = Layout(2, 2, 2, sequence=True, recompute=recompute, dtype=torch.bfloat16)
