@@ -182,6 +182,9 @@ def check_optimizer(optim: sections.OptimConfig, cluster: Cluster) -> Problems:
     elif optim.use_distributed_optimizer and "Adam" in cluster.missing:
         rule = f"needs a fused Adam {broken} is broken upstream)"
         yield Problem(path, True, rule, "install transformer-engine or apex; nearest legal value is false")
+    if optim.overlap_param_gather and not optim.use_distributed_optimizer:
+        rule = f"every rank steps all its weights with {path} = false, so there is nothing to gather"
+        yield Problem("optim.overlap_param_gather", True, rule, "nearest legal value is false")
 
 
 def check_kernels(trainer: sections.ComputeConfig, cluster: Cluster) -> Problems:

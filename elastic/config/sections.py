@@ -152,6 +152,7 @@ class OptimConfig:
     clip_grad: ranges.Weight = 1.0
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

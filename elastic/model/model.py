@@ -110,9 +110,12 @@ def transformer_config(shape: ModelShape, layout: Layout) -> TransformerConfig:
 
 
 def build_model(
-    space: Space, layout: Layout, *, seed: int = 0, init_std: float = 0.02, kernels: Kernels | None = None
+    space: Space, layout: Layout, *, seed: int | None = 0, init_std: float = 0.02, kernels: Kernels | None = None
 ) -> ElasticModel:
-    """Build this rank's part of the parent and initialise it from `seed`; process groups must exist."""
+    """Build this rank's part of the parent and initialise it from `seed`; process groups must exist.
+
+    None leaves in the parameters whatever their memory held, for a caller that fills all of them.
+    """
     use_cpu_backend()
     groups = ProcessGroupCollection.use_mpu_process_groups()
     # Dropout is 0, so nothing random happens in a forward pass: Megatron-Core's tensor-parallel random states, which
@@ -131,5 +134,6 @@ def build_model(
         position_embedding_type="none",
         pg_collection=groups,
     )
-    initialize_parameters(model, shape, seed, init_std, groups.tp.rank(), groups.tp.size())
+    if seed is not None:
+        initialize_parameters(model, shape, seed, init_std, groups.tp.rank(), groups.tp.size())
     return model

@@ -115,8 +115,9 @@ class PhasePlan:
         busiest = max(stages, key=lambda stage: sum(means[stage].values()))
         parts = {part: self.micro_batches * amount for part, amount in means[busiest].items()}
         backward = sum(amount for (name, _), amount in means[busiest].items() if name in ("backward", "recompute"))
+        teacher = sum(amount for (name, _), amount in parts.items() if name == "teacher")
         run = self.shares[0].run
-        parts |= once_seconds(self.config, run, busiest, self.replicas, backward)
+        parts |= once_seconds(self.config, run, busiest, self.replicas, backward, teacher)
         return StepTime(parts | {("once", "waiting"): self._waiting(seconds, busiest)})
 
     def _waiting(self, seconds: Mapping[str, Sequence[Seconds]], busiest: int) -> float:

@@ -1,7 +1,7 @@
 """How long a step takes: seconds by pass and cause, which add up to it.
 
 Counts over efficiencies, measured or assumed (`plan.*`), good for ranking layouts. Nothing is assumed to overlap but
-what the run's config says (`optim.overlap_grad_reduce`), and the host, which launches ahead of its GPU: only what its
+what the run's config says (`optim.overlap_...`), and the host, which launches ahead of its GPU: only what its
 kernels take longer to launch than to run counts. Stages wait for each other as 1F1B's order has it.
 """
 
@@ -64,9 +64,11 @@ def micro_batch_seconds(config: PlanConfig, run: MicroBatchWork, stage: int) -> 
     return found
 
 
-def once_seconds(config: PlanConfig, run: MicroBatchWork, stage: int, replicas: int, backward: float) -> Seconds:
+def once_seconds(
+    config: PlanConfig, run: MicroBatchWork, stage: int, replicas: int, backward: float, teacher: float
+) -> Seconds:
     """Return what comes once a step: gradients, the part of their reduction that `backward` seconds of the last
-    micro-batch do not hide, the optimizer, and the gather of new weights."""
+    micro-batch do not hide, the optimizer, and what `teacher` seconds do not hide of the gather of new weights."""
     ranks, distributed = replicas * run.layout.context, config.optim.use_distributed_optimizer
     seconds = _computing(config, Flops(), step_moved(run, stage, ranks if distributed else 1))
     for (_, operation), payload in step_traffic(run, stage, distributed).items():
@@ -74,6 +76,8 @@ def once_seconds(config: PlanConfig, run: MicroBatchWork, stage: int, replicas: 
         seconds[cause] += moved_bytes(operation, payload, ranks) / _link_bytes_per_s(config, run, "dp", ranks)
     if config.optim.overlap_grad_reduce:
         seconds["gradients"] = max(0.0, seconds["gradients"] - backward)
+    if config.optim.overlap_param_gather:
+        seconds["weights"] = max(0.0, seconds["weights"] - teacher)
     return {("once", cause): amount for cause, amount in seconds.items() if amount}
 
 

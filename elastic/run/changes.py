@@ -105,6 +105,7 @@ RULES: tuple[tuple[str, May, str], ...] = (
     ("distill.*", May.BE_ACCEPTED, "the loss is another from here on"),
     ("optim.use_distributed_optimizer", May.NOT_CHANGE, "the optimizer's state is stored in another form"),
     ("optim.overlap_grad_reduce", May.CHANGE, "the same gradients"),
+    ("optim.overlap_param_gather", May.CHANGE, "the same weights"),
     ("optim.*", May.BE_ACCEPTED, "the optimizer goes on otherwise with the moments it has gathered"),
     ("trainer.precision", May.NOT_CHANGE, "weights and optimizer state are stored in this number format"),
     ("trainer.*", May.CHANGE, "length and rhythm of this attempt"),

@@ -18,13 +18,21 @@ from elastic.world.groups import World
 
 
 def wrap_for_training(model: ElasticModel, optim: OptimConfig) -> DistributedDataParallel:
-    """Wrap one stage in Megatron-Core's data-parallel gradient buffers, reduced in at least fp32."""
+    """Wrap one stage in Megatron-Core's data-parallel gradient buffers, reduced in at least fp32.
+
+    With `overlap_param_gather` the new weights that other ranks hold are gathered when PipelineRunner says so, and it
+    waits for them: Megatron-Core's own hooks stand on calls of modules, which our layers go past.
+    """
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=model.config.bf16,
         overlap_grad_reduce=optim.overlap_grad_reduce,
         use_distributed_optimizer=optim.use_distributed_optimizer,
+        overlap_param_gather=optim.overlap_param_gather,
     )
-    return DistributedDataParallel(model.config, config, model)
+    wrapped = DistributedDataParallel(model.config, config, model)
+    if optim.overlap_param_gather:
+        wrapped.disable_forward_pre_hook(param_sync=False)
+    return wrapped
 
 
 def build_optimizer(wrapped: DistributedDataParallel, optim: OptimConfig, world: World) -> ChainedOptimizer:

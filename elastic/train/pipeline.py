@@ -61,17 +61,36 @@ class PipelineRunner:
         self.world, self.student, self.teacher, self.loss = world, student, teacher, loss
         bare = student.module if isinstance(student, DistributedDataParallel) else student
         assert isinstance(bare, ElasticModel)
-        self.student_model = bare
+        self.student_model, self._gathering = bare, False
 
     def share(self, batch: Batch, gates: Gates | None = None) -> MicroBatch:
         """Take this context-parallel rank's share of a batch of whole sequences and move it to the device."""
         cp = self.world.groups.cp
 
         def share(t: Tensor) -> Tensor:
+            if self.world.device.type == "cuda":
+                t = t.pin_memory()  # what is read ahead is already; a copy of what is not waits for the device
             return context_parallel_slice(t.to(self.world.device, non_blocking=True), cp.rank(), cp.size())
 
         weights = None if batch.counts_all else share(batch.token_weights())
         return MicroBatch(share(batch.tokens), share(batch.labels), weights, gates, positions=batch.positions)
+
+    def start_gather(self) -> None:
+        """Begin to gather the weights an optimizer stepped on other ranks, if the config leaves that to the runner.
+
+        The teacher's pass hides it. Whoever reads the student's weights waits first: this class, or `finish_gather`.
+        """
+        if isinstance(self.student, DistributedDataParallel) and self.student.ddp_config.overlap_param_gather:
+            self.student.start_param_sync()
+            self._gathering = True
+
+    def finish_gather(self) -> None:
+        """Let the device, not the host, wait for the weights; on all ranks alike."""
+        if self._gathering:
+            assert isinstance(self.student, DistributedDataParallel)
+            for bucket_group in self.student.bucket_groups:
+                bucket_group.finish_param_sync(skip_next_bucket_dispatch=True)
+            self._gathering = False
 
     def with_teacher(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Run the teacher over all micro-batches first and leave its hidden states with them on the last stage."""
@@ -89,6 +108,7 @@ class PipelineRunner:
         `ends_alike` says that the last micro-batch has the same budget on all replicas: then their gradients become
         ready in one order, and the reduction may run beside its backward pass. The same answer on all ranks.
         """
+        self.finish_gather()
         wrapped = self.student
         hidden_behind = ends_alike or not isinstance(wrapped, DistributedDataParallel)
         with nullcontext() if hidden_behind else reduced_at_once(wrapped):
@@ -97,6 +117,7 @@ class PipelineRunner:
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatchLoss]:
         """Run the student forward only and report the loss: without a teacher's states, the cross-entropy."""
+        self.finish_gather()
         return self._schedule(self.student_model, micro_batches, self._student_loss, forward_only=True)
 
     def _schedule(

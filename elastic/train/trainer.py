@@ -96,6 +96,7 @@ class Trainer:
                     callback.after_step(self, result)
         for callback in self._entered("on_end"):
             callback.on_end(self)
+        self.runner.finish_gather()
 
     def _entered(self, method: str) -> Iterator[Callback]:
         """Yield the callbacks in turn, and leave a note for the watchdog which one is at work."""
@@ -114,6 +115,7 @@ class Trainer:
         choices = [None] * len(batches) if draw is None else draw.gates
         work = [self.runner.share(batch, gates) for batch, gates in zip(batches, choices, strict=True)]
         if self.sanity is not None:
+            self.runner.finish_gather()
             self.sanity.before_step(moment, batches, choices, () if draw is None else draw.drawn)
         # 2. The teacher's hidden states, then the student forward and backward under its gates.
         self.progress.enter(number, "teacher")
@@ -133,6 +135,7 @@ class Trainer:
         else:
             self._update(moment, grad_norm, bool(router_gradients))
         if self.sanity is not None:
+            self.runner.finish_gather()
             self.sanity.after_step(moment)
         budget_losses = None if draw is None else draw.budget_losses
         return StepResult(moment, losses, grad_norm, bool(bad), budget_losses)
@@ -163,6 +166,7 @@ class Trainer:
         self.skipped.in_a_row.clear()
         set_learning_rate(self.optimizer, moment.learning_rate)
         apply_gradients(self.optimizer, grad_norm)
+        self.runner.start_gather()
         if trains_router:
             assert self.router_optimizer is not None
             set_learning_rate(self.router_optimizer, moment.router_learning_rate)
@@ -176,7 +180,8 @@ class Trainer:
         return {budget.name: decide(router, space, index) for index, budget in enumerate(self.chooser.budgets)}
 
     def trainable(self) -> Trainable:
-        """Return what a checkpoint holds."""
+        """Return what a checkpoint holds, its weights gathered."""
+        self.runner.finish_gather()
         router = None if self.chooser is None else self.chooser.router
         return Trainable(self.runner.student_model, self.optimizer, router, self.router_optimizer)
 

@@ -53,7 +53,7 @@ def run_importance(config: ImportanceConfig, console: Console) -> Path:
         record = Record.read(start)
         space = Space(record.shape, {}, lanes=config.lanes)
         with open_run_folder(config.exp_manager, asdict(config), here) as folder:
-            model = build_model(space, here.layout)
+            model = build_model(space, here.layout, seed=None)
             load_checkpoint(start, Trainable(model))
             model.eval()
             scores = collect_scores(model, space, _calibration(config, stream, here, config.importance.num_sequences))

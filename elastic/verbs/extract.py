@@ -206,7 +206,7 @@ def nested_logits(checkpoint: Path, subnet: Subnet, dtypes: DtypeRule, tokens: T
     record, gates = Record.read(checkpoint), Gates.slice(subnet)
     tensors = StoredTensors(checkpoint, record.shape)
     with world(Layout()) as here:
-        model = build_model(record.space(), Layout()).eval()
+        model = build_model(record.space(), Layout(), seed=None).eval()
         for name, parameter in named_global_parameters(model):
             parameter.copy_(tensors[name].to(dtypes.of(hf_names(name)[0])))
         hidden = model(tokens.to(here.device), gates)

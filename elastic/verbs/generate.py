@@ -132,7 +132,7 @@ def load_hf_model(source: HfFolder, layout: Layout) -> ElasticModel:
 
     Raises HfTensorError; no code in the folder is run.
     """
-    model = build_model(Space(source.shape, {}, lanes=1), layout)
+    model = build_model(Space(source.shape, {}, lanes=1), layout, seed=None)
     parameters, tp = dict(named_global_parameters(model)), model.pg_collection.tp
     for name, tensor in from_hf(source.tensors, source.shape):
         if name in parameters:  # other pipeline stages hold the rest

@@ -55,7 +55,7 @@ class OpenCheckpoint:
 
     def load_model(self, layout: Layout) -> ElasticModel:
         """Build this rank's part of the nested model and load its weights; process groups must exist."""
-        model = build_model(self.space, layout)
+        model = build_model(self.space, layout, seed=None)
         load_checkpoint(self.checkpoint, Trainable(model))
         return model
 

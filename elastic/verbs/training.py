@@ -126,10 +126,11 @@ def _trainer(
     """Build student, teacher and router, and load them: from the run's own checkpoint, else from the parent."""
     space, curriculum, start = record.space(), Curriculum(config.curriculum), opened.permuted_parent
     loss = config.distill if isinstance(config, ElasticConfig) else FROM_SCRATCH
-    student = build_model(space, here.layout, seed=config.seed, init_std=config.model.init_std)
+    seed = config.seed if start is None and opened.checkpoint is None else None  # a checkpoint has all weights
+    student = build_model(space, here.layout, seed=seed, init_std=config.model.init_std)
     teacher = chooser = router = router_optimizer = None
     if start is not None:
-        teacher = build_model(space, here.layout, seed=config.seed)
+        teacher = build_model(space, here.layout, seed=None)
         for model in (teacher,) if opened.checkpoint else (student, teacher):
             load_checkpoint(start, Trainable(model))
         teacher.requires_grad_(False)

@@ -10,12 +10,16 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
+from megatron.core.distributed import DistributedDataParallel
 from rich.console import Console
 
 from elastic.checkpoint.find import list_checkpoints
-from elastic.checkpoint.read import read_metadata
+from elastic.checkpoint.read import StoredTensors, read_metadata
+from elastic.checkpoint.record import Record
 from elastic.config.load import load
 from elastic.config.verbs import ElasticConfig
+from elastic.model import initialize
 from elastic.train.callbacks import SaveCheckpoints
 from elastic.train.nonfinite import SkippedSteps
 from elastic.train.trainer import Callback
@@ -50,6 +54,7 @@ class Case:
 
     legs: tuple[Leg, ...]
     sharded: bool = False  # the distributed optimizer, over a stand-in for fused Adam
+    overlapped: bool = False  # gradients' reduction and weights' gather; no gather is done before somebody waits
     precision: str = "fp32"
     within: float = 0.0
     reference: str = "fp32"
@@ -70,6 +75,10 @@ CASES = {
     # A_log and D stay in fp32: an optimizer that counts the bf16 weights alone mixes all of them up
     "bf16_again": Case((Leg(stop=4), Leg()), precision="bf16", reference="bf16"),
     "sharded_bf16_again": Case((Leg(2, stop=4), Leg(2)), sharded=True, precision="bf16", reference="sharded_bf16"),
+    # What overlaps changes no digit, and nobody reads a weight, validates or saves before it is there
+    "sharded_bf16_overlapped": Case(
+        (Leg(2, stop=3), Leg(2)), sharded=True, overlapped=True, precision="bf16", reference="sharded_bf16"
+    ),
     # Another layout or micro-batch
     "fp32_four_to_dp2_to_one": Case((Leg(4, FOUR, 4), Leg(2, stop=7), Leg(micro_batch=2)), within=1e-5),
     "bf16_tp2_to_one": Case(
@@ -82,6 +91,21 @@ CASES = {
 }  # fmt: skip
 
 
+def train_overlapped(values):
+    """Train while a gather that is started does nothing until it is waited for: the longest that it may take.
+
+    Nor is a weight drawn that a checkpoint's then replaces.
+    """
+    started, drawn = [], []
+    late = mock.patch.object(DistributedDataParallel, "start_param_sync", lambda *_: started.append(1))
+    with late, mock.patch.object(initialize, "initial_tensor", lambda *_: drawn.append(1)):
+        train_fused(values)
+    assert started and not drawn
+
+
+TRAIN = {(False, False): train, (True, False): train_fused, (True, True): train_overlapped}
+
+
 @cache
 def ran(start: Path, name: str) -> dict[int, dict[str, float]]:
     """Run a case, once; returns its rows. Each leg says how it ended."""
@@ -89,10 +113,11 @@ def ran(start: Path, name: str) -> dict[int, dict[str, float]]:
     for leg in case.legs:
         data = dict(path=str(start / "data"), micro_batch=leg.micro_batch, validation_sequences=4)
         trainer = dict(precision=case.precision, max_steps=leg.stop)
-        optim = dict(use_distributed_optimizer=case.sharded)
+        optim = dict.fromkeys(("overlap_grad_reduce", "overlap_param_gather"), case.overlapped)
+        optim["use_distributed_optimizer"] = case.sharded
         values_of = split_values if case.precision == "fp32" else elastic_values
         values = values_of(start, name, parallel=leg.parallel, optim=optim, trainer=trainer, data=data)
-        run_distributed(train_fused if case.sharded else train, leg.ranks, values)
+        run_distributed(TRAIN[case.sharded, case.overlapped], leg.ranks, values)
         ended = json.loads((start / "run" / name / "finished.json").read_text())
         reason = "trainer.max_steps of 9 steps" if leg.stop else "the curriculum's end"
         assert ended == {"step": leg.stop or 9, "reason": reason}
@@ -121,6 +146,18 @@ def test_a_bf16_checkpoint_holds_fp32_weights_of_what_is_not_fp32(start):
     keys = read_metadata(list_checkpoints(start / "run" / "bf16_again")[-1]).state_dict_metadata
     copies = [key for key in keys if key.startswith("optimizer.state.fp32_param.")]
     assert len(copies) > 10 and not [name for name in copies if name.endswith(("A_log", ".D"))]
+
+
+def test_a_checkpoint_between_two_steps_waits_for_the_weights(start):
+    """The last one by itself would not show it: a validation before it waits."""
+    names, held = ("sharded_bf16", "sharded_bf16_overlapped"), []
+    for name in names:
+        ran(start, name)
+        folders = list_checkpoints(start / "run" / name)
+        assert [folder.name for folder in folders] == ["step_00000006", "step_00000009"]
+        held.append([StoredTensors(folder, Record.read(folder).shape) for folder in folders])
+    for plain, overlapped in zip(*held, strict=True):
+        assert all(torch.equal(plain[parameter], overlapped[parameter]) for parameter in plain)
 
 
 def test_the_distributed_optimizer_saves_whole_tensors_whatever_the_rank(start):

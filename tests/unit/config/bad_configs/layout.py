@@ -137,6 +137,13 @@ BAD: tuple[BadConfig, ...] = (
     ),
     (
         PretrainConfig,
+        {"optim.overlap_param_gather": True},
+        1,
+        "optim.overlap_param_gather = true: every rank steps all its weights with optim.use_distributed_optimizer = "
+        "false, so there is nothing to gather; nearest legal value is false",
+    ),
+    (
+        PretrainConfig,
         {"exp_manager.keep_milestones_every_n_steps": 250},
         1,
         "exp_manager.keep_milestones_every_n_steps = 250: must be a multiple of trainer.checkpoint_every_n_steps = 100"
