@@ -45,16 +45,16 @@ class TorchStateSpace:
         x_padded, dt, b, c = (_pad_length(t, -length % q) for t in (x, dt, b, c))
         groups = b.shape[2]
 
-        # 1. Log-decays inside each chunk, and inputs scaled by dt.
-        between, to_end, from_start = _log_decays(dt * a, q, groups, documents)
+        # 1. Decays inside each chunk, and inputs scaled by dt.
+        between, to_end, from_start = _decays(dt * a, q, groups, documents)
         x_dt = _chunked(x_padded * dt.unsqueeze(-1).to(x.dtype), q, groups, x.shape[-1])
         b_chunk, c_chunk = (t.unflatten(1, (-1, q)).transpose(2, 3) for t in (b, c))  # [B,C,G,Q,N]
         # 2. Inside a chunk: y_i = sum_{j<=i} (C_i . B_j) exp(decay_i - decay_j) dt_j x_j.
-        scores = (c_chunk @ b_chunk.transpose(-1, -2)).unsqueeze(3) * between.exp().to(x.dtype)
+        scores = (c_chunk @ b_chunk.transpose(-1, -2)).unsqueeze(3) * between.to(x.dtype)
         y = scores @ x_dt
         # 3. What each chunk adds to the state [B,C,G,R,P,N], then the recurrence from chunk to chunk.
-        added = (x_dt * to_end.exp().to(x.dtype).unsqueeze(-1)).transpose(-1, -2) @ b_chunk.unsqueeze(3)
-        chunk_decay = from_start[..., -1].exp()[..., None, None]
+        added = (x_dt * to_end.to(x.dtype).unsqueeze(-1)).transpose(-1, -2) @ b_chunk.unsqueeze(3)
+        chunk_decay = from_start[..., -1, None, None]
         carried = torch.zeros_like(added[:, 0], dtype=wide)
         if state is not None:
             carried = state.to(wide).unflatten(1, (groups, -1))
@@ -66,7 +66,7 @@ class TorchStateSpace:
         if state is not None:
             state.copy_(carried.flatten(1, 2))
         # 4. What earlier chunks contribute through the state.
-        y = y + (c_chunk.unsqueeze(3) @ before.transpose(-1, -2)) * from_start.exp().unsqueeze(-1).to(x.dtype)
+        y = y + (c_chunk.unsqueeze(3) @ before.transpose(-1, -2)) * from_start.unsqueeze(-1).to(x.dtype)
         y = y.permute(0, 1, 4, 2, 3, 5).reshape(x_padded.shape)[:, :length]
         return y + x * d.to(x.dtype).unsqueeze(-1)
 
@@ -139,10 +139,10 @@ def _chunked(t: Tensor, q: int, groups: int, *last: int) -> Tensor:
     return heads.permute(0, 1, 3, 4, 2, *range(5, 5 + len(last)))
 
 
-def _log_decays(rate: Tensor, q: int, groups: int, documents: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum dt A [B,C*Q,H] from token to token [B,C,G,R,Q,Q], from each to its chunk's end, and from what was before it.
+def _decays(rate: Tensor, q: int, groups: int, documents: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return exp(sum of dt A [B,C*Q,H]) from token to token [B,C,G,R,Q,Q], to the chunk's end, and from its start.
 
-    -inf where one does not hear the other: it is later, or of another document [B, L].
+    Zero where one does not hear the other: it is later, or of another document [B, L].
     """
     later = torch.ones(q, q, dtype=torch.bool, device=rate.device).triu(1)
     if documents is None:
@@ -158,7 +158,7 @@ def _log_decays(rate: Tensor, q: int, groups: int, documents: Tensor | None) -> 
         from_start = decay.masked_fill(own != last_before, float("-inf"))
         to_end = (decay[..., -1:] - decay).masked_fill(own != own[..., -1:], float("-inf"))
     between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill(later, float("-inf"))
-    return between, to_end, from_start
+    return between.exp(), to_end.exp(), from_start.exp()
 
 
 def _pad_length(t: Tensor, padding: int) -> Tensor:

@@ -1,6 +1,7 @@
 """A GPU without Transformer Engine, mamba-ssm and apex: PyTorch's attention and scan, our kernels, the loss's chunk."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ import torch.nn.functional as F
 from elastic.distill.chunk import LossSettings, VocabShard, chunk_loss, fused_chunk_loss
 from elastic.distill.kl import distillation_loss
 from elastic.model import backends
-from elastic.model.attention import SdpaCoreAttention, _attended
+from elastic.model.attention import SdpaCoreAttention, _attended, attention_by_documents
 from elastic.model.backends import GPU_PARTS, Kernels
+from elastic.model.documents import Documents, context_spans
 from elastic.model.elementwise import TorchElementwise, TritonElementwise
 from elastic.model.state_space import TorchStateSpace
 from elastic.space.gates import Gates
@@ -139,3 +141,23 @@ def test_the_loss_equals_log_softmax_in_fp64(chunk_tokens: int, dtype: torch.dty
     found = torch.autograd.grad(loss.total, leaves)
     for mine, right in zip(found, torch.autograd.grad(expected, leaves), strict=True):
         assert relative_error(mine, right) <= tolerance
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("rows", [([100, 155, 1], [256]), ([1] * 256, [3, 253])])
+def test_the_kernel_for_isolated_documents_equals_the_loop(rows: tuple[list[int], ...], size: int) -> None:
+    """In bf16 torch's variable-length flash attention, in fp32 one call a piece; on every context rank."""
+    positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in rows]).int()
+    leaves = [torch.randn(256, 2, heads, 64, device="cuda", requires_grad=True) for heads in (8, 2, 2)]
+    group = SimpleNamespace(size=lambda: 1)  # keys and values of all ranks are here
+    for rank in range(size):
+        documents = Documents.of(positions, torch.device("cuda"), rank, size)
+        assert documents is not None
+        own, outcomes = torch.cat([torch.arange(*span) for span in context_spans(256, rank, size)]).cuda(), []
+        for dtype in (torch.bfloat16, torch.float32):
+            query, key, value = (leaf.to(dtype) for leaf in leaves)
+            context = attention_by_documents(query[own], key, value, documents, group).float()
+            weights = torch.linspace(-1, 1, context.numel(), device="cuda").sin().view_as(context)
+            outcomes.append([context, *torch.autograd.grad(context, leaves, weights)])
+        for found, expected in zip(*outcomes, strict=True):
+            assert relative_error(found, expected) <= TOLERANCE[torch.bfloat16]

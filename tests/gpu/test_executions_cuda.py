@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +11,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from elastic.model.attention import SdpaCoreAttention
+from elastic.model.attention import ElasticSelfAttention, SdpaCoreAttention, attention_by_documents
 from elastic.model.backends import Kernels
 from elastic.model.cache import empty_cache
+from elastic.model.documents import Documents
 from elastic.model.model import transformer_config
 from elastic.space.axes import Axis
 from elastic.space.gates import Gates
@@ -115,8 +118,9 @@ def test_recompute_in_bf16_changes_nothing() -> None:
         assert relative_error(gradients[1][name], gradient) <= TOLERANCE[torch.bfloat16], name
 
 
+@pytest.mark.parametrize("isolated", [False, True])
 @pytest.mark.parametrize("heads", [8, 4, 2])
-def test_transformer_engine_attends_with_fewer_query_heads(heads: int) -> None:
+def test_transformer_engine_attends_with_fewer_query_heads(heads: int, isolated: bool) -> None:
     """Built for 8 query heads, called with fewer on the same 2 KV heads, as the slice execution does."""
     pytest.importorskip("transformer_engine.pytorch", reason="Transformer Engine is not installed (`gpu` extra)")
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
@@ -133,8 +137,15 @@ def test_transformer_engine_attends_with_fewer_query_heads(heads: int) -> None:
         return torch.randn(*size, device="cuda", dtype=torch.bfloat16).requires_grad_()
 
     leaves = [draw(heads), draw(shape.kv_heads), draw(shape.kv_heads)]
-    actual = engine(*leaves, None, attn_mask_type=AttnMaskType.causal)
-    expected = reference(*leaves)
+    if isolated:
+        positions = torch.cat([torch.arange(length, dtype=torch.int32) for length in (1, 40, 23)]).expand(2, -1)
+        documents = Documents.of(positions, torch.device("cuda"))
+        assert documents is not None
+        own: Any = SimpleNamespace(core_attention=engine, attn_mask_type=AttnMaskType.causal, pg_collection=groups)
+        actual = ElasticSelfAttention._by_documents(own, *leaves, documents)
+        expected = attention_by_documents(*leaves, documents, groups.cp)
+    else:
+        actual, expected = engine(*leaves, None, attn_mask_type=AttnMaskType.causal), reference(*leaves)
     assert actual.shape == expected.shape == (64, 2, heads * shape.attention_channels)
     assert relative_error(actual, expected) <= 1e-2
     weights = torch.randn_like(expected)

@@ -57,6 +57,23 @@ def test_scan(
     compare(lambda: run(kernels), lambda: run(TorchStateSpace(64)), [x, dt, dt_bias, b, c, a_log, d], tolerance)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-3), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("sizes", [[64, 64, 72], [63, 2, 1, 134], [1] * 200])
+def test_scan_of_isolated_documents(
+    kernels: TorchStateSpace, sizes: list[int], dtype: torch.dtype, tolerance: float
+) -> None:
+    heads, groups = 4, 2
+    x, dt = draw(BATCH, 200, heads, 16, dtype=dtype), draw(BATCH, 200, heads, dtype=dtype)
+    b, c = (draw(BATCH, 200, groups, STATE, dtype=dtype) for _ in range(2))
+    a_log, d, dt_bias = draw(heads), draw(heads), draw(heads)
+    numbers = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).int().expand(BATCH, -1).contiguous()
+
+    def run(backend: TorchStateSpace) -> Tensor:
+        return backend.scan(x, dt, dt_bias - 2, -torch.exp(a_log), b, c, d, None, numbers.cuda())
+
+    compare(lambda: run(kernels), lambda: run(TorchStateSpace(64)), [x, dt, dt_bias, b, c, a_log, d], tolerance)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-3), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("groups", [1, 2, 8])

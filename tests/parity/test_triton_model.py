@@ -26,7 +26,6 @@ from tests.parity.model_factory import (
     build_lively,
     build_stock,
     choices_to_test,
-    logits_of,
     one_process,
     outcome_of,
     relative_error,
@@ -43,17 +42,22 @@ def process_groups() -> Iterator[None]:
 
 
 def outcome(name: str, gates: str, dtype: torch.dtype, kernels: Kernels | None = None) -> Outcome:
-    """Run a space's parent under soft masks, or cut, and return logits and the gradients of weights and gates."""
+    """Run a space's parent under soft masks, or cut, and return logits and the gradients of weights and gates.
+
+    "documents" runs packed ones under a slice.
+    """
     space = SPACES[name]
     model = build_lively(space, Layout(dtype=dtype), kernels)
     weights = soft_weights(space, seed=3, dtype=dtype) if gates == "soft" else {}
     chosen = Gates.mask(weights) if weights else Gates.slice(space.subnet(choices_to_test(space)[0]))
     leaves = dict(model.named_parameters()) | {f"gate {axis}": weight for axis, weight in weights.items()}
-    return outcome_of(logits_of(model, tokens_for(space.parent), chosen), leaves)
+    positions = torch.cat([torch.arange(length, dtype=torch.int32) for length in (1, 4, 6)]).expand(2, -1)
+    hidden = model(tokens_for(space.parent), chosen, positions=positions if gates == "documents" else None)
+    return outcome_of((hidden @ model.head_weight(chosen).T).transpose(0, 1), leaves)
 
 
 @pytest.mark.parametrize("name", ["two groups, depth 7", "four groups, five queries per KV head, depth 10"])
-@pytest.mark.parametrize("gates", ["soft", "slice"])
+@pytest.mark.parametrize("gates", ["soft", "slice", "documents"])
 def test_the_kernels_give_what_plain_pytorch_gives(name: str, gates: str) -> None:
     """Within what plain PyTorch itself loses in fp32 against fp64."""
     exact, plain = (outcome(name, gates, dtype) for dtype in (torch.float64, torch.float32))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elastic.model.attention import ElasticSelfAttention, attention_by_documents
+from elastic.model.attention import ElasticSelfAttention, _attended_packed, attention_by_documents
 from elastic.model.documents import Documents, Piece, context_spans
 from elastic.world.groups import Layout, world
 
@@ -93,6 +93,19 @@ def test_every_way_sees_the_earlier_tokens_of_the_own_document(rows: tuple[list[
             rows_of[1:] = [t[packed.key_rows] for t in rows_of[1:]]
         kernel = varlen(*rows_of, packed.query_ends, packed.key_ends, packed.most_queries, packed.most_keys)
         torch.testing.assert_close(kernel, torch.cat(expected))
+
+
+def test_torchs_kernel_takes_the_rows_and_has_gradients() -> None:
+    """On tensors without memory, and so of any layout that it would refuse by shape or type; its numbers: tests/gpu."""
+    meta = torch.device("meta")
+    documents = Documents.of(positions_of([5, 6, 1], [12]), meta, 1, 2)
+    assert documents is not None
+    leaves = [torch.empty(length, heads, 8, dtype=torch.bfloat16, device=meta, requires_grad=True)
+              for length, heads in ((12, 4), (24, 2), (24, 2))]  # fmt: skip
+    context = _attended_packed(*leaves, documents)
+    assert context.shape == leaves[0].shape
+    gradients = torch.autograd.grad(context, leaves, torch.empty_like(context))
+    assert [gradient.shape for gradient in gradients] == [leaf.shape for leaf in leaves]
 
 
 def test_transformer_engine_is_given_its_packed_layout() -> None:
