@@ -115,6 +115,8 @@ class PhasePlan:
         busiest = max(stages, key=lambda stage: sum(means[stage].values()))
         parts = {part: self.micro_batches * amount for part, amount in means[busiest].items()}
         backward = sum(amount for (name, _), amount in means[busiest].items() if name in ("backward", "recompute"))
+        if max(self.shares, key=lambda share: model_flops(share.run)).weight * self.micro_batches < 1:
+            backward = 0.0  # replicas' last micro-batches differ, and the run reduces after them
         teacher = sum(amount for (name, _), amount in parts.items() if name == "teacher")
         run = self.shares[0].run
         parts |= once_seconds(self.config, run, busiest, self.replicas, backward, teacher)

@@ -1,4 +1,4 @@
-"""A bf16 run on a GPU, with and without the distributed optimizer, goes on from its checkpoint."""
+"""A bf16 run on a GPU, with and without the distributed optimizer, overlapped or not, goes on from its checkpoint."""
 
 import json
 import os
@@ -43,12 +43,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pretrain(folder: Path, version: str, sharded: bool, **trainer: Any) -> list[float]:
+def pretrain(folder: Path, version: str, optim: dict[str, bool], **trainer: Any) -> list[float]:
     """Train in bf16, or go on; return the cross-entropy of every step so far."""
     values = dict(
         model=MODEL,
         data=dict(path=str(folder / "data"), micro_batch=2, validation_sequences=4),
-        optim=dict(use_distributed_optimizer=sharded),
+        optim=optim,
         trainer=dict(precision="bf16", log_every_n_steps=1, checkpoint_every_n_steps=3, **trainer),
         curriculum=[dict(name="pretrain", sequence_length=128, global_batch=4, steps=STEPS, lr=dict(peak=1e-2))],
         exp_manager=dict(exp_dir=str(folder), name="run", version=version),
@@ -59,13 +59,18 @@ def pretrain(folder: Path, version: str, sharded: bool, **trainer: Any) -> list[
     return [row["train/parent/cross_entropy"] for row in rows if "train/parent/cross_entropy" in row]
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["adam", "adam_sharded"])
-def test_a_resumed_run_goes_on_as_the_uninterrupted_one(folder: Path, sharded: bool) -> None:
+SHARDED = dict(use_distributed_optimizer=True)
+OVERLAPPED = SHARDED | dict(overlap_grad_reduce=True, overlap_param_gather=True)
+
+
+@pytest.mark.parametrize("optim", [{}, SHARDED, OVERLAPPED], ids=["adam", "adam_sharded", "adam_sharded_overlapped"])
+def test_a_resumed_run_goes_on_as_the_uninterrupted_one(folder: Path, optim: dict[str, bool]) -> None:
     """Kernels add with atomics, so not to the last digit; a state in the wrong place is far off."""
-    if sharded and ADAM in dict(missing_parts()):
+    if optim and ADAM in dict(missing_parts()):
         pytest.skip("states are sharded by the fused Adam of Transformer Engine or apex: neither is installed")
-    whole = pretrain(folder, f"whole_{sharded}", sharded)
-    pretrain(folder, f"stopped_{sharded}", sharded, max_steps=3)
-    resumed = pretrain(folder, f"stopped_{sharded}", sharded)
+    name = "_".join(optim)
+    whole = pretrain(folder, f"whole_{name}", optim)
+    pretrain(folder, f"stopped_{name}", optim, max_steps=3)
+    resumed = pretrain(folder, f"stopped_{name}", optim)
     assert len(whole) == len(resumed) == STEPS and whole[-1] < whole[0]
     assert resumed == pytest.approx(whole, rel=1e-2)

@@ -218,6 +218,21 @@ def test_seconds_add_up_and_every_cause_is_there() -> None:
     assert idle.time.of("launches") > 0.8 * (idle.time.total - idle.time.of("waiting"))
 
 
+def test_what_overlaps_is_hidden_and_no_more() -> None:
+    """The teacher's pass takes longer than the gather, and one backward pass about as long as the reduction; a replica
+    with one micro-batch a step ends with whatever budget it drew."""
+    exposed = {}
+    for name, overlap, num_gpus in (("off", "false", 512), ("on", "true", 512), ("apart", "true", 8192)):
+        config = values(
+            "plan", f"optim.overlap_grad_reduce={overlap}", f"optim.overlap_param_gather={overlap}",
+            f"cluster.num_gpus={num_gpus}",
+        )  # fmt: skip
+        plan = phase_plans(config, config.parallel, 1, budget_samples(config, config.space()))[1]
+        exposed[name] = [plan.time.of(cause) for cause in ("gradients", "weights")]
+    assert min(exposed["off"]) > 0 and exposed["on"] == [0.0, 0.0]
+    assert exposed["apart"][0] > 0.9 * exposed["off"][0] and exposed["apart"][1] == 0.0
+
+
 def test_measured_figures_take_the_place_of_assumed_ones(tmp_path: Path) -> None:
     config, file = values("plan"), tmp_path / "gpu.json"
     assert with_measured(config)[0] is config
