@@ -4,8 +4,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from elastic.data.packing import document_bounds, pack
 from elastic.data.prepare import prepare, skip_lines
 from elastic.data.prepare_config import PrepareConfig
+
+COMMON_LENGTHS = (4096, 16384, 49152)  # how full sequences would be is said of these; a run says it of its own
 
 
 def run_prepare(config: PrepareConfig, console: Console) -> Path:
@@ -21,6 +24,11 @@ def run_prepare(config: PrepareConfig, console: Console) -> Path:
     for name, split in manifest.splits.items():
         if split.num_counted is not None:
             lines.append(f"{name}: the loss counts {split.num_counted:,} of its tokens ({config.counted_part})")
+    index = prepared.folder / "train.idx"
+    if manifest.packing == "isolated" and index.is_file():
+        bounds = document_bounds(index)
+        fitting = (length for length in COMMON_LENGTHS if length < bounds[-1])
+        lines += [f"packed: {pack(bounds, length, seed=0)}" for length in fitting]
     lines += [f"remarked: {line}" for line in skip_lines(manifest.remarks)]
     lines += [f"skipped: {line}" for line in skip_lines(manifest.skipped) or ["nothing"]]
     console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)

@@ -1,12 +1,14 @@
 """Packing whole documents: each once an epoch, none split without need, nothing from one counted in another."""
 
 from collections import Counter
+from io import StringIO
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from elastic.config.load import load
 from elastic.config.sections import LongDocuments
@@ -17,6 +19,7 @@ from elastic.data.packing import best_fit, document_bounds, pack
 from elastic.data.prepare import PrepareConfig, prepare
 from elastic.data.stream import PADDING_SAMPLE, Concatenated, Isolated, read_batch, samples_of
 from elastic.data.tokens import TokenStream
+from elastic.verbs.prepare_data import run_prepare
 from elastic.verbs.text import length_problems
 from tests.unit.config.configs import put, values_of
 from tests.unit.data.chatting import CHATML, chat_config, conversations, unmarked, write_chats, write_tokenizer
@@ -251,3 +254,11 @@ def test_what_is_too_long_or_too_few_is_said_before_anything_starts(chats: Path)
     )
     put(values, "data.packing", "concatenated")
     assert not [problem for problem in length_problems(load(ElasticConfig, values)) if "curriculum" in problem.field]
+
+
+def test_preparing_chats_says_how_full_sequences_would_be(chats: Path) -> None:
+    screen, folder = StringIO(), chats.parent
+    config = chat_config(folder, folder / "chats.jsonl", folder, validation_ratio=0.3)
+    run_prepare(config, Console(file=screen, width=300))
+    packing = pack(document_bounds(chats / "train.idx"), 4096, 0)
+    assert f"packed: {packing}\n" in screen.getvalue() and "16,384" not in screen.getvalue()
