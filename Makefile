@@ -14,16 +14,16 @@ export TOKENIZERS_PARALLELISM := false
 ifeq ($(wildcard /dev/nvidia0),)
 export TORCHDYNAMO_DISABLE := 1
 endif
-smoke check test gpu: export HF_HUB_OFFLINE := 1
+smoke smoke-chat check test gpu: export HF_HUB_OFFLINE := 1
 check test: export OMP_NUM_THREADS := 1
 benchmark gpu: export PYTHONWARNINGS := ignore
 benchmark gpu: export KINETO_LOG_LEVEL := 99
 
-.PHONY: help setup smoke check test lint benchmark gpu docker clean
+.PHONY: help setup smoke smoke-chat check test lint benchmark gpu docker clean
 .DEFAULT_GOAL := help
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  VENV=DIR      use or make the environment DIR, to share 5 GB between clones (default .venv)"
 	@echo "  PYTHON=FILE   make the environment with this Python 3.12 or 3.13 (default: the first that runs)"
@@ -38,6 +38,9 @@ endif
 
 smoke: setup ## train one nested family on real text and export it: runs/smoke/summary.json
 	"$(PY)" recipes/smoke.py
+
+smoke-chat: setup ## train a family on made-up conversations and count right answers: runs/smoke_chat/summary.json
+	"$(PY)" recipes/smoke_chat.py
 
 # A file is one worker's, since its tests share runs. In the order of their folders those that take longest (a Slurm,
 # torchrun, many processes) come first, so that no worker is left alone with them at the end.

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,16 @@ class Smoke:
         self.folder, self.processes, self.overrides, self.console = folder, processes, overrides, console
 
     def run(
-        self, verb: str, version: str, arguments: Sequence[str] = (), *, distributed: bool = False, threads: int = 1
+        self,
+        verb: str,
+        version: str,
+        arguments: Sequence[str] = (),
+        *,
+        distributed: bool = False,
+        threads: int = 1,
+        log: Path | None = None,
     ) -> Path:
-        """Run one verb unless its folder says that it finished; returns the folder."""
+        """Run one verb unless its folder says that it finished; returns the folder. What it says goes to `log`."""
         target = self.folder / version
         done = self.folder / f".{version}.done"
         if done.exists():
@@ -48,7 +56,8 @@ class Smoke:
         command = [sys.executable, str(ROOT / "recipes" / f"{verb}.py"), *ranks, *arguments, *self._shared(verb)]
         started = time.perf_counter()
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-        finished = subprocess.run(command, env=environment, check=False)
+        with nullcontext() if log is None else log.open("w") as output:
+            finished = subprocess.run(command, env=environment, stdout=output, check=False)
         if finished.returncode:
             raise SystemExit(f"{verb} failed with code {finished.returncode}; mend the cause and run the same command")
         done.write_text(f"{time.perf_counter() - started:.1f}\n")
@@ -123,19 +132,24 @@ def chain(smoke: Smoke) -> dict[str, Any]:
     )
 
 
-def main() -> None:
-    """Parse the command line, run the chain, report."""
+def parse_command_line(purpose: str, name: str) -> Smoke:
+    """Read the command line of a chain that stays in the folder `name` by default, and make that folder."""
     os.environ.update(QUIET)  # the report itself loads the exported folders
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=purpose)
     parser.add_argument("--exp-dir", type=Path, default=Path("runs"), help="where runs are written (default: runs)")
-    parser.add_argument("--name", default="smoke", help="folder name of this run (default: smoke)")
+    parser.add_argument("--name", default=name, help=f"folder name of this run (default: {name})")
     parser.add_argument("--processes", type=int, default=2, help="processes under torchrun (default: 2)")
     parser.add_argument("overrides", nargs="*", help="verb:key=value, for example train_elastic:trainer.max_steps=20")
     arguments = parser.parse_args()
-    console = Console()
     folder = arguments.exp_dir / arguments.name
     folder.mkdir(parents=True, exist_ok=True)
-    summary = chain(Smoke(folder, arguments.processes, arguments.overrides, console))
+    return Smoke(folder, arguments.processes, arguments.overrides, Console())
+
+
+def main() -> None:
+    """Parse the command line, run the chain, report."""
+    smoke = parse_command_line(__doc__.splitlines()[0], "smoke")
+    summary, folder, console = chain(smoke), smoke.folder, smoke.console
     from recipes._smoke_report import draw_family, summary_table
 
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

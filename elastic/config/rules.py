@@ -62,10 +62,11 @@ def check_writers(budget: str | None, think: str | None, answer: str | None, sub
         yield Problem("budget", budget, "contradicts think and answer", "set budget=null")
 
 
-def check_prompts(prompts: tuple[str, ...], prompt_file: str | None) -> Problems:
+def check_prompts(prompts: tuple[str, ...], prompt_file: str | None, chat_file: str | None) -> Problems:
     """There is something to go on from."""
-    if not prompts and prompt_file is None:
-        yield Problem("prompts", [], "there is nothing to go on from", "set prompts='[\"def f(\"]' or prompt_file=FILE")
+    if not prompts and prompt_file is None and chat_file is None:
+        remedy = "set prompts='[\"def f(\"]', prompt_file=FILE or chat_file=FILE"
+        yield Problem("prompts", [], "there is nothing to go on from", remedy)
     for index in (index for index, prompt in enumerate(prompts) if not prompt):
         yield Problem(f"prompts.{index}", "", "must not be empty", "give a text to go on from")
 

@@ -246,7 +246,8 @@ class GenerateConfig(ComputedConfig):
 
     The weights come from init_from.checkpoint or from `folder`, a Hugging Face folder. `budget`, `think` and `answer`
     name budgets or entries of `subnets`; without any, the whole model writes. In `prompts`, \\n and \\t are a line
-    break and a tab; `prompt_file` holds one more, which is taken as it is. `tokenizer` null takes the folder's own,
+    break and a tab; `prompt_file` holds one more, which is taken as it is. `chat_file` is a .jsonl of conversations to
+    answer, put into the tokenizer's chat template. `tokenizer` null takes the folder's own,
     or that of the data the checkpoint was trained on. Thinking has a limit of its own beside max_new_tokens.
     Temperature 0 is greedy. Text is printed; `output` names a JSON file that gets it, too, with tokens and speeds.
     """
@@ -262,6 +263,7 @@ class GenerateConfig(ComputedConfig):
     max_think_tokens: ranges.Length = 512
     prompts: tuple[str, ...] = ()
     prompt_file: str | None = None
+    chat_file: str | None = None
     max_new_tokens: ranges.Length = 128
     temperature: ranges.TemperatureOrZero = 0.0
     top_k: ranges.Vocab | None = None

@@ -96,15 +96,18 @@ class ChatTemplate:
         self._special = re.compile(longest_first or "(?!)")
         self._shields = not parse_special_tokens
 
-    def render(self, conversation: Conversation) -> Chat:
-        """Render a conversation; raises TemplateRefusal, NotSeparable, or DataError for a broken template."""
-        text, marked = self._rendered(conversation.messages, conversation.tools)
+    def render(self, conversation: Conversation, *, prompt: bool = False) -> Chat:
+        """Render a conversation, with `prompt` up to where the assistant's next turn begins.
+
+        Raises TemplateRefusal, NotSeparable, or DataError for a broken template.
+        """
+        text, marked = self._rendered(conversation.messages, conversation.tools, prompt=prompt)
         shields = [mark for mark in NONCHARACTERS if mark not in text]
         start, end = shields[:2]
         shielded = self._shielded([conversation.messages, conversation.tools], f"{start}\\g<0>{end}")
         if not self._shields or shielded == [conversation.messages, conversation.tools]:
             return Chat(conversation, text, (), marked)
-        pieces = re.split(f"([{start}{end}])", self._rendered(*shielded)[0])
+        pieces = re.split(f"([{start}{end}])", self._rendered(*shielded, prompt=prompt)[0])
         found, spelled, position = "".join(pieces[::2]), [], 0
         if found != text or pieces[1::2] != [start, end] * (len(pieces) // 4):
             raise NotSeparable

@@ -5,7 +5,6 @@ Prompts are answered one after another.
 """
 
 import difflib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,9 +30,11 @@ from elastic.model.initialize import named_global_parameters
 from elastic.model.model import ElasticModel, build_model
 from elastic.model.sharding import shard_tensor
 from elastic.run.world import run_world
+from elastic.space.cost import subnet_cost
 from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import Space
 from elastic.verbs.members import members_problems, open_checkpoint, subnet_summary
+from elastic.verbs.prompts import Prompt, chat_problems, read_prompts
 from elastic.verbs.report_file import check_output, write_output
 from elastic.verbs.text import text_settings
 from elastic.world.groups import Layout, World
@@ -52,8 +53,14 @@ class Served:
     model: ElasticModel
     subnets: dict[str, Subnet]
     tokenizer: LoadedTokenizer
+    tokenizer_folder: Path
     eos_ids: frozenset[int]
     suppressed: tuple[int, ...] = ()
+
+    @property
+    def shape(self) -> ModelShape:
+        """Return the sizes of the whole model."""
+        return self.model.decoder.masks.space.parent
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Turn tokens into text, special tokens too; an id that only fills up the vocabulary is nothing."""
@@ -67,35 +74,25 @@ def run_generate(config: GenerateConfig, console: Console) -> list[dict[str, Any
     Nothing but that file is written, so a call needs no name of its own. Raises OutputError if it exists.
     """
     check_output(config)
-    prompts = [unescaped(prompt) for prompt in config.prompts]
-    if config.prompt_file is not None:
-        prompts.append(_read(Path(config.prompt_file)))
     with run_world(config) as here:
         served = open_served(config, here, console)
-        rows = []
+        rows, prompts = [], read_prompts(config, served.tokenizer, served.tokenizer_folder)
         for number, prompt in enumerate(prompts):
-            tokens = served.tokenizer.encode_prompt(prompt)
             drawn = (config.temperature, config.top_k, config.top_p, config.seed, number)
             sampling = Sampling(*drawn, suppressed=served.suppressed)
             if here.is_main:
-                console.rule(f"prompt {number + 1} of {len(prompts)}, {len(tokens)} tokens", align="left")
-                console.out(prompt, style="bold", end="", highlight=False)
+                console.rule(f"prompt {number + 1} of {len(prompts)}, {len(prompt.tokens)} tokens", align="left")
+                console.out(prompt.text, style="bold", end="", highlight=False)
             show = _shown(served, console) if here.is_main else None
-            text = generate(
-                served.model, _plan(config, served), tokens, sampling, config.max_new_tokens, served.eos_ids, show
-            )
-            rows.append(_row(config, served, prompt, tokens, text))
+            plan, ends = _plan(config, served), served.eos_ids
+            text = generate(served.model, plan, prompt.tokens, sampling, config.max_new_tokens, ends, show)
+            rows.append(_row(config, served, prompt, text))
             if here.is_main:
                 console.out("")
                 console.print(_summary(rows[-1]), style="dim", markup=False, highlight=False)
         if here.is_main:
             write_output(config, {"config": asdict(config), "source": served.source, "texts": rows}, console)
     return rows
-
-
-def unescaped(prompt: str) -> str:
-    """Turn the two letters \\n into a line break and \\t into a tab, which a shell passes on; \\\\ is one \\."""
-    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}[found[1]], prompt)
 
 
 def open_served(config: GenerateConfig, here: World, console: Console) -> Served:
@@ -115,7 +112,7 @@ def open_served(config: GenerateConfig, here: World, console: Console) -> Served
     whole = Subnet.full(model.decoder.masks.space.parent)
     ends = settings.end_tokens() or frozenset((tokenizer.eos_id,))
     suppressed = tuple((settings.generation or {}).get("suppress_tokens") or ())
-    return Served(source, model.eval(), {WHOLE: whole, **named}, tokenizer, ends, suppressed)
+    return Served(source, model.eval(), {WHOLE: whole, **named}, tokenizer, Path(path), ends, suppressed)
 
 
 def _own_text(config: GenerateConfig, checkpoint: Path, record: Record) -> tuple[HfSettings, Path | None]:
@@ -207,6 +204,8 @@ def _tokenizer_problems(config: GenerateConfig, own: Path | None, field: str, sh
     if tokens > shape.vocab:
         rule = f"has {tokens} tokens, the model of {field} has {shape.vocab} rows"
         yield Problem("tokenizer", str(path), rule, "give the tokenizer the model was trained with")
+        return
+    yield from chat_problems(config, Path(path))
 
 
 def _plan(config: GenerateConfig, served: Served) -> Subnet | ThinkPlan:
@@ -230,27 +229,26 @@ def _shown(served: Served, console: Console) -> Callable[[int], None]:
     return show
 
 
-def _row(
-    config: GenerateConfig, served: Served, prompt: str, prompt_tokens: list[int], text: Generation
-) -> dict[str, Any]:
+def _row(config: GenerateConfig, served: Served, prompt: Prompt, text: Generation) -> dict[str, Any]:
     names = [config.budget or WHOLE] if config.think is None else [config.think, config.answer]
     spoken = text.tokens[:-1] if text.end is End.EOS else text.tokens
     return {
-        "prompt": prompt,
+        "prompt": prompt.text,
         "text": served.decode(spoken),
         "answer": None if text.switch is None else served.decode(spoken[text.switch :]),
-        "prompt_tokens": prompt_tokens,
+        "prompt_tokens": prompt.tokens,
         "tokens": list(text.tokens),
         "end": str(text.end),
         "switch": text.switch,
         "forced_marker": text.forced_marker,
-        "parts": [_part(str(name), part) for name, part in zip(names, text.parts, strict=False)],
+        "parts": [_part(str(name), part, served.shape) for name, part in zip(names, text.parts, strict=False)],
     }
 
 
-def _part(name: str, part: Part) -> dict[str, Any]:
+def _part(name: str, part: Part, parent: ModelShape) -> dict[str, Any]:
     return {
         "name": name,
+        "params": subnet_cost(parent, part.subnet).params,
         "subnet": subnet_summary(part.subnet),
         "read_tokens": part.read_tokens,
         "read_tokens_per_s": part.read_tokens / part.read_s if part.read_tokens else None,
@@ -271,13 +269,3 @@ def _summary(row: dict[str, Any]) -> str:
     ]
     forced = ["marker forced"] if row["forced_marker"] else []
     return "; ".join([*parts, *forced, f"ended by {row['end']}"])
-
-
-def _read(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"prompt_file = {path}: cannot be read as UTF-8 text ({error})") from error
-    if not text:
-        raise DataError(f"prompt_file = {path}: is empty; give a text to go on from")
-    return text

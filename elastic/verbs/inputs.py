@@ -89,7 +89,7 @@ def input_paths(config: object) -> Iterator[tuple[str, str | None]]:
     if isinstance(config, ImportConfig):
         yield "source", config.source
     if isinstance(config, GenerateConfig):
-        yield from (("folder", config.folder), ("tokenizer", config.tokenizer), ("prompt_file", config.prompt_file))
+        yield from ((name, getattr(config, name)) for name in ("folder", "tokenizer", "prompt_file", "chat_file"))
     if isinstance(config, FROM_CHECKPOINTS):
         yield from sources(config.init_from)
 

@@ -62,7 +62,7 @@ BAD: tuple[BadConfig, ...] = (
         GenerateConfig,
         {"prompts": []},
         1,
-        "prompts = []: there is nothing to go on from; set prompts='[\"def f(\"]' or prompt_file=FILE",
+        "prompts = []: there is nothing to go on from; set prompts='[\"def f(\"]', prompt_file=FILE or chat_file=FILE",
     ),
     (
         GenerateConfig,

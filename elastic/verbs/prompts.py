@@ -1,0 +1,91 @@
+"""What generate writes on from: texts, or conversations up to where the answer begins."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from elastic.config.load import Problem
+from elastic.config.verbs import GenerateConfig
+from elastic.data.chat import ChatError, ChatTemplate, NotSeparable, TemplateRefusal
+from elastic.data.conversation import Conversation, parse_conversation
+from elastic.data.corpus_files import SkipReason
+from elastic.data.manifest import DataError
+from elastic.data.tokenizer import LoadedTokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to go on from, and its tokens."""
+
+    text: str
+    tokens: list[int]
+
+
+def read_prompts(config: GenerateConfig, tokenizer: LoadedTokenizer, folder: Path) -> list[Prompt]:
+    """Return all prompts in order: `prompts`, `prompt_file`, `chat_file`; `folder` holds the tokenizer.
+
+    Raises DataError for a file that cannot be read, is empty, or holds a conversation that cannot be answered.
+    """
+    texts = [unescaped(prompt) for prompt in config.prompts]
+    if config.prompt_file is not None:
+        texts.append(_read("prompt_file", Path(config.prompt_file)))
+    prompts = [Prompt(text, tokenizer.encode_prompt(text)) for text in texts]
+    if config.chat_file is not None:
+        prompts += _chats(Path(config.chat_file), ChatTemplate(folder, tokenizer, "all", parse_special_tokens=False))
+    return prompts
+
+
+def chat_problems(config: GenerateConfig, folder: Path) -> Iterator[Problem]:
+    """Yield a problem for conversations that the tokenizer in `folder` cannot turn into prompts."""
+    if config.chat_file is None:
+        return
+    try:
+        tokenizer = load_tokenizer(folder, parse_special_tokens=True)
+        _chats(Path(config.chat_file), ChatTemplate(folder, tokenizer, "all", parse_special_tokens=False))
+    except DataError as error:
+        remedy = 'a line is {"messages": [..., {"role": "user", "content": ...}]}'
+        yield Problem("chat_file", config.chat_file, str(error), remedy)
+
+
+def unescaped(prompt: str) -> str:
+    """Turn the two letters \\n into a line break and \\t into a tab, which a shell passes on; \\\\ is one \\."""
+    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}[found[1]], prompt)
+
+
+def _chats(path: Path, template: ChatTemplate) -> list[Prompt]:
+    prompts = []
+    for number, line in enumerate(_read("chat_file", path).splitlines(), 1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        conversation = parse_conversation(line, "all")
+        if isinstance(conversation, SkipReason):
+            raise DataError(f"{place}: {conversation}")
+        prompts.append(_prompt(place, conversation, template))
+    return prompts
+
+
+def _prompt(place: str, conversation: Conversation, template: ChatTemplate) -> Prompt:
+    if not conversation.ends_without_answer:
+        raise DataError(f"{place}: its last message is the assistant's own, so there is nothing to answer")
+    try:
+        chat = template.render(conversation, prompt=True)
+        ((ids, _),) = template.encode([chat])
+    except TemplateRefusal as error:
+        raise DataError(f"{place}: {SkipReason.REFUSED} ({error})") from error
+    except NotSeparable as error:
+        raise DataError(f"{place}: {SkipReason.NOT_SEPARABLE}") from error
+    except ChatError as error:
+        raise DataError(f"{place}: {error}") from error
+    return Prompt(chat.text, ids.tolist())
+
+
+def _read(field: str, path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{field} = {path}: cannot be read as UTF-8 text ({error})") from error
+    if not text.strip() if field == "chat_file" else not text:
+        raise DataError(f"{field} = {path}: is empty; give a text to go on from")
+    return text
