@@ -79,7 +79,7 @@ def test_a_packed_document_is_computed_as_if_alone(name: str, packed: str, recom
 
 
 @pytest.mark.parametrize("name", SPACES)
-def test_nothing_leaks_from_document_to_document(name: str) -> None:
+def test_pitfall_26_nothing_leaks_from_document_to_document(name: str) -> None:
     """Another document in front moves no logit; in the same document it would, which shows that the test can see."""
     model, lengths = build_lively(SPACES[name], Layout(dtype=torch.float64)), [5, 6]
     tokens = tokens_for(SPACES[name].parent, batch=1)
