@@ -3,7 +3,7 @@
 B batch, L length, I channels, K taps. pre[t] = bias + sum_j weight[j] x[t - (K-1-j)], out = silu(pre). A tap that
 reaches over the start of its document or sequence reads zero; in front of a sequence it reads `before`, if given.
 Backward: dx[t] = sum_m weight[K-1-m] dpre[t+m], pre computed again from x. Tensors are bf16, fp16 or fp32, sums fp32.
-Imported only where Triton runs; the twin in plain PyTorch is in `model/state_space.py`.
+Imported only where Triton runs; the twin in plain PyTorch is in `model/elementwise.py`.
 """
 
 from typing import Any

@@ -83,7 +83,7 @@ def attention_by_documents(query: Tensor, key: Tensor, value: Tensor, documents:
     they would in Transformer Engine's ring. In bf16 on a GPU it is torch's variable-length flash attention.
     """
     flat_query, keys, values = (_rows(t) for t in (query, *(_whole_sequences(t, cp_group) for t in (key, value))))
-    fits = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0
+    fits = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] in range(8, 257, 8)
     context = (_attended_packed if fits else _attended_in_turn)(flat_query, keys, values, documents)
     return _tokens_first(context, query.shape[1])
 

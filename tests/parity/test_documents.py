@@ -8,7 +8,7 @@ from torch import Tensor
 
 from elastic.model.model import ElasticModel
 from elastic.space.gates import Gates
-from elastic.world.groups import Layout
+from elastic.world.groups import Layout, Recompute
 from tests.parity.model_factory import (
     SPACES,
     build_lively,
@@ -24,8 +24,9 @@ from tests.parity.model_factory import (
 
 BOUND, LEAK = 1e-9, 1e-12
 # Lengths of the documents of two rows; the scan's chunks end after 4 and 8 tokens, the convolutions reach over 3 or 2.
+EDGES = "on and beside the chunks' edges"
 PACKED = {
-    "on and beside the chunks' edges": ([4, 4, 3], [3, 1, 4, 2, 1]),
+    EDGES: ([4, 4, 3], [3, 1, 4, 2, 1]),
     "shorter than the taps, and one alone": ([2, 1, 2, 1, 5], [11]),
     "of one token each": ([1] * 11, [9, 2]),
 }
@@ -64,9 +65,10 @@ def executions(model: ElasticModel) -> Iterator[tuple[Gates | None, Mapping[str,
 
 
 @pytest.mark.parametrize("name", ["two groups, depth 7", "four groups, five queries per KV head, depth 10"])
-@pytest.mark.parametrize("packed", PACKED)
-@pytest.mark.parametrize("recompute", ["none", "full"])
-def test_a_packed_document_is_computed_as_if_alone(name: str, packed: str, recompute: str) -> None:
+@pytest.mark.parametrize(
+    ("recompute", "packed"), [*(("none", packed) for packed in PACKED), ("full", EDGES), ("selective", EDGES)]
+)
+def test_a_packed_document_is_computed_as_if_alone(name: str, recompute: Recompute, packed: str) -> None:
     """Logits, and the gradients of all weights and gates."""
     model = build_lively(SPACES[name], Layout(dtype=torch.float64, recompute=recompute))
     tokens, rows = tokens_for(SPACES[name].parent), PACKED[packed]

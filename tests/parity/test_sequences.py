@@ -1,4 +1,4 @@
-"""What a token may see: earlier tokens of its own sequence, nothing else; packed sequences are refused."""
+"""What a token may see: earlier tokens of its own sequence, nothing else; packed arguments are refused."""
 
 from collections.abc import Iterator
 
