@@ -1,6 +1,6 @@
 """Print the ratios this project is held to, each measured in one run, alternating: `make benchmark`.
 
-Hardware: two CPU cores, 16 GiB memory and 25 GB of disk for the last two parts. Time: about 15 minutes. `--only PART`
+Hardware: two CPU cores, 16 GiB memory and 25 GB of disk for the last two parts. Time: about 6 minutes. `--only PART`
 runs one part, `--rounds` sets how often every case of the first two runs. `--only full_size --where FOLDER` imports
 the whole 12B and extracts a 6B: 75 GB of disk, about 10 minutes; it is no part of the others. `--only gpu` measures
 one GPU (`make gpu`) for about `--seconds`, all of it in `--json FILE`; its code is tried out on a CPU with
@@ -98,7 +98,7 @@ def measure_gpu(arguments: argparse.Namespace, parser: argparse.ArgumentParser) 
         parser.error(f"--device {arguments.device}: there is {'a' if has_gpu else 'no'} CUDA device; {remedy}")
     if not has_gpu and os.environ.get("TRITON_INTERPRET") != "1":  # Triton is imported already
         parser.error("--device cpu: kernels run in Triton's interpreter there; start with TRITON_INTERPRET=1 in front")
-    report = gpu.run(torch.device(arguments.device), arguments.seconds, arguments.rounds, arguments.tiny)
+    report = gpu.run(torch.device(arguments.device), arguments.seconds, arguments.rounds or 9, arguments.tiny)
     if arguments.json is not None:
         gpu.write(report, arguments.json)
     gpu.show(report, Console(width=120))
@@ -109,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=(*PARTS, "full_size", "gpu"))
     parser.add_argument("--where", type=Path, help="folder that full_size works in (default: for temporary files)")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, help="how often each case runs (default: 5, of gpu 9)")
     parser.add_argument("--seconds", type=float, default=300.0, help="of gpu; later cases are left out")
     parser.add_argument("--json", type=Path, help="file that gpu writes everything to")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="of gpu")
@@ -121,7 +121,8 @@ def main() -> None:
     # One thread: on a small machine two threads measure the scheduler as much as the code.
     torch.set_num_threads(1)
     console = Console()
-    console.print(f"torch {torch.__version__}, {os.cpu_count()} cores, 1 thread, {arguments.rounds} rounds")
+    rounds = arguments.rounds or 5
+    console.print(f"torch {torch.__version__}, {os.cpu_count()} cores, 1 thread, {rounds} rounds")
     parts = PARTS if arguments.only is None else (arguments.only,)
     precisions = timed_precisions() if {"execution", "kl"}.intersection(parts) else (torch.float32, torch.bfloat16)
     if torch.bfloat16 not in precisions:
@@ -130,9 +131,9 @@ def main() -> None:
         )
     if "execution" in parts:
         with world(Layout()):
-            console.print(execution_table(execution.run(arguments.rounds, precisions)))
+            console.print(execution_table(execution.run(rounds, precisions)))
     if "kl" in parts:
-        console.print(kl_table(kl.run(arguments.rounds, precisions)))
+        console.print(kl_table(kl.run(rounds, precisions)))
     if "conversion" in parts:
         console.print(conversion_table(conversion.run()))
     if "serving" in parts:

@@ -63,10 +63,10 @@ def distillation_loss(
     `chunk_tokens` bounds memory: three buffers [chunk_tokens, v] at a time. Gradients are ready when this returns, the
     backward pass only scales them; they are not computed where none are wanted. Teacher and token weights get none.
 
-    With `head_gradient` [v, d], fp32 (fp64 for fp64 inputs) like Megatron-Core's `main_grad`, the gradient of `total`
-    for the head is added to it before this returns, and autograd gets none for the head: nothing of the head's size is
-    allocated. It cannot be scaled afterwards, so `total` must be differentiated as it is, once: an incoming gradient
-    other than 1 makes that of student_hidden NaN, loud without waiting for the device.
+    With `head_gradient` [v, d], fp32 (fp64 for fp64 inputs) like Megatron-Core's `main_grad` or columns of it, the
+    gradient of `total` for the head is added to it before this returns, and autograd gets none for the head: nothing of
+    the head's size is allocated. It cannot be scaled afterwards, so `total` must be differentiated as it is, once: an
+    incoming gradient other than 1 makes that of student_hidden NaN, loud without waiting for the device.
 
     With `tp_group` the gradient of student_hidden is this rank's PARTIAL sum over its part of the vocabulary: pass the
     hidden states through `modules.head.parallel_hidden`, whose backward adds the ranks up. The head's is complete.

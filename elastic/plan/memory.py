@@ -149,18 +149,14 @@ def loss_bytes(run: MicroBatchWork, chunk_tokens: int) -> int:
     """Return what the chunked loss holds at once (`elastic.distill.kl`).
 
     Student's and teacher's hidden states gathered over the tensor-parallel group, the gradient of the student's; three
-    [n, v] buffers in fp32. A whole head's gradient is summed where gradients are kept (PyTorch makes a product first);
-    a cut one's in fp32 beside it, and autograd then makes it and the whole head's, mostly zeros, in half precision.
+    [n, v] buffers in fp32. The head's gradient is summed where gradients are kept (PyTorch makes a product first).
     """
     gathers = run.layout.tensor > 1 and run.layout.sequence
     hidden = run.gathered_bytes + (run.gathered_bytes + run.teacher.gathered_bytes if gathers else 0)
     e, vocab = run.element_bytes, run.local_vocab
     chunk = 3 * min(chunk_tokens, run.tokens) * vocab * FP32_BYTES
     product = 0 if run.kernels is KernelSet.FUSED or e == FP32_BYTES else vocab * run.hidden * (e + FP32_BYTES)
-    if run.hidden == run.parent.hidden:
-        return hidden + chunk + product
-    summed = vocab * run.hidden * FP32_BYTES
-    return hidden + summed + max(chunk + product, vocab * (run.hidden + run.parent.hidden) * e)
+    return hidden + chunk + product
 
 
 def saved_bytes(layer: LayerWork) -> int:

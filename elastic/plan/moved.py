@@ -70,13 +70,13 @@ def stage_moved(run: MicroBatchWork, stage: int, *, sums_in_products: bool = Tru
 
 def _accumulated(run: MicroBatchWork, stage: int, sums_in_products: bool) -> Moved:
     """Count weight gradients on their way to the fp32 buffers: products' where the kept rows are not the first ones,
-    and all of what is no product's weight: mostly the embedding's, as large as its weight though mostly zeros, and a
-    cut head's; a whole one's is summed by the loss."""
+    and all of what is no product's weight: mostly the embedding's, as large as its weight though mostly zeros. The
+    head's is summed by the loss."""
     elements = rank_parameters(run.parent, run.layout.tensor, run.layout.pipeline, stage)
     rest = sum(elements.values()) - sum(map(_projections, run.teacher.layers(stage)))
     is_last, tied = stage == run.layout.pipeline - 1, run.parent.tied_embeddings
-    if is_last and run.hidden == run.parent.hidden and not (tied and stage == 0):
-        rest -= run.local_vocab * run.hidden
+    if is_last and not (tied and stage == 0):
+        rest -= run.local_vocab * run.parent.hidden
     found = rest * (run.element_bytes + _ADDED_BYTES)
     if stage == 0:
         found += run.local_vocab * run.parent.hidden * run.element_bytes
@@ -181,14 +181,12 @@ def _mamba_copies(layer: LayerWork, backward: bool) -> float:
 
 def loss_moved(run: MicroBatchWork, chunk_tokens: int) -> Moved:
     """Count the chunked loss: the logits of both models are written and read twice, in fp32, the gradient is written
-    and read by two products; one of them reads and writes the head's gradient in fp32, a cut head's first set to zero
-    and in the end read to be scaled.
+    and read by two products; one of them reads and writes the head's gradient in fp32.
     """
     logits, head, chunks = run.tokens * run.local_vocab, run.local_vocab * run.hidden, num_chunks(run, chunk_tokens)
-    beside = 0 if run.hidden == run.parent.hidden else 2 * FP32_BYTES + run.element_bytes
     return Moved(
         elementwise=logits * (2 * 3 * FP32_BYTES + 3 * run.element_bytes),
-        accumulation=head * (chunks * _ADDED_BYTES + beside),
+        accumulation=head * chunks * _ADDED_BYTES,
         launches=_LOSS_LAUNCHES * chunks,
     )
 

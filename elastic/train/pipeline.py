@@ -188,18 +188,15 @@ class PipelineRunner:
         return terms.total, counted, MicroBatchLoss(budget, counted, terms.kl, terms.cross_entropy)
 
     def _head_gradient(self, head: Tensor) -> Tensor | None:
-        """Return the buffer in which micro-batches sum a whole head's gradient; a cut head's goes through autograd."""
+        """Return where micro-batches sum the gradient of the head's columns in `head`, past autograd."""
         trains = head.requires_grad and torch.is_grad_enabled()
         if not trains or not isinstance(self.student, DistributedDataParallel):
             return None
         model, parameter = self.student_model, self.student_model.head_weight()
-        embeds_too = model.share_embeddings_and_output_weights and model.pre_process
-        added = head is parameter and not embeds_too and _overlaps(self.student)
-        if added:
-            _say_added(parameter)
-        else:  # this micro-batch's comes through autograd, at least the embedding's
-            parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
-        return parameter.main_grad if head is parameter else None  # type: ignore[attr-defined]
+        if _overlaps(self.student) and not (model.share_embeddings_and_output_weights and model.pre_process):
+            _say_added(parameter)  # where it embeds too, that gradient comes through autograd
+        columns: Tensor = parameter.main_grad[:, : head.shape[1]]  # type: ignore[attr-defined]  # the wrapper's
+        return columns
 
     def _tokens(self, hidden: Tensor) -> Tensor:
         return parallel_hidden(hidden, self.world.layout.sequence, self.world.groups.tp)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 
 
-def alternate(cases: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+def alternate(cases: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
     """Run every case once per round, in turn, `warmup` rounds uncounted; return seconds per round and case."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for index in range(warmup + rounds):

@@ -20,7 +20,7 @@ from elastic.hf.tensor_files import planned, write_tensors
 from elastic.space.shape import ModelShape
 
 ROOT = Path(__file__).resolve().parents[2]
-PATTERNS = {8: "M-M*-M-M", 16: "M-M*-M-MM-M*-M-M"}
+PATTERNS = {4: "M-*-", 8: "M-M*-M-M"}
 WIDTHS = dict(
     vocab=131072, hidden=5120, ffn=20480, mamba_heads=128, head_channels=80, mamba_groups=8, mamba_state=128,
     conv_kernel=4, attention_heads=40, kv_heads=8, attention_channels=128,
@@ -31,13 +31,14 @@ GIB = 2**30
 
 
 def random_folder(folder: Path, shape: ModelShape) -> int:
-    """Write a stock folder of random bf16 weights, tensor by tensor; returns its bytes."""
-    rule = DtypeRule(torch.bfloat16)
+    """Write a stock folder of random bf16 weights, a million over and over, tensor by tensor; returns its bytes."""
+    rule, drawn = DtypeRule(torch.bfloat16), torch.empty(2**20).normal_(0.0, 0.02)
     plan = {name: planned(size, rule.of(name)) for name, size in hf_sizes(shape).items()}
 
     def values() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in plan.items():
-            yield name, torch.empty_like(tensor, device="cpu").normal_(0.0, 0.02)
+            size = tensor.numel()
+            yield name, drawn.to(tensor.dtype).repeat(-(-size // len(drawn)))[:size].view(tensor.shape)
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(hf_config(shape, HfSettings(), torch.bfloat16)))
@@ -58,7 +59,7 @@ def measured(verb: str, arguments: Sequence[str]) -> dict[str, float]:
 
 
 def run(where: Path | None = None) -> list[dict[str, Any]]:
-    """Import, cut and delete a model of 8 and of 16 layers under `where` (default: the folder for temporary files)."""
+    """Import, cut and delete a model of 4 and of 8 layers under `where` (default: the folder for temporary files)."""
     rows = []
     for num_layers, pattern in PATTERNS.items():
         with tempfile.TemporaryDirectory(dir=where) as scratch:
