@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from elastic.checkpoint.state import Trainable, load_checkpoint
 from elastic.model.attention import SdpaCoreAttention
 from elastic.model.backends import Kernels
 from elastic.model.initialize import named_global_parameters
@@ -28,7 +30,7 @@ from elastic.space.gates import Gates
 from elastic.space.nesting import parameter_size
 from elastic.space.shape import ModelShape
 from elastic.space.space import AxisChoices, Space
-from elastic.world.groups import Layout
+from elastic.world.groups import Layout, join_world
 from tests.shapes import random_choice
 
 Choice = Mapping[Axis, tuple[int, ...]]
@@ -193,6 +195,18 @@ def build_stock(shape: ModelShape, layout: Layout | None = None, kernels: Kernel
         position_embedding_type="none",
         pg_collection=groups,
     )
+
+
+@torch.no_grad()
+def loaded_logits(parents: list[tuple[Path, ModelShape]], tokens: Tensor, tensor_parallel: int) -> list[Tensor]:
+    """Load each checkpoint on this rank and return its rows of the logits [B, S, v]."""
+    layout, found = Layout(tensor=tensor_parallel), []
+    join_world(layout, torch.device("cpu"))
+    for checkpoint, shape in parents:
+        model = build_model(submodel_space(shape), layout).eval()
+        load_checkpoint(checkpoint, Trainable(model))
+        found.append((model(tokens) @ model.head_weight().T).transpose(0, 1))
+    return found
 
 
 def smallest_choice(space: Space) -> dict[Axis, tuple[int, ...]]:

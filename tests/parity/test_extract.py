@@ -13,15 +13,14 @@ from elastic.checkpoint.find import resolve_checkpoint
 from elastic.checkpoint.read import StoredTensors
 from elastic.checkpoint.record import Record
 from elastic.config.load import load
-from elastic.config.verbs import ImportConfig, SubnetConfig
-from elastic.hf.config import ExportError, hf_config
+from elastic.config.verbs import ImportConfig
+from elastic.hf.config import hf_config
 from elastic.hf.export_settings import HfSettings
 from elastic.space.cost import shape_cost
-from elastic.verbs.extract import EXTRACTION_FILE, logits_in_child, nested_logits
+from elastic.verbs.extract import EXTRACTION_FILE
 from elastic.verbs.import_hf import run_import
-from tests.parity.hf_models import SHAPES, relative_error
+from tests.parity.hf_models import SHAPES
 from tests.parity.import_extract import (
-    BF16,
     CASES,
     QUIET,
     TOKENS,
@@ -115,19 +114,6 @@ def test_exported_submodels_load_without_a_complaint_and_generate(name: str, tmp
     assert not any(info.values()), info
     answer = model.generate(TOKENS[:1, :5], max_new_tokens=3, do_sample=False, eos_token_id=None)
     assert answer.shape == (1, 8)
-
-
-def test_a_child_without_a_gpu_computes_the_same_logits(tmp_path: Path) -> None:
-    shape = SHAPES["groups 4, five queries per KV head"]
-    stock_folder(tmp_path / "stock", shape, "bf16")
-    checkpoint = resolve_checkpoint(imported(tmp_path, tmp_path / "stock"))
-    subnet = SubnetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in narrowed(shape).items()}).subnet(
-        shape
-    )
-    here, child = (compute(checkpoint, subnet, BF16, TOKENS) for compute in (nested_logits, logits_in_child))
-    assert here.shape == (*TOKENS.shape, shape.vocab) and relative_error(child, here) < 1e-6
-    with pytest.raises(ExportError, match="not computed"):
-        logits_in_child(tmp_path / "nowhere", subnet, BF16, TOKENS)
 
 
 @pytest.mark.parametrize("name", ["groups 2, tied head", "groups 1, odd head channels"])

@@ -10,36 +10,27 @@ from torch import Tensor
 
 from elastic.checkpoint.find import resolve_checkpoint
 from elastic.checkpoint.record import Record
-from elastic.checkpoint.state import CheckpointError, Trainable, load_checkpoint
+from elastic.checkpoint.state import CheckpointError
 from elastic.hf.tensor_files import TensorFolder
-from elastic.model.model import build_model
 from elastic.run.folder import RunFolderError
 from elastic.space.shape import ModelShape
-from elastic.world.groups import Layout, join_world
 from tests.distributed.harness import run_distributed
 from tests.parity.hf_models import SHAPES, logits, relative_error
 from tests.parity.import_extract import SPLITTABLE, TOKENS, extracted, imported, stock_folder, weights
-from tests.parity.model_factory import submodel_space
+from tests.parity.model_factory import loaded_logits
 
 
-def our_logits(checkpoint: Path, shape: ModelShape, tensor_parallel: int) -> Tensor:
-    """Load the imported checkpoint on this rank and return its rows of the logits [B, S, v]."""
-    layout = Layout(tensor=tensor_parallel)
-    join_world(layout, torch.device("cpu"))
-    model = build_model(submodel_space(shape), layout).eval()
-    load_checkpoint(checkpoint, Trainable(model))
-    with torch.no_grad():
-        return (model(TOKENS) @ model.head_weight().T).transpose(0, 1)
-
-
-@pytest.mark.parametrize("tensor_parallel", [1, 2])
-@pytest.mark.parametrize("name", SPLITTABLE)
-def test_the_imported_parent_answers_like_stock_transformers(name: str, tensor_parallel: int, tmp_path: Path) -> None:
-    shape = SHAPES[name]
-    model = stock_folder(tmp_path / "stock", shape, "fp32")
-    checkpoint = resolve_checkpoint(imported(tmp_path, tmp_path / "stock"))
-    rows = run_distributed(our_logits, tensor_parallel, checkpoint, shape, tensor_parallel)
-    assert relative_error(torch.cat(rows, dim=-1), logits(model, TOKENS)) < 1e-5
+def test_the_imported_parents_answer_like_stock_transformers(tmp_path: Path) -> None:
+    parents: list[tuple[Path, ModelShape]] = []
+    expected = []
+    for number, name in enumerate(SPLITTABLE):
+        folder = tmp_path / str(number)
+        expected.append(logits(stock_folder(folder / "stock", SHAPES[name], "fp32"), TOKENS))
+        parents.append((resolve_checkpoint(imported(folder, folder / "stock")), SHAPES[name]))
+    for tensor_parallel in (1, 2):
+        ranks = run_distributed(loaded_logits, tensor_parallel, parents, TOKENS, tensor_parallel)
+        for name, right, *rows in zip(SPLITTABLE, expected, *ranks, strict=True):
+            assert relative_error(torch.cat(rows, dim=-1), right) < 1e-5, (name, tensor_parallel)
 
 
 def test_an_import_is_gone_on_with_and_never_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,8 @@ def loaded(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-@pytest.mark.parametrize("seed", range(10))
+# Between them 1, 2 and 4 groups, 2 to 4 taps, all sizes of the state, a tied head, no MLP, and Mamba layers alone.
+@pytest.mark.parametrize("seed", [2, 3, 5, 6, 8])
 def test_every_member_of_a_random_family_does_what_a_stock_folder_does(seed: int, tmp_path: Path) -> None:
     parent, members = random_family(seed)
     for number, subnet in enumerate(members):

@@ -25,7 +25,7 @@ def worst(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-300))
 
 
-@pytest.mark.parametrize("shape", [(1, 2), (5, 37), (3, 4096), (2, 4097), (4, 9001)])
+@pytest.mark.parametrize("shape", [(1, 2), (5, 37), (2, 4096), (1, 4097), (2, 9001)])
 @pytest.mark.parametrize("terms", [(1.0, 0.0), (0.7, 0.3), (0.0, 1.0)])
 @pytest.mark.parametrize("tau", [1.0, 2.0, 0.7])
 @pytest.mark.parametrize("scale", [1.0, 30.0])

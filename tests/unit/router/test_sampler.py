@@ -13,7 +13,7 @@ CHI_SQUARE = {2: 13.82, 8: 26.12}
 def test_pitfall_12_budgets_follow_the_weights(draws):
     weights = (0.5, 0.3, 0.2)
     counts = torch.zeros(3)
-    for step in range(10_000 // draws):
+    for step in range(4_000 // draws):
         for budget in draw_budgets(weights, 11, step, draws):
             counts[budget] += 1
     expected = counts.sum() * torch.tensor(weights)
@@ -22,19 +22,19 @@ def test_pitfall_12_budgets_follow_the_weights(draws):
 
 def test_pitfall_12_first_draws_of_many_runs_follow_the_weights():
     counts = torch.zeros(3)
-    for seed in range(5000):
+    for seed in range(3000):
         counts[draw_budgets((1, 1, 1), seed, 0, 1)[0]] += 1
-    assert ((counts - 5000 / 3) ** 2 / (5000 / 3)).sum() < CHI_SQUARE[2]
+    assert ((counts - 3000 / 3) ** 2 / (3000 / 3)).sum() < CHI_SQUARE[2]
 
 
 def test_successive_steps_are_independent():
     table = torch.zeros(3, 3)
     previous = draw_budgets((1, 1, 1), 0, 0, 1)[0]
-    for step in range(1, 9001):
+    for step in range(1, 3601):
         current = draw_budgets((1, 1, 1), 0, step, 1)[0]
         table[previous, current] += 1
         previous = current
-    assert ((table - 1000) ** 2 / 1000).sum() < CHI_SQUARE[8]
+    assert ((table - 400) ** 2 / 400).sum() < CHI_SQUARE[8]
 
 
 @pytest.mark.parametrize("draws", [3, 7, 10])

@@ -31,6 +31,6 @@ def test_an_axis_a_layer_kind_and_a_metric_are_added_as_the_page_says(tmp_path: 
         content = path.read_text()
         assert content.count(before) == 1, f"{file} holds these lines {content.count(before)} times:\n{before}"
         path.write_text(content.replace(before, after))
-    command = [sys.executable, "-m", "tests.unit.extended"]
+    command = [sys.executable, "-m", "tests.programs.extended"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
