@@ -80,7 +80,7 @@ def gradients_of_steps(layout: Layout, tied: bool, overlap: bool):
 @pytest.mark.parametrize(("pipeline", "tied"), [(1, False), (1, True), (2, True)])
 def test_overlapped_reduction_gives_the_same_gradients_whatever_a_step_skips(pipeline, tied):
     """Buckets set off before the last backward pass is over, in one order on all replicas."""
-    layout = Layout(pipeline=pipeline, dtype=torch.float64)
+    layout = Layout(pipeline=pipeline, recompute="full" if pipeline > 1 else "none", dtype=torch.float64)
     plain, overlapped = (
         run_distributed(gradients_of_steps, 2 * pipeline, layout, tied, overlap) for overlap in (False, True)
     )
