@@ -124,12 +124,14 @@ class PreparedData:
     """Prepared data folder, and how sequences are made of its documents.
 
     `packing` null: chats isolated, that is whole documents that never see each other; texts concatenated. Of isolated
-    ones, those longer than a sequence are cut, into documents of their own, or left out.
+    ones, those longer than a sequence are cut, into documents of their own, or left out. `verify` says what is compared
+    with checksums when it is opened: sizes alone, samples of the files too (of shards when they are first read), or all.
     """
 
     path: DataFolder = ""
     packing: Packed | None = None
     long_documents: LongDocuments = "cut"
+    verify: ranges.DataChecks = "sampled"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,7 +61,7 @@ def run_problems(config: VerbConfig, cluster: Cluster, gpus: Sequence[Gpu]) -> I
     """Judge data, disk and memory for a config that is legal in itself."""
     if isinstance(config, TrainConfig | ImportanceConfig | EvaluateConfig):
         try:  # every file is there, whole and the one that was prepared (sampled checksums)
-            checked_manifest(Path(config.data.path))
+            checked_manifest(Path(config.data.path), verify=config.data.verify)
         except DataError as error:
             yield Problem("data.path", config.data.path, str(error), "or give another folder")
     manager = config.exp_manager
