@@ -124,8 +124,8 @@ class PreparedData:
     """Prepared data folder, and how sequences are made of its documents.
 
     `packing` null: chats isolated, that is whole documents that never see each other; texts concatenated. Of isolated
-    ones, those longer than a sequence are cut, into documents of their own, or left out. `verify` says what is compared
-    with checksums when it is opened: sizes alone, samples of the files too (of shards when they are first read), or all.
+    ones, those longer than a sequence are cut, into documents of their own, or left out. `verify` says what is
+    compared when it is opened: sizes, samples of the files too (of shards when one is first read), or everything.
     """
 
     path: DataFolder = ""
