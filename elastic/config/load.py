@@ -171,6 +171,8 @@ class _Loader:
     def _list(self, arguments: tuple[Any, ...], given: Any, path: str, remedy: str) -> Iterable[Any]:
         if not isinstance(given, list | tuple):
             raise _illegal(path, given, "must be a list", f"write [{show(given)}] for one entry")
+        if hasattr(arguments[0], "spelled_out"):  # a section that has a shorter way to write a list of it
+            given = arguments[0].spelled_out(given)
         hints = arguments[:1] * len(given) if arguments[-1] is Ellipsis else arguments
         if len(given) != len(hints):
             raise _illegal(path, given, f"must have {len(hints)} entries", remedy)

@@ -13,6 +13,7 @@ from elastic.config import rules_elastic, rules_layout, sections, verbs
 from elastic.config.load import Problem, Problems
 from elastic.config.rules_elastic import unique_names
 from elastic.config.rules_layout import Cluster, model_layout_problems, sequence_problems
+from elastic.space.ranges import LEAST_SHARE
 
 Subnets = tuple[verbs.SubnetConfig, ...]
 
@@ -22,6 +23,23 @@ def check_subnets(budget_names: tuple[str, ...] | None, subnets: Subnets) -> Pro
     if budget_names == () and not subnets:
         yield Problem("budget_names", [], "names nothing, and no subnets are given", "null takes all budgets")
     yield from unique_names("subnets", subnets)
+
+
+def check_data(data: sections.PreparedData) -> Problems:
+    """There is one prepared folder or a blend, whose sources have names and shares that can be kept."""
+    if bool(data.path) == bool(data.blend):
+        rule = "contradicts data.blend" if data.path else "missing, it has no default"
+        remedy = "set data.path=..., the folder recipes/prepare_data.py wrote, or data.blend"
+        yield Problem("data.path", data.path or None, rule, "give one of the two" if data.path else remedy)
+    names, whole = data.names, sum(source.weight for source in data.blend)
+    for index, (name, source) in enumerate(zip(names, data.blend, strict=True)):
+        if name in names[:index]:
+            rule = f"names must differ, and {name} stands for data.blend.{names.index(name)}, too"
+            remedy = f"give it another, for example {name}_{names[: index + 1].count(name)}"
+            yield Problem(f"data.blend.{index}.name", source.name, rule, remedy)
+        if source.weight < LEAST_SHARE * whole:
+            rule = f"is less than a millionth of all weights, which sum up to {whole:g}"
+            yield Problem(f"data.blend.{index}.weight", source.weight, rule, "leave the source out")
 
 
 def check_export(export: verbs.ExportConfig) -> Problems:
@@ -127,6 +145,7 @@ RULES = (
     Rule((*TRAINING, verbs.CostConfig), rules_layout.check_model, later_rules_need_it=True),
     Rule(PRETRAIN, lambda model, parallel: model_layout_problems(model, parallel, None)),
     Rule(ELASTIC, lambda model, elastic, parallel: model_layout_problems(model, parallel, elastic.space.lanes)),
+    Rule((*TRAINING, verbs.ImportanceConfig, EVALUATE), check_data),
     Rule((*TRAINING, EVALUATE), rules_layout.check_validation),
     Rule(EVALUATE, lambda sequence_length, parallel: sequence_problems("sequence_length", sequence_length, parallel)),
     Rule(verbs.ImportanceConfig, rules_layout.check_importance),
@@ -136,6 +155,7 @@ RULES = (
     Rule(TRAINING, rules_layout.check_timeouts),
     Rule(TRAINING, rules_elastic.check_phases),
     Rule(TRAINING, rules_elastic.check_phase_batches),
+    Rule(TRAINING, rules_elastic.check_blend_weights),
     Rule(ELASTIC, rules_elastic.check_draws),
     Rule(TRAINING, rules_elastic.check_max_steps),
     Rule(ELASTIC, rules_elastic.check_elastic_phases),

@@ -6,7 +6,7 @@ The parameters of a `check_...` are the sections it reads (rules.py).
 import difflib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from elastic.config import rules_layout, sections
 from elastic.config.load import Problem, Problems, show
@@ -17,7 +17,7 @@ from elastic.router.phases import Curriculum, ElasticPhase, LearningRate, Phase
 from elastic.space.axes import Axis, LayerKind
 from elastic.space.cost import Budget
 from elastic.space.gates import Execution
-from elastic.space.ranges import MOST_STEPS
+from elastic.space.ranges import LEAST_SHARE, MOST_STEPS
 from elastic.space.reach import out_of_reach
 from elastic.space.shape import ModelShape
 from elastic.space.space import Space, SpaceError
@@ -62,6 +62,32 @@ def check_phase_batches(curriculum: Phases, data: DataConfig, parallel: Parallel
     for index, phase in enumerate(curriculum):
         path = f"curriculum.{index}.global_batch"
         yield from rules_layout.batch_problems(path, phase.global_batch, "data", data.micro_batch, parallel, cluster)
+
+
+def check_blend_weights(curriculum: Phases, data: DataConfig) -> Problems:
+    """What a phase reads instead is of the blend, and something."""
+    for index, phase in enumerate(curriculum):
+        yield from weight_problems(
+            f"curriculum.{index}.blend_weights", phase.blend_weights, "a source of data.blend", data.names
+        )
+        given = [weight for weight in phase.blend_weights.values() if weight]
+        if given and min(given) < LEAST_SHARE * sum(given):
+            rule, remedy = "one weight is less than a millionth of all", "leave that source out"
+            yield Problem(f"curriculum.{index}.blend_weights", dict(phase.blend_weights), rule, remedy)
+
+
+def weight_problems(path: str, weights: Mapping[str, float], what: str, names: Sequence[str]) -> Problems:
+    """Weights that a phase gives have names of the whole run's, `what` each is called, and are not all 0."""
+    default = "takes those of data.blend" if what.endswith("blend") else "gives all the same weight"
+    for name, weight in weights.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+            nearest = f"nearest legal name is {near[0]}, " if near else ""
+            rule, remedy = f"is not {what} ({', '.join(names)})", f"{nearest}{path}=null {default}"
+            yield Problem(f"{path}.{name}", weight, rule, remedy)
+    if weights and not any(weights.values()):
+        remedy = "write null for equal weights" if default.endswith("weight") else f"{path}=null {default}"
+        yield Problem(path, dict(weights), "at least one weight must be above 0", remedy)
 
 
 def check_draws(
@@ -119,15 +145,7 @@ def check_elastic_phases(curriculum: tuple[ElasticPhase, ...], elastic: ElasticS
     for index, phase in enumerate(curriculum):
         path = f"curriculum.{index}"
         yield from learning_rate_problems(f"{path}.router_lr", phase.router_lr, phase)
-        for name, weight in phase.budget_weights.items():
-            if name not in names:
-                near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-                rule = f"is not a budget of elastic.budgets ({', '.join(names)})"
-                remedy = f"nearest legal name is {near}, {path}.budget_weights=null gives all the same weight"
-                yield Problem(f"{path}.budget_weights.{name}", weight, rule, remedy)
-        if phase.budget_weights and not any(phase.budget_weights.values()):
-            rule = "at least one weight must be above 0"
-            yield Problem(f"{path}.budget_weights", dict(phase.budget_weights), rule, "write null for equal weights")
+        yield from weight_problems(f"{path}.budget_weights", phase.budget_weights, "a budget of elastic.budgets", names)
         start, end = phase.temperature
         if end > start:
             rule, remedy = "the Gumbel temperature must not rise", f"nearest legal value is [{start:g}, {start:g}]"

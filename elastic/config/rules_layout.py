@@ -212,17 +212,17 @@ def check_exp_manager(
 
 
 def _accepted_problems(accepted: tuple[str, ...], known: list[str]) -> Problems:
-    """A change is accepted by the name of its field; only a whole phase and the budgets are compared as one."""
+    """A change is accepted by the name of its field; only a whole phase, budgets and a blend are compared as one."""
     path = "exp_manager.accept_changes"
     for name in accepted:
         parts = name.split(".")
         plain = ".".join(part for part in parts if not part.isdigit())
-        if plain == "elastic.budgets" or (len(parts) == 2 and plain == "curriculum"):
+        if plain in ("elastic.budgets", "data.blend") or (len(parts) == 2 and plain == "curriculum"):
             continue
         inner = [f"{name}.{field.removeprefix(plain + '.')}" for field in known if field.startswith(plain + ".")]
         if inner:
             yield Problem(path, name, "is a section", f"name its fields: {', '.join(first_few(inner, 12))}")
-        elif plain not in known and not plain.startswith("curriculum.budget_weights."):
+        elif plain not in known and not plain.startswith(("curriculum.budget_weights.", "curriculum.blend_weights.")):
             near = difflib.get_close_matches(plain, known, n=1, cutoff=0.0)
             yield Problem(path, name, "is no field of this config", f"nearest legal name is {near[0]}")
 

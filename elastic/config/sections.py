@@ -5,8 +5,10 @@ rules.py.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from elastic.router.draw import RouterSettings
 from elastic.space import ranges
@@ -21,7 +23,7 @@ Verification = Literal["full", "sizes"]
 # How documents stand in sequences: whole ones that never see each other, or one behind the other, cut where one ends.
 Packed = Literal["isolated", "concatenated"]
 LongDocuments = Literal["cut", "leave_out"]  # what becomes of those longer than a sequence where they are isolated
-DataFolder = Annotated[str, Required("the folder recipes/prepare_data.py wrote")]
+OnEnd = Literal["repeat", "stop"]  # of a source that has been read once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,19 +121,64 @@ class ImportanceSection:
     max_removed_layers: Annotated[int, Range(1, ranges.MOST_LAYERS)] | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class PreparedData:
-    """Prepared data folder, and how sequences are made of its documents.
+def _is_number(value: Any) -> bool:
+    """Tell whether a value is a number, or a text that reads as one."""
+    try:
+        return not isinstance(value, bool) and math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
 
-    `packing` null: chats isolated, that is whole documents that never see each other; texts concatenated. Of isolated
-    ones, those longer than a sequence are cut, into documents of their own, or left out. `verify` says what is
-    compared when it is opened: sizes, samples of the files too (of shards when one is first read), or everything.
+
+@dataclass(frozen=True, kw_only=True)
+class BlendSource:
+    """One source of a blend: a prepared folder, or what another tool wrote: Megatron's .bin and .idx, by their prefix
+    or a folder of them. Then `tokenizer` is the folder of its tokenizer, and `validation` names its held-out pairs.
+
+    `name` null is the last part of the path. `on_end` null does as data.on_end says.
     """
 
-    path: DataFolder = ""
+    path: Annotated[str, Required("a folder of recipes/prepare_data.py, or the prefix of a .bin/.idx pair")]
+    weight: Annotated[float, Range(0, 1e18, open_low=True), Required("any positive number, a count of tokens, too")]
+    name: ranges.MemberName | None = None
+    tokenizer: str | None = None
+    validation: str | None = None
+    on_end: OnEnd | None = None
+
+    @staticmethod
+    def spelled_out(given: Sequence[Any]) -> Sequence[Any]:
+        """Return the entries that [weight, path, weight, path, ...] stands for; a list of sections stays what it is."""
+        if len(given) % 2 or any(isinstance(entry, Mapping) for entry in given):
+            return given
+        weights = [float(weight) if _is_number(weight) else weight for weight in given[::2]]
+        return [dict(weight=weight, path=path) for weight, path in zip(weights, given[1::2], strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedData:
+    """What is read: `path`, one prepared folder, or `blend`, several sources by weight; how sequences are made of it.
+
+    A blend may also be a list [weight, path, weight, path, ...], whose foreign pairs have the `tokenizer` named here.
+    `on_end` stop refuses a run that would read a source more than once.
+    `packing` null: chats isolated, that is whole documents that never see each other; texts concatenated. Of isolated
+    ones, those longer than a sequence are cut, into documents of their own, or left out.
+    """
+
+    path: str = ""
+    blend: tuple[BlendSource, ...] = ()
+    tokenizer: str | None = None
+    on_end: OnEnd = "repeat"
     packing: Packed | None = None
     long_documents: LongDocuments = "cut"
-    verify: ranges.DataChecks = "sampled"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the sources of a blend, in the order they are listed."""
+        return tuple(source.name or Path(source.path).name or source.path for source in self.blend)
+
+    def weights(self, of_phase: Mapping[str, float] | None = None) -> dict[str, float]:
+        """Return the weights of the blend by name, or those a phase gives instead (a source left out: 0)."""
+        own = dict(zip(self.names, (source.weight for source in self.blend), strict=True))
+        return {name: of_phase.get(name, 0.0) for name in own} if of_phase else own
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,7 +78,7 @@ class ParentInput(CheckpointInput):
 
 @dataclass(frozen=True, kw_only=True)
 class ImportanceConfig(RunConfig):
-    """recipes/estimate_importance.py: scores, rankings, permuted parent. `lanes` deals its FFN neurons."""
+    """recipes/estimate_importance.py: scores on training data, rankings, permuted parent; `lanes` deals FFN neurons."""
 
     init_from: ParentInput = field(default_factory=ParentInput)
     data: PreparedData = field(default_factory=PreparedData)
@@ -119,13 +119,6 @@ class ElasticConfig(ElasticRunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnreadDataConfig(DataConfig):
-    """The data section of a run that is only priced; a given folder says the vocabulary where model.vocab is null."""
-
-    path: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
 class OptionalParentInput(CheckpointInput):
     """The permuted parent whose depth ranking says which layers leave (no weight is read); null: the last ones."""
 
@@ -134,9 +127,11 @@ class OptionalParentInput(CheckpointInput):
 
 @dataclass(frozen=True, kw_only=True)
 class CostConfig(ElasticRunConfig):
-    """recipes/cost.py: what a run of the main job can reach, from its own config; `output` null prints only."""
+    """recipes/cost.py: what a run of the main job can reach, from its own config; `output` null prints only.
 
-    data: UnreadDataConfig = field(default_factory=UnreadDataConfig)
+    Data need not be given: they only say the vocabulary where model.vocab is null.
+    """
+
     init_from: OptionalParentInput = field(default_factory=OptionalParentInput)
     output: str | None = None
 

@@ -202,6 +202,18 @@ def tokenizer_files(folder: Path) -> dict[str, str]:
     return {name: sha256_of(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
 
 
+def same_tokenizer(one: Path, other: Path) -> bool:
+    """Tell whether two folders hold the same tokens under the same ids; of a folder without a tokenizer, no."""
+    files = one / TOKENIZER_JSON, other / TOKENIZER_JSON
+    if all(path.is_file() for path in files) and sha256_of(files[0]) == sha256_of(files[1]):
+        return True
+    try:
+        first, second = (Tokenizer.from_file(str(path)) for path in files)
+    except Exception:  # the library raises nothing narrower; a damaged or absent file is reported when it is opened
+        return False
+    return bool(first.get_vocab(with_added_tokens=True) == second.get_vocab(with_added_tokens=True))
+
+
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy the tokenizer files of `source` into `folder`, never code and no pointer to code (`auto_map`)."""
     folder.mkdir(parents=True, exist_ok=True)

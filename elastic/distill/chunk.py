@@ -45,13 +45,17 @@ class VocabShard:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """How a chunk's terms are weighted, its temperature (1 without a teacher), and whether gradients are wanted."""
+    """How a chunk's terms are weighted, its temperature (1 without a teacher), and whether gradients are wanted.
+
+    Token i of a chunk is of row i mod `num_rows`; a chunk holds whole rounds of them.
+    """
 
     kl_weight: float
     cross_entropy_weight: float
     temperature: float
     with_grad: bool
     shard: VocabShard
+    num_rows: int = 1
 
 
 def fused_chunk_loss(
@@ -102,9 +106,9 @@ def fused_chunk_loss(
 def chunk_loss(
     student: Tensor, teacher: Tensor | None, labels: Tensor | None, weights: Tensor, settings: LossSettings
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the weighted sums [KL, cross-entropy] over the chunk, fp64, not yet times their loss weights.
+    """Return the weighted sums [2, rows] of KL and cross-entropy over the chunk, fp64, not yet times their weights.
 
-    Without a teacher or labels the sum is 0. With `settings.with_grad` also the gradient [n, v] of the weighted total
+    Without a teacher or labels a sum is 0. With `settings.with_grad` also the gradient [n, v] of the weighted total
     in the logits' place and dtype:
 
         w (kl_weight tau (q - p) + cross_entropy_weight (softmax(z) - onehot(label)))
@@ -152,15 +156,16 @@ def chunk_loss(
 
 
 def _losses(sums: Mapping[str, Tensor], labels: Tensor | None, weights: Tensor, settings: LossSettings) -> Tensor:
-    """Return the weighted sums [KL, cross-entropy] over the chunk's tokens."""
-    losses = torch.zeros(2, dtype=torch.float64, device=weights.device)
+    """Return the weighted sums [2, rows] of KL and cross-entropy over the chunk's tokens."""
+    rows = (-1, settings.num_rows)
+    losses = torch.zeros(2, settings.num_rows, dtype=torch.float64, device=weights.device)
     if "teacher" in sums:
         # sum p (log p - log q), with log p = t - log(sum exp t)
         kl = sums["product"] / sums["teacher"] + (sums["student"].log() - sums["teacher"].log())
-        losses[0] = (settings.temperature**2 * kl * weights).sum(dtype=torch.float64)
+        losses[0] = (settings.temperature**2 * kl * weights).view(rows).sum(0, dtype=torch.float64)
     if labels is not None:
         cross_entropy = (sums["plain"].log() - sums["label_logit"]) * weights
         # Loud without waiting for the device; a label that weighs nothing (padding) may be anything.
         wrong = ((labels < 0) | (labels >= settings.shard.total)) & (weights != 0)
-        losses[1] = cross_entropy.where(~wrong, torch.nan).sum(dtype=torch.float64)
+        losses[1] = cross_entropy.where(~wrong, torch.nan).view(rows).sum(0, dtype=torch.float64)
     return losses

@@ -29,12 +29,14 @@ class LossTerms:
     """Sums over tokens: fp32 scalars (fp64 for fp64 inputs), equal on all ranks of the tensor-parallel group.
 
     `total` = kl_weight * kl + cross_entropy_weight * cross_entropy carries the gradient. `kl` (with its tau^2; None
-    without a teacher) and `cross_entropy` (None unless weighted or asked for) are detached.
+    without a teacher) and `cross_entropy` (None unless weighted or asked for) are detached, and so is `by_row`, fp64
+    [2, rows]: both again, over the tokens of each row; 0 where there is none.
     """
 
     total: Tensor
     kl: Tensor | None
     cross_entropy: Tensor | None
+    by_row: Tensor
 
 
 def distillation_loss(
@@ -52,6 +54,7 @@ def distillation_loss(
     tp_group: dist.ProcessGroup | None,
     report_cross_entropy: bool = False,
     head_gradient: Tensor | None = None,
+    num_rows: int = 1,
 ) -> LossTerms:
     """Sum kl_weight * tau^2 * KL(teacher || student) + cross_entropy_weight * CE over weighted tokens (eq. 14, 16).
 
@@ -59,6 +62,8 @@ def distillation_loss(
     vocabulary), labels [N] global ids, token_weights [N] (1 where None). Matrix products run in the inputs' dtype, all
     else in fp32 (fp64 for fp64 inputs). The temperature softens the KL only, never the cross-entropy. A label outside
     the vocabulary makes the loss NaN unless its token weighs 0.
+
+    Token i is of row i mod `num_rows`, a divisor of N: rows of a batch [rows, s] that is flattened from [s, rows].
 
     `chunk_tokens` bounds memory: three buffers [chunk_tokens, v] at a time. Gradients are ready when this returns, the
     backward pass only scales them; they are not computed where none are wanted. Teacher and token weights get none.
@@ -92,11 +97,13 @@ def distillation_loss(
         temperature=1.0 if teacher is None else temperature,
         with_grad=torch.is_grad_enabled() and (student_hidden.requires_grad or student_head.requires_grad),
         shard=VocabShard.of(student_head.shape[0], tp_group),
+        num_rows=num_rows,
     )
-    total, kl, cross_entropy = _ChunkedLoss.apply(
+    chunk_tokens = max(1, chunk_tokens // num_rows) * num_rows
+    total, kl, cross_entropy, by_row = _ChunkedLoss.apply(
         student_hidden, student_head, teacher, labels, token_weights, settings, chunk_tokens, head_gradient
     )
-    return LossTerms(total, None if teacher is None else kl, None if labels is None else cross_entropy)
+    return LossTerms(total, None if teacher is None else kl, None if labels is None else cross_entropy, by_row)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -113,7 +120,7 @@ class _ChunkedLoss(torch.autograd.Function):
         settings: LossSettings,
         chunk_tokens: int,
         head_gradient: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         num_tokens = student_hidden.shape[0]
         dtype = _sum_dtype(student_hidden)
         weights = student_hidden.new_ones(num_tokens, dtype=dtype) if token_weights is None else token_weights.to(dtype)
@@ -124,7 +131,7 @@ class _ChunkedLoss(torch.autograd.Function):
             head_grad = head_gradient
             if head_grad is None:
                 head_grad = torch.zeros(student_head.shape, dtype=dtype, device=student_head.device)
-        sums = torch.zeros(2, dtype=torch.float64, device=student_hidden.device)
+        by_row = torch.zeros(2, settings.num_rows, dtype=torch.float64, device=student_hidden.device)
         of_chunk = chunk_loss
         if student_hidden.is_cuda and dtype == torch.float32:
             of_chunk = partial(fused_chunk_loss, grad_dtype=student_hidden.dtype)
@@ -135,7 +142,7 @@ class _ChunkedLoss(torch.autograd.Function):
             teacher_logits = None if teacher is None else _product(teacher[0][chunk], teacher[1].t(), dtype)
             labels_here = None if labels is None else labels[chunk]
             losses, gradient = of_chunk(logits, teacher_logits, labels_here, weights[chunk], settings)
-            sums += losses
+            by_row += losses
             del logits, teacher_logits  # spent, and the products may need room
             if gradient is None:
                 continue
@@ -149,10 +156,11 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.save_for_backward(hidden_grad, None if head_gradient is not None else head_grad)
         ctx.dtypes = student_hidden.dtype, student_head.dtype
         ctx.unscaled = head_grad is not None and head_grad is head_gradient
+        sums = by_row.sum(1)
         total = settings.kl_weight * sums[0] + settings.cross_entropy_weight * sums[1]
         kl, cross_entropy = sums.to(dtype).unbind()
-        ctx.mark_non_differentiable(kl, cross_entropy)
-        return total.to(dtype), kl, cross_entropy
+        ctx.mark_non_differentiable(kl, cross_entropy, by_row)
+        return total.to(dtype), kl, cross_entropy, by_row
 
     @staticmethod
     @once_differentiable

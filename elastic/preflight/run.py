@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from elastic.blend.foreign import is_prepared
 from elastic.config.load import Problem
 from elastic.config.rules_layout import Cluster, data_parallel
 from elastic.config.verbs import ElasticConfig, EvaluateConfig, ImportanceConfig, TrainConfig, VerbConfig
@@ -60,10 +61,13 @@ def finished_step(run_dir: Path) -> int:
 def run_problems(config: VerbConfig, cluster: Cluster, gpus: Sequence[Gpu]) -> Iterator[Problem]:
     """Judge data, disk and memory for a config that is legal in itself."""
     if isinstance(config, TrainConfig | ImportanceConfig | EvaluateConfig):
-        try:  # every file is there, whole and the one that was prepared (sampled checksums)
-            checked_manifest(Path(config.data.path), verify=config.data.verify)
-        except DataError as error:
-            yield Problem("data.path", config.data.path, str(error), "or give another folder")
+        sources = {f"data.blend.{index}.path": source.path for index, source in enumerate(config.data.blend)}
+        for field, path in (sources or {"data.path": config.data.path}).items():
+            try:  # every file is there, whole and the one that was prepared (sampled checksums)
+                if not sources or is_prepared(Path(path)):
+                    checked_manifest(Path(path))
+            except DataError as error:
+                yield Problem(field, path, str(error), "or give another folder")
     manager = config.exp_manager
     existing = nearest_existing(Path(manager.run_dir))
     if not os.access(existing, os.W_OK | os.X_OK):

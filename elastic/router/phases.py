@@ -41,13 +41,17 @@ class LearningRate:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One part of any run. `global_batch` counts sequences; give `steps` or `tokens`, not both."""
+    """One part of any run. `global_batch` counts sequences; give `steps` or `tokens`, not both.
+
+    `blend_weights` by name stand in the place of those of data.blend (empty: as there; a source left out: not read).
+    """
 
     name: Name
     sequence_length: TrainedLength = 256
     global_batch: Sequences = 8
     steps: Steps | None = None
     tokens: Tokens | None = None
+    blend_weights: Mapping[str, Weight] = field(default_factory=dict)
     lr: LearningRate = field(default_factory=LearningRate)
 
     @property

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from itertools import accumulate
 from typing import Any
 
+from elastic.blend.sources import run_mix
 from elastic.checkpoint.record import Record
 from elastic.checkpoint.state import TrainingState
 from elastic.config.load import config_dict, load_with_problems, show
@@ -142,6 +143,7 @@ def differences(
         yield from _draw_differences((then, config), (state.origin.get(REPLICAS, 1), origin[REPLICAS]), state.step)
     else:
         yield from _curriculum_differences(then.curriculum, config.curriculum, state.step, ((), ()))
+    yield from _blend_differences(then, config)
     yield from _layer_differences(saved, record)
     before, now = (found.provenance.get(PACKING, "concatenated") for found in (saved, record))
     if before != now:
@@ -163,6 +165,20 @@ def _field_differences(then: TrainConfig, now: TrainConfig) -> Iterator[Differen
         may, why = rule_of(path)
         if first != second and may is not May.CHANGE:
             yield Difference(path, first, second, why, may is May.BE_ACCEPTED)
+
+
+def _blend_differences(then: TrainConfig, now: TrainConfig) -> Iterator[Difference]:
+    """Compare the shares of the sources by name; without a blend, one folder has all."""
+    if not then.data.blend and not now.data.blend:
+        return
+    old, new = (run_mix(config.data, [replace(config.curriculum[0], blend_weights={})], None).parts(0)
+                for config in (then, now))  # fmt: skip
+    if old != new:
+        first, second = (
+            ", ".join(f"{name} {float(share):.4g}" for name, share in parts.items()) for parts in (old, new)
+        )
+        why = "the new shares hold from here on; each source goes on where it was, a new one begins"
+        yield Difference("data.blend", first, second, why, True)
 
 
 def _budget_differences(saved: Record, record: Record, config: ElasticConfig, step: int) -> Iterator[Difference]:

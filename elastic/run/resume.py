@@ -7,22 +7,24 @@ may differ is in changes.py.
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from elastic.blend.shares import Carried
+from elastic.blend.sources import TrainingData
 from elastic.checkpoint.find import list_checkpoints, newest_whole, set_aside_newer
 from elastic.checkpoint.record import Record
-from elastic.checkpoint.state import Trainable, load_checkpoint, load_router, read_training_state
-from elastic.config.load import config_dict
+from elastic.checkpoint.state import Trainable, TrainingState, load_checkpoint, load_router, read_training_state
+from elastic.config.load import ConfigError, config_dict, load_with_problems
 from elastic.config.verbs import TrainConfig
-from elastic.data.manifest import Manifest
 from elastic.run.changes import REPLICAS, Difference, ResumeError, check_accepted, differences
 from elastic.run.folder import prepare_run_folder, run_lock
 from elastic.world.groups import World, decided_by_rank_0
 
 SAMPLED_BYTES = 64 * 1024
 CHANGES = "changes"  # accepted ones, in what a checkpoint says of its run
+BLEND = "blend"  # where the weights of a blend changed, likewise
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,13 @@ class RunStart:
     permuted_parent: Path | None
     origin: Mapping[str, Any]
     changes: tuple[Difference, ...] = ()
+    carried: Carried | None = None  # where the run changed the weights of its blend
 
 
 @contextmanager
 def open_training_run(
     config: TrainConfig,
-    data: Manifest,
+    data: TrainingData,
     record: Record,
     here: World,
     say: Callable[[str], object],
@@ -57,8 +60,9 @@ def open_training_run(
     resume = manager.resume_if_exists
     origin: dict[str, Any] = {}
     accepted: list[Difference] = []
+    carried: Carried | None = None
 
-    def check(checkpoint: Path) -> None:
+    def check(checkpoint: Path) -> Carried | None:
         state, saved = read_training_state(checkpoint), Record.read(checkpoint)
         if state is None:
             raise ResumeError(
@@ -70,15 +74,28 @@ def open_training_run(
         now = [{"step": state.step, "field": d.field, "then": str(d.then), "now": str(d.now)} for d in accepted]
         origin[CHANGES] = [*state.origin.get(CHANGES, []), *now]
         set_aside_newer(checkpoint, say)
+        return carried_blend(state, config, data)
 
     with run_lock(folder, here):
         decided_by_rank_0(lambda: origin.update(describe_origin(data, here.data_size, permuted_parent)), here)
         checkpoint = None
         if decided_by_rank_0(lambda: resume and not manager.overwrite and bool(list_checkpoints(folder)), here):
             checkpoint = newest_whole(folder, full=manager.verify_on_resume == "full", world=here, say=say)
-            decided_by_rank_0(lambda: check(checkpoint), here)
+            carried = decided_by_rank_0(lambda: check(checkpoint), here)
+            if carried is not None:
+                origin[BLEND] = asdict(carried)
         decided_by_rank_0(lambda: prepare_run_folder(manager, config_dict(config), resume=resume), here)
-        yield RunStart(folder, checkpoint, permuted_parent, origin, tuple(accepted))
+        yield RunStart(folder, checkpoint, permuted_parent, origin, tuple(accepted), carried)
+
+
+def carried_blend(state: TrainingState, config: TrainConfig, data: TrainingData) -> Carried | None:
+    """Return where a run that goes on from `state` last changed the weights of its blend; None: never."""
+    then, _ = load_with_problems(type(config), state.config)
+    before = state.origin.get(BLEND)
+    carried = data.carried(then.data, then.curriculum, None if before is None else Carried(**before), state.step)
+    if problems := tuple(data.end_problems(config.trainer.max_steps or data.curriculum.total_steps, carried)):
+        raise ConfigError(problems)
+    return carried
 
 
 def load_run_state(checkpoint: Path, into: Trainable, record: Record) -> int:
@@ -92,14 +109,13 @@ def load_run_state(checkpoint: Path, into: Trainable, record: Record) -> int:
     return state.step
 
 
-def describe_origin(data: Manifest, replicas: int, permuted_parent: Path | None = None) -> dict[str, Any]:
+def describe_origin(data: TrainingData, replicas: int, permuted_parent: Path | None = None) -> dict[str, Any]:
     """Return what goes into a checkpoint beside the config: checksums of the inputs, and the number of replicas.
 
-    Reads data.json, and of the permuted parent its record and a sample of its files.
+    Reads data.json (of what another tool wrote, a sample), and of the permuted parent its record and a sample.
     """
     inputs = {"data.path (tokenizer)": data.tokenizer.sha256}
-    for name, split in data.splits.items():
-        inputs[f"data.path ({name} split)"] = _joined({file: record.sha256 for file, record in split.files.items()})
+    inputs |= {name: _joined(files) for name, files in data.checksums().items()}
     if permuted_parent is not None:
         inputs["init_from.permuted_parent"] = weights_sha256(permuted_parent)
     return {"inputs": inputs, REPLICAS: replicas}

@@ -4,7 +4,7 @@ Every number has two limits. The upper ones lie far beyond any use and have a re
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 NAME_PATTERN = r"\w[\w.+-]{0,99}"
 
@@ -65,6 +65,7 @@ Temperature = Annotated[float, Range(1e-3, 1e3)]  # logits of some hundreds over
 TemperatureOrZero = Annotated[float, Range(0, 1e3)]
 Scale = Annotated[float, Range(0, 1e3, open_low=True)]
 Decay = Annotated[float, Range(0, 1, open_high=True)]
+LEAST_SHARE = 2.0**-20  # of a blend: who comes at a place is decided over a window as long as the inverse of it
 Share = Annotated[float, Range(0, 1, open_low=True)]
 # Costs and machines.
 ElementBytes = Annotated[float, Range(0, 16, open_low=True)]  # complex numbers of double precision
@@ -72,5 +73,4 @@ Target = Annotated[float, Range(0, 1e30, open_low=True)]  # above every cost tha
 Speed = Annotated[float, Range(0, 1e9, open_low=True)]  # TFLOP/s, GB/s, GB
 Amount = Annotated[float, Range(0, 1e6)]  # GB, money
 Name = Annotated[str, Required("give it a name")]
-DataChecks = Literal["sizes", "sampled", "full"]  # of prepared data, when it is opened
 MemberName = Annotated[str, Required("give it a name"), FolderName()]

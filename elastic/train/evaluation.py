@@ -27,13 +27,16 @@ class MeanLoss:
 
 
 class LossMeter:
-    """Accumulates MicroBatchLoss sums, one row per budget; row 0 alone for a run without budgets."""
+    """Accumulates MicroBatchLoss sums, one row per budget; row 0 alone for a run without budgets.
 
-    def __init__(self, num_rows: int, world: World) -> None:
-        self.world = world
+    Behind those, of a blend: a row per source, those of the first budget, of the second, and so on.
+    """
+
+    def __init__(self, num_rows: int, world: World, num_sources: int = 0) -> None:
+        self.world, self.num_budgets, self.num_sources = world, num_rows, num_sources
         # Per row the sums of kl and cross-entropy and the tokens of each: no teacher, no kl. fp64: sums over many
         # tokens, and equal whatever order replicas are added in.
-        self.sums = torch.zeros(num_rows, 4, dtype=torch.float64, device=world.device)
+        self.sums = torch.zeros(num_rows * (1 + num_sources), 4, dtype=torch.float64, device=world.device)
 
     def add(self, losses: Sequence[MicroBatchLoss], row: int | None = None) -> None:
         """Add the losses of some micro-batches without waiting for the device; `row` overrides their budget."""
@@ -43,6 +46,9 @@ class LossMeter:
             for column, value in enumerate((loss.kl, loss.cross_entropy, kl_tokens, loss.num_tokens)):
                 if value is not None:
                     self.sums[index, column] += value
+            first = self.num_budgets + index * self.num_sources
+            for source, sums in zip(loss.sources, () if loss.rows is None else loss.rows.unbind(1), strict=True):
+                self.sums[first + source] += sums
 
     def read(self) -> list[MeanLoss]:
         """Reduce over all ranks (every rank must call), return the means and begin anew. Waits for the device."""

@@ -179,14 +179,23 @@ class LogSteps(Callback):
     """Reduces the losses every n steps, writes them and shows them: loss per budget, cost ratio, tokens/s, ETA."""
 
     def __init__(
-        self, log: RunLog, budget_names: Sequence[str], settings: TrainerConfig, console: Console, world: World
+        self,
+        log: RunLog,
+        budget_names: Sequence[str],
+        settings: TrainerConfig,
+        console: Console,
+        world: World,
+        sources: Sequence[str] = (),
+        epochs: Callable[[int], Mapping[str, float]] = lambda step: {},
     ) -> None:
+        """Take a blend's sources in the order of their numbers, and how often each has been read before a step."""
         self.log, self.names, self.every_steps = log, budget_names, settings.log_every_n_steps
+        self.sources, self.epochs = sources, epochs
         bar = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
         texts = ("[bold]{task.description}", "{task.fields[status]}")
         self.progress = Progress(texts[0], *bar, texts[1], console=console, disable=not world.is_main)
         self._task = TaskID(0)
-        self._meter = LossMeter(len(budget_names), world)
+        self._meter = LossMeter(len(budget_names), world, len(sources))
         self._spikes = LossSpikes(settings.loss_spike_deviations)
         self._since = time.perf_counter()
         self._moments: list[Moment] = []  # of the steps since the last log point
@@ -218,7 +227,8 @@ class LogSteps(Callback):
     def _write(self, trainer: Trainer, result: StepResult) -> None:
         """Reduce the losses since the last log point (all ranks), write and show them (rank 0)."""
         moments, self._moments, self._unlogged = self._moments, [], None
-        means = dict(zip(self.names, self._meter.read(), strict=True))  # waits for the device: once per log interval
+        every = iter(self._meter.read())  # waits for the device: once per log interval
+        means = {name: next(every) for name in self.names}
         now = time.perf_counter()
         tokens_per_s = sum(moment.phase.tokens_per_step for moment in moments) / max(now - self._since, 1e-9)
         self._since = now
@@ -233,6 +243,11 @@ class LogSteps(Callback):
         }
         for name, mean in means.items():
             row |= {f"train/{name}/kl": mean.kl, f"train/{name}/cross_entropy": mean.cross_entropy}
+        for name in self.names:
+            for source, mean in zip(self.sources, every, strict=False):
+                row[f"train/{name}/kl/{source}"] = mean.kl
+                row[f"train/{name}/cross_entropy/{source}"] = mean.cross_entropy
+        row |= {f"epochs/{source}": count for source, count in self.epochs(trainer.step).items()}
         row |= self._router_values(trainer, result)
         self.log.write(trainer.step, row)
         shown = [

@@ -31,6 +31,7 @@ class MicroBatch:
 
     `token_weights` [B, s] is 0 where the data's mask leaves a label out, or a row only fills up; None counts all.
     `positions` [B, S], of whole sequences and on the CPU, say where documents start (None: a sequence is one).
+    `sources` of the rows in a blend; empty without one.
     """
 
     tokens: Tensor
@@ -39,16 +40,22 @@ class MicroBatch:
     gates: Gates | None = None
     teacher_hidden: Tensor | None = None
     positions: Tensor | None = None
+    sources: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class MicroBatchLoss:
-    """Sums over the tokens this rank saw, fp32; on the last pipeline stage only. `budget` as in Gates."""
+    """Sums over the tokens this rank saw, fp32; on the last pipeline stage only. `budget` as in Gates.
+
+    Of a blend also by row: `rows` [4, B] fp64, kl, cross-entropy and the tokens of each, and the rows' `sources`.
+    """
 
     budget: int | None
     num_tokens: Tensor | int
     kl: Tensor | None
     cross_entropy: Tensor | None
+    rows: Tensor | None = None
+    sources: tuple[int, ...] = ()
 
 
 class PipelineRunner:
@@ -73,7 +80,8 @@ class PipelineRunner:
             return context_parallel_slice(t.to(self.world.device, non_blocking=True), cp.rank(), cp.size())
 
         weights = None if batch.counts_all else share(batch.token_weights())
-        return MicroBatch(share(batch.tokens), share(batch.labels), weights, gates, positions=batch.positions)
+        tokens, labels = share(batch.tokens), share(batch.labels)
+        return MicroBatch(tokens, labels, weights, gates, positions=batch.positions, sources=batch.sources)
 
     def start_gather(self) -> None:
         """Begin to gather the weights an optimizer stepped on other ranks, if the config leaves that to the runner.
@@ -180,12 +188,21 @@ class PipelineRunner:
             tp_group=self.world.groups.tp,
             report_cross_entropy=True,
             head_gradient=self._head_gradient(head),
+            num_rows=max(1, len(batch.sources)),
         )
         counted = torch.full((), batch.labels.numel(), dtype=torch.int, device=hidden.device)  # no copy to wait for
         if weights is not None:
             counted = weights.sum().int()
         budget = None if batch.gates is None else batch.gates.budget
-        return terms.total, counted, MicroBatchLoss(budget, counted, terms.kl, terms.cross_entropy)
+        report = MicroBatchLoss(budget, counted, terms.kl, terms.cross_entropy)
+        if batch.sources:
+            tokens = torch.full_like(terms.by_row[0], batch.labels.shape[1])
+            if batch.token_weights is not None:
+                tokens = batch.token_weights.sum(1, dtype=torch.double)
+            kl_tokens = torch.zeros_like(tokens) if terms.kl is None else tokens
+            rows = torch.stack([*terms.by_row, kl_tokens, tokens])
+            report = replace(report, rows=rows, sources=batch.sources)
+        return terms.total, counted, report
 
     def _head_gradient(self, head: Tensor) -> Tensor | None:
         """Return where micro-batches sum the gradient of the head's columns in `head`, past autograd."""

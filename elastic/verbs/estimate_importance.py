@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from elastic.blend.sources import TrainingData, tokenizer_folder
 from elastic.checkpoint.find import checkpoint_folder, resolve_checkpoint
 from elastic.checkpoint.record import Record
 from elastic.checkpoint.state import Trainable, begin_save, load_checkpoint
 from elastic.config.verbs import ImportanceConfig
-from elastic.data.stream import read_batch, samples_of
-from elastic.data.tokens import TokenStream, open_split
+from elastic.data.stream import Samples, read_batch
 from elastic.hf.reload import logit_difference, probe_tokens
 from elastic.model.forward import Sequences, forward_hidden
 from elastic.model.initialize import named_global_parameters
@@ -23,6 +23,7 @@ from elastic.model.sharding import shard_tensor, unshard_tensors
 from elastic.rank.depth import DepthScores, rank_layers
 from elastic.rank.importance import collect_scores, make_ranking
 from elastic.rank.permutation import Ranking, permute_parameter, save_ranking
+from elastic.router.phases import Phase
 from elastic.run.folder import open_run_folder
 from elastic.run.world import run_world
 from elastic.space.space import Space
@@ -46,7 +47,8 @@ def run_importance(config: ImportanceConfig, console: Console) -> Path:
 
     Raises PermutationError, and writes no checkpoint, if the logits of the permuted parent moved.
     """
-    stream = open_split(config.data, "train")
+    phase = Phase(name="calibration", sequence_length=config.importance.sequence_length, steps=1)
+    (samples,), data = TrainingData(config.data, [phase], config.seed).samples(), str(tokenizer_folder(config.data))
     with run_world(config) as here:
         full = config.init_from.verify == "full"
         start = resolve_checkpoint(config.init_from.parent, full=full, world=here, say=console.print)
@@ -56,18 +58,18 @@ def run_importance(config: ImportanceConfig, console: Console) -> Path:
             model = build_model(space, here.layout, seed=None)
             load_checkpoint(start, Trainable(model))
             model.eval()
-            scores = collect_scores(model, space, _calibration(config, stream, here, config.importance.num_sequences))
-            depth = _rank_layers(config, model, space, stream, here, console)
+            scores = collect_scores(model, space, _calibration(config, samples, here, config.importance.num_sequences))
+            depth = _rank_layers(config, model, space, samples, here, console)
             ranking = make_ranking(scores, space, depth)
             before = _probe_logits(model, record, here)
             _permute_in_place(model, ranking, space, here)
             _check_unmoved(before, _probe_logits(model, record, here), here)
-            origin = {"parent": str(start), "data": config.data.path, "tokens": str(scores.num_tokens)}
+            origin = {"parent": str(start), "data": data, "tokens": str(scores.num_tokens)}
             if here.is_main:
                 tensors = scores.tensors() | ({} if depth is None else depth.tensors())
                 save_ranking(folder / RANKING_FILE, ranking, tensors, origin)
             known = origin | {key: value for key, value in record.provenance.items() if key == LONGEST}
-            told = ("permuted_parent", record.shape, config.lanes, ranking.depth, config.data.path)
+            told = ("permuted_parent", record.shape, config.lanes, ranking.depth, data)
             permuted = Record(*told, provenance=known)
             target = checkpoint_folder(folder, 0)
             begin_save(target, Trainable(model), permuted, None, here, start).finish()
@@ -77,22 +79,21 @@ def run_importance(config: ImportanceConfig, console: Console) -> Path:
     return folder
 
 
-def _calibration(config: ImportanceConfig, stream: TokenStream, here: World, num_sequences: int) -> Iterator[Sequences]:
+def _calibration(config: ImportanceConfig, samples: Samples, here: World, num_sequences: int) -> Iterator[Sequences]:
     """Yield this replica's share of the calibration sequences, whole [B, S]; the same set at any layout."""
     section = config.importance
-    dataset = samples_of(stream, section.sequence_length, config.seed)
     for index in range(num_sequences // (section.micro_batch * here.data_size)):
-        batch = read_batch(dataset, 0, index, here.data_rank, here.data_size, section.micro_batch)
+        batch = read_batch(samples, 0, index, here.data_rank, here.data_size, section.micro_batch)
         yield Sequences(batch.tokens, batch.positions)
 
 
 def _rank_layers(
-    config: ImportanceConfig, model: ElasticModel, space: Space, stream: TokenStream, here: World, console: Console
+    config: ImportanceConfig, model: ElasticModel, space: Space, samples: Samples, here: World, console: Console
 ) -> DepthScores | None:
     method = config.importance.depth
     if method == "none":
         return None
-    batches = list(_calibration(config, stream, here, config.importance.depth_sequences))
+    batches = list(_calibration(config, samples, here, config.importance.depth_sequences))
     with Progress(console=console, disable=not here.is_main) as bar:
         task = bar.add_task("ranking layers", total=None)
         return rank_layers(

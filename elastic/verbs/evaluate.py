@@ -7,10 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from elastic.blend.sources import open_held_out, open_sources
 from elastic.config.sections import DistillConfig
 from elastic.config.verbs import EvaluateConfig
-from elastic.data.held_out import HeldOut, source_labels
-from elastic.data.tokens import open_split
+from elastic.data.held_out import source_labels
 from elastic.run.folder import open_run_folder
 from elastic.run.world import run_world
 from elastic.space.cost import subnet_cost
@@ -26,7 +26,7 @@ EVALUATION_FILE = "evaluation.json"
 
 def run_evaluate(config: EvaluateConfig, console: Console) -> Path:
     """Evaluate and write evaluation.json; returns the run folder."""
-    held_out = open_split(config.data, "validation")
+    held_out = open_sources(config.data, "validation")
     with run_world(config) as here:
         opened = open_checkpoint(config.init_from, config.budget_names, config.subnets, world=here, say=console.print)
         gates = {member.name: Gates.slice(member.subnet) for member in opened.members}
@@ -35,7 +35,7 @@ def run_evaluate(config: EvaluateConfig, console: Console) -> Path:
                 gates[name] = Gates.mask(one_hot_weights(subnet, opened.space, here.device))
         with open_run_folder(config.exp_manager, asdict(config), here) as folder:
             runner = PipelineRunner(here, opened.load_model(here.layout), DistillConfig(kl_weight=0.0))
-            data = HeldOut(held_out, config.sequence_length)
+            data = open_held_out(config.data, held_out, config.sequence_length)
             losses = evaluate_subnets(runner, gates, data, config.data.validation_sequences, config.data.micro_batch)
             rows = [_row(opened, member, losses[member.name]) for member in opened.members]
             if here.is_main:

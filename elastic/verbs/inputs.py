@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from elastic.blend.foreign import foreign_prefixes, tokenizer_record
+from elastic.blend.sources import blend_problems, tokenizer_folder
 from elastic.checkpoint.find import resolve_checkpoint
 from elastic.checkpoint.record import Record
 from elastic.config.load import ConfigError, Problem, load_with_problems
 from elastic.config.rules import rule_problems
 from elastic.config.rules_layout import Cluster, layout_problems, nearest_divisor
-from elastic.config.sections import ImportanceSection
+from elastic.config.sections import ImportanceSection, PreparedData
 from elastic.config.verbs import (
     CostConfig,
     ElasticConfig,
@@ -26,8 +28,8 @@ from elastic.config.verbs import (
     VerbConfig,
     with_vocab,
 )
-from elastic.corpus.config import PrepareConfig
-from elastic.data.manifest import DataError, read_manifest
+from elastic.data.manifest import DataError
+from elastic.data.prepare_config import PrepareConfig
 from elastic.run.folder import is_left_over
 from elastic.space.gates import Execution
 from elastic.space.shape import ModelShape
@@ -52,6 +54,8 @@ def load_run[T](kind: type[T], values: Mapping[str, Any], cluster: Cluster, *, i
     unreliable = frozenset(problem.section for problem in problems)
     unclear = unreliable | unknown
     files = tuple(problem for problem in input_problems(config) if problem.section not in unreliable)
+    if not files and "data" not in unreliable and isinstance(config, TrainConfig | ImportanceConfig | EvaluateConfig):
+        files = tuple(blend_problems(config.data))
     problems += open_problems
     if not unclear.intersection(("model", "data")) and not files:
         try:
@@ -76,16 +80,23 @@ def filled_in(config: Any) -> Any:
     """Return the config with a null model.vocab taken from the prepared data; raises DataError."""
     if not isinstance(config, TrainConfig) or config.model.vocab is not None:
         return config
-    if not config.data.path:
+    if not config.data.path and not config.data.blend:
+        if not isinstance(config, CostConfig):
+            return config  # a rule says that data are missing
         raise DataError("the vocabulary is that of the data, and no data.path is given")
-    return with_vocab(config, read_manifest(Path(config.data.path)).tokenizer.vocab_size)
+    return with_vocab(config, tokenizer_record(tokenizer_folder(config.data)).vocab_size)
 
 
 def input_paths(config: object) -> Iterator[tuple[str, str | None]]:
     """List (field, path) of every file or folder a verb reads; a path may be null."""
     if isinstance(config, TrainConfig | ImportanceConfig | EvaluateConfig | ExtractConfig):
-        is_read = not isinstance(config, CostConfig) or (config.model.vocab is None and config.data.path)
-        yield "data.path", config.data.path if is_read else None
+        if config.data.path and (not isinstance(config, CostConfig) or config.model.vocab is None):
+            yield "data.path", config.data.path
+        if isinstance(config.data, PreparedData):
+            yield "data.tokenizer", config.data.tokenizer
+            for index, source in enumerate(config.data.blend):
+                for name in ("path", "tokenizer", "validation"):
+                    yield f"data.blend.{index}.{name}", getattr(source, name)
     if isinstance(config, ImportConfig):
         yield "source", config.source
     if isinstance(config, GenerateConfig):
@@ -97,7 +108,7 @@ def input_paths(config: object) -> Iterator[tuple[str, str | None]]:
 def input_problems(config: object) -> Iterator[Problem]:
     """Yield a problem for every input that is not there."""
     for name, path in input_paths(config):
-        if path is not None and not Path(path).exists():
+        if path is not None and not Path(path).exists() and not foreign_prefixes(Path(path)):
             remedy = f"the nearest folder that exists is {nearest_existing(Path(path))}"
             if name == "source" and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).parent.exists():
                 remedy = f"a model of the hub comes first: hf download {path} --local-dir {Path(path).name}"
@@ -116,7 +127,10 @@ def checkpoint_problems(config: object) -> Iterator[Problem]:
         name, path = found[0]
         checkpoint = resolve_checkpoint(path)
         record = Record.read(checkpoint)
-        yield from tokenizer_problems(config.data.path, checkpoint, record)
+        if isinstance(config, ExtractConfig) or not config.data.blend:
+            yield from tokenizer_problems("data.path", config.data.path or None, checkpoint, record)
+        else:
+            yield from tokenizer_problems("data.blend", str(tokenizer_folder(config.data)), checkpoint, record)
         match config:
             case ImportanceConfig():
                 yield from _lane_problems(record.shape, config.lanes)

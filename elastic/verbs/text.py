@@ -1,18 +1,18 @@
 """Configs, checkpoints and prepared data: whose tokenizer, token ids that the model holds, sequences that are there."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
+from elastic.blend.foreign import is_prepared, tokenizer_record
+from elastic.blend.sources import TrainingData, open_held_out, open_sources, tokenizer_folder
 from elastic.checkpoint.record import Record
 from elastic.config.load import Problem
 from elastic.config.verbs import ElasticConfig, EvaluateConfig, ImportanceConfig, PretrainConfig, TrainConfig
 from elastic.data.held_out import HeldOut
-from elastic.data.manifest import DataError, Manifest, read_manifest
-from elastic.data.tokenizer import TOKENIZER_JSON
+from elastic.data.manifest import DataError, Manifest, TokenizerRecord, read_manifest
+from elastic.data.packing import document_bounds
+from elastic.data.tokenizer import TOKENIZER_JSON, same_tokenizer
 from elastic.data.tokens import LONGER, num_packable, open_split
 from elastic.hf.export_settings import EXPORT_SETTINGS_FOLDER, HfSettings, read_export_settings
 from elastic.hf.tokenizer_files import special_tokens
@@ -22,12 +22,12 @@ LONGEST = "longest sequence trained, tokens"  # in the provenance of a record
 
 def vocab_problems(config: object) -> Iterator[Problem]:
     """Yield a problem if model.vocab has no row for some token of the prepared data."""
-    if not isinstance(config, TrainConfig) or config.model.vocab is None or not config.data.path:
+    if not isinstance(config, TrainConfig) or config.model.vocab is None or not (config.data.path or config.data.blend):
         return
-    manifest = _manifest(config.data.path)
-    if manifest is not None and config.model.vocab < manifest.tokenizer.vocab_size:
-        tokens = manifest.tokenizer.vocab_size
-        rule = f"must be at least the {tokens:,} tokens of the data in {config.data.path}"
+    folder = tokenizer_folder(config.data)
+    tokenizer = _tokenizer(folder)
+    if tokenizer is not None and config.model.vocab < (tokens := tokenizer.vocab_size):
+        rule = f"must be at least the {tokens:,} tokens of the data in {folder}"
         remedy = f"nearest legal value is {config.model.padded_vocab(tokens)}, null takes it from the data"
         yield Problem("model.vocab", config.model.vocab, rule, remedy)
 
@@ -46,12 +46,46 @@ def length_problems(config: object) -> Iterator[Problem]:
             lengths = [("calibration", "importance.sequence_length", config.importance.sequence_length)]
         case _:
             return
-    manifest = _manifest(config.data.path)
-    if manifest is not None:
-        try:
-            yield from _too_short(config, lengths, manifest)
-        except DataError as error:
-            yield Problem("data.path", config.data.path, str(error), "or give another folder")
+    try:
+        if config.data.blend:
+            yield from _blend_too_short(config, lengths)
+        elif is_prepared(Path(config.data.path)):
+            yield from _too_short(config, lengths, read_manifest(Path(config.data.path)))
+        if isinstance(config, TrainConfig) and "stop" in {config.data.on_end, *(s.on_end for s in config.data.blend)}:
+            data = TrainingData(config.data, config.curriculum, config.seed)
+            yield from data.end_problems(config.trainer.max_steps or data.curriculum.total_steps)
+    except DataError as error:
+        field, value = ("data.blend", list(config.data.names)) if config.data.blend else ("data.path", config.data.path)
+        yield Problem(field, value, str(error), "or give another folder")
+
+
+def _blend_too_short(
+    config: TrainConfig | EvaluateConfig | ImportanceConfig, lengths: Sequence[tuple[str, str, int]]
+) -> Iterator[Problem]:
+    """Every source must have a sequence of every length, and one of them something held out."""
+    data, paths = config.data, {name: index for index, name in enumerate(config.data.names)}
+    for name, stream in () if isinstance(config, EvaluateConfig) else open_sources(data, "train").items():
+        for where, _, length in lengths:
+            isolated = stream.packing == "isolated"
+            if isolated and num_packable(stream.bounds(), length, stream.long_documents):
+                continue
+            if isolated or length >= stream.num_tokens:
+                rule = (
+                    f"{where}: no document of it fits"
+                    if isolated
+                    else f"{where}: it holds {stream.num_tokens:,} tokens"
+                )
+                remedy = LONGER if isolated else f"nearest legal length is {max(1, stream.num_tokens - 1)}"
+                index, what = paths[name], "into a sequence" if isolated else f"and a sequence takes {length + 1:,}"
+                yield Problem(
+                    f"data.blend.{index}.path", data.blend[index].path, f"{rule} {what}", f"{remedy}; or take it out"
+                )
+    if not isinstance(config, ImportanceConfig):
+        held_out = open_sources(data, "validation")
+        for where, _, length in lengths:
+            if not len(open_held_out(data, held_out, length)):
+                rule = f"{where}: no source has a held-out sequence of {length:,} tokens"
+                yield Problem("data.blend", list(held_out), rule, "prepare with a larger validation_ratio")
 
 
 def _too_short(
@@ -61,7 +95,8 @@ def _too_short(
     if "train" in splits and not isinstance(config, EvaluateConfig):
         tokens = splits["train"].num_tokens
         for _, field, length in lengths:
-            if isolated and not num_packable(config.data, length):
+            bounds = document_bounds(Path(config.data.path) / "train.idx") if isolated else None
+            if bounds is not None and not num_packable(bounds, length, config.data.long_documents):
                 rule = f"no document in the training split of {config.data.path} fits into a sequence"
                 yield Problem(field, length, rule, LONGER)
             elif not isolated and length >= tokens:
@@ -82,30 +117,30 @@ def _too_short(
                 return
 
 
-def tokenizer_problems(data: str | None, checkpoint: Path, record: Record) -> Iterator[Problem]:
-    """Yield a problem if the prepared data in `data` is of another tokenizer than the checkpoint was trained on.
+def tokenizer_problems(field: str, data: str | None, checkpoint: Path, record: Record) -> Iterator[Problem]:
+    """Yield a problem if the data whose tokenizer is in `data` is of another one than the checkpoint was trained on.
 
     That is the one an imported parent brought along, else the one of the data it was trained on. Where neither is
     there any more, only the size of the vocabulary is compared.
     """
-    manifest = None if data is None else _manifest(data)
-    if data is None or manifest is None:
+    tokenizer = None if data is None else _tokenizer(Path(data))
+    if data is None or tokenizer is None:
         return
-    trained, tokens = _trained_tokenizer(checkpoint, record), manifest.tokenizer.vocab_size
+    trained, tokens = _trained_tokenizer(checkpoint, record), tokenizer.vocab_size
     folder = "the folder of the checkpoint's tokenizer" if trained is None else trained.parent
     remedy = f"prepare the text with tokenizer_path={folder}"
     if record.shape.vocab < tokens:
         rule = f"its {tokens:,} tokens do not fit in the vocabulary of the checkpoint = {record.shape.vocab:,}"
-        yield Problem("data.path", data, rule, remedy)
-    elif trained is not None and not _is_same(trained, Path(data), manifest):
+        yield Problem(field, data, rule, remedy)
+    elif trained is not None and not same_tokenizer(trained.parent, Path(data)):
         rule = f"is of another tokenizer than the checkpoint, which was trained with {trained}"
-        yield Problem("data.path", data, rule, remedy)
+        yield Problem(field, data, rule, remedy)
 
 
-def _manifest(data: str) -> Manifest | None:
-    """Return what a prepared folder says; None where it says nothing, which opening it reports."""
+def _tokenizer(folder: Path) -> TokenizerRecord | None:
+    """Return what a folder of data says of its tokenizer; None where it says nothing, which opening it reports."""
     try:
-        return read_manifest(Path(data))
+        return tokenizer_record(folder)
     except DataError:
         return None
 
@@ -114,17 +149,6 @@ def _trained_tokenizer(checkpoint: Path, record: Record) -> Path | None:
     """Return the tokenizer.json a checkpoint was trained with, None if it is not there any more."""
     folders = [checkpoint / EXPORT_SETTINGS_FOLDER, *([] if record.data is None else [Path(record.data)])]
     return next((folder / TOKENIZER_JSON for folder in folders if (folder / TOKENIZER_JSON).is_file()), None)
-
-
-def _is_same(trained: Path, data: Path, manifest: Manifest) -> bool:
-    """Tell whether the data has the tokenizer in `trained`: the same file, or one of the same tokens under its ids."""
-    if hashlib.sha256(trained.read_bytes()).hexdigest() == manifest.tokenizer.sha256:
-        return True
-    try:
-        own, other = (Tokenizer.from_file(str(path)) for path in (data / TOKENIZER_JSON, trained))
-    except Exception:  # the library raises nothing narrower; a damaged or absent file is reported when it is opened
-        return False
-    return bool(own.get_vocab(with_added_tokens=True) == other.get_vocab(with_added_tokens=True))
 
 
 def text_settings(checkpoint: Path, record: Record, data: str | None = None) -> tuple[HfSettings, Path | None]:
@@ -142,7 +166,7 @@ def text_settings(checkpoint: Path, record: Record, data: str | None = None) -> 
         return settings, carried.tokenizer_folder if data is None else Path(data)
     if data is None:
         return HfSettings(), None
-    tokenizer, named = read_manifest(Path(data)).tokenizer, special_tokens(Path(data))
+    tokenizer, named = tokenizer_record(Path(data)), special_tokens(Path(data))
     made_here = HfSettings(
         bos_token_id=next(iter(tokenizer.bos_ids), None) if named["bos"] is None else named["bos"],
         eos_token_id=tokenizer.eos_id,

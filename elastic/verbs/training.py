@@ -5,14 +5,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from elastic.blend.sources import TrainingData, open_held_out, open_sources, tokenizer_folder
 from elastic.checkpoint.record import Family, Record
 from elastic.checkpoint.state import Trainable, TrainingState, load_checkpoint
 from elastic.config.load import config_dict
 from elastic.config.sections import DistillConfig
 from elastic.config.verbs import ElasticConfig, TrainConfig
-from elastic.data.held_out import HeldOut
-from elastic.data.stream import PhaseData, Samples, samples_of
-from elastic.data.tokens import open_split
+from elastic.data.stream import PhaseData
 from elastic.hf.config import stock_notes
 from elastic.model.backends import in_words
 from elastic.model.model import build_model
@@ -51,15 +50,13 @@ def run_training(config: TrainConfig, console: Console, callbacks: Sequence[Call
 
     `callbacks` of the caller run after the run's own.
     """
-    stream, settings = open_split(config.data, "train"), config.exp_manager
-    lengths = [phase.sequence_length for phase in config.curriculum]
-    datasets = [samples_of(stream, length, config.seed, salt) for salt, length in enumerate(lengths)]
-    sequences = [f"{phase.name}: {data}" for phase, data in zip(config.curriculum, datasets, strict=True)]
+    data, settings = TrainingData(config.data, config.curriculum, config.seed), config.exp_manager
+    sequences = [f"{phase.name}: {it}" for phase, it in zip(config.curriculum, data.samples(), strict=True)]
     with run_world(config) as here:
-        packed = {PACKING: stream.in_words, "sequences": "; ".join(sequences)}
+        packed = {PACKING: data.in_words, "sequences": "; ".join(sequences)}
         start, record = _started_from(config, here, console, packed)
-        with open_training_run(config, stream.manifest, record, here, console.print, start) as opened:
-            trainer, folder = _trainer(config, here, datasets, record, opened), opened.folder
+        with open_training_run(config, data, record, here, console.print, start) as opened:
+            trainer, folder = _trainer(config, here, data, record, opened), opened.folder
             wandb_run = None
             if here.is_main:
                 if trainer.chooser is not None:
@@ -81,7 +78,7 @@ def run_training(config: TrainConfig, console: Console, callbacks: Sequence[Call
                 say=console.print,
             )
             # Last: its handlers stay until the final checkpoint is written.
-            trainer.callbacks = [*_callbacks(config, trainer, log, console), *callbacks, StopOnSignal()]
+            trainer.callbacks = [*_callbacks(config, trainer, log, console, data, opened), *callbacks, StopOnSignal()]
             with Watchdog(trainer.progress, folder, config.trainer.watchdog_timeout_s):
                 trainer.fit()
             log.close()
@@ -99,7 +96,7 @@ def _started_from(
     config: TrainConfig, here: World, console: Console, packed: Mapping[str, str]
 ) -> tuple[Path | None, Record]:
     """Return the permuted parent's checkpoint (None: from scratch), and the record of what is trained."""
-    longest, data = max(phase.sequence_length for phase in config.curriculum), config.data.path
+    longest, data = max(phase.sequence_length for phase in config.curriculum), str(tokenizer_folder(config.data))
     provenance = {LONGEST: str(longest), "computed": in_words(), **packed}
     if not isinstance(config, ElasticConfig):
         return None, Record("parent", config.model.shape(), data=data, provenance=provenance)
@@ -120,9 +117,7 @@ def family_lines(space: Space, budgets: Sequence[Budget]) -> str:
     return "\n".join([*lines, *(f"note: of a member at the smallest depth, {note}" for note in notes)])
 
 
-def _trainer(
-    config: TrainConfig, here: World, datasets: Sequence[Samples], record: Record, opened: RunStart
-) -> Trainer:
+def _trainer(config: TrainConfig, here: World, data: TrainingData, record: Record, opened: RunStart) -> Trainer:
     """Build student, teacher and router, and load them: from the run's own checkpoint, else from the parent."""
     space, curriculum, start = record.space(), Curriculum(config.curriculum), opened.permuted_parent
     loss = config.distill if isinstance(config, ElasticConfig) else FROM_SCRATCH
@@ -148,7 +143,7 @@ def _trainer(
         wrapped=wrapped,
         optimizer=optimizer,
         data=PhaseData(
-            datasets,
+            data.samples(opened.carried),
             micro_batch_size=config.data.micro_batch,
             world=here,
             numbers=in_turn if chooser is None else chooser.numbers,
@@ -174,18 +169,28 @@ def _budgets(record: Record) -> tuple[str, ...]:
     return () if record.family is None else tuple(budget.name for budget in record.family.budgets)
 
 
-def _callbacks(config: TrainConfig, trainer: Trainer, log: RunLog, console: Console) -> list[Callback]:
-    settings, section, held_out = config.exp_manager, config.trainer, open_split(config.data, "validation")
+def _callbacks(
+    config: TrainConfig, trainer: Trainer, log: RunLog, console: Console, data: TrainingData, opened: RunStart
+) -> list[Callback]:
+    settings, section, held_out = config.exp_manager, config.trainer, open_sources(config.data, "validation")
     return [
         Validate(
-            [HeldOut(held_out, phase.sequence_length) for phase in trainer.curriculum.phases],
+            [open_held_out(config.data, held_out, phase.sequence_length) for phase in trainer.curriculum.phases],
             log,
             section.val_check_interval,
             config.data.validation_sequences,
             config.data.micro_batch,
         ),
         # Before the save: a step whose checkpoint is whole is not run again, and its row would be missing for ever.
-        LogSteps(log, _budgets(trainer.record) or ("parent",), section, console, trainer.world),
+        LogSteps(
+            log,
+            _budgets(trainer.record) or ("parent",),
+            section,
+            console,
+            trainer.world,
+            data.names,
+            lambda step: data.epochs(step, opened.carried) if data.names else {},
+        ),
         SaveCheckpoints(
             section.checkpoint_every_n_steps,
             settings.keep_last_checkpoints,

@@ -11,7 +11,7 @@ from elastic.config.verbs import (
     ImportConfig,
     PretrainConfig,
 )
-from elastic.corpus.config import PrepareConfig
+from elastic.data.prepare_config import PrepareConfig
 from tests.unit.config.configs import BadConfig
 
 # verb, changes, number of processes, the one line of the error: field = value: rule; remedy
@@ -52,7 +52,8 @@ BAD: tuple[BadConfig, ...] = (
         PretrainConfig,
         {"data.path": ""},
         1,
-        "data.path = null: missing, it has no default; set data.path=..., the folder recipes/prepare_data.py wrote",
+        "data.path = null: missing, it has no default; set data.path=..., the folder recipes/prepare_data.py wrote, or "
+        "data.blend",
     ),
     (
         ImportConfig,
