@@ -29,7 +29,7 @@ help: ## list these commands
 	@echo "  PYTHON=FILE   make the environment with this Python 3.12 or 3.13 (default: the first that runs)"
 	@echo "  PY=FILE       run with this interpreter as it is and set up nothing (containers)"
 	@echo "  TESTS=PATH    test only this (default tests); MARKERS=EXPR picks by marker (default '$(MARKERS)')"
-	@echo "  JOBS=N        test files at a time (default $(JOBS)); many of them start processes of their own"
+	@echo "  JOBS=N        test files at a time (default $(JOBS), for check 2); many start processes of their own"
 
 setup: ## make the environment, if it is not up to date
 ifneq ($(origin PY),command line)
@@ -46,6 +46,7 @@ smoke-chat: setup ## train a family on made-up conversations and count right ans
 # torchrun, many processes) come first, so that no worker is left alone with them at the end.
 PYTEST = "$(PY)" -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "$(MARKERS)"
 
+check: JOBS = 2
 check: setup ## run the quick tests: units, and parity with stock models
 	$(PYTEST) tests/parity tests/unit
 

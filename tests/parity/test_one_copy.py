@@ -63,7 +63,7 @@ def test_three_budgets_need_little_more_than_the_parent() -> None:
     def serve(subnets: list[Subnet]) -> Callable[[], None]:
         def run() -> None:
             for subnet in subnets:
-                generate(model, subnet, PROMPT, Sampling(), 4)
+                generate(model, subnet, PROMPT, Sampling(), 2)
 
         return run
 

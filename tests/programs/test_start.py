@@ -41,21 +41,6 @@ def test_number_of_processes_is_told_apart_from_what_hydra_reads(
     assert split_processes(arguments) == (processes, rest)
 
 
-def test_through_nemo_all_mistakes_are_one_message_and_no_file_is_left(tmp_path: Path) -> None:
-    ended = started(tmp_path, "evaluate", "--config-name=evaluate", "trainer.num_thread=1", "sequence_length=0")
-    assert ended.returncode == 2, ended.stderr
-    assert ended.stdout == ""
-    heading, *lines = ended.stderr.splitlines()
-    assert heading == "4 problems in the configuration:"
-    assert [line.strip().partition(" = ")[0] for line in lines] == [
-        "trainer.num_thread",
-        "init_from.checkpoint",
-        "data.path",
-        "sequence_length",
-    ]
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_in_two_processes_a_mistake_is_said_once_and_nothing_else(tmp_path: Path) -> None:
     mistakes = ["parallel.tensor=3", "data.path=d", "init_from.checkpoint=c"]
     ended = started(tmp_path, "evaluate", "--nproc-per-node=2", *mistakes)

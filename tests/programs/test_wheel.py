@@ -43,9 +43,22 @@ def test_every_file_of_conf_is_installed(installed: Path) -> None:
     }
 
 
-def test_an_installed_recipe_finds_its_config(installed: Path, tmp_path: Path) -> None:
+def test_an_installed_recipe_finds_its_config_and_through_nemo_all_mistakes_are_one_message(
+    installed: Path, tmp_path: Path
+) -> None:
     environment = {**os.environ, "PYTHONPATH": str(installed), "TORCHDYNAMO_DISABLE": "1"}
-    command = [sys.executable, str(installed / "recipes" / "evaluate.py"), "sequence_length=0"]
+    command = [sys.executable, str(installed / "recipes" / "evaluate.py"), "--config-name=evaluate"]
+    command += ["trainer.num_thread=1", "sequence_length=0"]
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 2, ended.stderr
+    assert ended.stdout == ""
+    heading, *lines = ended.stderr.splitlines()
+    assert heading == "4 problems in the configuration:"
+    assert [line.strip().partition(" = ")[0] for line in lines] == [
+        "trainer.num_thread",
+        "init_from.checkpoint",
+        "data.path",
+        "sequence_length",
+    ]
     assert "sequence_length = 0: must be at least 2" in ended.stderr and "init_from.checkpoint = null" in ended.stderr
+    assert list(tmp_path.iterdir()) == []
