@@ -90,9 +90,10 @@ def filled_in(config: Any) -> Any:
 def input_paths(config: object) -> Iterator[tuple[str, str | None]]:
     """List (field, path) of every file or folder a verb reads; a path may be null."""
     if isinstance(config, TrainConfig | ImportanceConfig | EvaluateConfig | ExtractConfig):
-        if config.data.path and (not isinstance(config, CostConfig) or config.model.vocab is None):
+        is_read = not isinstance(config, CostConfig) or config.model.vocab is None
+        if config.data.path and is_read:
             yield "data.path", config.data.path
-        if isinstance(config.data, PreparedData):
+        if isinstance(config.data, PreparedData) and is_read:
             yield "data.tokenizer", config.data.tokenizer
             for index, source in enumerate(config.data.blend):
                 for name in ("path", "tokenizer", "validation"):

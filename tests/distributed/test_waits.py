@@ -112,9 +112,15 @@ def train_and_count(values):
 
 @pytest.mark.parametrize("parallel", [{}, dict(tensor=2, pipeline=2, sequence=True, recompute="full")], ids=["1", "4"])
 def test_a_step_waits_at_most_twice_for_the_device_between_log_points(start, parallel):
-    """Under masks, steps 0 to 4, and under slices, 5 to 8; the router's choice is read once, where its phase begins."""
+    """Under masks, steps 0 to 4, and under slices, 5 to 8; the router's choice is read once, where its phase begins.
+
+    One process reads a blend, and sums losses by source.
+    """
     often = dict(log_every_n_steps=100, val_check_interval=100, checkpoint_every_n_steps=100)
     values = elastic_values(start, f"waits{len(parallel)}", parallel=parallel, trainer=often)
+    if not parallel:
+        folder = values["data"].pop("path")
+        values["data"]["blend"] = [dict(path=folder, name=name, weight=weight) for name, weight in (("a", 1), ("b", 2))]
     for by_step in run_distributed(train_and_count, 4 if parallel else 1, values):
         for step in (1, 2, 3, 4, 6, 7):
             places = by_step[step]
