@@ -37,11 +37,12 @@ def answer_row(name: str, texts: Sequence[dict[str, Any]], problems: Sequence[Pr
 def summary_table(summary: dict[str, Any]) -> Table:
     """Render one row per budget, or pair of budgets."""
     table = Table(title=f"one run, a family: right answers to {summary['num_problems']} questions")
-    for heading in ("who writes", "params", "right", *(f"{n} step{'s' * (n > 1)}" for n in STEPS), "tokens", "work"):
-        table.add_column(heading, justify="left" if heading == "who writes" else "right", no_wrap=True)
+    first = "thinks,\nanswers"
+    for heading in (first, "params", "right", *(f"{n}\nstep{'s' * (n > 1)}" for n in STEPS), "tokens", "work"):
+        table.add_column(heading, justify="left" if heading == first else "right", no_wrap=True)
     for row in summary["members"]:
         by_steps = [f"{row['right_by_steps'][steps]:.0%}" for steps in STEPS]
-        params = " + ".join(f"{params / 1e6:.2f}M" for params in row["params"].values())
+        params = ", ".join(f"{params / 1e6:.2f}" for params in row["params"].values()) + "M"
         work = f"{row['params_read'] / 1e6:.1f}M"
         table.add_row(row["name"], params, f"{row['accuracy']:.0%}", *by_steps, f"{row['tokens']:.1f}", work)
     return table
@@ -61,9 +62,6 @@ def draw_accuracy(summary: dict[str, Any], path: Path) -> None:
     for number, row in enumerate(rows):
         marker = "o" if row in alone else "D"
         left.plot(row["params_read"] / 1e6, row["accuracy"], marker, color=f"C{number}", markersize=9)
-        left.annotate(
-            row["name"], (row["params_read"] / 1e6, row["accuracy"]), textcoords="offset points", xytext=(8, 6)
-        )
         offset = (number - (len(rows) - 1) / 2) * 0.15
         heights = [row["right_by_steps"][steps] for steps in STEPS]
         right.bar([steps + offset for steps in STEPS], heights, 0.14, color=f"C{number}", label=row["name"])
@@ -76,7 +74,8 @@ def draw_accuracy(summary: dict[str, Any], path: Path) -> None:
     left.margins(x=0.2)
     left.grid(alpha=0.3)
     right.set(xlabel="steps of the question", title="By difficulty", ylim=(0, 1.05), xticks=STEPS)
-    right.legend()
-    figure.tight_layout()
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=len(rows), loc="lower center", title="thinks, answers")
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

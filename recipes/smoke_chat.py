@@ -43,13 +43,13 @@ FAMILY = (
     "data.micro_batch=2",
     "trainer.val_check_interval=100",
 )
-# Who answers: one budget, or one to think and another to answer.
+# Who writes: one budget, or one that thinks and another that answers.
 WRITERS = {
     "full": ("budget=full",),
     "medium": ("budget=medium",),
     "small": ("budget=small",),
-    "small thinks, full answers": ("think=small", "answer=full"),
-    "full thinks, small answers": ("think=full", "answer=small"),
+    "small, full": ("think=small", "answer=full"),
+    "full, small": ("think=full", "answer=small"),
 }
 
 
