@@ -137,7 +137,8 @@ class _Loader:
         if requirement is not None and given in (NOT_GIVEN, "", None, []):
             raise _illegal(path, None, "missing, it has no default", f"set {path}=..., {requirement.hint}")
         has_default = default not in (NOT_GIVEN, "", [], {})
-        remedy = f"the default is {show(default)}" if has_default else "it has no default"
+        needed = "it has no default" if requirement is None else requirement.hint
+        remedy = f"the default is {show(default)}" if has_default else needed
         return self._value(hint, {} if given == NOT_GIVEN else given, path, remedy)
 
     def _value(self, hint: Any, given: Any, path: str, remedy: str) -> Any:

@@ -138,7 +138,7 @@ class BlendSource:
     """
 
     path: Annotated[str, Required("a folder of recipes/prepare_data.py, or the prefix of a .bin/.idx pair")]
-    weight: Annotated[float, Range(0, 1e18, open_low=True), Required("any positive number, a count of tokens, too")]
+    weight: Annotated[float, Range(0, 1e18, open_low=True), Required("any number above 0, or leave the source out")]
     name: ranges.MemberName | None = None
     tokenizer: str | None = None
     validation: str | None = None

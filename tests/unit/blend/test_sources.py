@@ -202,7 +202,7 @@ def test_a_blend_is_legal_however_it_is_written(folder: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({0: dict(weight=0)}, "data.blend.0.weight = 0.0: must be above 0"),
+        ({0: dict(weight=0)}, "data.blend.0.weight = 0.0: must be above 0; any number above 0, or leave"),
         ({0: dict(weight=-1)}, "data.blend.0.weight = -1.0: must be above 0"),
         ({0: dict(weight=float("nan"))}, "data.blend.0.weight = NaN: must be a finite number"),
         ({0: dict(weight=None)}, "data.blend.0.weight = null: missing, it has no default"),
