@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from elastic.world.files import file_problems, sha256_of
+from elastic.data.shards import shard_problem, shards_in
+from elastic.space.ranges import DataChecks
+from elastic.world.files import file_problems, first_few, sha256_of
 
 MANIFEST_NAME = "data.json"
 FORMAT = "elastic-data-4"
@@ -102,6 +104,11 @@ class Manifest:
         """Return how its documents stand in sequences where nobody says otherwise: of chats none sees another."""
         return "isolated" if self.settings.get("document_format") == "chat" else "concatenated"
 
+    @property
+    def is_joined(self) -> bool:
+        """Tell whether its files are those of shards, each in a folder of its own."""
+        return "shards" in self.settings
+
     def write(self, folder: Path) -> None:
         """Write `data.json` into `folder`."""
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2, ensure_ascii=True)
@@ -114,6 +121,11 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
+        if shards_in(folder):
+            problem = (
+                shard_problem(folder) or "holds all shards, not joined; prepare one of them again, which joins them"
+            )
+            raise DataError(f"{folder}: {problem}") from None
         raise DataError(f"{folder} is not a prepared data folder, it has no {MANIFEST_NAME}; {REMEDY}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}); {REMEDY}") from error
@@ -154,21 +166,24 @@ def sampled_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def checked_manifest(folder: Path, splits: Iterable[str] | None = None, *, full: bool = False) -> Manifest:
+def checked_manifest(folder: Path, splits: Iterable[str] | None = None, *, verify: DataChecks = "sampled") -> Manifest:
     """Read the manifest; raises DataError unless the splits (None: all) and the tokenizer are what it says.
 
-    Names every file that is missing, truncated, swapped or altered. Reads at most 4 MiB of each file of a split, `full`
-    all of it; of the tokenizer everything, settings and chat template included.
+    Names files that are missing, truncated, swapped or altered. Reads of each file of a split nothing (`sizes`), at most
+    4 MiB (`sampled`; of shards nothing, that is done when one is first read), or all of it (`full`); of the tokenizer
+    everything, settings and chat template included.
     """
     manifest = read_manifest(folder)
+    contents = verify == "full" or (verify == "sampled" and not manifest.is_joined)
     for split in manifest.splits if splits is None else splits:
         if split not in manifest.splits:
             held = ", ".join(manifest.splits)
             raise DataError(f"{folder}: no split {split!r}, it holds {held}; prepare with another validation_ratio")
         files = manifest.splits[split].files
         sizes = {name: record.size_bytes for name, record in files.items()}
-        if problems := file_problems(folder, sizes, partial(_content_problem, files, full)):
-            raise DataError(f"{folder}: {'; '.join(problems)}; restore it or {REMEDY}")
+        judge = partial(_content_problem, files, verify == "full") if contents else lambda name, path: None
+        if problems := file_problems(folder, sizes, judge):
+            raise DataError(f"{folder}: {'; '.join(first_few(problems))}; restore it or {REMEDY}")
     for name, sha256 in {"tokenizer.json": manifest.tokenizer.sha256, **manifest.tokenizer.files}.items():
         if not (folder / name).is_file() or sha256_of(folder / name) != sha256:
             raise DataError(
@@ -178,5 +193,10 @@ def checked_manifest(folder: Path, splits: Iterable[str] | None = None, *, full:
 
 
 def _content_problem(files: Mapping[str, FileRecord], full: bool, name: str, path: Path) -> str | None:
-    same = sampled_sha256(path) == files[name].sampled_sha256 and (not full or record_file(path) == files[name])
+    return content_problem(path, files[name], full=full)
+
+
+def content_problem(path: Path, record: FileRecord, *, full: bool) -> str | None:
+    """Say whether a file of the right size holds something else than its record says."""
+    same = sampled_sha256(path) == record.sampled_sha256 and (not full or record_file(path) == record)
     return None if same else "has the right size and another content"

@@ -121,7 +121,7 @@ def _existing(folder: Path, config: PrepareConfig, source: dict[str, Any]) -> Ma
         )
     try:
         # Told to overwrite, look at every byte before deciding that nothing needs to be done.
-        manifest = checked_manifest(folder, full=config.overwrite)
+        manifest = checked_manifest(folder, verify="full" if config.overwrite else "sampled")
         differences = _differences(manifest.settings, config.settings()) + _differences(manifest.source, source)
         if differences:
             raise DataError(

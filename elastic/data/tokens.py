@@ -6,16 +6,17 @@ import numpy as np
 import torch
 
 from elastic.config.sections import LongDocuments, Packed, PreparedData
-from elastic.data.manifest import MASK_SUFFIX, REMEDY, DataError, checked_manifest
-from elastic.data.packing import Packing, document_bounds, pack
+from elastic.data.manifest import DataError, checked_manifest, read_manifest
+from elastic.data.packing import Packing, pack
+from elastic.data.pieces import Pieces
+from elastic.space.ranges import DataChecks
 
-DTYPES = ("uint16", "int32")
 LONGER = "set data.long_documents=cut, or give documents of two tokens and more"
 
 
 def open_split(data: PreparedData, split: str) -> "TokenStream":
     """Open a split of prepared data as the config says."""
-    return TokenStream(Path(data.path) / split, data.packing, data.long_documents)
+    return TokenStream(Path(data.path) / split, data.packing, data.long_documents, data.verify)
 
 
 def num_packable(bounds: np.ndarray, sequence_length: int, long_documents: LongDocuments) -> int:
@@ -29,26 +30,22 @@ class TokenStream:
 
     `prefix` is `<prepared folder>/train` or `.../validation`; `packing` (None: as the manifest says) and
     `long_documents` say how sequences are made of it. Raises DataError when a file is missing, truncated, swapped or
-    altered, or the tokenizer is another: sizes and sampled checksums against data.json.
+    altered, or the tokenizer is another: sizes and sampled checksums against data.json, or what `verify` says. The
+    shards in a folder of shards are opened, and their samples compared, when they are first read.
     """
 
     def __init__(
-        self, prefix: str | Path, packing: Packed | None = None, long_documents: LongDocuments = "cut"
+        self,
+        prefix: str | Path,
+        packing: Packed | None = None,
+        long_documents: LongDocuments = "cut",
+        verify: DataChecks = "sampled",
     ) -> None:
         self.prefix, self.long_documents = Path(prefix), long_documents
         self._packings: dict[tuple[int, int], Packing] = {}
-        self.manifest = checked_manifest(self.prefix.parent, [self.prefix.name])
+        self.manifest = checked_manifest(self.prefix.parent, [self.prefix.name], verify=verify)
         self.packing = packing or self.manifest.packing
-        if self.manifest.dtype not in DTYPES:
-            raise DataError(f"{self.prefix}.bin: data.json says {self.manifest.dtype}, no type of token ids; {REMEDY}")
-        self._tokens = np.asarray(np.memmap(f"{self.prefix}.bin", dtype=self.manifest.dtype, mode="r"))
-        if self.num_tokens != self.manifest.splits[self.prefix.name].num_tokens:
-            raise DataError(f"{self.prefix}.bin: holds {self.num_tokens:,} tokens, data.json says otherwise; {REMEDY}")
-        self._counted = None
-        if self.is_masked:
-            self._counted = np.asarray(np.memmap(f"{self.prefix}{MASK_SUFFIX}", dtype=np.uint8, mode="r"))
-            if len(self._counted) != -(-self.num_tokens // 8):
-                raise DataError(f"{self.prefix}{MASK_SUFFIX}: holds no bit for every token; {REMEDY}")
+        self._pieces = Pieces(self.prefix, self.manifest, checks=self.manifest.is_joined and verify == "sampled")
 
     @property
     def in_words(self) -> str:
@@ -59,7 +56,7 @@ class TokenStream:
     @property
     def num_tokens(self) -> int:
         """Return how many tokens the stream holds."""
-        return len(self._tokens)
+        return self._pieces.num_tokens
 
     @property
     def is_masked(self) -> bool:
@@ -78,22 +75,14 @@ class TokenStream:
 
     def bounds(self) -> np.ndarray:
         """Return where the documents begin, and the last ends: positions [N + 1], from the index beside the tokens."""
-        bounds = document_bounds(Path(f"{self.prefix}.idx"))
-        if not len(bounds) or bounds[-1] != self.num_tokens:
-            raise DataError(
-                f"{self.prefix}.idx: its documents do not end where the {self.num_tokens:,} tokens do; {REMEDY}"
-            )
-        return bounds
+        return self._pieces.bounds()
 
     def read(self, start: int, count: int) -> torch.Tensor:
         """Return tokens [count] from position `start`, int64."""
-        assert start >= 0 and start + count <= self.num_tokens, f"tokens {start}..{start + count} are not in the stream"
-        return torch.from_numpy(self._tokens[start : start + count].astype(np.int64))
+        return torch.from_numpy(self._pieces.tokens(start, count).astype(np.int64))
 
     def counted(self, start: int, count: int) -> torch.Tensor:
         """Return which of the tokens [count] from position `start` the loss counts as labels, bool."""
-        if self._counted is None:
+        if not self.is_masked:
             return torch.ones(count, dtype=torch.bool)
-        first = start // 8
-        bits = np.unpackbits(self._counted[first : -(-(start + count) // 8)], bitorder="little")
-        return torch.from_numpy(bits[start - 8 * first :][:count].astype(bool))
+        return torch.from_numpy(self._pieces.counted(start, count))

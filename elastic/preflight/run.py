@@ -65,7 +65,7 @@ def run_problems(config: VerbConfig, cluster: Cluster, gpus: Sequence[Gpu]) -> I
         for field, path in (sources or {"data.path": config.data.path}).items():
             try:  # every file is there, whole and the one that was prepared (sampled checksums)
                 if not sources or is_prepared(Path(path)):
-                    checked_manifest(Path(path))
+                    checked_manifest(Path(path), verify=config.data.verify)
             except DataError as error:
                 yield Problem(field, path, str(error), "or give another folder")
     manager = config.exp_manager

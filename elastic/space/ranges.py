@@ -4,7 +4,7 @@ Every number has two limits. The upper ones lie far beyond any use and have a re
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 NAME_PATTERN = r"\w[\w.+-]{0,99}"
 
@@ -73,4 +73,5 @@ Target = Annotated[float, Range(0, 1e30, open_low=True)]  # above every cost tha
 Speed = Annotated[float, Range(0, 1e9, open_low=True)]  # TFLOP/s, GB/s, GB
 Amount = Annotated[float, Range(0, 1e6)]  # GB, money
 Name = Annotated[str, Required("give it a name")]
+DataChecks = Literal["sizes", "sampled", "full"]  # of prepared data, when it is opened
 MemberName = Annotated[str, Required("give it a name"), FolderName()]

@@ -1,5 +1,9 @@
 """The verb prepare_data: text becomes a tokenizer and indexed train / validation sets; the work is data/prepare.py."""
 
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +17,8 @@ COMMON_LENGTHS = (4096, 16384, 49152)  # how full sequences would be is said of 
 
 def run_prepare(config: PrepareConfig, console: Console) -> Path:
     """Prepare the text, say what was done with it and what was passed over; returns the folder."""
-    prepared = prepare(config)
+    with _leaving_on_sigterm():
+        prepared = prepare(config)
     manifest, state = prepared.manifest, "already prepared" if prepared.already_prepared else "prepared"
     splits = ", ".join(f"{name} {split.num_tokens:,} tokens" for name, split in manifest.splits.items())
     lines = [f"{prepared.folder}: {state}, {manifest.num_documents:,} documents, {splits}"]
@@ -31,5 +36,18 @@ def run_prepare(config: PrepareConfig, console: Console) -> Path:
         lines += [f"packed: {pack(bounds, length, seed=0)}" for length in fitting]
     lines += [f"remarked: {line}" for line in skip_lines(manifest.remarks)]
     lines += [f"skipped: {line}" for line in skip_lines(manifest.skipped) or ["nothing"]]
+    if prepared.joined is not None:
+        together = sum(split.num_tokens for split in prepared.joined.splits.values())
+        lines.append(f"{config.output_dir}: all {config.part.of} shards are there, {together:,} tokens")
     console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
     return Path(prepared.folder)
+
+
+@contextmanager
+def _leaving_on_sigterm() -> Iterator[None]:
+    """Leave by an exception where a job's time is up, so that what is half written is removed."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -191,6 +191,6 @@ def test_change_that_samples_miss_is_found_when_all_is_read(
     TokenStream(folder / "train")
     checked_manifest(folder)
     with pytest.raises(DataError, match=r"train\.bin has the right size and another content"):
-        checked_manifest(folder, full=True)
+        checked_manifest(folder, verify="full")
     assert not prepare(config(source, folder, overwrite=True)).already_prepared
     assert contents(folder) == before
