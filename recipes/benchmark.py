@@ -1,6 +1,6 @@
 """Print the ratios this project is held to, each measured in one run, alternating: `make benchmark`.
 
-Hardware: two CPU cores, 16 GiB memory and 25 GB of disk for the last two parts. Time: about 6 minutes. `--only PART`
+Hardware: two CPU cores, 16 GiB memory and 25 GB of disk for conversion and serving. Time: about 8 minutes. `--only PART`
 runs one part, `--rounds` sets how often every case of the first two runs. `--only full_size --where FOLDER` imports
 the whole 12B and extracts a 6B: 75 GB of disk, about 10 minutes; it is no part of the others. `--only gpu` measures
 one GPU (`make gpu`) for about `--seconds`, all of it in `--json FILE`; its code is tried out on a CPU with
@@ -17,10 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from elastic.world.groups import Layout, world
-from recipes.benchmarks import conversion, execution, full_size, gpu, kl, serving
+from recipes.benchmarks import conversion, execution, full_size, gpu, kl, preparation, serving
 from recipes.benchmarks._precisions import timed_precisions
 
-PARTS = ("execution", "kl", "conversion", "serving")
+DATA_ROUNDS = 2
+PARTS = ("execution", "kl", "conversion", "serving", "data")
 
 
 def execution_table(rows: list[dict[str, Any]]) -> Table:
@@ -76,6 +77,18 @@ def serving_table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         goal = "<= 1.05" if row["what"] == "family" else "-"
         table.add_row(names[row["what"]], f"{row['gib']:.2f}", f"{row['ratio']:.2f}", goal)
+    return table
+
+
+def data_table(rows: list[dict[str, Any]]) -> Table:
+    """Render tokens per second of preparing and reading data; per core is by the CPU time of all processes."""
+    table = Table(title="preparing and reading data, best of the rounds")
+    for heading in ("what", "processes", "MB/s", "tokens/s", "tokens/s and core"):
+        table.add_column(heading, justify="left" if heading == "what" else "right")
+    for row in rows:
+        speeds = [f"{row['tokens'] / row[time]:,.0f}" for time in ("seconds", "cpu")]
+        mb = f"{row['size'] / 1e6 / row['seconds']:.1f}" if row["size"] else "-"
+        table.add_row(row["what"], str(row["processes"]), mb, *speeds)
     return table
 
 
@@ -138,6 +151,8 @@ def main() -> None:
         console.print(conversion_table(conversion.run()))
     if "serving" in parts:
         console.print(serving_table(serving.run()))
+    if "data" in parts:
+        console.print(data_table(preparation.run(min(arguments.rounds, DATA_ROUNDS))))
     if "full_size" in parts:
         console.print(full_size_table(full_size.run(arguments.where)))
 

@@ -122,9 +122,7 @@ def read_manifest(folder: Path) -> Manifest:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         if shards_in(folder):
-            problem = (
-                shard_problem(folder) or "holds all shards, not joined; prepare one of them again, which joins them"
-            )
+            problem = shard_problem(folder) or "holds all shards, not joined; prepare one of them again to join them"
             raise DataError(f"{folder}: {problem}") from None
         raise DataError(f"{folder} is not a prepared data folder, it has no {MANIFEST_NAME}; {REMEDY}") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -169,9 +167,9 @@ def sampled_sha256(path: Path) -> str:
 def checked_manifest(folder: Path, splits: Iterable[str] | None = None, *, verify: DataChecks = "sampled") -> Manifest:
     """Read the manifest; raises DataError unless the splits (None: all) and the tokenizer are what it says.
 
-    Names files that are missing, truncated, swapped or altered. Reads of each file of a split nothing (`sizes`), at most
-    4 MiB (`sampled`; of shards nothing, that is done when one is first read), or all of it (`full`); of the tokenizer
-    everything, settings and chat template included.
+    Names files that are missing, truncated, swapped or altered. Reads of each file of a split nothing (`sizes`), at
+    most 4 MiB (`sampled`; of shards nothing, that is done when one is first read), or all of it (`full`); of the
+    tokenizer everything, settings and chat template included.
     """
     manifest = read_manifest(folder)
     contents = verify == "full" or (verify == "sampled" and not manifest.is_joined)

@@ -92,7 +92,7 @@ class Pieces:
         return parts
 
     def bounds(self) -> np.ndarray:
-        """Return where the documents begin, and the last ends: positions [N + 1], from the indices beside the tokens."""
+        """Return where the documents begin, and the last ends: positions [N + 1], from the indices."""
         bounds = [np.zeros(1, np.int64)]
         for piece in self._pieces:
             found = document_bounds(Path(f"{piece.prefix}.idx"))

@@ -29,8 +29,9 @@ def settings(tmp_path: Path) -> PrepareConfig:
     write_jsonl(tmp_path / "source" / "b.jsonl", texts()[3:190])
     write_jsonl(tmp_path / "z.jsonl", texts()[190:])
     with (tmp_path / "z.jsonl").open("a") as stream:
-        last = [{"text": f"a line that is {'very ' * 200} long"}, {"text": "without a line end"}]
-        stream.write("no JSON\n" + "\n".join(map(json.dumps, last)))
+        stream.write(
+            f'no JSON\n{{"text": "a line that is {"very " * 200} long"}}\n{{"text": "the last, without a line end"}}'
+        )
     sources = [str(tmp_path / "source"), str(tmp_path / "z.jsonl")]
     return replace(config(tmp_path, tmp_path / "data"), paths=sources, tokenizer_path=str(tmp_path / "tokenizer"))
 
@@ -89,8 +90,9 @@ def test_every_byte_belongs_to_one_shard() -> None:
         for is_cut in (True, False):
             first, dealt = 0, []
             for size in sizes:
-                shards = [Shard(number, of) for number in range(1, of + 1)]
-                shares = [shard.share(first, size, sum(sizes), is_cut=is_cut) for shard in shards]
+                shares = [
+                    Shard(number, of).share(first, size, sum(sizes), is_cut=is_cut) for number in range(1, of + 1)
+                ]
                 dealt.append([share for share in shares if share is not None])
                 first += size
             for size, shares in zip(sizes, dealt, strict=True):
