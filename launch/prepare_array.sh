@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prepare data on many nodes: an array of jobs, each a shard of the corpus, together one prepared folder (docs/data.md).
+# Prepare data on many nodes: an array of jobs, each a shard of the corpus, together one prepared folder (docs/own_model.md).
 #   launch/prepare_array.sh SHARDS paths=[FOLDER] tokenizer_path=FOLDER output_dir=FOLDER [key=value ...]
 #   OPTIONS="--partition=cpu --time=2:00:00" launch/prepare_array.sh ...       any options of sbatch
 # A job takes a node, all its cores, and no GPU. The same command again makes the shards that are missing and leaves the

@@ -38,12 +38,15 @@ def run(rounds: int) -> list[dict[str, Any]]:
                 for processes in sorted({1, cores}):
                     rows.append(_prepared(source, tokenizer, place / f"ours{number}_{processes}", processes))
                     rows.append(_one_by_one(source, tokenizer, place / f"theirs{number}_{processes}", processes))
-            best = {}
+            best: dict[tuple[str, int], dict[str, Any]] = {}
             for row in sorted(rows, key=lambda row: row["seconds"]):
                 best.setdefault((row["what"], row["processes"]), row)
             stream = TokenStream(place / "ours0_1" / "train")
-            ways = {"concatenated": Concatenated, "isolated": Isolated}
-            reading = [_read(f"reading, {way}", kind(stream, SEQUENCE_LENGTH, seed=0)) for way, kind in ways.items()]
+            ways: dict[str, Samples] = {
+                "concatenated": Concatenated(stream, SEQUENCE_LENGTH, seed=0),
+                "isolated": Isolated(stream, SEQUENCE_LENGTH, seed=0),
+            }
+            reading = [_read(f"reading, {way}", samples) for way, samples in ways.items()]
             return [*(best[key] for key in sorted(best)), *reading]
     finally:
         os.environ.pop("TOKENIZERS_PARALLELISM")

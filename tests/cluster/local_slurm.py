@@ -91,7 +91,7 @@ class LocalSlurm:
         printed = self.command("sbatch", "--parsable", *arguments, str(launcher), cwd=cwd, **environment)
         return int(printed.split()[-1])
 
-    def job(self, number: int) -> Mapping[str, str]:
+    def job(self, number: int | str) -> Mapping[str, str]:
         """Return what `scontrol show job` says of a job."""
         for attempt in range(10):
             with contextlib.suppress(RuntimeError):  # a busy controller drops a connection now and then
@@ -102,7 +102,7 @@ class LocalSlurm:
             raise RuntimeError(f"the controller says nothing of job {number}")
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, number: int, states: Sequence[str] = ENDED, timeout_s: float = 240.0) -> Mapping[str, str]:
+    def wait(self, number: int | str, states: Sequence[str] = ENDED, timeout_s: float = 240.0) -> Mapping[str, str]:
         """Wait until a job is in one of the states and return the job; a requeued job is let start soon."""
         deadline, was_put_off = time.monotonic() + timeout_s, True
         while time.monotonic() < deadline:

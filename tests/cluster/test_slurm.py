@@ -15,12 +15,15 @@ import pytest
 from omegaconf import OmegaConf
 
 from elastic.config.verbs import ElasticConfig
+from elastic.data.manifest import checked_manifest
+from elastic.data.tokenizer import train_tokenizer
 from elastic.verbs.parent import fill_from_parent
 from recipes.preflight import compose_run
 from tests.cluster.local_slurm import LocalSlurm, local_slurm, processes_of, why_not
 from tests.cluster.overrides import logged_steps, tiny_overrides
 from tests.distributed.harness import run_distributed
 from tests.distributed.training import rows, train
+from tests.unit.data.preparing import texts, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER = ROOT / "launch" / "elastic_12b.sh"
@@ -191,7 +194,28 @@ def test_the_smoke_chain_is_a_job(slurm: LocalSlurm, tmp_path: Path) -> None:
     assert "one run, a family" in (tmp_path / "logs" / str(job) / "try_0" / "node_0.log").read_text()
 
 
-@pytest.mark.parametrize("name", ["elastic_12b", "importance_12b", "evaluate", "smoke"])
+def test_an_array_of_jobs_prepares_one_folder(slurm: LocalSlurm, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "texts.jsonl", texts())
+    train_tokenizer(texts(), 300, tmp_path / "tokenizer")
+    arguments = [f"paths=[{tmp_path}/texts.jsonl]", "document_format=jsonl", f"output_dir={tmp_path}/data"]
+    command = [
+        "bash",
+        str(ROOT / "launch" / "prepare_array.sh"),
+        "2",
+        *arguments,
+        f"tokenizer_path={tmp_path}/tokenizer",
+    ]
+    options = {"OPTIONS": "--parsable --time=00:30:00", "PY": sys.executable, "PYTHONWARNINGS": "ignore"}
+    job = int(slurm.command(*command, cwd=tmp_path, **options))
+    for shard in (1, 2):
+        ended = slurm.wait(f"{job}_{shard}", timeout_s=END_S)
+        assert ended["JobState"] == "COMPLETED", (tmp_path / f"slurm-{job}_{shard}.out").read_text()
+    assert checked_manifest(tmp_path / "data", verify="full").num_documents == len(texts())
+    with pytest.raises(RuntimeError, match="the first argument is the number of shards"):
+        slurm.command(*command[:2], *arguments, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["elastic_12b", "importance_12b", "evaluate", "smoke", "prepare_array"])
 def test_sbatch_accepts_the_launcher_as_it_is(slurm: LocalSlurm, name: str) -> None:
     printed = slurm.command("sbatch", "--test-only", "--partition=all", str(ROOT / "launch" / f"{name}.sh"))
     assert "to start at" in printed
