@@ -1,6 +1,6 @@
 """Print the ratios this project is held to, each measured in one run, alternating: `make benchmark`.
 
-Hardware: two CPU cores, 16 GiB memory and 25 GB of disk for conversion and serving. Time: about 8 minutes. `--only PART`
+Hardware: two CPU cores, 16 GiB memory, 25 GB of disk for conversion and serving. Time: about 8 minutes. `--only PART`
 runs one part, `--rounds` sets how often every case of the first two runs. `--only full_size --where FOLDER` imports
 the whole 12B and extracts a 6B: 75 GB of disk, about 10 minutes; it is no part of the others. `--only gpu` measures
 one GPU (`make gpu`) for about `--seconds`, all of it in `--json FILE`; its code is tried out on a CPU with
