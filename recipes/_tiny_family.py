@@ -8,8 +8,8 @@ from rich.console import Console
 
 from elastic.config.load import load
 from elastic.config.verbs import ElasticConfig, ImportanceConfig, PretrainConfig
-from elastic.data.prepare import prepare
-from elastic.data.prepare_config import PrepareConfig
+from elastic.corpus.config import PrepareConfig
+from elastic.corpus.prepare import prepare
 from elastic.verbs.estimate_importance import run_importance
 from elastic.verbs.training import run_training
 from elastic.world.agent import end_with_agent

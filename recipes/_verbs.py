@@ -14,7 +14,7 @@ from elastic.config.verbs import (
     ImportConfig,
     PretrainConfig,
 )
-from elastic.data.prepare_config import PrepareConfig
+from elastic.corpus.config import PrepareConfig
 from elastic.plan.config import PlanConfig
 from elastic.plan.run_plan import run_plan
 from elastic.verbs.cost import run_cost

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from elastic.config.sections import LongDocuments, Packed, PreparedData
-from elastic.data.manifest import DataError, checked_manifest, read_manifest
+from elastic.data.manifest import DataError, checked_manifest
 from elastic.data.packing import Packing, pack
 from elastic.data.pieces import Pieces
 from elastic.space.ranges import DataChecks

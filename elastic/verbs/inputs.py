@@ -28,8 +28,8 @@ from elastic.config.verbs import (
     VerbConfig,
     with_vocab,
 )
+from elastic.corpus.config import PrepareConfig
 from elastic.data.manifest import DataError
-from elastic.data.prepare_config import PrepareConfig
 from elastic.run.folder import is_left_over
 from elastic.space.gates import Execution
 from elastic.space.shape import ModelShape

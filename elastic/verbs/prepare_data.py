@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from elastic.corpus.config import PrepareConfig
+from elastic.corpus.prepare import prepare, skip_lines
 from elastic.data.packing import document_bounds, pack
-from elastic.data.prepare import prepare, skip_lines
-from elastic.data.prepare_config import PrepareConfig
 
 COMMON_LENGTHS = (4096, 16384, 49152)  # how full sequences would be is said of these; a run says it of its own
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from elastic.config.load import Problem
 from elastic.config.verbs import GenerateConfig
-from elastic.data.chat import ChatError, ChatTemplate, NotSeparable, TemplateRefusal
-from elastic.data.conversation import Conversation, parse_conversation
-from elastic.data.corpus_files import SkipReason
+from elastic.corpus.chat import ChatError, ChatTemplate, NotSeparable, TemplateRefusal
+from elastic.corpus.conversation import Conversation, parse_conversation
+from elastic.corpus.files import SkipReason
 from elastic.data.manifest import DataError
 from elastic.data.tokenizer import LoadedTokenizer, load_tokenizer
 

@@ -11,7 +11,7 @@ from elastic.config.load import Problem
 from elastic.config.verbs import ElasticConfig, EvaluateConfig, ImportanceConfig, PretrainConfig, TrainConfig
 from elastic.data.held_out import HeldOut
 from elastic.data.manifest import DataError, Manifest, TokenizerRecord, read_manifest
-from elastic.data.packing import document_bounds
+from elastic.data.pieces import Pieces
 from elastic.data.tokenizer import TOKENIZER_JSON, same_tokenizer
 from elastic.data.tokens import LONGER, num_packable, open_split
 from elastic.hf.export_settings import EXPORT_SETTINGS_FOLDER, HfSettings, read_export_settings
@@ -95,7 +95,8 @@ def _too_short(
     if "train" in splits and not isinstance(config, EvaluateConfig):
         tokens = splits["train"].num_tokens
         for _, field, length in lengths:
-            bounds = document_bounds(Path(config.data.path) / "train.idx") if isolated else None
+            train = Path(config.data.path) / "train"
+            bounds = Pieces(train, manifest, checks=False).bounds() if isolated else None
             if bounds is not None and not num_packable(bounds, length, config.data.long_documents):
                 rule = f"no document in the training split of {config.data.path} fits into a sequence"
                 yield Problem(field, length, rule, LONGER)

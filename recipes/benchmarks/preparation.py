@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from elastic.data.blocks import read_blocks
-from elastic.data.corpus import Document, parse_block
-from elastic.data.corpus_files import Corpus
-from elastic.data.prepare import prepare
-from elastic.data.prepare_config import PrepareConfig
+from elastic.corpus.blocks import read_blocks
+from elastic.corpus.config import PrepareConfig
+from elastic.corpus.documents import Document, parse_block
+from elastic.corpus.files import Corpus
+from elastic.corpus.prepare import prepare
 from elastic.data.stream import Concatenated, Isolated, Samples
 from elastic.data.tokens import TokenStream
 from recipes.benchmarks._one_by_one import cpu_seconds

@@ -10,9 +10,9 @@ import torch
 from elastic.checkpoint.find import list_checkpoints
 from elastic.checkpoint.record import Record
 from elastic.config.sections import DistillConfig
+from elastic.corpus.config import PrepareConfig
+from elastic.corpus.prepare import prepare
 from elastic.data.held_out import HeldOut
-from elastic.data.prepare import prepare
-from elastic.data.prepare_config import PrepareConfig
 from elastic.data.tokens import TokenStream
 from elastic.model.model import build_model
 from elastic.train.evaluation import evaluate_subnets

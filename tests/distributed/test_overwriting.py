@@ -18,9 +18,9 @@ from elastic.config.verbs import (
     ImportConfig,
     PretrainConfig,
 )
+from elastic.corpus.config import PrepareConfig
+from elastic.corpus.prepare import prepare
 from elastic.data.manifest import DataError
-from elastic.data.prepare import prepare
-from elastic.data.prepare_config import PrepareConfig
 from elastic.plan.config import PlanConfig
 from elastic.plan.run_plan import run_plan
 from elastic.run.changes import ResumeError

@@ -14,7 +14,7 @@ from elastic.checkpoint.record import Record
 from elastic.config.load import ConfigError, load
 from elastic.config.rules_layout import Cluster
 from elastic.config.verbs import ElasticConfig, EvaluateConfig, ExtractConfig, ImportanceConfig, ImportConfig
-from elastic.data.prepare import PrepareConfig, prepare
+from elastic.corpus.prepare import PrepareConfig, prepare
 from elastic.run.folder import RunFolderError
 from elastic.space.axes import Axis
 from elastic.verbs.estimate_importance import PermutationError, run_importance

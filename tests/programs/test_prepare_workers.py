@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from elastic.data import blocks as blocks_module
-from elastic.data.chosen import Chosen
+from elastic.corpus import blocks as blocks_module
+from elastic.corpus.chosen import Chosen
+from elastic.corpus.config import PrepareConfig
+from elastic.corpus.prepare import prepare
+from elastic.corpus.workers import SERVE, Scanned
 from elastic.data.manifest import DataError
-from elastic.data.prepare import prepare
-from elastic.data.prepare_config import PrepareConfig
-from elastic.data.workers import SERVE, Scanned
 from tests.unit.data.chatting import TEMPLATES, USER, chat_config, conversations, write_chats, write_tokenizer
 from tests.unit.data.preparing import config, contents, texts, write_jsonl
 

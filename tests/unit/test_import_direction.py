@@ -19,6 +19,7 @@ ROOMS = (
     "hf",
     "config",
     "data",
+    "corpus",
     "blend",
     "checkpoint",
     "run",
@@ -36,11 +37,12 @@ NARROWER = {  # rooms that import less than all below them: each can be read wit
     "rank": {"space", "model"},
     "hf": {"space", "rank"},
     "config": {"space", "router"},
+    "corpus": {"space", "world", "config", "data"},
     "generate": {"space", "model"},
 }
 FOR_ALL = "elastic.world.files"  # it imports no room itself
 RECIPES_ONLY = {"hydra", "nemo", "omegaconf", "lightning", "pytorch_lightning", "recipes", "tests"}
-MAY_IMPORT_MEGATRON = {"model", "world", "data", "checkpoint", "train", "verbs", "plan"}
+MAY_IMPORT_MEGATRON = {"model", "world", "data", "corpus", "checkpoint", "train", "verbs", "plan"}
 MAX_SHARE_OF_LINES = 0.15
 MAX_LINES_OF_FILE = 300
 

@@ -18,9 +18,9 @@ from elastic.config.load import ConfigError, load
 from elastic.config.rules_layout import Cluster
 from elastic.config.sections import PreparedData
 from elastic.config.verbs import PretrainConfig
+from elastic.corpus.prepare import PrepareConfig, prepare
 from elastic.data.held_out import validation_batches
 from elastic.data.manifest import DataError
-from elastic.data.prepare import PrepareConfig, prepare
 from elastic.data.stream import read_batch
 from elastic.data.tokens import TokenStream
 from elastic.router.phases import Phase

@@ -25,8 +25,8 @@ from elastic.config.verbs import (
     ImportConfig,
     PretrainConfig,
 )
+from elastic.corpus.config import PrepareConfig
 from elastic.data.manifest import Manifest, TokenizerRecord
-from elastic.data.prepare_config import PrepareConfig
 from recipes._common import read_config
 
 VERBS = (

@@ -25,7 +25,7 @@ from elastic.config.verbs import (
     PretrainConfig,
     with_vocab,
 )
-from elastic.data.prepare_config import PrepareConfig
+from elastic.corpus.config import PrepareConfig
 from elastic.plan.config import PlanConfig
 from elastic.space.axes import Axis
 from elastic.verbs.parent import fill_from_parent

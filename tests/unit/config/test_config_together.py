@@ -1,7 +1,7 @@
 """Several mistakes at once: all in one message, each once."""
 
 from elastic.config.verbs import ElasticConfig, ExtractConfig, ImportanceConfig, PretrainConfig
-from elastic.data.prepare_config import PrepareConfig
+from elastic.corpus.config import PrepareConfig
 from tests.unit.config.bad_configs import family, fields, generate, layout, verbs
 from tests.unit.config.configs import VERBS, ProblemsOf, legal, values_of
 

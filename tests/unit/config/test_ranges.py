@@ -21,7 +21,7 @@ from elastic.config.verbs import (
     PretrainConfig,
     SubnetConfig,
 )
-from elastic.data.prepare_config import PrepareConfig
+from elastic.corpus.config import PrepareConfig
 from elastic.plan.config import PlanConfig
 from elastic.space.axes import Axis
 from elastic.space.cost import Deployment, Metric, Widths, cost, shape_cost

@@ -7,9 +7,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from elastic.data.chat import ChatTemplate
-from elastic.data.conversation import Conversation, LossOn, parse_conversation
-from elastic.data.prepare_config import PrepareConfig
+from elastic.corpus.chat import ChatTemplate
+from elastic.corpus.config import PrepareConfig
+from elastic.corpus.conversation import Conversation, LossOn, parse_conversation
 from elastic.data.tokenizer import load_tokenizer, train_tokenizer
 
 SPECIAL = [

@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from elastic.data.prepare import PrepareConfig
+from elastic.corpus.prepare import PrepareConfig
 
 NUM_DOCUMENTS = 200
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from elastic.corpus.prepare import PrepareConfig, prepare
 from elastic.data.held_out import HeldOut, source_labels, validation_batches
 from elastic.data.manifest import DataError
 from elastic.data.order import SampleOrder, mixed_seed
-from elastic.data.prepare import PrepareConfig, prepare
 from elastic.data.stream import PADDING_SAMPLE, Batch, Concatenated, read_batch
 from elastic.data.tokenizer import load_tokenizer
 from elastic.data.tokens import TokenStream

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from elastic.config.sections import DataConfig
 from elastic.config.verbs import PretrainConfig
+from elastic.corpus.prepare import PrepareConfig, prepare
 from elastic.data.manifest import REMEDY, DataError
-from elastic.data.prepare import PrepareConfig, prepare
 from elastic.data.tokens import TokenStream
 from elastic.verbs.training import run_training
 

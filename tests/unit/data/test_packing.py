@@ -13,10 +13,10 @@ from rich.console import Console
 from elastic.config.load import load
 from elastic.config.sections import LongDocuments
 from elastic.config.verbs import ElasticConfig
+from elastic.corpus.prepare import PrepareConfig, prepare
 from elastic.data.held_out import HeldOut, validation_batches
 from elastic.data.manifest import DataError
 from elastic.data.packing import best_fit, document_bounds, pack
-from elastic.data.prepare import PrepareConfig, prepare
 from elastic.data.stream import PADDING_SAMPLE, Concatenated, Isolated, read_batch, samples_of
 from elastic.data.tokens import TokenStream
 from elastic.verbs.prepare_data import run_prepare

@@ -24,7 +24,7 @@ from elastic.config.verbs import (
     ImportConfig,
     PretrainConfig,
 )
-from elastic.data.prepare_config import PrepareConfig
+from elastic.corpus.config import PrepareConfig
 from elastic.verbs.inputs import load_run
 from tests.unit.config.configs import DATA_TOKENS, put, values_of, written_manifest, written_record
 

@@ -11,7 +11,7 @@ from elastic.config.verbs import (
     ImportConfig,
     PretrainConfig,
 )
-from elastic.data.prepare_config import PrepareConfig
+from elastic.corpus.config import PrepareConfig
 from tests.unit.config.configs import BadConfig
 
 # verb, changes, number of processes, the one line of the error: field = value: rule; remedy

@@ -1,7 +1,7 @@
 """A bad config of a verb that takes out of a family, imports, prices or prepares."""
 
 from elastic.config.verbs import CostConfig, EvaluateConfig, ExtractConfig, ImportConfig
-from elastic.data.prepare_config import PrepareConfig
+from elastic.corpus.config import PrepareConfig
 from tests.unit.config.configs import BadConfig
 
 # verb, changes, number of processes, the one line of the error: field = value: rule; remedy

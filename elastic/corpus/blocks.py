@@ -7,9 +7,9 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from elastic.data.containers import COMPRESSED_SUFFIXES, PARQUET, open_lines, parquet_batches
-from elastic.data.conversation import COLUMNS
-from elastic.data.corpus_files import Corpus, CorpusFile, SkipReason, Tally, find_files, place_of
+from elastic.corpus.containers import COMPRESSED_SUFFIXES, PARQUET, open_lines, parquet_batches
+from elastic.corpus.conversation import COLUMNS
+from elastic.corpus.files import Corpus, CorpusFile, SkipReason, Tally, find_files, place_of
 from elastic.data.manifest import SkipRecord
 from elastic.data.shards import WHOLE, Shard
 

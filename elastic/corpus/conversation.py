@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from elastic.data.corpus_files import SkipReason
+from elastic.corpus.files import SkipReason
 
 LossOn = Literal["all", "response", "last_response"]
 ASSISTANT = "assistant"

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from elastic.data.blocks import Block, Passed, Raw
-from elastic.data.chat import Chat, ChatTemplate, NotSeparable, TemplateRefusal
-from elastic.data.containers import PARQUET, rows_of
-from elastic.data.conversation import parse_conversation
-from elastic.data.corpus_files import Corpus, SkipReason, place_of
+from elastic.corpus.blocks import Block, Passed, Raw
+from elastic.corpus.chat import Chat, ChatTemplate, NotSeparable, TemplateRefusal
+from elastic.corpus.containers import PARQUET, rows_of
+from elastic.corpus.conversation import parse_conversation
+from elastic.corpus.files import Corpus, SkipReason, place_of
 from elastic.data.manifest import SkipRecord
 
 DETAIL_CHARACTERS = 200

@@ -19,18 +19,18 @@ from typing import Any, Self
 
 import numpy as np
 
-from elastic.data.blocks import Block
-from elastic.data.chat import ChatError, ChatTemplate
-from elastic.data.corpus import Document, parse_block, sample_position, split_position
-from elastic.data.corpus_files import Remark
+from elastic.corpus.blocks import Block
+from elastic.corpus.chat import ChatError, ChatTemplate
+from elastic.corpus.config import PrepareConfig
+from elastic.corpus.documents import Document, parse_block, sample_position, split_position
+from elastic.corpus.files import Remark
 from elastic.data.manifest import DataError, SkipRecord
-from elastic.data.prepare_config import PrepareConfig
 from elastic.data.tokenizer import LoadedTokenizer, load_tokenizer
 
 TRAIN = "train"
 VALIDATION = "validation"
 CHANGED = "changed while it was read; start again when it is at rest"
-SERVE = "import sys; from elastic.data.workers import serve; serve(int(sys.argv[1]))"
+SERVE = "import sys; from elastic.corpus.workers import serve; serve(int(sys.argv[1]))"
 SAMPLE_DOCUMENT_CHARACTERS = 1 << 20
 
 

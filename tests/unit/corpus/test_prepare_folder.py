@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from elastic.corpus import prepare as prepare_module
+from elastic.corpus import splits as splits_module
+from elastic.corpus import workers as workers_module
+from elastic.corpus.prepare import prepare
 from elastic.data import manifest as manifest_module
-from elastic.data import prepare as prepare_module
-from elastic.data import splits as splits_module
-from elastic.data import workers as workers_module
 from elastic.data.manifest import DataError, Manifest, checked_manifest, read_manifest
-from elastic.data.prepare import prepare
 from elastic.data.tokens import TokenStream
 from tests.unit.data.preparing import config, contents, texts, write_jsonl
 

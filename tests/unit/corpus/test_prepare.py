@@ -12,8 +12,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from rich.console import Console
 from tokenizers import Tokenizer, processors
 
+from elastic.corpus.prepare import PrepareConfig, prepare
 from elastic.data.manifest import DataError, SkipRecord, read_manifest
-from elastic.data.prepare import PrepareConfig, prepare
 from elastic.data.tokenizer import load_tokenizer, train_tokenizer
 from elastic.verbs.prepare_data import run_prepare
 from tests.unit.data.preparing import NUM_DOCUMENTS, config, contents, texts, write_jsonl

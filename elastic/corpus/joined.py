@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from elastic.data.corpus_files import Tally
+from elastic.corpus.files import Tally
 from elastic.data.manifest import MANIFEST_NAME, DataError, Manifest, SplitRecord, read_manifest
 from elastic.data.shards import shard_problem, shards_in
 from elastic.data.tokenizer import TOKENIZER_FILES

@@ -16,9 +16,9 @@ import jinja2
 import numpy as np
 from tokenizers import Tokenizer, processors
 
-from elastic.data.conversation import Conversation, LossOn
+from elastic.corpus.conversation import Conversation, LossOn
+from elastic.corpus.responses import Messages, Span, find_responses
 from elastic.data.manifest import DataError
-from elastic.data.responses import Messages, Span, find_responses
 from elastic.data.tokenizer import PIECE_CHARACTERS, LoadedTokenizer, cut_pieces
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from elastic.corpus.prepare import prepare
 from elastic.data.manifest import SkipRecord, read_manifest
-from elastic.data.prepare import prepare
 from tests.unit.data.preparing import config, texts, write_jsonl
 
 MILLION = 1_000_000
@@ -15,8 +15,8 @@ MIB = 1 << 20
 
 MEASURE = """
 import resource, sys
-from tests.unit.data.reading import read_documents
-from elastic.data.corpus_files import Corpus, Tally
+from tests.unit.corpus.reading import read_documents
+from elastic.corpus.files import Corpus, Tally
 kind, path, limit = sys.argv[1:]
 tally, before = Tally(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 corpus = Corpus([path], kind, max_document_bytes=int(limit))
@@ -81,7 +81,7 @@ def prepared_peak_mib(folder: Path, max_document_bytes: int) -> int:
     """Prepare folder/source in a process of its own and return the MiB it took at most."""
     code = (
         "import resource, sys\n"
-        "from elastic.data.prepare import PrepareConfig, prepare\n"
+        "from elastic.corpus.prepare import PrepareConfig, prepare\n"
         "source, output, limit = sys.argv[1:]\n"
         "prepare(PrepareConfig(output_dir=output, paths=[source], vocab_size=1000, max_document_bytes=int(limit)))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n"

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from elastic.data.chosen import Chosen
-from elastic.data.corpus import Document, parse_block
-from elastic.data.corpus_files import Corpus, Tally
-from elastic.data.prepare_config import PrepareConfig
-from elastic.data.workers import Work
+from elastic.corpus.chosen import Chosen
+from elastic.corpus.config import PrepareConfig
+from elastic.corpus.documents import Document, parse_block
+from elastic.corpus.files import Corpus, Tally
+from elastic.corpus.workers import Work
 
 
 def read_documents(corpus: Corpus, tally: Tally) -> Iterator[Document]:

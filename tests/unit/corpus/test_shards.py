@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from elastic.corpus.config import PrepareConfig
+from elastic.corpus.prepare import Prepared, prepare
 from elastic.data.manifest import DataError, checked_manifest, read_manifest
-from elastic.data.prepare import Prepared, prepare
-from elastic.data.prepare_config import PrepareConfig
 from elastic.data.shards import Shard
 from elastic.data.tokenizer import train_tokenizer
 from elastic.data.tokens import TokenStream

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from elastic.data.chat import TemplateRefusal
-from elastic.data.corpus_files import SkipReason
+from elastic.corpus.chat import TemplateRefusal
+from elastic.corpus.files import SkipReason
+from elastic.corpus.prepare import prepare
 from elastic.data.manifest import DataError, SkipRecord
-from elastic.data.prepare import prepare
 from tests.unit.data.chatting import (
     ANSWER,
     CHATML,

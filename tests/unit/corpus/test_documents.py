@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from elastic.data.corpus_files import STDLIB, Corpus, SkipReason, Tally, describe_files, find_files
-from tests.unit.data.reading import read_documents
+from elastic.corpus.files import STDLIB, Corpus, SkipReason, Tally, describe_files, find_files
+from tests.unit.corpus.reading import read_documents
 
 MIB = 1 << 20
 LIMIT = 100

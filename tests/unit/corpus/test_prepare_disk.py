@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from elastic.corpus.prepare import prepare
 from elastic.data.manifest import DataError
-from elastic.data.prepare import prepare
 from tests.disks import mounted_disk
 from tests.unit.data.preparing import config, contents, texts, write_jsonl
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from elastic.config.load import Problem, load_with_problems
-from elastic.data.conversation import LossOn
-from elastic.data.corpus_files import STDLIB, Corpus, resolve_path
+from elastic.corpus.conversation import LossOn
+from elastic.corpus.files import STDLIB, Corpus, resolve_path
 from elastic.data.shards import WHOLE, Shard, parse_shard
 from elastic.data.tokenizer import SMALLEST_VOCAB, TOKENIZER_JSON, AddBos, tokenizer_fingerprint
 from elastic.space.ranges import Bytes, Range, Required

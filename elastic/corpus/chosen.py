@@ -3,12 +3,12 @@
 from collections import deque
 from collections.abc import Iterator
 
-from elastic.data.blocks import Block, read_blocks
-from elastic.data.corpus import POSITIONS, sample_position, split_position
-from elastic.data.corpus_files import SkipReason, Tally
+from elastic.corpus.blocks import Block, read_blocks
+from elastic.corpus.config import PrepareConfig
+from elastic.corpus.documents import POSITIONS, sample_position, split_position
+from elastic.corpus.files import SkipReason, Tally
+from elastic.corpus.workers import CHANGED, SAMPLE_DOCUMENT_CHARACTERS, Scanned, Wanted
 from elastic.data.manifest import DataError, SkipRecord
-from elastic.data.prepare_config import PrepareConfig
-from elastic.data.workers import CHANGED, SAMPLE_DOCUMENT_CHARACTERS, Scanned, Wanted
 
 PROBED_CHATS = 32  # looked at for what the loss counts before the whole corpus has been read
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from elastic.data import blocks as blocks_module
-from elastic.data import prepare as prepare_module
-from elastic.data.corpus_files import Corpus, Tally
+from elastic.corpus import blocks as blocks_module
+from elastic.corpus import prepare as prepare_module
+from elastic.corpus.files import Corpus, Tally
+from elastic.corpus.prepare import prepare
 from elastic.data.manifest import DataError, SkipRecord
-from elastic.data.prepare import prepare
+from tests.unit.corpus.reading import read_documents
 from tests.unit.data.preparing import config, texts, write_jsonl
-from tests.unit.data.reading import read_documents
 
 OWN_MEMORY = Path("/proc/self/mem")  # a regular file that may be opened and not read, even by root
 needs_proc = pytest.mark.skipif(not OWN_MEMORY.exists(), reason="needs Linux's proc file system")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
-from elastic.data.conversation import ASSISTANT
+from elastic.corpus.conversation import ASSISTANT
 
 type Messages = Sequence[dict[str, Any]]
 type Span = tuple[int, int]

@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType
 
-from elastic.data.blocks import empty_shards
-from elastic.data.chosen import Chosen
-from elastic.data.conversation import MESSAGE_FIELDS
-from elastic.data.corpus_files import SkipReason, Tally, describe_files
-from elastic.data.joined import JOINED, join_shards
+from elastic.corpus.blocks import empty_shards
+from elastic.corpus.chosen import Chosen
+from elastic.corpus.config import PrepareConfig
+from elastic.corpus.conversation import MESSAGE_FIELDS
+from elastic.corpus.files import SkipReason, Tally, describe_files
+from elastic.corpus.joined import JOINED, join_shards
+from elastic.corpus.splits import SUFFIXES, write_splits
+from elastic.corpus.workers import CHANGED, TRAIN, VALIDATION, Work, Workers
 from elastic.data.manifest import (
     MANIFEST_NAME,
     DataError,
@@ -26,9 +29,7 @@ from elastic.data.manifest import (
     TokenizerRecord,
     checked_manifest,
 )
-from elastic.data.prepare_config import PrepareConfig
 from elastic.data.shards import shards_in
-from elastic.data.splits import SUFFIXES, write_splits
 from elastic.data.tokenizer import (
     CHAT_TEMPLATE,
     TOKENIZER_FILES,
@@ -38,7 +39,6 @@ from elastic.data.tokenizer import (
     tokenizer_files,
     train_tokenizer,
 )
-from elastic.data.workers import CHANGED, TRAIN, VALIDATION, Work, Workers
 from elastic.world.files import REMEDIES, first_few, remove, written_aside
 
 OURS = {MANIFEST_NAME, *TOKENIZER_FILES, *(name + suffix for name in (TRAIN, VALIDATION) for suffix in SUFFIXES)}

@@ -10,9 +10,9 @@ from types import TracebackType
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from elastic.corpus.config import PrepareConfig
+from elastic.corpus.workers import TRAIN, VALIDATION, Encoded
 from elastic.data.manifest import MASK_SUFFIX, SplitRecord, record_file
-from elastic.data.prepare_config import PrepareConfig
-from elastic.data.workers import TRAIN, VALIDATION, Encoded
 
 SUFFIXES = (".bin", ".idx", MASK_SUFFIX)
 
