@@ -20,7 +20,7 @@ from recipes.benchmarks._one_by_one import cpu_seconds
 
 SOURCE_BYTES = 48_000_000
 SEQUENCE_LENGTH = 4096
-READ_SEQUENCES = 2000
+READ_SEQUENCES = 1000
 
 
 def run(rounds: int) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Preparing data in several processes: the same bytes whatever their number, and nothing left behind by a death."""
 
+import io
 import os
 import signal
 import time
@@ -7,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from elastic.corpus import blocks as blocks_module
 from elastic.corpus.chosen import Chosen
@@ -14,6 +16,7 @@ from elastic.corpus.config import PrepareConfig
 from elastic.corpus.prepare import prepare
 from elastic.corpus.workers import SERVE, Scanned
 from elastic.data.manifest import DataError
+from elastic.verbs.prepare_data import run_prepare
 from tests.unit.data.chatting import TEMPLATES, USER, chat_config, conversations, write_chats, write_tokenizer
 from tests.unit.data.preparing import config, contents, texts, write_jsonl
 
@@ -70,6 +73,9 @@ def test_a_killed_process_or_an_interrupt_ends_the_preparation_and_leaves_nothin
     def interrupt(chosen: Chosen, found: Scanned) -> None:
         raise KeyboardInterrupt
 
+    def end(chosen: Chosen, found: Scanned) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)  # as Slurm does when a job's time is up
+
     add, before = Chosen.add, sorted(tmp_path.iterdir())
     monkeypatch.setattr(Chosen, "add", kill_one)
     with pytest.raises(DataError, match=r"a worker process was ended by signal 9, and nothing is written; .*workers=N"):
@@ -77,6 +83,9 @@ def test_a_killed_process_or_an_interrupt_ends_the_preparation_and_leaves_nothin
     monkeypatch.setattr(Chosen, "add", interrupt)
     with pytest.raises(KeyboardInterrupt):
         prepare(replace(settings, workers="2"))
+    monkeypatch.setattr(Chosen, "add", end)
+    with pytest.raises(SystemExit, match="143"):
+        run_prepare(settings, Console(file=io.StringIO()))
     assert sorted(tmp_path.iterdir()) == before and workers_of(os.getpid()) == []
 
 
