@@ -18,7 +18,7 @@ from elastic.data.stream import Concatenated, Isolated, Samples
 from elastic.data.tokens import TokenStream
 from recipes.benchmarks._one_by_one import cpu_seconds
 
-SOURCE_BYTES = 48_000_000
+SOURCE_BYTES = 12_000_000
 SEQUENCE_LENGTH = 4096
 READ_SEQUENCES = 1000
 
