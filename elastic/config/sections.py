@@ -160,8 +160,7 @@ class PreparedData:
     A blend may also be a list [weight, path, weight, path, ...], whose foreign pairs have the `tokenizer` named here.
     `on_end` stop refuses a run that would read a source more than once.
     `packing` null: chats isolated, that is whole documents that never see each other; texts concatenated. Of isolated
-    ones, those longer than a sequence are cut, into documents of their own, or left out. `verify` says what is
-    compared when it is opened: sizes, samples of the files too (of shards when one is first read), or everything.
+    ones, those longer than a sequence are cut, into documents of their own, or left out. `verify`: what is compared.
     """
 
     path: str = ""
