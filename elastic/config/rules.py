@@ -3,8 +3,9 @@
 A rule runs only when the sections it reads loaded without a problem of their own, so one mistake is reported once.
 """
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from inspect import signature
 from typing import Any
@@ -117,6 +118,7 @@ class Rule:
     """One rule: the verbs it applies to, its problems, and whether later rules on those sections need it to hold.
 
     The parameters of `check` name the sections it reads; beside them it may take the `cluster` and the whole `config`.
+    One that reads a training run's `parallel`, but not its phases, is applied to every layout the phases have.
     """
 
     verbs: type | tuple[type, ...]
@@ -130,8 +132,20 @@ class Rule:
 
     def problems(self, config: Any, cluster: Cluster) -> Problems:
         """Yield what is wrong with `config`, which is of one of the verbs, on `cluster`."""
-        given = vars(config) | {"config": config, "cluster": cluster}
-        return self.check(**{name: given[name] for name in self.sections})
+        each = isinstance(config, verbs.TrainConfig) and "parallel" in self.sections
+        for where, one in config.layouts().items() if each and "curriculum" not in self.sections else (("", config),):
+            given = vars(one) | {"config": one, "cluster": cluster}
+            for problem in self.check(**{name: given[name] for name in self.sections}):
+                yield _named(problem, where)
+
+
+def _named(problem: Problem, where: str) -> Problem:
+    """Call a layout's fields by what they are called in the phase that stands at `where`."""
+
+    def named(text: str) -> str:
+        return re.sub(r"(?<![\w.-])(?:data\.(?=micro_batch)|(?=parallel\.\w))", where, text) if where else text
+
+    return replace(problem, field=named(problem.field), rule=named(problem.rule), remedy=named(problem.remedy))
 
 
 PRETRAIN, ELASTIC, FAMILY = verbs.PretrainConfig, verbs.ElasticConfig, verbs.ElasticRunConfig

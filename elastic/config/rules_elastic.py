@@ -7,6 +7,7 @@ import difflib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from elastic.config import rules_layout, sections
 from elastic.config.load import Problem, Problems, show
@@ -43,6 +44,10 @@ def unique_names(path: str, members: Sequence[Phase | Budget | SubnetConfig]) ->
             yield Problem(f"{path}.{last}.name", name, rule, f"choose another, for example {name}_{count}")
 
 
+def _layout(phase: Phase, parallel: ParallelConfig) -> ParallelConfig:
+    return replace(parallel, **phase.own_layout)
+
+
 def check_phases(curriculum: Phases, parallel: ParallelConfig) -> Problems:
     """Each phase has one length, a schedule that fits in it, and sequences the layout can split."""
     yield from unique_names("curriculum", curriculum)
@@ -54,14 +59,19 @@ def check_phases(curriculum: Phases, parallel: ParallelConfig) -> Problems:
             rule = f"would take {phase.num_steps:,} steps of {phase.tokens_per_step:,} tokens, more than {MOST_STEPS:,}"
             remedy = f"nearest legal value is {MOST_STEPS * phase.tokens_per_step}"
             yield Problem(f"{path}.tokens", phase.tokens, rule, remedy)
-        yield from rules_layout.sequence_problems(f"{path}.sequence_length", phase.sequence_length, parallel)
+        yield from rules_layout.sequence_problems(
+            f"{path}.sequence_length", phase.sequence_length, _layout(phase, parallel)
+        )
 
 
 def check_phase_batches(curriculum: Phases, data: DataConfig, parallel: ParallelConfig, cluster: Cluster) -> Problems:
     """Each phase's global batch fills whole micro-batches on every replica."""
     for index, phase in enumerate(curriculum):
-        path = f"curriculum.{index}.global_batch"
-        yield from rules_layout.batch_problems(path, phase.global_batch, "data", data.micro_batch, parallel, cluster)
+        path, section = f"curriculum.{index}", "data" if phase.micro_batch is None else f"curriculum.{index}"
+        size, layout = phase.micro_batch or data.micro_batch, _layout(phase, parallel)
+        yield from rules_layout.batch_problems(
+            f"{path}.global_batch", phase.global_batch, section, size, layout, cluster
+        )
 
 
 def check_blend_weights(curriculum: Phases, data: DataConfig) -> Problems:
@@ -94,10 +104,12 @@ def check_draws(
     curriculum: Phases, elastic: ElasticSection, data: DataConfig, parallel: ParallelConfig, cluster: Cluster
 ) -> Problems:
     """Budgets drawn in a step serve equally many whole micro-batches of all replicas; noises of gates, too."""
-    replicas = data_parallel(parallel, cluster)
-    if any(phase.global_batch % (data.micro_batch * replicas) for phase in curriculum):
+    replicas = {phase.name: data_parallel(_layout(phase, parallel), cluster) for phase in curriculum}
+    if any(
+        phase.global_batch % ((phase.micro_batch or data.micro_batch) * replicas[phase.name]) for phase in curriculum
+    ):
         return  # check_phase_batches says so
-    counts = {phase.name: phase.global_batch // data.micro_batch for phase in curriculum}
+    counts = {phase.name: phase.global_batch // (phase.micro_batch or data.micro_batch) for phase in curriculum}
     draws, noise = elastic.router.draws_per_step, elastic.router.noise_draws_per_step
     broken = [f"{count} in {name}" for name, count in counts.items() if draws is not None and count % draws]
     if draws is not None and broken:
@@ -106,7 +118,7 @@ def check_draws(
         remedy = f"nearest legal value is {nearest}, null draws one for each micro-batch of a replica"
         yield Problem("elastic.router.draws_per_step", draws, rule, remedy)
     for name, whole in counts.items():
-        drawn = draws or whole // replicas
+        drawn = draws or whole // replicas[name]
         if noise is not None and (whole % noise or noise % drawn):
             parts = f"into whole parts of the {drawn} budgets drawn for it"
             remedy = f"nearest legal value is {drawn}, null draws for every micro-batch"

@@ -6,7 +6,7 @@ A recipe turns its YAML into one of these (load.py), checks it (rules.py) and pa
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from elastic.config import sections
 from elastic.config.sections import DataConfig, PreparedData, Verification
@@ -55,6 +55,19 @@ class TrainConfig(RunConfig):
     exp_manager: sections.TrainExpManagerConfig = field(default_factory=sections.TrainExpManagerConfig)
     curriculum: Annotated[tuple[Phase, ...], Range(low=1)] = (Phase(name="pretrain", steps=100),)
     debug: sections.DebugConfig = field(default_factory=sections.DebugConfig)
+
+    def of(self, phase: Phase) -> Self:
+        """Return the config with the layout and micro-batch of one of its phases in the place of the run's."""
+        data = replace(self.data, micro_batch=phase.micro_batch or self.data.micro_batch)
+        return replace(self, parallel=replace(self.parallel, **phase.own_layout), data=data)
+
+    def layouts(self) -> dict[str, Self]:
+        """Return the config once for each layout of its phases, by what stands before the layout's fields there."""
+        found: dict[str, Self] = {}
+        for index, phase in enumerate(self.curriculum):
+            if (one := self.of(phase)) not in found.values():
+                found["" if one == self else f"curriculum.{index}."] = one
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

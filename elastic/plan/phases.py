@@ -164,18 +164,27 @@ def budget_samples(config: PlanConfig, space: Space) -> dict[str, Sample]:
 def phase_plans(
     config: PlanConfig, parallel: ParallelConfig, micro_batch: int, samples: dict[str, Sample]
 ) -> tuple[PhasePlan, ...]:
-    """Put every phase of the curriculum on a layout; the layout must be legal."""
+    """Put every phase of the curriculum on one layout; the layout must be legal."""
+    return tuple(_phase_plan(config, phase, parallel, micro_batch, samples) for phase in config.curriculum)
+
+
+def own_plans(config: PlanConfig, samples: dict[str, Sample]) -> tuple[PhasePlan, ...]:
+    """Put every phase of the curriculum on the layout that the config gives it."""
+    views = ((phase, config.of(phase)) for phase in config.curriculum)
+    return tuple(_phase_plan(config, phase, one.parallel, one.data.micro_batch, samples) for phase, one in views)
+
+
+def _phase_plan(
+    config: PlanConfig, phase: ElasticPhase, parallel: ParallelConfig, micro_batch: int, samples: dict[str, Sample]
+) -> PhasePlan:
     layout, lanes = model_layout(parallel, config.trainer), config.elastic.space.lanes
     replicas, parent = config.cluster.num_gpus // parallel.model_size, config.model.shape()
     full, gated = Subnet.full(parent), frozenset(config.space().elastic_axes())
-    plans = []
-    for phase in config.curriculum:
-        run = MicroBatchWork(
-            parent, layout, micro_batch, phase.sequence_length, phase.execution, full, KernelSet.FUSED, lanes, gated
-        )
-        shares, count = tuple(_shares(phase, run, samples)), phase.global_batch // (micro_batch * replicas)
-        plans.append(PhasePlan(config, phase, shares, count, replicas))
-    return tuple(plans)
+    run = MicroBatchWork(
+        parent, layout, micro_batch, phase.sequence_length, phase.execution, full, KernelSet.FUSED, lanes, gated
+    )
+    shares, count = tuple(_shares(phase, run, samples)), phase.global_batch // (micro_batch * replicas)
+    return PhasePlan(config, phase, shares, count, replicas)
 
 
 def _shares(phase: ElasticPhase, run: MicroBatchWork, samples: dict[str, Sample]) -> Iterator[Share]:

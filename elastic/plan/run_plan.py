@@ -14,7 +14,16 @@ from rich.table import Table
 from elastic.config.load import ConfigError
 from elastic.plan.config import PlanConfig, with_measured
 from elastic.plan.phases import PhasePlan, budget_samples
-from elastic.plan.search import Candidate, Found, Rejection, candidate, largest_micro_batch, run_problems, search
+from elastic.plan.search import (
+    Candidate,
+    Found,
+    Rejection,
+    chosen,
+    largest_micro_batch,
+    plan_name,
+    run_problems,
+    search,
+)
 from elastic.plan.timing import CAUSES, PASSES, StepTime
 from elastic.verbs.parent import nested_parent
 from elastic.verbs.report_file import check_output, table, write_output
@@ -35,12 +44,12 @@ def run_plan(config: PlanConfig, console: Console) -> dict[str, Any]:
     samples = budget_samples(config, space)
     figures = {name: {"value": getattr(config.plan, name), "source": source} for name, source in sources.items()}
     report: dict[str, Any] = {"cluster": asdict(config.cluster), "plan": asdict(config.plan), "figures": figures}
-    # 1. The layout of the config.
+    # 1. The config's own layouts.
     if problems := run_problems(config):
         raise ConfigError(problems)
-    chosen = candidate(config, config.parallel, config.data.micro_batch, samples)
-    report |= {"chosen": candidate_values(config, chosen), "warnings": chosen.warnings()}
-    _print_chosen(console, config, chosen.name, report)
+    own = chosen(config, samples)
+    report |= {"chosen": candidate_values(config, own), "warnings": own.warnings()}
+    _print_chosen(console, config, own.name, report)
     # 2. The others.
     if config.plan.search:
         found = search(config, samples)
@@ -53,7 +62,7 @@ def run_plan(config: PlanConfig, console: Console) -> dict[str, Any]:
     if config.plan.dry_run:
         from elastic.plan.dry_run import rehearse
 
-        report["rehearsal"] = rehearse(config, space, chosen)
+        report["rehearsal"] = rehearse(config, space, own)
         console.print(rehearsal_table(report["rehearsal"]))
     write_output(config, report, console)
     return report
@@ -61,8 +70,9 @@ def run_plan(config: PlanConfig, console: Console) -> dict[str, Any]:
 
 def _print_chosen(console: Console, config: PlanConfig, name: str, report: dict[str, Any]) -> None:
     values, cluster = report["chosen"], config.cluster
+    replicas = ", then ".join(dict.fromkeys(str(phase["layout"]["replicas"]) for phase in values["phases"]))
     console.print(
-        f"{name} on {cluster.num_gpus} x {cluster.gpu}: {values['layout']['replicas']} replicas, peak "
+        f"{name} on {cluster.num_gpus} x {cluster.gpu}: {replicas} replicas, peak "
         f"{values['peak_gb']:.1f} GB + {cluster.reserved_gb:g} GB reserved of {cluster.memory_gb:g}, "
         f"{values['spare']:.0%} to spare",
         highlight=False,
@@ -76,15 +86,14 @@ def _print_chosen(console: Console, config: PlanConfig, name: str, report: dict[
         console.print(line, highlight=False)
 
 
-def candidate_values(config: PlanConfig, chosen: Candidate) -> dict[str, Any]:
-    """Return everything about one layout as plain values."""
-    phases = [phase_values(plan) for plan in chosen.plans]
+def candidate_values(config: PlanConfig, one: Candidate) -> dict[str, Any]:
+    """Return everything about the layouts of a run as plain values."""
+    phases = [phase_values(plan) for plan in one.plans]
     return {
-        "layout": asdict(chosen.parallel) | {"micro_batch": chosen.micro_batch, "replicas": chosen.plans[0].replicas},
-        "peak_gb": chosen.peak_bytes / 1e9,
-        "spare": config.cluster.spare_share(chosen.peak_bytes),
+        "peak_gb": one.peak_bytes / 1e9,
+        "spare": config.cluster.spare_share(one.peak_bytes),
         "phases": phases,
-        **_bill(config, chosen.seconds, sum(phase["days_at_mfu"] for phase in phases) * SECONDS_PER_DAY),
+        **_bill(config, one.seconds, sum(phase["days_at_mfu"] for phase in phases) * SECONDS_PER_DAY),
     }
 
 
@@ -99,8 +108,10 @@ def phase_values(plan: PhasePlan) -> dict[str, Any]:
     peak = plan.config.cluster.num_gpus * plan.config.cluster.peak_tflops * 1e12
     steps, time, flops = plan.phase.num_steps, plan.time, plan.model_flops(with_teacher=False)
     memory = [plan.memory(stage) for stage in range(plan.layout.pipeline)]
+    layout = {name: value for name, value in asdict(plan.layout).items() if name != "dtype"}
     return {
         "name": plan.phase.name,
+        "layout": layout | {"micro_batch": plan.shares[0].run.batch, "replicas": plan.replicas},
         "execution": str(plan.phase.execution),
         "micro_batches": plan.micro_batches,
         "memory_bytes": [asdict(stage) | {"total": stage.total} for stage in memory],
@@ -231,14 +242,14 @@ def ranking_table(found: Sequence[Candidate], config: PlanConfig) -> Table:
 
 
 def alone_lines(found: Found) -> list[str]:
-    """Say what each phase would gain as a run of its own, over the best layout for all."""
+    """Say which layout is the best for each phase alone, and what it gains over the best one for all."""
     lines = []
     for number, one in enumerate(found.alone):
         if one is None or not found.fitting:
             continue
         best, plan = found.fitting[0], one.plans[number]
         seconds = f"{plan.time.total:.1f} s a step, {best.plans[number].time.total:.1f} s with {best.name}"
-        lines.append(f"{plan.phase.name} alone: {one.name}, {seconds}")
+        lines.append(f"{plan.phase.name} alone: {plan_name(plan)}, {seconds}")
     return lines
 
 

@@ -12,10 +12,10 @@ from elastic.config.rules import RULES, rule_problems
 from elastic.config.rules_layout import Cluster
 from elastic.config.sections import ParallelConfig
 from elastic.plan.config import PlanConfig
-from elastic.plan.phases import PhasePlan, phase_plans
+from elastic.plan.phases import PhasePlan, own_plans, phase_plans
 from elastic.plan.work import FP32_BYTES, KernelSet
 from elastic.space.reach import Sample
-from elastic.world.groups import Recompute
+from elastic.world.groups import Layout, Recompute
 
 MAX_BUBBLE, MAX_IMBALANCE, MAX_EXPOSED = 0.10, 0.15, 0.25
 _RECOMPUTE: Mapping[Recompute, tuple[str, ...]] = {"none": (), "selective": ("selective",), "full": ("recompute",)}
@@ -24,16 +24,14 @@ MIN_LOCAL_COLUMNS, MIN_LOCAL_TOKENS, MAX_CHUNK_BYTES = 512, 1024, 1 << 30
 
 @dataclass(frozen=True)
 class Candidate:
-    """One layout and micro-batch, and the phases on it."""
+    """The phases of a run, all on one layout or each on its own."""
 
-    parallel: ParallelConfig
-    micro_batch: int
     plans: tuple[PhasePlan, ...]
 
     @property
     def name(self) -> str:
-        """Return the layout in short."""
-        return layout_name(self.parallel, self.micro_batch)
+        """Return the layout in short, or those of all phases where they differ."""
+        return ", then ".join(dict.fromkeys(plan_name(plan) for plan in self.plans))
 
     @property
     def peak_bytes(self) -> int:
@@ -42,8 +40,11 @@ class Candidate:
 
     def warnings(self) -> list[str]:
         """List the rules of thumb that the layout breaks, each with what would help."""
-        of_phases = [f"{plan.phase.name}: {text}" for plan in self.plans for text in _phase_warnings(plan)]
-        return [*_layout_warnings(self), *of_phases]
+        return [
+            f"{plan.phase.name}: {text}"
+            for plan in self.plans
+            for text in (*_layout_warnings(plan), *_phase_warnings(plan))
+        ]
 
     @property
     def seconds(self) -> float:
@@ -60,7 +61,12 @@ class Rejection:
     reason: str
 
 
-def layout_name(parallel: ParallelConfig, micro_batch: int) -> str:
+def plan_name(plan: PhasePlan) -> str:
+    """Write the layout of one phase in short."""
+    return layout_name(plan.layout, plan.shares[0].run.batch)
+
+
+def layout_name(parallel: ParallelConfig | Layout, micro_batch: int) -> str:
     """Write a layout in short, without what is 1."""
     sizes = {"TP": parallel.tensor, "PP": parallel.pipeline, "CP": parallel.context}
     parts = [f"{axis}{size}" for axis, size in sizes.items() if size > 1] or ["TP1"]
@@ -68,8 +74,13 @@ def layout_name(parallel: ParallelConfig, micro_batch: int) -> str:
 
 
 def candidate(config: PlanConfig, parallel: ParallelConfig, micro_batch: int, samples: dict[str, Sample]) -> Candidate:
-    """Plan every phase on a legal layout."""
-    return Candidate(parallel, micro_batch, phase_plans(config, parallel, micro_batch, samples))
+    """Plan every phase on one legal layout."""
+    return Candidate(phase_plans(config, parallel, micro_batch, samples))
+
+
+def chosen(config: PlanConfig, samples: dict[str, Sample]) -> Candidate:
+    """Plan every phase on the layout the config gives it, which must be legal."""
+    return Candidate(own_plans(config, samples))
 
 
 def run_problems(config: PlanConfig) -> tuple[Problem, ...]:
@@ -78,8 +89,9 @@ def run_problems(config: PlanConfig) -> tuple[Problem, ...]:
 
 
 def layout_rule_problems(config: PlanConfig, parallel: ParallelConfig, micro_batch: int) -> list[Problem]:
-    """List what the run's own verb would refuse of a layout on this cluster."""
-    run, cluster = config.run_config(parallel, micro_batch), _cluster(config)
+    """List what the run's own verb would refuse of one layout for all phases on this cluster."""
+    phases = tuple(replace(phase, parallel=None, micro_batch=None) for phase in config.curriculum)
+    run, cluster = replace(config.run_config(parallel, micro_batch), curriculum=phases), _cluster(config)
     rules = [rule for rule in RULES if isinstance(run, rule.verbs) and "parallel" in rule.sections]
     return [problem for rule in rules for problem in rule.problems(run, cluster)]
 
@@ -145,8 +157,8 @@ def _powers(largest: int) -> list[int]:
     return [1 << power for power in range(largest.bit_length()) if 1 << power <= largest]
 
 
-def _layout_warnings(chosen: Candidate) -> Iterator[str]:
-    parallel, cluster = chosen.parallel, chosen.plans[0].config.cluster
+def _layout_warnings(plan: PhasePlan) -> Iterator[str]:
+    parallel, cluster = plan.layout, plan.config.cluster
     ranks, node = parallel.tensor * parallel.context, cluster.gpus_per_node
     if parallel.tensor > node:
         yield f"tensor parallelism over {parallel.tensor} ranks leaves the node of {node} GPUs"
@@ -154,9 +166,9 @@ def _layout_warnings(chosen: Candidate) -> Iterator[str]:
         yield f"tensor x context = {ranks} ranks leave the node of {node} GPUs, so Mamba's exchange crosses the network"
     if parallel.tensor > 1 and not parallel.sequence:
         yield "parallel.sequence=false keeps the whole stream on every tensor-parallel rank; set it true"
-    if chosen.peak_bytes > cluster.budget_bytes:
+    if plan.peak_bytes > cluster.budget_bytes:
         yield (
-            f"peak {chosen.peak_bytes / 1e9:.1f} GB leaves less than {cluster.spare:.0%} of {cluster.memory_gb:g} GB "
+            f"peak {plan.peak_bytes / 1e9:.1f} GB leaves less than {cluster.spare:.0%} of {cluster.memory_gb:g} GB "
             f"beside {cluster.reserved_gb:g} GB of context, NCCL and allocator"
         )
 

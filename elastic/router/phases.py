@@ -3,11 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from elastic.space.gates import Execution
 from elastic.space.ranges import (
     Name,
+    Ranks,
     Rate,
     Scale,
     Sequences,
@@ -40,19 +41,39 @@ class LearningRate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PhaseParallel:
+    """What a phase has of its own of the run's section `parallel`; null: as the run has it."""
+
+    tensor: Ranks | None = None
+    pipeline: Ranks | None = None
+    context: Ranks | None = None
+    sequence: bool | None = None
+    recompute: Literal["none", "selective", "full"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Phase:
     """One part of any run. `global_batch` counts sequences; give `steps` or `tokens`, not both.
 
     `blend_weights` by name stand in the place of those of data.blend (empty: as there; a source left out: not read).
+    `parallel` and `micro_batch` are its own layout; null: the run's. Where it changes, the run goes on from a
+    checkpoint of its own, in the same processes.
     """
 
     name: Name
+    parallel: PhaseParallel | None = None
+    micro_batch: Sequences | None = None
     sequence_length: TrainedLength = 256
     global_batch: Sequences = 8
     steps: Steps | None = None
     tokens: Tokens | None = None
     blend_weights: Mapping[str, Weight] = field(default_factory=dict)
     lr: LearningRate = field(default_factory=LearningRate)
+
+    @property
+    def own_layout(self) -> dict[str, Any]:
+        """Return what the phase gives of the section `parallel`, for `replace` of the run's."""
+        return {name: value for name, value in vars(self.parallel or PhaseParallel()).items() if value is not None}
 
     @property
     def tokens_per_step(self) -> int:

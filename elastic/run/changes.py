@@ -18,7 +18,7 @@ from elastic.run.folder import RunFolderError
 from elastic.space.axes import Axis
 
 ABSENT = "absent"
-REPLICAS = "replicas"  # what a checkpoint says of its run, beside the checksums of its inputs
+REPLICAS = "replicas"  # of the first phase; what a checkpoint says of its run beside the checksums of its inputs
 PACKING = "packing"  # how sequences are made of documents, in the provenance of a record; absent: concatenated
 TRAINED = "this phase has been trained"
 
@@ -247,8 +247,8 @@ def _judged(path: str, name: str, then: Any, now: Any, done: int, over: bool) ->
 
 def _meaning(phase: Phase, budget_names: Sequence[str]) -> dict[str, Any]:
     """Return a phase with its steps counted and its weights as shares (none: uniform), so that two ways to say one
-    thing are equal."""
-    phase = replace(phase, steps=phase.num_steps, tokens=None)
+    thing are equal. Without its layout: a checkpoint loads at every one."""
+    phase = replace(phase, steps=phase.num_steps, tokens=None, parallel=None, micro_batch=None)
     if isinstance(phase, ElasticPhase):
         drawn = {name: weight for name, weight in phase.budget_weights.items() if weight}
         total, uniform = sum(drawn.values()), drawn.keys() == set(budget_names) and len(set(drawn.values())) == 1
@@ -256,23 +256,23 @@ def _meaning(phase: Phase, budget_names: Sequence[str]) -> dict[str, Any]:
     return config_dict(phase)
 
 
-def _draw_differences(
-    configs: tuple[ElasticConfig, ElasticConfig], replicas: tuple[int, int], step: int
-) -> Iterator[Difference]:
+def _draw_differences(configs: Sequence[ElasticConfig], replicas: Sequence[int], step: int) -> Iterator[Difference]:
     """Compare how often budgets and gate noise are drawn in a step of the phases that are left, then and now."""
-    over = _num_over(configs[1].curriculum, step)
-    left = zip(*(config.curriculum[over:] for config in configs), strict=False)
+    ranks = [count * c.of(c.curriculum[0]).parallel.model_size for c, count in zip(configs, replicas, strict=True)]
+
+    def share(phase: Phase, side: int, per_replica: bool) -> int:
+        own = configs[side].of(phase)
+        return phase.global_batch // own.data.micro_batch // (ranks[side] // own.parallel.model_size) ** per_replica
+
+    left = zip(*(config.curriculum[_num_over(configs[1].curriculum, step) :] for config in configs), strict=False)
     left_alike = [(old, new) for old, new in left if old.global_batch == new.global_batch]
     noisy = [(old, new) for old, new in left_alike if not new.router_frozen]
-    for name, phases, shares, why in (
-        ("draws_per_step", left_alike, replicas, "the samples of a step are shared out to budgets otherwise"),
-        ("noise_draws_per_step", noisy, (1, 1), "the gates' noise falls on other samples"),
+    for name, phases, per_replica, why in (
+        ("draws_per_step", left_alike, True, "the samples of a step are shared out to budgets otherwise"),
+        ("noise_draws_per_step", noisy, False, "the gates' noise falls on other samples"),
     ):
         values = [asdict(config.elastic.router)[name] for config in configs]
-        counts = [
-            [value or then_now[side].global_batch // config.data.micro_batch // shares[side] for then_now in phases]
-            for side, (value, config) in enumerate(zip(values, configs, strict=True))
-        ]
+        counts = [[value or share(p[side], side, per_replica) for p in phases] for side, value in enumerate(values)]
         if counts[0] != counts[1]:
             first, second = (
                 f"{'null' if value is None else value} ({', '.join(map(str, drawn))} in a step)"

@@ -29,7 +29,6 @@ class Validate(Callback):
     log: RunLog
     every_steps: int
     num_sequences: int
-    micro_batch_size: int
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Evaluate when the step is due, at the sequence length of the phase that just ran."""
@@ -38,7 +37,8 @@ class Validate(Callback):
         subnets, bare = trainer.chosen_subnets(), trainer.chooser is None
         gates = {name: None if bare else Gates.slice(subnet) for name, subnet in subnets.items()}
         data = self.datasets[result.moment.phase_index]
-        losses = evaluate_subnets(trainer.runner, gates, data, self.num_sequences, self.micro_batch_size)
+        size = trainer.data.micro_batch_size
+        losses = evaluate_subnets(trainer.runner, gates, data, self.num_sequences, size)
         row: dict[str, float | None] = {f"validation/{name}/loss": v.mean.cross_entropy for name, v in losses.items()}
         row["validation/counted_tokens"] = next(iter(losses.values())).mean.num_tokens  # the same for every choice
         for name, loss in losses.items():
@@ -50,7 +50,9 @@ class Validate(Callback):
 
 @dataclass
 class SaveCheckpoints(Callback):
-    """Saves every n steps, at the end and before an orderly stop; keeps the newest few and the milestones.
+    """Saves every n steps, where the layout changes, at the end and before an orderly stop.
+
+    Keeps the newest few and the milestones.
 
     With `in_background` a save is finished at the first step boundary at which every rank has written, a save that is
     due earlier waits for it, and so does the end of the run: two never overlap. A save that failed ends the run with
@@ -76,6 +78,11 @@ class SaveCheckpoints(Callback):
             self._finish(trainer)
         if trainer.step % self.every_steps == 0:
             self._save(trainer)
+
+    def before_move(self, trainer: Trainer) -> None:
+        """Save what the next layout goes on from, and wait for it."""
+        self._save(trainer)
+        self._finish(trainer)
 
     def on_end(self, trainer: Trainer) -> None:
         """Save the last step, and wait for it."""

@@ -32,11 +32,11 @@ class LossMeter:
     Behind those, of a blend: a row per source, those of the first budget, of the second, and so on.
     """
 
-    def __init__(self, num_rows: int, world: World, num_sources: int = 0) -> None:
-        self.world, self.num_budgets, self.num_sources = world, num_rows, num_sources
+    def __init__(self, num_rows: int, device: torch.device, num_sources: int = 0) -> None:
+        self.num_budgets, self.num_sources = num_rows, num_sources
         # Per row the sums of kl and cross-entropy and the tokens of each: no teacher, no kl. fp64: sums over many
         # tokens, and equal whatever order replicas are added in.
-        self.sums = torch.zeros(num_rows * (1 + num_sources), 4, dtype=torch.float64, device=world.device)
+        self.sums = torch.zeros(num_rows * (1 + num_sources), 4, dtype=torch.float64, device=device)
 
     def add(self, losses: Sequence[MicroBatchLoss], row: int | None = None) -> None:
         """Add the losses of some micro-batches without waiting for the device; `row` overrides their budget."""
@@ -50,15 +50,23 @@ class LossMeter:
             for source, sums in zip(loss.sources, () if loss.rows is None else loss.rows.unbind(1), strict=True):
                 self.sums[first + source] += sums
 
-    def read(self) -> list[MeanLoss]:
-        """Reduce over all ranks (every rank must call), return the means and begin anew. Waits for the device."""
+    def collect(self, world: World) -> None:
+        """Leave all sums with rank 0, whatever the layout then is. Every rank must call."""
         # One tensor-parallel rank speaks for each token; earlier pipeline stages hold none.
-        total = self.sums * float(self.world.groups.tp.rank() == 0)
-        torch.distributed.all_reduce(total)
+        self.sums *= float(world.groups.tp.rank() == 0)
+        torch.distributed.all_reduce(self.sums)
+        if not world.is_main:
+            self.sums.zero_()
+
+    def read(self, world: World) -> list[MeanLoss]:
+        """Reduce over all ranks (every rank must call), return the means and begin anew. Waits for the device."""
+        self.collect(world)
+        torch.distributed.broadcast(self.sums, src=0)
+        total = self.sums.tolist()
         self.sums.zero_()
         return [
             MeanLoss(kl / kl_tokens if kl_tokens else None, entropy / tokens if tokens else None, int(tokens))
-            for kl, entropy, kl_tokens, tokens in total.tolist()
+            for kl, entropy, kl_tokens, tokens in total
         ]
 
 
@@ -81,11 +89,11 @@ def evaluate_subnets(
     batches = list(validation_batches(data, num_sequences, world.data_rank, world.data_size, micro_batch_size))
     sources = list(dict(batches))
     num_rows = 1 + len(sources)  # of each choice: all sequences, then those of each source
-    meter = LossMeter(len(gates) * num_rows, world)
+    meter = LossMeter(len(gates) * num_rows, world.device)
     for number, choice in enumerate(gates.values()):
         for source, batch in batches:
             loss = runner.evaluate([runner.share(batch, choice)])
             meter.add(loss, row=number * num_rows)
             meter.add(loss, row=number * num_rows + 1 + sources.index(source))
-    means = iter(meter.read())
+    means = iter(meter.read(world))
     return {name: HeldOutLoss(next(means), {source: next(means) for source in sources}) for name in gates}

@@ -195,7 +195,7 @@ class LogSteps(Callback):
         texts = ("[bold]{task.description}", "{task.fields[status]}")
         self.progress = Progress(texts[0], *bar, texts[1], console=console, disable=not world.is_main)
         self._task = TaskID(0)
-        self._meter = LossMeter(len(budget_names), world, len(sources))
+        self._meter = LossMeter(len(budget_names), world.device, len(sources))
         self._spikes = LossSpikes(settings.loss_spike_deviations)
         self._since = time.perf_counter()
         self._moments: list[Moment] = []  # of the steps since the last log point
@@ -218,6 +218,10 @@ class LogSteps(Callback):
         if trainer.step % self.every_steps == 0 or trainer.step == trainer.total_steps:
             self._write(trainer, result)
 
+    def before_move(self, trainer: Trainer) -> None:
+        """Keep what was added since the last log point."""
+        self._meter.collect(trainer.world)
+
     def on_end(self, trainer: Trainer) -> None:
         """Write the steps since the last log point, of a run that was told to stop; close the bar."""
         if self._unlogged is not None:
@@ -227,7 +231,7 @@ class LogSteps(Callback):
     def _write(self, trainer: Trainer, result: StepResult) -> None:
         """Reduce the losses since the last log point (all ranks), write and show them (rank 0)."""
         moments, self._moments, self._unlogged = self._moments, [], None
-        every = iter(self._meter.read())  # waits for the device: once per log interval
+        every = iter(self._meter.read(trainer.world))  # waits for the device: once per log interval
         means = {name: next(every) for name in self.names}
         now = time.perf_counter()
         tokens_per_s = sum(moment.phase.tokens_per_step for moment in moments) / max(now - self._since, 1e-9)

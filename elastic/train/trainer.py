@@ -1,7 +1,8 @@
 """The loop: one optimizer step in one screen; logging, validation, checkpoints and signals are callbacks."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import gc
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -53,22 +54,32 @@ class Callback:
 
     def after_step(self, trainer: "Trainer", result: StepResult) -> None: ...
 
+    def before_move(self, trainer: "Trainer") -> None: ...
+
     def on_end(self, trainer: "Trainer") -> None: ...
 
 
-@dataclass
-class Trainer:
-    """One training run, parent or elastic (then `chooser` and `router_optimizer` are there).
-
-    `started` says what the run was started with; `carried_from` is the checkpoint whose export settings and tokenizer
-    go into this run's checkpoints; `progress` is where this rank stands, for its watchdog.
-    """
+@dataclass(kw_only=True)
+class Placed:
+    """What of a run follows its layout: made anew where a phase has another."""
 
     world: World
     runner: PipelineRunner
     wrapped: DistributedDataParallel
     optimizer: ChainedOptimizer
     data: PhaseData
+    sanity: Sanity | None
+
+
+@dataclass(kw_only=True)
+class Trainer(Placed):
+    """One training run, parent or elastic (then `chooser` and `router_optimizer` are there).
+
+    `started` says what the run was started with; `carried_from` is the checkpoint whose export settings and tokenizer
+    go into this run's checkpoints; `progress` is where this rank stands, for its watchdog. With the steps in `moves`
+    the phases of another layout begin: `place` builds it and loads what the run saved at that step.
+    """
+
     curriculum: Curriculum
     record: Record
     run_folder: Path
@@ -78,7 +89,8 @@ class Trainer:
     chooser: Chooser | None = None
     router_optimizer: Optimizer | None = None
     carried_from: Path | None = None
-    sanity: Sanity | None = None
+    moves: Collection[int] = ()
+    place: Callable[[int], Placed]
     progress: Progress = field(default_factory=Progress)
     callbacks: list[Callback] = field(default_factory=list)
     step: int = 0
@@ -86,17 +98,39 @@ class Trainer:
 
     def fit(self) -> None:
         """Train from `step` to `total_steps`, or until a callback sets `stop_reason`."""
+        first = self.step
         for callback in self._entered("on_start"):
             callback.on_start(self)
-        with ReadAhead(self.data.batches, self.curriculum, self.total_steps) as data:
-            while self.step < self.total_steps and self.stop_reason is None:
-                result = self.train_step(data)
-                self.step += 1
-                for callback in self._entered("after_step"):
-                    callback.after_step(self, result)
+        while self.step < self.total_steps and self.stop_reason is None:
+            if self.step in self.moves and self.step > first:
+                self._move()
+            end = min(step for step in (*self.moves, self.total_steps) if step > self.step)
+            with ReadAhead(self.data.batches, self.curriculum, end) as data:
+                while self.step < end and self.stop_reason is None:
+                    result = self.train_step(data)
+                    self.step += 1
+                    for callback in self._entered("after_step"):
+                        callback.after_step(self, result)
         for callback in self._entered("on_end"):
             callback.on_end(self)
         self.runner.finish_gather()
+
+    def _move(self) -> None:
+        """Go on in the layout of the phase that begins, as a resumed run does: a checkpoint loads at every layout.
+
+        Nothing of the old one is left when the new one is built; router and callbacks stay as they are.
+        """
+        for callback in self._entered("before_move"):
+            callback.before_move(self)
+        self.progress.enter(self.step, "another layout")
+        for part in fields(Placed):
+            delattr(self, part.name)
+        del self.skipped.wrapped
+        gc.collect()  # wrapper and optimizer stand in circles
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # of sizes that are not asked for again
+        vars(self).update(vars(self.place(self.step)))
+        self.skipped.wrapped, self.skipped.world = self.wrapped, self.world
 
     def _entered(self, method: str) -> Iterator[Callback]:
         """Yield the callbacks in turn, and leave a note for the watchdog which one is at work."""

@@ -1,28 +1,33 @@
 """The two training verbs, a parent from scratch and the family, by one body: the config says which."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 
+import torch
 from rich.console import Console
+from torch.optim import Optimizer
 
 from elastic.blend.sources import TrainingData, open_held_out, open_sources, tokenizer_folder
+from elastic.checkpoint.find import checkpoint_folder
 from elastic.checkpoint.record import Family, Record
-from elastic.checkpoint.state import Trainable, TrainingState, load_checkpoint
+from elastic.checkpoint.state import Trainable, TrainingState, load_checkpoint, read_training_state
 from elastic.config.load import config_dict
 from elastic.config.sections import DistillConfig
 from elastic.config.verbs import ElasticConfig, TrainConfig
-from elastic.data.stream import PhaseData
+from elastic.data.stream import PhaseData, Samples
 from elastic.hf.config import stock_notes
 from elastic.model.backends import in_words
 from elastic.model.model import build_model
 from elastic.router.draw import Chooser
-from elastic.router.phases import Curriculum
+from elastic.router.phases import Curriculum, Phase
 from elastic.router.router import Router
 from elastic.router.sampler import in_turn
 from elastic.run.changes import PACKING
 from elastic.run.folder import FINISHED_FILE
 from elastic.run.resume import RunStart, load_run_state, open_training_run
-from elastic.run.world import run_world
+from elastic.run.world import model_layout, run_world
 from elastic.space.cost import Budget
 from elastic.space.reach import smallest_subnet
 from elastic.space.space import Space
@@ -33,11 +38,11 @@ from elastic.train.optimizer import build_optimizer, build_router_optimizer, set
 from elastic.train.pipeline import PipelineRunner
 from elastic.train.sanity import Sanity
 from elastic.train.signals import StopOnSignal
-from elastic.train.trainer import Callback, Trainer
+from elastic.train.trainer import Callback, Placed, Trainer
 from elastic.verbs.parent import nested_parent
 from elastic.verbs.text import LONGEST
 from elastic.world.files import write_json
-from elastic.world.groups import World
+from elastic.world.groups import World, join_world
 from elastic.world.watchdog import Watchdog
 
 FROM_SCRATCH = DistillConfig(kl_weight=0.0, cross_entropy_weight=1.0)
@@ -52,7 +57,7 @@ def run_training(config: TrainConfig, console: Console, callbacks: Sequence[Call
     """
     data, settings = TrainingData(config.data, config.curriculum, config.seed), config.exp_manager
     sequences = [f"{phase.name}: {it}" for phase, it in zip(config.curriculum, data.samples(), strict=True)]
-    with run_world(config) as here:
+    with run_world(config.of(config.curriculum[0])) as here:
         packed = {PACKING: data.in_words, "sequences": "; ".join(sequences)}
         start, record = _started_from(config, here, console, packed)
         with open_training_run(config, data, record, here, console.print, start) as opened:
@@ -117,52 +122,90 @@ def family_lines(space: Space, budgets: Sequence[Budget]) -> str:
     return "\n".join([*lines, *(f"note: of a member at the smallest depth, {note}" for note in notes)])
 
 
+@dataclass
+class _Places:
+    """Builds what follows a run's layout: student and teacher, their groups, the optimizer."""
+
+    config: TrainConfig
+    device: torch.device
+    datasets: Sequence[Samples]
+    record: Record
+    opened: RunStart
+    chooser: Chooser | None
+    router_optimizer: Optimizer | None
+
+    def again(self, step: int) -> Placed:
+        """Place the run where the phase of `step` goes on, from what was saved at `step`."""
+        phase = Curriculum(self.config.curriculum).at(step).phase
+        return self.at(phase, checkpoint_folder(self.opened.folder, step))
+
+    def at(self, phase: Phase, checkpoint: Path | None, here: World | None = None) -> Placed:
+        """Build the layout of `phase` and load it: from the run's own checkpoint, else from the parent."""
+        config, space, start = self.config.of(phase), self.record.space(), self.opened.permuted_parent
+        layout = model_layout(config.parallel, config.trainer)
+        if here is None or here.layout != layout:
+            here = join_world(layout, self.device, config.trainer.collective_timeout_s)
+        loss = config.distill if isinstance(config, ElasticConfig) else FROM_SCRATCH
+        seed = config.seed if start is None and checkpoint is None else None  # a checkpoint has all weights
+        student, teacher = build_model(space, layout, seed=seed, init_std=config.model.init_std), None
+        if start is not None:
+            teacher = build_model(space, layout, seed=None)
+            for model in (teacher,) if checkpoint else (student, teacher):
+                load_checkpoint(start, Trainable(model))
+            teacher.requires_grad_(False)
+        wrapped = wrap_for_training(student, config.optim)
+        optimizer = build_optimizer(wrapped, config.optim, here)
+        router = None if self.chooser is None else self.chooser.router
+        trained = Trainable(student, optimizer, router, self.router_optimizer)
+        if checkpoint is not None:
+            load_run_state(checkpoint, trained, self.record)
+            set_hyperparameters(optimizer, config.optim)
+        numbers = in_turn if self.chooser is None else self.chooser.numbers
+        debug = config.debug
+        return Placed(
+            world=here,
+            runner=PipelineRunner(here, wrapped, loss, teacher),
+            wrapped=wrapped,
+            optimizer=optimizer,
+            data=PhaseData(self.datasets, micro_batch_size=config.data.micro_batch, world=here, numbers=numbers),
+            sanity=Sanity(trained, here, config.seed, debug.sanity_every_n_steps) if debug.sanity else None,
+        )
+
+
 def _trainer(config: TrainConfig, here: World, data: TrainingData, record: Record, opened: RunStart) -> Trainer:
-    """Build student, teacher and router, and load them: from the run's own checkpoint, else from the parent."""
-    space, curriculum, start = record.space(), Curriculum(config.curriculum), opened.permuted_parent
-    loss = config.distill if isinstance(config, ElasticConfig) else FROM_SCRATCH
-    seed = config.seed if start is None and opened.checkpoint is None else None  # a checkpoint has all weights
-    student = build_model(space, here.layout, seed=seed, init_std=config.model.init_std)
-    teacher = chooser = router = router_optimizer = None
-    if start is not None:
-        teacher = build_model(space, here.layout, seed=None)
-        for model in (teacher,) if opened.checkpoint else (student, teacher):
-            load_checkpoint(start, Trainable(model))
-        teacher.requires_grad_(False)
+    """Build router, student and teacher, and load them: from the run's own checkpoint, else from the parent."""
+    curriculum, state = Curriculum(config.curriculum), None
+    total_steps = min(curriculum.total_steps, config.trainer.max_steps or curriculum.total_steps)
+    chooser = router_optimizer = None
     if isinstance(config, ElasticConfig) and (family := record.family) is not None:
+        space = record.space()
         router = Router(space, len(family.budgets), family.router_width, seed=config.seed).to(here.device)
         chooser = Chooser(router, space, family.budgets, family.deployment, config.elastic.router, config.seed)
         router_optimizer = build_router_optimizer(router, config.optim)
-    wrapped = wrap_for_training(student, config.optim)
-    optimizer = build_optimizer(wrapped, config.optim, here)
-    trained = Trainable(student, optimizer, router, router_optimizer)
-    sanity = Sanity(trained, here, config.seed, config.debug.sanity_every_n_steps)
-    trainer = Trainer(
-        world=here,
-        runner=PipelineRunner(here, wrapped, loss, teacher),
-        wrapped=wrapped,
-        optimizer=optimizer,
-        data=PhaseData(
-            data.samples(opened.carried),
-            micro_batch_size=config.data.micro_batch,
-            world=here,
-            numbers=in_turn if chooser is None else chooser.numbers,
-        ),
+    if opened.checkpoint is not None:
+        state = read_training_state(opened.checkpoint)
+    step = 0 if state is None else state.step
+    places = _Places(config, here.device, data.samples(opened.carried), record, opened, chooser, router_optimizer)
+    placed = places.at(curriculum.at(min(step, curriculum.total_steps - 1)).phase, opened.checkpoint, here)
+    ends = accumulate(phase.num_steps for phase in config.curriculum)
+    pairs = zip(ends, pairwise(map(config.of, config.curriculum)), strict=False)
+    return Trainer(
+        **vars(placed),
         curriculum=curriculum,
         record=record,
         run_folder=opened.folder,
         started=TrainingState(0, config.seed, config_dict(config), opened.origin),
-        total_steps=min(curriculum.total_steps, config.trainer.max_steps or curriculum.total_steps),
-        skipped=SkippedSteps(opened.folder, config.trainer.max_skipped_in_a_row, wrapped, here, _budgets(record)),
+        total_steps=total_steps,
+        skipped=SkippedSteps(
+            opened.folder, config.trainer.max_skipped_in_a_row, placed.wrapped, placed.world, _budgets(record)
+        ),
         chooser=chooser,
         router_optimizer=router_optimizer,
-        carried_from=start,
-        sanity=sanity if config.debug.sanity else None,
+        carried_from=opened.permuted_parent,
+        step=step,
+        moves=[step for step, (before, after) in pairs if before != after],
+        place=places.again,
     )
-    if opened.checkpoint is not None:
-        trainer.step = load_run_state(opened.checkpoint, trainer.trainable(), record)
-        set_hyperparameters(optimizer, config.optim)
-    return trainer
 
 
 def _budgets(record: Record) -> tuple[str, ...]:
@@ -179,7 +222,6 @@ def _callbacks(
             log,
             section.val_check_interval,
             config.data.validation_sequences,
-            config.data.micro_batch,
         ),
         # Before the save: a step whose checkpoint is whole is not run again, and its row would be missing for ever.
         LogSteps(

@@ -108,7 +108,16 @@ def world(layout: Layout, timeout_s: float = 900.0) -> Iterator[World]:
 
 
 def join_world(layout: Layout, device: torch.device, timeout_s: float = 900.0) -> World:
-    """Build Megatron-Core's groups for `layout` over the processes that torch.distributed already connects."""
+    """Build Megatron-Core's groups for `layout` over the processes that torch.distributed already connects.
+
+    All ranks call it together. Groups of another layout are ended first: nothing may use them any more.
+    """
+    if parallel_state.model_parallel_is_initialized():
+        torch.distributed.barrier()  # who is behind still reads what a group has sent
+        # Their communicators hold memory of the device; Megatron-Core only forgets them. The first entry is no group.
+        for group in (parallel_state._global_process_group_list or [None])[1:]:
+            torch.distributed.destroy_process_group(group)
+        parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,

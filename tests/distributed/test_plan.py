@@ -8,7 +8,7 @@ from elastic.config.sections import DistillConfig, OptimConfig
 from elastic.plan.config import PlanConfig
 from elastic.plan.dry_run import comparison, fake_world, rehearse, trace_step
 from elastic.plan.phases import PhasePlan, Share, budget_samples
-from elastic.plan.search import candidate
+from elastic.plan.search import chosen
 from elastic.plan.work import KernelSet, MicroBatchWork
 from elastic.router.phases import ElasticPhase
 from elastic.space.axes import Axis
@@ -123,10 +123,9 @@ def test_dry_run_of_a_small_model_sees_what_the_plan_says(recompute: str, execut
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("num_gpus", [256, 512])
 def test_dry_run_of_the_12b_sees_what_the_plan_says(num_gpus: int) -> None:
-    """Both phases of conf/elastic_12b.yaml at its own layout: FLOPs within 5%, bytes and kernels within 10%."""
+    """Both phases of conf/elastic_12b.yaml at their own layouts: FLOPs within 5%, bytes and kernels within 10%."""
     config: PlanConfig = values("plan", f"cluster.num_gpus={num_gpus}")
     here = config.space()
-    chosen = candidate(config, config.parallel, config.data.micro_batch, budget_samples(config, here))
-    for row in rehearse(config, here, chosen):
+    for row in rehearse(config, here, chosen(config, budget_samples(config, here))):
         limit = 0.05 if row["what"] == "FLOPs" else 0.10
         assert row["plan"] == pytest.approx(row["trace"], rel=limit), row

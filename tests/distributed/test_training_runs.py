@@ -267,9 +267,9 @@ def losses_by_label():
     small = space.subnet({axis: (1,) * space.num_slots(axis) for axis in space.elastic_axes()})
     choices = [Gates.slice(small, budget=1), Gates.slice(space.subnet({}), budget=0)]
     work = runner.with_teacher([runner.share(batch(g), gates) for g, gates in enumerate(choices)])
-    meter = LossMeter(2, here)
+    meter = LossMeter(2, here.device)
     meter.add(runner.forward_backward(work))
-    return [(mean.kl, mean.num_tokens) for mean in meter.read()]
+    return [(mean.kl, mean.num_tokens) for mean in meter.read(here)]
 
 
 def test_pitfall_24_losses_are_filed_under_the_budget_that_was_drawn():

@@ -76,7 +76,7 @@ def test_the_same_command_goes_on(tmp_path):
 @pytest.mark.parametrize(
     "overrides",
     [
-        dict(parallel=dict(tensor=2)),
+        dict(parallel=dict(tensor=2), curriculum__1__parallel=dict(context=2)),
         dict(exp_manager__keep_last_checkpoints=5, trainer__max_steps=4, trainer__checkpoint_every_n_steps=1),
         dict(data__path="elsewhere", init_from__permuted_parent="elsewhere"),
         dict(model__pattern="M-|M*-", parallel=dict(pipeline=2)),
@@ -187,6 +187,8 @@ def test_draws_that_follow_the_layout_are_a_difference_unless_both_numbers_are_s
     found = compare(then, values(tmp_path, data__micro_batch=2, **null))
     assert verdicts(found) == {"elastic.router.draws_per_step": True, "elastic.router.noise_draws_per_step": True}
     assert "null (8, 8 in a step)" in str(found["elastic.router.draws_per_step"])
+    halved = compare(then, values(tmp_path, **null, curriculum__1__parallel=dict(tensor=2)), replicas=(2, 2))
+    assert "null (4, 8 in a step)" in str(halved["elastic.router.draws_per_step"])
     # In the second phase the router is frozen: no noise is left to fall otherwise.
     assert verdicts(compare(values(tmp_path), values(tmp_path, data__micro_batch=2), step=5)) == {}
 

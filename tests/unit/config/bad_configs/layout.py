@@ -41,6 +41,48 @@ BAD: tuple[BadConfig, ...] = (
         "parallel.sequence = true: splits the sequence over tensor-parallel ranks and needs parallel.tensor > 1; "
         "nearest legal value is false",
     ),
+    # the layout of one phase
+    (
+        ElasticConfig,
+        {"curriculum.1.parallel": {"tensor": 4}},
+        4,
+        "curriculum.1.parallel.tensor = 4: must divide model.mamba_groups = 2, model.kv_heads = 2; nearest legal value "
+        "is 2",
+    ),
+    (
+        ElasticConfig,
+        {"curriculum.1.parallel": {"pipeline": 3}},
+        4,
+        "curriculum.1.parallel.tensor x pipeline x context = 3: must divide the number of processes = 4; nearest legal "
+        "value is 2, or start 6 processes",
+    ),
+    (
+        PretrainConfig,
+        {"curriculum": [{"name": "a", "steps": 1, "parallel": {"sequence": True}}]},
+        1,
+        "curriculum.0.parallel.sequence = true: splits the sequence over tensor-parallel ranks and needs "
+        "curriculum.0.parallel.tensor > 1; nearest legal value is false",
+    ),
+    (
+        ElasticConfig,
+        {"curriculum.0.micro_batch": 3, "data.validation_sequences": 63},
+        1,
+        "curriculum.0.global_batch = 8: must be a multiple of curriculum.0.micro_batch x data-parallel size = 3 x 1 = "
+        "3; nearest legal value is 9",
+    ),
+    (
+        ElasticConfig,
+        {"curriculum.1.micro_batch": 2, "data.validation_sequences": 63},
+        1,
+        "data.validation_sequences = 63: must be a multiple of curriculum.1.micro_batch x data-parallel size = 2 x 1 = "
+        "2; nearest legal value is 64",
+    ),
+    (
+        ElasticConfig,
+        {"curriculum.1.parallel": {"contxt": 2}},
+        1,
+        "curriculum.1.parallel.contxt = 2: unknown key; did you mean curriculum.1.parallel.context?",
+    ),
     (
         PretrainConfig,
         {"parallel.tensor": 4, "model.vocab": 512},
