@@ -96,12 +96,12 @@ def disk_problems(config: TrainConfig, existing: Path) -> Iterator[Problem]:
 def memory_problems(config: TrainConfig, cluster: Cluster, gpus: Sequence[Gpu]) -> Iterator[Problem]:
     """Weights, gradients and optimizer state alone must fit; activations come on top."""
     smallest = min((gpu.total_bytes for gpu in gpus), default=math.inf)
-    for where, one in config.layouts().items():
-        need = state_bytes_per_rank(one, cluster)
-        if need > USABLE_SHARE * smallest:
-            rule = f"weights, gradients and optimizer state of one rank take {gib(need)} before the first activation"
-            raised = f"raise {where}parallel.tensor or {where}parallel.pipeline"
-            yield Problem("GPU memory", gib(smallest), rule, f"{raised}, or set optim.use_distributed_optimizer=true")
+    needs = {where: state_bytes_per_rank(one, cluster) for where, one in config.layouts().items()}
+    where, need = max(needs.items(), key=lambda entry: entry[1])  # the phase that takes most speaks for all
+    if need > USABLE_SHARE * smallest:
+        rule = f"weights, gradients and optimizer state of one rank take {gib(need)} before the first activation"
+        raised = f"raise {where}parallel.tensor or {where}parallel.pipeline"
+        yield Problem("GPU memory", gib(smallest), rule, f"{raised}, or set optim.use_distributed_optimizer=true")
 
 
 def state_bytes_per_rank(config: TrainConfig, cluster: Cluster) -> float:

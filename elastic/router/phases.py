@@ -61,14 +61,14 @@ class Phase:
     """
 
     name: Name
-    parallel: PhaseParallel | None = None
-    micro_batch: Sequences | None = None
     sequence_length: TrainedLength = 256
     global_batch: Sequences = 8
     steps: Steps | None = None
     tokens: Tokens | None = None
     blend_weights: Mapping[str, Weight] = field(default_factory=dict)
     lr: LearningRate = field(default_factory=LearningRate)
+    parallel: PhaseParallel | None = None
+    micro_batch: Sequences | None = None
 
     @property
     def own_layout(self) -> dict[str, Any]:

@@ -192,12 +192,11 @@ class LogSteps(Callback):
         self.log, self.names, self.every_steps = log, budget_names, settings.log_every_n_steps
         self.sources, self.epochs = sources, epochs
         bar = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
-        texts = ("[bold]{task.description}", "{task.fields[status]}")
-        self.progress = Progress(texts[0], *bar, texts[1], console=console, disable=not world.is_main)
-        self._task = TaskID(0)
+        columns = ("[bold]{task.description}", *bar, "{task.fields[status]}")
+        self.progress = Progress(*columns, console=console, disable=not world.is_main)
         self._meter = LossMeter(len(budget_names), world.device, len(sources))
         self._spikes = LossSpikes(settings.loss_spike_deviations)
-        self._since = time.perf_counter()
+        self._since, self._task = time.perf_counter(), TaskID(0)
         self._moments: list[Moment] = []  # of the steps since the last log point
         self._unlogged: StepResult | None = None  # the last of them
 
