@@ -206,7 +206,10 @@ def test_gpu_too_small_for_weights_and_optimizer(start: Path, tmp_path: Path) ->
     cfg = compose_run(["--config-name=elastic_12b", data, f"init_from.permuted_parent={start}/run/permuted"])
     values = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(values, dict)
-    config = load(ElasticConfig, values | {"parallel": {"tensor": 8, "context": 2, "sequence": True}})
+    parallel = {"tensor": 8, "context": 2, "sequence": True}
+    own = load(ElasticConfig, values | {"parallel": parallel})  # tensor 8, then the second phase's 4
+    one_layout = [phase | {"parallel": None} for phase in values["curriculum"]]
+    config = load(ElasticConfig, values | {"parallel": parallel, "curriculum": one_layout})
     cluster = Cluster(num_processes=16, has_gpu=True)
     assert state_bytes_per_rank(config, cluster) == pytest.approx(12_310_001_152 * (4 + 4 + 6) / 8)
     assert checkpoint_bytes(config) == 12_310_001_152 * 14
@@ -214,6 +217,9 @@ def test_gpu_too_small_for_weights_and_optimizer(start: Path, tmp_path: Path) ->
     small = Gpu("small", total_bytes=20 << 30, free_bytes=20 << 30)
     problem = only(memory_problems(config, cluster, [H100, small]))
     assert (problem.field, problem.value) == ("GPU memory", "20.0 GiB") and "20.1 GiB" in problem.rule
+    assert "raise parallel.tensor or" in problem.remedy
+    problem = only(memory_problems(own, cluster, [H100, small]))
+    assert "31.5 GiB" in problem.rule and "raise curriculum.1.parallel.tensor or" in problem.remedy
 
 
 def test_plan_ends_with_the_phase_and_knows_a_finished_run(start: Path, tmp_path: Path) -> None:
