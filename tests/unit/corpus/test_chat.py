@@ -9,9 +9,9 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import PreTrainedTokenizerFast
 
+from elastic.corpus import chat as chat_module
 from elastic.corpus.chat import ChatError, ChatTemplate, NotSeparable
 from elastic.corpus.prepare import Prepared, prepare
-from elastic.data import chat as chat_module
 from elastic.data import tokenizer as tokenizer_module
 from elastic.data.held_out import HeldOut, validation_batches
 from elastic.data.manifest import DataError, SkipRecord, read_manifest
