@@ -19,6 +19,7 @@ from torch import Tensor
 
 from elastic.model.cache import AttentionCache
 from elastic.model.documents import Documents, context_spans
+from elastic.model.gated_linear import gated_linear
 from elastic.model.masks import ElasticLayer, LayerGates
 from elastic.model.observe import LayerObserver
 from elastic.space.axes import Axis
@@ -143,7 +144,7 @@ class ElasticSelfAttention(SelfAttention):
         cache: AttentionCache | None = None,
         documents: Documents | None = None,
     ) -> Tensor:
-        """Map [S, B, D] to [S, B, D] under the layer's head gate; x goes on where a cache ends."""
+        """Map [S, B, D] to [S, B, D] under the layer's head gate and the stream's; x goes on where a cache ends."""
         kv, a = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         qkv = self.linear_qkv.forward_cut(x, gates.cut)
         qkv = qkv.view(*qkv.shape[:2], kv, -1, a)  # [S, B, kv, h/kv + 2, A]
@@ -156,10 +157,11 @@ class ElasticSelfAttention(SelfAttention):
             context = self._by_documents(query, key, value, documents)
         else:
             context = self.core_attention(query, key, value, None, attn_mask_type=self.attn_mask_type)  # [S, B, h*A]
-        heads = gates[Axis.ATTENTION_HEAD]
-        if heads.vector is not None:
-            context = heads.apply(context.unflatten(-1, (-1, a)).transpose(-1, -2)).transpose(-1, -2).flatten(-2)
-        return self.linear_proj.forward_cut(context, gates.cut)
+        heads, rows = gates[Axis.ATTENTION_HEAD].vector, gates.output
+        if heads is None and rows is None:
+            return self.linear_proj.forward_cut(context, gates.cut)
+        columns = None if heads is None else heads.unsqueeze(-1).expand(-1, a).flatten()
+        return gated_linear(self.linear_proj, context, rows, columns)
 
     def _by_documents(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
         """Attend inside documents, with Transformer Engine's packed layout where it is there and holds whole ones."""
@@ -178,3 +180,7 @@ class ElasticAttentionLayer(ElasticLayer, TransformerLayer):
     """x + g_depth g_hidden Attention(norm(x))."""
 
     norm_and_function = ("input_layernorm", "self_attention")
+
+    def add(self, x: Tensor, y: Tensor, gates: LayerGates) -> Tensor:
+        """Add what linear_proj has multiplied by the gates of the stream."""
+        return self.elementwise.residual(x, y, None, None)

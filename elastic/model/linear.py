@@ -80,6 +80,10 @@ class ElasticRowParallelLinear(_NestedWeight, tensor_parallel.RowParallelLinear)
             partial = y.unflatten(0, x.shape[:2])
         else:
             partial = _NestedProduct.apply(x, self.weight, part, _Exchange(self.tp_group))
+        return self.summed(partial)
+
+    def summed(self, partial: Tensor) -> Tensor:
+        """Sum what the columns of all ranks give [S, B, R], to [S(/tp), B, R]."""
         if self.sequence_parallel:
             return tensor_parallel.reduce_scatter_to_sequence_parallel_region(partial, group=self.tp_group)
         return tensor_parallel.reduce_from_tensor_model_parallel_region(partial, group=self.tp_group)
@@ -109,7 +113,7 @@ class _Part:
         """Add the product of [r, T] and [T, c] to its places in `total` [R, C], summed in the precision of `total`."""
         place, dtype = self.of_stream(total), total.dtype
         if not self.inner.is_prefix:
-            add_kept(place, 1 - self.hidden_dim, self.inner, _product(left, right, dtype))
+            add_kept(place, 1 - self.hidden_dim, self.inner, product(left, right, dtype))
             return
         place = take(place, 1 - self.hidden_dim, self.inner)
         if dtype == left.dtype:
@@ -183,9 +187,7 @@ def _weight_gradient(weight: Tensor, part: _Part, left: Tensor, right: Tensor) -
     """Return what autograd gets for the product of [r, T] and [T, c], the gradient of the kept part of `weight`."""
     if hasattr(weight, "main_grad"):
         part.add_product(weight.main_grad, left, right)
-        # The wrapper's hook then leaves alone what it finds in `grad`, but wants to find something.
-        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-        return torch.empty_like(weight)
+        return _added(weight)
     product = left @ right
     if product.shape == weight.shape:
         return product
@@ -194,7 +196,21 @@ def _weight_gradient(weight: Tensor, part: _Part, left: Tensor, right: Tensor) -
     return full
 
 
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+def add_to_buffer(weight: Tensor, gradient: Tensor, scale: Tensor) -> Tensor | None:
+    """Add gradient x scale to the wrapper's buffer and return what autograd gets; None where there is no buffer."""
+    if not hasattr(weight, "main_grad"):
+        return None
+    weight.main_grad.addcmul_(gradient, scale)
+    return _added(weight)
+
+
+def _added(weight: Tensor) -> Tensor:
+    """Have the wrapper's hook leave alone what it finds in `grad`; it wants to find something."""
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return torch.empty_like(weight)
+
+
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """Return left right; CUDA writes the product of half-precision matrices in `dtype`, without rounding first."""
     if left.is_cuda and left.dtype != dtype:
         return torch.mm(left, right, out_dtype=dtype)

@@ -17,7 +17,7 @@ from elastic.model.documents import Documents
 from elastic.model.elementwise import TorchElementwise
 from elastic.model.observe import LayerObserver
 from elastic.model.recompute import between_products
-from elastic.space.axes import AXES, LANES, Axis
+from elastic.space.axes import AXES, LANES, Axis, LayerKind
 from elastic.space.gates import Execution, Gates
 from elastic.space.nesting import Cut, mask_table
 from elastic.space.space import Space
@@ -47,6 +47,7 @@ class LayerGates:
     widths: Mapping[Axis, Width]
     depth: Tensor | None = None
     skipped: bool = False
+    output: Tensor | None = None  # g_depth g_hidden [D] for attention, whose weight it multiplies; None: all ones
 
     def __getitem__(self, axis: Axis) -> Width:
         return self.widths[axis]
@@ -84,6 +85,10 @@ class ElasticLayer(nn.Module):
             return function.forward_gated(normalised, gates, observer, cache, documents)
 
         y = between_products(self.config, partial(norm, x, gates.hidden), run)
+        return self.add(x, y, gates)
+
+    def add(self, x: Tensor, y: Tensor, gates: LayerGates) -> Tensor:
+        """Return x + g_depth g_hidden y."""
         return self.elementwise.residual(x, y, gates.depth, gates.hidden.vector)
 
 
@@ -117,6 +122,9 @@ class Masks(nn.Module):
         self._check(gates)
         shape, subnet = self.space.parent, gates.subnet
         mixed = cache(lambda axis, slot: self._mix(axis, gates.weights[axis][slot]))  # layers may share a slot
+        depths = self._depths(gates)
+        hidden = mixed(Axis.HIDDEN, 0).vector if Axis.HIDDEN in gates.weights else None
+        outputs = self._attention_outputs(depths, hidden)
         layers = []
         for layer_index in self.layer_indices:
             full, ordinal = shape.layer_widths(layer_index), shape.pattern.ordinal(layer_index)
@@ -126,12 +134,27 @@ class Masks(nn.Module):
                 axis: mixed(axis, self.space.slot(axis, ordinal)) if axis in gates.weights else Width(width)
                 for axis, width in kept.items()
             }
-            depth = None
-            if Axis.DEPTH in gates.weights:
-                depth = (gates.weights[Axis.DEPTH][0] * self.get_buffer("depth_table")[:, layer_index]).sum()
             skipped = subnet is not None and layer_index not in subnet.kept_layers
-            layers.append(LayerGates(cut, widths, depth, skipped))
+            layers.append(LayerGates(cut, widths, depths.get(layer_index), skipped, outputs.get(layer_index)))
         return tuple(layers)
+
+    def _depths(self, gates: Gates) -> dict[int, Tensor]:
+        """Return the depth gate of each layer, if there is any."""
+        if Axis.DEPTH not in gates.weights or not self.layer_indices:
+            return {}
+        here = self.get_buffer("depth_table")[:, self.layer_indices[0] : self.layer_indices[-1] + 1]
+        mixed = (gates.weights[Axis.DEPTH][0][:, None] * here).sum(dim=0)
+        return dict(zip(self.layer_indices, mixed.unbind(), strict=True))
+
+    def _attention_outputs(self, depths: Mapping[int, Tensor], hidden: Tensor | None) -> dict[int, Tensor]:
+        """Return what the output of each attention layer is multiplied by, made at once for all, if by anything."""
+        kinds = self.space.parent.pattern.kinds
+        here = [layer_index for layer_index in self.layer_indices if kinds[layer_index] is LayerKind.ATTENTION]
+        if not here or not depths:
+            return {} if hidden is None else dict.fromkeys(here, hidden)
+        columns = torch.stack([depths[layer_index] for layer_index in here])[:, None]
+        mixed = columns.expand(-1, self.space.parent.hidden) if hidden is None else columns * hidden
+        return dict(zip(here, mixed.unbind(), strict=True))
 
     def _mix(self, axis: Axis, weights: Tensor) -> Width:
         """Return sum_k w_k I_k (eq. 51) and its sum; exact 0/1 where w is one-hot."""

@@ -135,6 +135,8 @@ def layer_working_set_bytes(layer: LayerWork) -> int:
             gradients += 3 * run.tokens * layer.inner * e
         case LayerKind.ATTENTION:
             gradients += 2 * run.tokens * layer.rows * e
+            if run.gates(Axis.HIDDEN, Axis.DEPTH, Axis.ATTENTION_HEAD):  # of linear_proj's weight, and its gates
+                gradients += 3 * layer.inner * run.hidden * FP32_BYTES
         case LayerKind.MAMBA:
             scan = layer.scan
             in_norm = 3 * run.tokens * layer.inner * FP32_BYTES
@@ -176,7 +178,8 @@ def saved_bytes(layer: LayerWork) -> int:
             terms["neurons"] = 2 * run.tokens * layer.inner * e
             if run.gates(Axis.FFN) and not fused:  # the gate keeps what it multiplies
                 terms["gate"] = run.tokens * layer.inner * e
-    if run.gates(Axis.HIDDEN, Axis.DEPTH):  # the residual gate keeps the layer's output
+    # The residual gate keeps the layer's output; those of attention multiply linear_proj's weight.
+    if layer.kind is not LayerKind.ATTENTION and run.gates(Axis.HIDDEN, Axis.DEPTH):
         terms["output"] = run.stream_bytes
     if not run.masked:
         terms["weight copies"] = copied_elements(layer.cut, layer.kind) * e
@@ -282,7 +285,6 @@ def _attention(layer: LayerWork) -> dict[str, int]:
     # One query per key: q is a view of linear_qkv's output like k and v.
     is_view = run.kernels is KernelSet.TORCH and layer.width == run.parent.kv_heads
     terms = {"q": 0 if is_view else query, "out": query, "log-sum": run.tokens * layer.local_width * FP32_BYTES}
-    terms["context"] = query if run.gates(Axis.ATTENTION_HEAD) else 0  # the gated output, which linear_proj keeps
     if run.kernels is KernelSet.FUSED:
         terms["k v"] = keys_values
     elif run.layout.context == 1:

@@ -116,7 +116,8 @@ def layer_moved(layer: LayerWork, backward: bool) -> Moved:
     """Count one pass of one layer, its gradients' accumulation left out."""
     run, e, stream = layer.run, layer.run.element_bytes, layer.run.stream_bytes
     inner = run.tokens * layer.inner * e
-    is_gated = run.gates(Axis.HIDDEN, Axis.DEPTH)  # without a gate the residual passes its gradient on
+    # Without a gate the residual passes its gradient on; attention's gates multiply linear_proj's weight.
+    is_gated = run.gates(Axis.HIDDEN, Axis.DEPTH) and layer.kind is not LayerKind.ATTENTION
     # Norm and residual; backward the norm's gradient is added to the residual's.
     elementwise, copies = (6 + 3 * is_gated if backward else 5) * stream, 0.0
     launches = _LAUNCHES[layer.kind][backward]
@@ -135,8 +136,8 @@ def layer_moved(layer: LayerWork, backward: bool) -> Moved:
         case LayerKind.ATTENTION:
             keys_values = 2 * run.tokens * layer.local_kv * e
             elementwise += (4 if backward else 2) * inner + (2 if backward else 1) * keys_values
-            if run.gates(Axis.ATTENTION_HEAD):  # the gate's own gradient is a product and a sum besides
-                elementwise += (6 if backward else 2) * inner
+            if run.gates(Axis.ATTENTION_HEAD, Axis.HIDDEN, Axis.DEPTH):
+                elementwise += layer.inner * run.hidden * _gated_weight_bytes(e, backward)
             copies += 2 * (inner + keys_values)
             launches += FUSED_LAUNCHES["attention"][backward] * run.layout.context
     if run.masked:
@@ -145,6 +146,13 @@ def layer_moved(layer: LayerWork, backward: bool) -> Moved:
         copies += 0 if backward else 2 * kept * e
         launches += _CUT_LAUNCHES[layer.kind][backward]
     return Moved(elementwise, copies, launches=launches)
+
+
+def _gated_weight_bytes(e: int, backward: bool) -> int:
+    """Return what an element of a weight under gates moves: the gates' product is written and read, the gated weight
+    written; backward again, then its gradient is added, multiplied by the weight, and summed both ways."""
+    gated = 2 * FP32_BYTES + 2 * e
+    return gated + 4 * FP32_BYTES + (2 * FP32_BYTES + e) + 2 * FP32_BYTES if backward else gated
 
 
 def _made_again(layer: LayerWork) -> Moved:

@@ -33,7 +33,7 @@ def pass_traffic(run: MicroBatchWork, stage: int) -> dict[str, Traffic]:
         if (
             run.layout.recompute == "full"
         ):  # ends with the last saved tensor: where the residual gate keeps it, the output
-            gated = run.gates(Axis.HIDDEN, Axis.DEPTH)
+            gated = run.gates(Axis.HIDDEN, Axis.DEPTH) and layer.kind is not LayerKind.ATTENTION
             passes["recompute"].update(_layer(layer, count, gathers=1, scatters=int(gated)))
     if not last:  # between stages a slice is padded to the full width
         passes["teacher"]["pp", "send"] += run.teacher.stream_bytes

@@ -131,7 +131,7 @@ KERNELS = Kernels(StandInStateSpace(MovedBytes()), SdpaCoreAttention, TritonElem
 # a slice has beyond that are copies of the weights it keeps.
 MOST = {
     ("mask", LayerKind.MAMBA): (10, 27),
-    ("mask", LayerKind.ATTENTION): (8, 18),
+    ("mask", LayerKind.ATTENTION): (10, 18),
     ("mask", LayerKind.MLP): (5, 14),
     ("slice", LayerKind.MAMBA): (15, 32),
     ("slice", LayerKind.ATTENTION): (7, 15),
@@ -167,12 +167,15 @@ def test_layers_run_few_operations(execution: str, seen: Counter[str]) -> None:
 
 
 def _tensors(gates: Any) -> list[Tensor]:
-    widths = [tensor for width in gates.widths.values() for tensor in (width.active, width.vector)]
-    return [t for t in (*widths, gates.depth) if isinstance(t, Tensor) and t.requires_grad]
+    """Return what a layer is handed; of depth and hidden an attention layer gets what is made once for all of them."""
+    own = {axis: width for axis, width in gates.widths.items() if axis is not Axis.HIDDEN or gates.output is None}
+    widths = [gates.hidden.active, *(tensor for width in own.values() for tensor in (width.active, width.vector))]
+    output = gates.depth if gates.output is None else gates.output
+    return [t for t in (*widths, output) if isinstance(t, Tensor) and t.requires_grad]
 
 
-# Of what a plain layer keeps without recompute; an attention layer keeps mostly what its core needs.
-MOST_SELECTIVE = {LayerKind.MAMBA: 0.67, LayerKind.ATTENTION: 1.14, LayerKind.MLP: 0.6}
+# Of what a plain layer keeps without recompute; what an attention layer keeps is mostly what its core needs.
+MOST_SELECTIVE = {LayerKind.MAMBA: 0.67, LayerKind.ATTENTION: 0.81, LayerKind.MLP: 0.6}
 
 
 def saved_bytes(layer: nn.Module, gates: Any) -> int:
@@ -189,12 +192,12 @@ def saved_bytes(layer: nn.Module, gates: Any) -> int:
 
 
 def test_masks_keep_little_more_than_plain_layers_and_selective_recompute_much_less(seen: Counter[str]) -> None:
-    """In the 12B's mix of layers; an attention layer by itself keeps its output and its gated context besides."""
+    """Each kind of layer by itself."""
     gates = Gates.mask(soft_weights(SPACE, seed=1))
     plain = build_stock(SPACE.parent, Layout(dtype=torch.bfloat16), KERNELS)
     for (kind, layer, own), (_, again, _), stock in zip(
         layers_of(gates), layers_of(gates, "selective"), plain.decoder.layers, strict=True
     ):
         expected = saved_bytes(stock, None)
-        assert saved_bytes(layer, own) <= (1.1 if kind is not LayerKind.ATTENTION else 1.4) * expected, kind
+        assert saved_bytes(layer, own) <= 1.1 * expected, kind
         assert saved_bytes(again, own) <= MOST_SELECTIVE[kind] * expected, kind

@@ -89,7 +89,9 @@ def test_the_buffer_holds_the_sum_of_all_micro_batches(dtype: torch.dtype, overl
             wrapped.finish_grad_sync()
         for name, parameter in model.named_parameters():
             assert parameter.grad is None and expected[name].any(), name
-            assert relative_error(parameter.main_grad, expected[name]) <= bound, name
+            # Gates multiply this weight, and its gradient as it is added; autograd's own is rounded to bf16 before.
+            rounded = dtype is torch.bfloat16 and name.endswith("linear_proj.weight")
+            assert relative_error(parameter.main_grad, expected[name]) <= (2**-9 if rounded else bound), name
         fused = {name for name, parameter in model.named_parameters() if parameter.grad_added_to_main_grad}
         assert fused == linear_weights(model).keys()
 
