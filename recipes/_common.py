@@ -22,6 +22,7 @@ from elastic.config.rules import Cluster
 from elastic.config.sections import ComputeConfig
 from elastic.config.verbs import ComputedConfig
 from elastic.model.backends import missing_parts
+from elastic.model.quantised import multiplies_fp8
 from elastic.verbs.inputs import load_run
 from recipes._arguments import check_arguments, own_folder
 
@@ -117,10 +118,10 @@ def cluster() -> Cluster:
     return Cluster(int(os.environ.get("WORLD_SIZE", "1")), *kernels(torch.cuda.is_available()))
 
 
-def kernels(has_gpu: bool) -> tuple[bool, dict[str, tuple[str, str]]]:
-    """Return whether there are GPUs, and the parts of a run whose packages are missing there."""
+def kernels(has_gpu: bool) -> tuple[bool, dict[str, tuple[str, str]], bool]:
+    """Return whether there are GPUs, the parts of a run whose packages are missing there, and if FP8 is multiplied."""
     parts = [part for part, _ in missing_parts()] if has_gpu else []
-    return has_gpu, {part.name: (part.package, part.instead) for part in parts}
+    return has_gpu, {part.name: (part.package, part.instead) for part in parts}, multiplies_fp8()
 
 
 def rank() -> int:

@@ -83,8 +83,8 @@ def check_run(options: argparse.Namespace, node: Node) -> list[Problem]:
         from recipes._verbs import VERBS
 
     # What the node that asks has: on a login node, which has no GPU, nothing is missed.
-    missing = kernels(bool(node.gpus))[1]
-    cluster = Cluster(num_processes=options.processes, has_gpu=options.gpus > 0, missing=missing)
+    _, missing, fp8 = kernels(bool(node.gpus))
+    cluster = Cluster(num_processes=options.processes, has_gpu=options.gpus > 0, missing=missing, multiplies_fp8=fp8)
     try:
         cfg = compose_run(options.arguments)
         if options.show:

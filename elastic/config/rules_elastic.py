@@ -233,8 +233,11 @@ def check_budgets(model: ModelConfig, elastic: ElasticSection) -> Problems:
             yield Problem(f"elastic.budgets.{index}.{name}", value, *why)
 
 
-def check_distill(distill: sections.DistillConfig) -> Problems:
-    """The loss needs a term."""
+def check_distill(distill: sections.DistillConfig, cluster: Cluster) -> Problems:
+    """The loss needs a term, and a teacher in FP8 GPUs that multiply it."""
+    if distill.teacher_precision == "fp8" and not cluster.multiplies_fp8:
+        rule = "needs GPUs of compute capability 8.9 or higher (Ada, Hopper and later)"
+        yield Problem("distill.teacher_precision", "fp8", rule, "nearest legal value is bf16")
     if distill.kl_weight == 0 and distill.cross_entropy_weight == 0:
         rule = "distill.kl_weight and distill.cross_entropy_weight must not both be 0"
         yield Problem("distill.kl_weight", 0.0, rule, "nearest legal value is 1.0")

@@ -20,7 +20,7 @@ from elastic.world.files import first_few
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the run was started on: processes in all, whether they have GPUs, and whose packages are missing there.
+    """What the run was started on: processes in all, whether they have GPUs, and what is missing there.
 
     `missing` maps a part of a GPU run (attention, scan, Adam) to its package and what stands in for it.
     """
@@ -28,6 +28,7 @@ class Cluster:
     num_processes: int = 1
     has_gpu: bool = False
     missing: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    multiplies_fp8: bool = True
 
 
 def nearest_multiple(value: int, multiple: int) -> int:

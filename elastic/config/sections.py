@@ -101,12 +101,13 @@ class ElasticSection:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """Weights of the distillation loss; `chunk_tokens` of a micro-batch have logits at a time."""
+    """Weights of the loss; `chunk_tokens` have logits at a time; fp8: the teacher's projections multiply E4M3 codes."""
 
     kl_weight: ranges.Weight = 1.0
     cross_entropy_weight: ranges.Weight = 0.0
     temperature: ranges.Temperature = 1.0
     chunk_tokens: ranges.Tokens = 2048
+    teacher_precision: Literal["bf16", "fp8"] = "bf16"
 
 
 @dataclass(frozen=True, kw_only=True)

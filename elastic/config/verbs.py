@@ -210,11 +210,15 @@ class MembersConfig(VerbConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(MembersConfig, RunConfig):
-    """recipes/evaluate.py: loss, perplexity and cost per budget (null: all) and per subnet given by hand."""
+    """recipes/evaluate.py: loss, perplexity and cost per budget (null: all) and per subnet given by hand.
+
+    `teacher_precision` fp8 says what the whole parent loses as a teacher under distill.teacher_precision=fp8.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     sequence_length: ranges.TrainedLength = 256
     execution: Execution = Execution.SLICE
+    teacher_precision: Literal["bf16", "fp8"] = "bf16"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup, Work, all_gather_into_tensor, all_reduce, reduce_scatter_tensor
 
+from elastic.model.quantised import QuantisedWeight
 from elastic.space.layers import DimKind
 from elastic.space.nesting import Cut, Grid, add_kept, put_kept, take
 
@@ -42,10 +43,16 @@ class _NestedWeight:
     hidden_dim: int
     weight: Tensor
     tp_group: ProcessGroup
+    quantised: QuantisedWeight | None = None
 
     def __init__(self, *args: Any, inner: DimKind, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.inner = inner
+
+    def quantise(self, name: str) -> None:
+        """Put FP8 codes in the place of the frozen weight, which takes a whole cut from then on."""
+        self.quantised = QuantisedWeight.of(name, self.weight, self.tp_group if self.hidden_dim == 0 else None)
+        self.weight = None  # type: ignore[assignment]
 
     def part(self, cut: Cut) -> "_Part":
         """Say which part of this rank's weight a cut computes with."""
@@ -59,11 +66,14 @@ class ElasticColumnParallelLinear(_NestedWeight, tensor_parallel.ColumnParallelL
 
     def forward_cut(self, x: Tensor, cut: Cut) -> Tensor:
         """Map [S(/tp), B, kept columns] to [S, B, kept rows of this rank]."""
-        part = self.part(cut)
+        part, exchange = self.part(cut), _Exchange(self.tp_group, self.sequence_parallel, self.allreduce_dgrad)
+        if self.quantised is not None:
+            gathered, gathering = exchange.start_gather(x)
+            _finish(gathering)
+            return self.quantised.product(part.whole(gathered))
         if _is_short_inference(x) and not self.sequence_parallel:
             y = product_with_rows(x.flatten(0, 1), part.of_stream(self.weight), part.inner)
             return y.unflatten(0, x.shape[:2])
-        exchange = _Exchange(self.tp_group, self.sequence_parallel, self.allreduce_dgrad)
         return _NestedProduct.apply(x, self.weight, part, exchange)
 
 
@@ -75,6 +85,8 @@ class ElasticRowParallelLinear(_NestedWeight, tensor_parallel.RowParallelLinear)
     def forward_cut(self, x: Tensor, cut: Cut) -> Tensor:
         """Map [S, B, kept columns of this rank] to [S(/tp), B, kept rows]."""
         part = self.part(cut)
+        if self.quantised is not None:
+            return self.summed(self.quantised.product(part.whole(x)))
         if _is_short_inference(x):
             y = product_with_columns(x.flatten(0, 1), part.of_stream(self.weight), part.inner)
             partial = y.unflatten(0, x.shape[:2])
@@ -96,6 +108,11 @@ class _Part:
     hidden_dim: int
     hidden: Grid
     inner: Grid
+
+    def whole(self, x: Tensor) -> Tensor:
+        """Return the input of a frozen weight, of which no part is taken."""
+        assert self.hidden.is_whole and self.inner.is_whole, "a quantised model runs whole"
+        return x
 
     def of_stream(self, weight: Tensor) -> Tensor:
         """Cut to the stream's width alone: a view."""

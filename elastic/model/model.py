@@ -15,6 +15,7 @@ from elastic.model.cache import ModelCache
 from elastic.model.cpu_backend import use_cpu_backend
 from elastic.model.documents import Documents
 from elastic.model.initialize import initialize_parameters
+from elastic.model.linear import ElasticColumnParallelLinear, ElasticRowParallelLinear
 from elastic.model.observe import Observer
 from elastic.model.sharding import pipeline_pattern
 from elastic.model.specs import elastic_stack_spec
@@ -54,6 +55,16 @@ class ElasticModel(HybridModel):
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         width = weight.shape[1] if gates is None or gates.subnet is None else gates.subnet.hidden
         return weight if width == weight.shape[1] else weight[:, :width]
+
+    def quantise(self) -> None:
+        """Put FP8 codes in the place of this frozen model's projections: of every layer, in and out.
+
+        Embedding, head, convolution and norms stay. From then on it runs whole, and has no checkpoint. Raises
+        QuantisationError where its GPU has no products for them.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, ElasticColumnParallelLinear | ElasticRowParallelLinear):
+                module.quantise(name)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

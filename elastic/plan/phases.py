@@ -9,7 +9,7 @@ from typing import Any
 from elastic.config.sections import ParallelConfig
 from elastic.plan.config import PlanConfig
 from elastic.plan.flops import Flops, model_flops, pass_flops
-from elastic.plan.memory import StageMemory, stage_memory
+from elastic.plan.memory import StageMemory, rank_parameters, stage_memory
 from elastic.plan.timing import Seconds, StepTime, micro_batch_seconds, once_seconds, schedule_seconds
 from elastic.plan.traffic import micro_batch_traffic, moved_bytes, step_traffic
 from elastic.plan.work import KernelSet, MicroBatchWork
@@ -21,6 +21,7 @@ from elastic.space.shape import Subnet
 from elastic.space.space import Space
 from elastic.world.groups import Layout
 
+_IN_FP8 = tuple(f"{name}.weight" for name in ("in_proj", "out_proj", "qkv", "linear_proj", "fc1", "fc2"))
 _STEPS = 4  # whose budgets are drawn, to see how much stages wait for each other
 
 
@@ -53,7 +54,13 @@ class PhasePlan:
         chunk, distributed = self.config.distill.chunk_tokens, self.config.optim.use_distributed_optimizer
         shards = self.replicas * self.layout.context if distributed else 1
         plans = (stage_memory(share.run, stage, self.micro_batches, chunk, shards) for share in self.shares)
-        return max(plans, key=lambda plan: plan.total)
+        most = max(plans, key=lambda plan: plan.total)
+        if self.config.distill.teacher_precision == "bf16":
+            return most
+        # A byte for each element that model/quantised.py takes; the scales, one a row, left out.
+        elements = rank_parameters(self.shares[0].run.parent, self.layout.tensor, self.layout.pipeline, stage)
+        taken = sum(size for name, size in elements.items() if name.endswith(_IN_FP8))
+        return replace(most, teacher=most.teacher - taken * (self.layout.dtype.itemsize - 1))
 
     @cached_property
     def peak_bytes(self) -> int:

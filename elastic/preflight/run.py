@@ -109,7 +109,9 @@ def state_bytes_per_rank(config: TrainConfig, cluster: Cluster) -> float:
     precision, parallel = config.trainer.precision, config.parallel
     replicas = data_parallel(parallel, cluster) * parallel.context
     shards = replicas if config.optim.use_distributed_optimizer else 1
-    weights = WEIGHT_BYTES[precision] * (2 if isinstance(config, ElasticConfig) else 1)
+    weights = WEIGHT_BYTES[precision]
+    if isinstance(config, ElasticConfig):
+        weights += WEIGHT_BYTES[precision] if config.distill.teacher_precision == "bf16" else 1
     per_parameter = weights + GRADIENT_BYTES + OPTIMIZER_BYTES[precision] / shards
     # Context-parallel ranks repeat the weights of their replica.
     return int(shape_cost(config.model.shape()).params) * per_parameter / (parallel.tensor * parallel.pipeline)

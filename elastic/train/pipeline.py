@@ -184,7 +184,7 @@ class PipelineRunner:
             teacher_head,
             batch.labels.t().reshape(-1),
             weights,
-            **asdict(settings),
+            **{name: value for name, value in asdict(settings).items() if name != "teacher_precision"},
             tp_group=self.world.groups.tp,
             report_cross_entropy=True,
             head_gradient=self._head_gradient(head),

@@ -11,15 +11,17 @@ from elastic.blend.sources import open_held_out, open_sources
 from elastic.config.sections import DistillConfig
 from elastic.config.verbs import EvaluateConfig
 from elastic.data.held_out import source_labels
+from elastic.model.quantised import QuantisationError
 from elastic.run.folder import open_run_folder
 from elastic.run.world import run_world
 from elastic.space.cost import subnet_cost
 from elastic.space.gates import Execution, Gates
+from elastic.space.shape import Subnet
 from elastic.train.evaluation import HeldOutLoss, evaluate_subnets
 from elastic.train.pipeline import PipelineRunner
 from elastic.verbs.members import Member, OpenCheckpoint, one_hot_weights, open_checkpoint, subnet_summary
 from elastic.verbs.report_file import table
-from elastic.world.files import write_json
+from elastic.world.files import first_few, write_json
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -29,12 +31,16 @@ def run_evaluate(config: EvaluateConfig, console: Console) -> Path:
     held_out = open_sources(config.data, "validation")
     with run_world(config) as here:
         opened = open_checkpoint(config.init_from, config.budget_names, config.subnets, world=here, say=console.print)
+        check_teacher(config, opened)
         gates = {member.name: Gates.slice(member.subnet) for member in opened.members}
         if config.execution is Execution.MASK:  # of full size, where the choices contain the widths
             for name, subnet in ((member.name, member.subnet) for member in opened.members):
                 gates[name] = Gates.mask(one_hot_weights(subnet, opened.space, here.device))
         with open_run_folder(config.exp_manager, asdict(config), here) as folder:
-            runner = PipelineRunner(here, opened.load_model(here.layout), DistillConfig(kl_weight=0.0))
+            model = opened.load_model(here.layout)
+            if config.teacher_precision == "fp8":
+                model.quantise()
+            runner = PipelineRunner(here, model, DistillConfig(kl_weight=0.0))
             data = open_held_out(config.data, held_out, config.sequence_length)
             losses = evaluate_subnets(runner, gates, data, config.data.validation_sequences, config.data.micro_batch)
             rows = [_row(opened, member, losses[member.name]) for member in opened.members]
@@ -42,6 +48,17 @@ def run_evaluate(config: EvaluateConfig, console: Console) -> Path:
                 write_json(folder / EVALUATION_FILE, {"checkpoint": str(opened.checkpoint), "members": rows})
                 console.print(evaluation_table(rows))
     return folder
+
+
+def check_teacher(config: EvaluateConfig, opened: OpenCheckpoint) -> None:
+    """Raise QuantisationError if a subnet is to run in FP8, as only a whole teacher does."""
+    whole = Subnet.full(opened.space.parent)
+    cut = [member.name for member in opened.members if member.subnet != whole]
+    if config.teacher_precision == "fp8" and (cut or config.execution is Execution.MASK):
+        rule = "runs the whole parent alone, as a slice"
+        found = f"execution is {config.execution}" if not cut else f"{first_few(cut)} are cut"
+        remedy = "name one budget that keeps all, as in budget_names=[full], with execution=slice"
+        raise QuantisationError(f"teacher_precision = fp8: {rule}, and {found}; {remedy}")
 
 
 def evaluation_table(rows: list[dict[str, Any]]) -> Table:

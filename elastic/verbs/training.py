@@ -153,6 +153,8 @@ class _Places:
             for model in (teacher,) if checkpoint else (student, teacher):
                 load_checkpoint(start, Trainable(model))
             teacher.requires_grad_(False)
+            if loss.teacher_precision == "fp8":
+                teacher.quantise()
         wrapped = wrap_for_training(student, config.optim)
         optimizer = build_optimizer(wrapped, config.optim, here)
         router = None if self.chooser is None else self.chooser.router

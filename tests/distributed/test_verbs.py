@@ -15,6 +15,7 @@ from elastic.config.load import ConfigError, load
 from elastic.config.rules_layout import Cluster
 from elastic.config.verbs import ElasticConfig, EvaluateConfig, ExtractConfig, ImportanceConfig, ImportConfig
 from elastic.corpus.prepare import PrepareConfig, prepare
+from elastic.model.quantised import QuantisationError
 from elastic.run.folder import RunFolderError
 from elastic.space.axes import Axis
 from elastic.verbs.estimate_importance import PermutationError, run_importance
@@ -125,6 +126,18 @@ def test_a_subnet_given_by_hand_and_weights_with_anothers_router(start, family):
     untrained = evaluate(start, "untrained", start / "run" / "permuted", init_from=dict(router=str(family)))
     assert untrained["half"]["subnet"] == rows["half"]["subnet"]
     assert untrained["half"]["loss"] != rows["half"]["loss"]
+
+
+def test_the_whole_parent_is_evaluated_as_an_fp8_teacher_and_nothing_else_is(start, family):
+    permuted = start / "run" / "permuted"
+    exact, rounded = (
+        evaluate(start, f"teacher_{precision}", permuted, teacher_precision=precision)["parent"]["loss"]
+        for precision in ("bf16", "fp8")
+    )
+    assert exact != rounded and abs(rounded - exact) < 0.05
+    with pytest.raises(Exception, match=r"runs the whole parent alone, as a slice, and \['half'\] are cut") as refused:
+        evaluate(start, "half_a_teacher", family, budget_names=["half"], teacher_precision="fp8")
+    assert isinstance(refused.value.__cause__, QuantisationError)
 
 
 def test_the_record_says_what_a_checkpoint_is(start, family):

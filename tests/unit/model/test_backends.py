@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from elastic.config.rules_elastic import check_distill
 from elastic.config.rules_layout import Cluster, check_kernels, check_optimizer
-from elastic.config.sections import ComputeConfig, OptimConfig
+from elastic.config.sections import ComputeConfig, DistillConfig, OptimConfig
 from elastic.model import backends
 from elastic.model.attention import SdpaCoreAttention
 from elastic.model.backends import ADAM, ATTENTION, SCAN, Kernels, import_module, missing_parts
@@ -75,6 +76,16 @@ def test_a_run_may_require_every_package() -> None:
     )
     assert not list(check_kernels(ComputeConfig(), cluster))
     assert not list(check_kernels(ComputeConfig(kernels="required"), Cluster(8, has_gpu=True)))
+
+
+def test_a_teacher_in_fp8_asks_for_gpus_that_multiply_it() -> None:
+    teacher = DistillConfig(teacher_precision="fp8")
+    (problem,) = check_distill(teacher, Cluster(8, has_gpu=True, multiplies_fp8=False))
+    assert str(problem) == (
+        'distill.teacher_precision = "fp8": needs GPUs of compute capability 8.9 or higher (Ada, Hopper and later); '
+        "nearest legal value is bf16"
+    )
+    assert not list(check_distill(teacher, Cluster(8, has_gpu=True)))
 
 
 def test_the_distributed_optimizer_asks_for_a_fused_adam_not_for_a_gpu() -> None:

@@ -180,7 +180,8 @@ BAD: tuple[BadConfig, ...] = (
         ElasticConfig,
         {"distill.num_chunks": 4},
         1,
-        "distill.num_chunks = 4: unknown key; known here: kl_weight, cross_entropy_weight, temperature, chunk_tokens",
+        "distill.num_chunks = 4: unknown key; known here: kl_weight, cross_entropy_weight, temperature, chunk_tokens, "
+        "teacher_precision",
     ),
     (
         ElasticConfig,

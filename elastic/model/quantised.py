@@ -1,0 +1,80 @@
+"""The weights of a frozen model in FP8 (E4M3): a scale per output row, activations with one per token.
+
+A scale is the row's largest magnitude over E4M3's, of the whole row or token whatever ranks hold of it: the codes are
+the same at every layout. GPUs multiply codes (torch._scaled_mm), CPUs the numbers they stand for, summing in fp32.
+
+Shapes: T tokens, R rows and C columns of this rank's weight.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp, all_reduce
+
+E4M3 = torch.float8_e4m3fn
+# What the product's kernels on a GPU ask of rows and columns.
+MULTIPLE = 16
+
+
+class QuantisationError(ValueError):
+    """A weight that FP8 kernels do not take, a GPU without them, or a model that is not whole."""
+
+
+def multiplies_fp8() -> bool:
+    """Tell whether this machine has FP8 products: its GPU's (Ada, Hopper and later), or a CPU's imitation."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 9)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Rows of E4M3 numbers [n, C] and their scales, fp32 [n, 1]."""
+
+    values: Tensor
+    scales: Tensor
+
+
+def quantise(rows: Tensor, group: ProcessGroup | None = None) -> Codes:
+    """Round rows [n, C] to E4M3; `group` holds the other columns of the same rows."""
+    most = rows.abs().amax(dim=1, keepdim=True).float()
+    if group is not None and group.size() > 1:
+        all_reduce(most, op=ReduceOp.MAX, group=group)
+    limit = torch.finfo(E4M3).max
+    scales = torch.where(most > 0, most / limit, 1.0)
+    return Codes((rows.float() / scales).clamp(-limit, limit).to(E4M3), scales)
+
+
+@dataclass(frozen=True)
+class QuantisedWeight:
+    """A linear's weight [R, C]; `group` holds the other columns of its rows (None: they are all here)."""
+
+    codes: Codes
+    group: ProcessGroup | None
+
+    @classmethod
+    def of(cls, name: str, weight: Tensor, group: ProcessGroup | None) -> "QuantisedWeight":
+        """Quantise a weight; raises QuantisationError where a GPU cannot multiply it."""
+        if weight.is_cuda:
+            if not multiplies_fp8():
+                raise QuantisationError("distill.teacher_precision = fp8: this GPU multiplies no FP8; set bf16")
+            if any(size % MULTIPLE for size in weight.shape):
+                rule = f"{name} has {weight.shape[0]} x {weight.shape[1]} weights on a rank, no multiples of {MULTIPLE}"
+                raise QuantisationError(f"distill.teacher_precision = fp8: {rule}; set bf16, or lower parallel.tensor")
+        return cls(quantise(weight.detach(), group), group)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Map [S, B, C] to [S, B, R] in its dtype: what these columns give."""
+        tokens = quantise(x.flatten(0, 1), self.group)
+        if x.is_cuda:
+            y = torch._scaled_mm(
+                tokens.values,
+                self.codes.values.t(),
+                scale_a=tokens.scales,
+                scale_b=self.codes.scales.t(),
+                out_dtype=torch.bfloat16,
+            ).to(x.dtype)
+        else:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            summed = tokens.values.to(wide) @ self.codes.values.to(wide).t()
+            y = (summed * tokens.scales * self.codes.scales.t()).to(x.dtype)
+        return y.unflatten(0, x.shape[:2])
