@@ -208,10 +208,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Ranks per model replica; data parallelism takes the rest of the world.
-
-    `recompute` in the backward pass: nothing; selective: what stands between matrix products; full: whole layers.
-    """
+    """Ranks per model replica, replicas take the rest; recompute nothing, what is between products, or whole layers."""
 
     tensor: ranges.Ranks = 1
     pipeline: ranges.Ranks = 1
