@@ -210,15 +210,12 @@ class MembersConfig(VerbConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(MembersConfig, RunConfig):
-    """recipes/evaluate.py: loss, perplexity and cost per budget (null: all) and per subnet given by hand.
-
-    `teacher_precision` fp8 says what the whole parent loses as a teacher under distill.teacher_precision=fp8.
-    """
+    """recipes/evaluate.py: loss, perplexity and cost per budget (null: all) and per subnet given by hand."""
 
     data: DataConfig = field(default_factory=DataConfig)
     sequence_length: ranges.TrainedLength = 256
     execution: Execution = Execution.SLICE
-    teacher_precision: Literal["bf16", "fp8"] = "bf16"
+    teacher_precision: Literal["bf16", "fp8"] = "bf16"  # fp8: the whole parent, as the teacher that distill makes of it
 
 
 @dataclass(frozen=True, kw_only=True)
