@@ -73,8 +73,9 @@ def open_training_run(
         check_accepted(checkpoint, state.step, accepted, manager.accept_changes)
         now = [{"step": state.step, "field": d.field, "then": str(d.then), "now": str(d.now)} for d in accepted]
         origin[CHANGES] = [*state.origin.get(CHANGES, []), *now]
+        carried = carried_blend(state, config, data)
         set_aside_newer(checkpoint, say)
-        return carried_blend(state, config, data)
+        return carried
 
     with run_lock(folder, here):
         decided_by_rank_0(lambda: origin.update(describe_origin(data, here.data_size, permuted_parent)), here)
