@@ -56,8 +56,8 @@ class PoisonedRunner(PipelineRunner):
             work = [replace(batch, teacher_hidden=batch.teacher_hidden * 10) for batch in work]
         return work
 
-    def forward_backward(self, micro_batches):
-        losses = super().forward_backward(micro_batches)
+    def forward_backward(self, micro_batches, **how):
+        losses = super().forward_backward(micro_batches, **how)
         if self.deed() == "weight":
             # A norm's weight: on tensor-parallel rank 1 a copy, which the gradient norm does not count.
             *_, last = self.student_model.parameters()

@@ -41,13 +41,13 @@ class RunnerThatEnds(PipelineRunner):
         super().__init__(healthy.world, healthy.student, healthy.loss, healthy.teacher)
         self.trainer, self.number = trainer, number
 
-    def forward_backward(self, micro_batches):
+    def forward_backward(self, micro_batches, **how):
         if self.trainer.step == 2:
-            super().forward_backward(micro_batches[:1])
+            super().forward_backward(micro_batches[:1], **how)
             while last_sign(1)[2:] != (3, "forward and backward"):  # the others know it by where it ends
                 time.sleep(0.01)
             os.kill(os.getpid(), self.number)
-        return super().forward_backward(micro_batches)
+        return super().forward_backward(micro_batches, **how)
 
 
 class EndRankOne(Callback):
