@@ -10,25 +10,28 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
 
 
-class _CudaLiteralsOnCpu(TorchFunctionMode):
-    """Turns ``device="cuda"`` and ``.cuda()`` into the CPU (gradient clipping, token counts, a tied head's copy).
+def _with_literals(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Take ``device="cuda"`` for the CPU: token counts, the gradient norm, the optimizer's constants.
 
-    Every operation of every layer passes here: a second mode like it would cost a fifth of a small run's time.
+    Only what makes tensors is wrapped: a torch function mode would see every operation of every layer, a fifth and
+    more of a small run's time.
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if not kwargs:
-            return func(*args)
+    def made(*args: Any, **kwargs: Any) -> torch.Tensor:
         if str(kwargs.get("device")).startswith("cuda"):
-            kwargs = kwargs | {"device": CPU}
-        return func(*args, **kwargs)
+            kwargs["device"] = CPU
+        return make(*args, **kwargs)
+
+    return made
+
+
+def _stay(tensor: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+    """Return the tensor: a tied head's copy is asked to go to the GPU."""
+    return tensor
 
 
 def _current_device() -> torch.device:
@@ -46,7 +49,7 @@ _type = torch.Tensor.type
 
 def _cuda_type(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """Answer with the CUDA name of a type, the only ones the optimizer's parameter check accepts."""
-    result = _type(tensor, *args, **kwargs)  # inside a function mode torch looks `type` up again: this function
+    result = _type(tensor, *args, **kwargs)
     return f"torch.cuda.{result.split('.')[-1]}" if isinstance(result, str) else result
 
 
@@ -58,7 +61,9 @@ ADAPTATIONS: dict[str, Callable[[], object]] = {
     "current_device": _replace(torch.cuda, "current_device", _current_device),
     "current_stream": _replace(torch.cuda, "current_stream", _nothing),
     "synchronize": _replace(torch.cuda, "synchronize", _nothing),
-    "cuda_literals": _CudaLiteralsOnCpu().__enter__,
+    "tensor_literals": _replace(torch, "tensor", _with_literals(torch.tensor)),
+    "zeros_literals": _replace(torch, "zeros", _with_literals(torch.zeros)),
+    "to_cuda": _replace(torch.Tensor, "cuda", _stay),
     "type_names": _replace(torch.Tensor, "type", _cuda_type),
 }
 

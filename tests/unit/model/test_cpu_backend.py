@@ -51,8 +51,9 @@ ASKED_BY = [
     ("current_device", False, "distributed_data_parallel.py"),
     ("current_stream", False, "start_grad_sync"),
     ("synchronize", False, "dist_checkpointing"),
-    ("cuda_literals", False, "get_megatron_optimizer"),
-    ("cuda_literals", True, "setup_embeddings_and_output_layer"),
+    ("tensor_literals", False, "get_megatron_optimizer"),
+    ("zeros_literals", False, "forward_backward_pipelining"),
+    ("to_cuda", True, "setup_embeddings_and_output_layer"),
     ("type_names", False, "clip_grad_by_total_norm_fp32"),
 ]
 
