@@ -152,7 +152,7 @@ def main() -> None:
     if "serving" in parts:
         console.print(serving_table(serving.run()))
     if "data" in parts:
-        console.print(data_table(preparation.run(min(arguments.rounds, DATA_ROUNDS))))
+        console.print(data_table(preparation.run(min(rounds, DATA_ROUNDS))))
     if "full_size" in parts:
         console.print(full_size_table(full_size.run(arguments.where)))
 

@@ -107,7 +107,13 @@ def raised(start, tmp_path_factory):
     return run_distributed(refusals, 1, start, tmp_path_factory.mktemp("existing"))[0]
 
 
-NO_VERBS = ("smoke", "benchmark", "chaos", "preflight")  # they keep to folders of their own, or write nothing
+NO_VERBS = (
+    "smoke",
+    "smoke_chat",
+    "benchmark",
+    "chaos",
+    "preflight",
+)  # they keep to folders of their own, or write nothing
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("[!_]*.py") if path.stem not in NO_VERBS)
 
 

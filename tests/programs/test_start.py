@@ -92,7 +92,8 @@ def test_preflight_prints_every_problem_and_leaves_with_2(tmp_path: Path) -> Non
     heading, *lines = ended.stdout.splitlines()
     assert heading == f"{len(lines)} problems:"
     fields = {line.strip().partition(" = ")[0] for line in lines}
-    assert {"trainer.max_stepz", "data.path", "parallel.tensor x pipeline x context"} <= fields
+    layouts = {f"curriculum.{phase}.parallel.tensor x pipeline x context" for phase in (0, 1)}
+    assert {"trainer.max_stepz", "data.path", *layouts} <= fields
 
 
 def test_rank_that_does_not_come_fails_the_all_reduce_in_time(tmp_path: Path) -> None:

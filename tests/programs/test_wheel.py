@@ -57,8 +57,8 @@ def test_an_installed_recipe_finds_its_config_and_through_nemo_all_mistakes_are_
     assert [line.strip().partition(" = ")[0] for line in lines] == [
         "trainer.num_thread",
         "init_from.checkpoint",
-        "data.path",
         "sequence_length",
+        "data.path",
     ]
     assert "sequence_length = 0: must be at least 2" in ended.stderr and "init_from.checkpoint = null" in ended.stderr
     assert list(tmp_path.iterdir()) == []
