@@ -51,15 +51,19 @@ find_place() { # which nodes, which ranks, where they meet, where the logs go
   fi
 }
 
-container_options() { # arguments: the overrides; every existing path in them is mounted where it is
+container_options() { # arguments: the overrides; every existing path in them, in lists too, is mounted where it is
   CONTAINER=()
   if [ -z "${CONTAINER_IMAGE:-}" ]; then return; fi
-  local mounts=$REPO:$REPO path
+  local mounts=$REPO:$REPO argument path words
   if [ "$PWD" != "$REPO" ]; then mounts+=,$PWD:$PWD; fi
-  for path in "$@"; do
-    path=${path#*=}
-    if [[ $path == ../* ]]; then path=$(realpath -s "$path"); fi # for example --config-dir=../mine
-    if [[ $path == /* && -e $path ]]; then mounts+=,$path:$path; fi
+  for argument in "$@"; do
+    argument=${argument#*=}
+    IFS=$' \t\n[]{},:="\'' read -r -d '' -a words <<<"$argument" || true # '[{path: /corpora/web, weight: 1}]'
+    for path in "$argument" ${words[@]+"${words[@]}"}; do
+      if [[ $path == ../* ]]; then path=$(realpath -s "$path"); fi # for example --config-dir=../mine
+      if [[ ! -e $path && -e $path.idx ]]; then path=${path%/*}; fi # what another tool wrote: PATH.bin and PATH.idx
+      if [[ $path == /?* && -e $path && ,$mounts, != *",$path:$path,"* ]]; then mounts+=,$path:$path; fi
+    done
   done
   mounts+=${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
   CONTAINER=(--container-image="$CONTAINER_IMAGE" --container-mounts="$mounts" --container-workdir="$PWD")

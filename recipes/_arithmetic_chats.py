@@ -95,7 +95,7 @@ def _is_held_out(problem: Problem) -> bool:
 
 
 def conversations(number: int, seed: int) -> Iterator[list[dict[str, str]]]:
-    """Yield `number` conversations of one to three turns, none of whose first questions is held out."""
+    """Yield `number` conversations of one to three turns, none of whose questions is held out."""
     rng = random.Random(seed)
     for _ in range(number):
         problem = _problem(rng, rng.randint(2, 4))
@@ -104,12 +104,14 @@ def conversations(number: int, seed: int) -> Iterator[list[dict[str, str]]]:
         messages, answer = problem.turns(), problem.answer
         for _ in range(rng.randint(0, 2)):
             following = _follow_up(rng, int(answer))
+            while _is_held_out(following):  # the words differ, the step is the same
+                following = _follow_up(rng, int(answer))
             messages, answer = messages + following.turns(), following.answer
         yield messages
 
 
 def held_out_problems(number: int, seed: int) -> list[Problem]:
-    """Return `number` questions that no conversation asks first, as many of two, three and four numbers each."""
+    """Return `number` questions that no conversation asks, as many of two, three and four numbers each."""
     rng, found = random.Random(f"held out {seed}"), dict[str, Problem]()
     while len(found) < number:
         problem = _problem(rng, 2 + len(found) % 3)

@@ -59,6 +59,8 @@ def join_shards(folder: Path) -> Manifest | None:
         for name in one.tokenizer.files:
             shutil.copyfile(first / name, Path(aside) / name)
         whole.write(Path(aside))
+        for name in JOINED.difference(one.tokenizer.files):  # of a tokenizer that the shards had before, data.json too
+            (folder / name).unlink(missing_ok=True)
         for name in (*one.tokenizer.files, MANIFEST_NAME):  # the manifest last: what it says is there then
             (Path(aside) / name).replace(folder / name)
     return whole

@@ -188,7 +188,10 @@ def _scan(chosen: Chosen, workers: Workers) -> int:
     tally, config = chosen.tally, chosen.config
     if not tally.kept:
         skipped = ", ".join(skip_lines(tally.skipped)) or "nothing"
-        raise DataError(f"data: no usable document in {', '.join(config.paths)}; skipped: {skipped}{_advice(tally)}")
+        what = f"{', '.join(config.paths)}; skipped: {skipped}{_advice(tally)}"
+        if config.shard is not None:
+            what = f"shard {config.shard} of {what}; if other shards have some, take fewer shards"
+        raise DataError(f"data: no usable document in {what}")
     if config.part.of > 1:
         return chosen.nominal  # the same for every shard, whatever documents it has
     return _split_threshold(chosen.nominal, chosen.lowest, chosen.highest)

@@ -55,7 +55,7 @@ def unescaped(prompt: str) -> str:
 
 def _chats(path: Path, template: ChatTemplate) -> list[Prompt]:
     prompts = []
-    for number, line in enumerate(_read("chat_file", path).splitlines(), 1):
+    for number, line in enumerate(_read("chat_file", path).split("\n"), 1):
         if not line.strip():
             continue
         place = f"{path}:{number}"
@@ -83,7 +83,7 @@ def _prompt(place: str, conversation: Conversation, template: ChatTemplate) -> P
 
 def _read(field: str, path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{field} = {path}: cannot be read as UTF-8 text ({error})") from error
     if not text.strip() if field == "chat_file" else not text:

@@ -211,10 +211,17 @@ def test_smoke_checks_the_node_and_runs_the_chain(job: Job) -> None:
 
 def test_the_image_is_mounted_with_all_that_the_run_reads(job: Job) -> None:
     (job.folder / "data").mkdir()
-    overrides = [f"data.path={job.folder}/data", "init_from.permuted_parent=/not/there"]
+    for name in ("web", "pairs", "more"):
+        (job.folder / name).mkdir()
+    (job.folder / "pairs" / "text_document.idx").touch()
+    pairs = f"{{weight: 1,path:'{job.folder}/pairs/text_document'}}"
+    blend = f"data.blend=[{{path: {job.folder}/web, weight: 0.5}},\n{pairs}]"
+    more = f"data.blend=[0.3, {job.folder}/more, 0.7, {job.folder}/data]"
+    overrides = [f"data.path={job.folder}/data", "init_from.permuted_parent=/not/there", blend, more]
     image = {"CONTAINER_IMAGE": "registry#elastic:1", "CONTAINER_MOUNTS": "/scratch:/scratch", "PY": "python"}
     assert job.start("elastic_12b", *overrides, **image).returncode == 0
-    mounts = f"{ROOT}:{ROOT},{job.folder}:{job.folder},{job.folder}/data:{job.folder}/data,/scratch:/scratch"
+    folders = (ROOT, job.folder, *(job.folder / name for name in ("data", "web", "pairs", "more")), "/scratch")
+    mounts = ",".join(f"{folder}:{folder}" for folder in folders)
     for call in job.calls("srun"):
         assert (
             f"--container-image=registry#elastic:1 --container-mounts={mounts} --container-workdir={job.folder} "

@@ -112,7 +112,9 @@ def test_shards_that_do_not_belong_together_are_refused(settings: PrepareConfig,
         prepare(replace(settings, shard="2/4", tokenizer_path=str(tmp_path / "other")))
     with pytest.raises(DataError, match=r"data: holds all shards, not joined; prepare one of them again"):
         TokenStream(tmp_path / "data" / "train")
+    (tmp_path / "data" / "chat_template.jinja").write_text("of the tokenizer before")
     assert prepare(replace(settings, shard="2/4", overwrite=True)).joined is not None
+    assert not (tmp_path / "data" / "chat_template.jinja").exists()
     TokenStream(tmp_path / "data" / "train")
     again = prepare(replace(settings, shard="3/4"))
     assert again.already_prepared and again.joined == read_manifest(tmp_path / "data")
@@ -134,6 +136,14 @@ def test_what_a_shard_holds_is_looked_at_when_it_is_read_or_as_told(settings: Pr
     assert not trusting.read(stream.num_tokens - 9, 9).any()
     with pytest.raises(DataError, match=r"shard_00003_of_00003/train.bin has the right size and another content"):
         TokenStream(tmp_path / "data" / "train", verify="full")
+
+
+def test_a_shard_without_a_usable_document_says_that_it_is_one_of_many(tmp_path: Path) -> None:
+    train_tokenizer(texts(), 300, tmp_path / "tokenizer")
+    (tmp_path / "source.jsonl").write_text('{"text": ""}\n' * 99 + '{"text": "%s"}\n' % ("a " * 999))
+    given = config(tmp_path / "source.jsonl", tmp_path / "data", tokenizer_path=str(tmp_path / "tokenizer"))
+    with pytest.raises(DataError, match=r"in shard 1/9 of .*source.jsonl; skipped: .* empty .*; .* take fewer shards"):
+        prepare(replace(given, shard="1/9"))
 
 
 def test_a_shard_without_held_out_documents_is_one(settings: PrepareConfig, tmp_path: Path) -> None:

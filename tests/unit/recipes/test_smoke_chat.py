@@ -39,7 +39,9 @@ def test_no_conversation_asks_a_held_out_question() -> None:
     problems = held_out_problems(60, seed=1)
     held_out = {problem.thought for problem in problems}
     assert len(held_out) == 60 and [problem.num_steps for problem in problems[:3]] == [1, 2, 3]
-    assert not held_out & {messages[1]["reasoning_content"] for messages in conversations(3000, seed=1)}
+    chats = list(conversations(3000, seed=1))
+    assert not held_out & {answer["reasoning_content"] for messages in chats for answer in messages[1::2]}
+    assert chats == list(conversations(3000, seed=1))
     assert problems == held_out_problems(60, seed=1) != held_out_problems(60, seed=2)
 
 

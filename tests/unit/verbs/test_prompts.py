@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prompts_of(folder: Path, *records: object, **more: object) -> list[Prompt]:
     """Write the records as lines and read them as generate does."""
     lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
-    (folder / "chats.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "chats.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     config = GenerateConfig(chat_file=str(folder / "chats.jsonl"), **more)
     return read_prompts(config, load_tokenizer(folder, parse_special_tokens=True), folder)
 
@@ -43,6 +43,13 @@ def test_a_special_token_in_a_question_stays_letters(folder: Path) -> None:
     (prompt,) = prompts_of(folder, {"messages": [spelled]})
     end = load_tokenizer(folder, parse_special_tokens=True).tokenizer.token_to_id("<|im_end|>")
     assert prompt.tokens.count(end) == 1 and prompt.text.count("<|im_end|>") == 2
+
+
+def test_a_line_ends_where_jsonl_ends_it_and_a_byte_order_mark_is_none_of_it(folder: Path) -> None:
+    content = "one\u2028two\u2029three\x85four"
+    line = json.dumps({"messages": [{"role": "user", "content": content}]}, ensure_ascii=False)
+    first, second = prompts_of(folder, f"\ufeff{line}\r", line)
+    assert content in first.text and first == second
 
 
 @pytest.mark.parametrize(
