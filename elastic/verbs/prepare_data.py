@@ -1,4 +1,4 @@
-"""The verb prepare_data: text becomes a tokenizer and indexed train / validation sets; the work is data/prepare.py."""
+"""The verb prepare_data: text becomes a tokenizer and indexed train / validation sets; corpus/prepare.py does it."""
 
 import signal
 import sys
