@@ -78,7 +78,7 @@ class ForeignStream(TokenStream):
         long_documents: LongDocuments = "cut",
     ) -> None:
         self.prefix, self.packing, self.long_documents = path, packing or "concatenated", long_documents
-        self._packings, self._counted = {}, None
+        self._packings = {}
         self._prefixes = foreign_prefixes(path)
         if not self._prefixes:
             raise DataError(f"{path}: no .idx and .bin of Megatron; name their prefix, or the folder they lie in")
@@ -108,8 +108,12 @@ class ForeignStream(TokenStream):
     def bounds(self) -> np.ndarray:
         """Return where the documents begin, and the last ends: positions [N + 1], from the indices beside them."""
         bounds = [np.zeros(1, np.int64)]
-        for prefix, start in zip(self._prefixes, self._starts, strict=False):
-            bounds.append(document_bounds(_beside(prefix, ".idx"))[1:] + start)
+        for prefix, part, start in zip(self._prefixes, self._parts, self._starts, strict=False):
+            found = document_bounds(_beside(prefix, ".idx"))
+            if not len(found) or found[-1] != len(part):
+                rule = f"its documents do not end where the {len(part):,} tokens do"
+                raise DataError(f"{_beside(prefix, '.idx')}: {rule}; {REMEDY}")
+            bounds.append(found[1:] + start)
         return np.concatenate(bounds)
 
     def read(self, start: int, count: int) -> torch.Tensor:

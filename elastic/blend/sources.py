@@ -16,8 +16,6 @@ from elastic.data.tokenizer import TOKENIZER_JSON, same_tokenizer
 from elastic.data.tokens import TokenStream, open_split
 from elastic.router.phases import Curriculum, Phase
 
-SPLITS = ("train", "validation")
-
 
 def is_foreign(source: BlendSource) -> bool:
     """Tell whether a source is another tool's."""
@@ -36,6 +34,9 @@ def tokenizer_folder(data: PreparedData) -> Path:
 def blend_problems(data: PreparedData) -> Problems:
     """Yield what keeps the sources of a blend from being read together; looks at their settings, not at all bytes."""
     run = tokenizer_folder(data) if data.blend else Path()
+    if data.tokenizer and not any(is_foreign(source) and not source.tokenizer for source in data.blend):
+        rule = "is for .bin/.idx in data.blend that name none themselves, and there are none"
+        yield Problem("data.tokenizer", data.tokenizer, rule, "leave it out")
     for index, source in enumerate(data.blend):
         field, path, named = f"data.blend.{index}", Path(source.path), source.tokenizer or data.tokenizer
         if not is_foreign(source):
@@ -43,6 +44,10 @@ def blend_problems(data: PreparedData) -> Problems:
                 if (value := getattr(source, name)) is not None:
                     rule = "is for what another tool wrote, and a prepared folder holds its own"
                     yield Problem(f"{field}.{name}", value, rule, "leave it out")
+        elif is_prepared(path.parent):
+            rule = "is a part of a prepared folder, whose loss mask and held-out text would not be read"
+            yield Problem(f"{field}.path", source.path, rule, f"give the folder {path.parent}, without tokenizer")
+            continue
         elif not named:
             rule = "is missing, and .bin/.idx do not say whose token ids they hold"
             yield Problem(f"{field}.tokenizer", None, rule, "name the folder of the tokenizer that made them")
@@ -198,8 +203,8 @@ class TrainingData:
 
         Where its weights are what they were, that is `before`.
         """
-        if not self.data.blend:
-            return None
+        if not self.data.blend and not then.blend:
+            return before
         if step >= self.curriculum.total_steps:
             return before
         old, new = run_mix(then, phases, before), self.mix()
@@ -208,7 +213,10 @@ class TrainingData:
         if all(old.parts(number) == new.parts(number) for number in range(min(phase + 1, len(old.weights)))):
             return before
         lengths, num_samples = self._lengths()
-        epochs = old.epochs(lengths, num_samples, phase - 1, num_samples[phase - 1]) if phase else {}
+        read = old.epochs(lengths, num_samples, phase - 1, num_samples[phase - 1]) if phase else {}
+        epochs = {**old.carried.epochs, **read}  # also of sources that have left, which may come back
+        if phase < len(old.weights) and old.parts(phase) == new.parts(phase):  # only phases before differ
+            return Carried(phase, *old.start(phase), epochs)
         return Carried(phase, sample, old.consumed(phase, sample) if sample else {}, epochs)
 
     def _lengths(self) -> tuple[list[dict[str, int]], list[int]]:

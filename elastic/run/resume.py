@@ -17,6 +17,7 @@ from elastic.checkpoint.find import list_checkpoints, newest_whole, set_aside_ne
 from elastic.checkpoint.record import Record
 from elastic.checkpoint.state import Trainable, TrainingState, load_checkpoint, load_router, read_training_state
 from elastic.config.load import ConfigError, config_dict, load_with_problems
+from elastic.config.sections import TrainExpManagerConfig
 from elastic.config.verbs import TrainConfig
 from elastic.run.changes import REPLICAS, Difference, ResumeError, check_accepted, differences
 from elastic.run.folder import prepare_run_folder, run_lock
@@ -80,13 +81,18 @@ def open_training_run(
     with run_lock(folder, here):
         decided_by_rank_0(lambda: origin.update(describe_origin(data, here.data_size, permuted_parent)), here)
         checkpoint = None
-        if decided_by_rank_0(lambda: resume and not manager.overwrite and bool(list_checkpoints(folder)), here):
+        if decided_by_rank_0(lambda: goes_on(manager), here):
             checkpoint = newest_whole(folder, full=manager.verify_on_resume == "full", world=here, say=say)
             carried = decided_by_rank_0(lambda: check(checkpoint), here)
             if carried is not None:
                 origin[BLEND] = asdict(carried)
         decided_by_rank_0(lambda: prepare_run_folder(manager, config_dict(config), resume=resume), here)
         yield RunStart(folder, checkpoint, permuted_parent, origin, tuple(accepted), carried)
+
+
+def goes_on(manager: TrainExpManagerConfig) -> bool:
+    """Tell whether a run will go on from a checkpoint of its own."""
+    return manager.resume_if_exists and not manager.overwrite and bool(list_checkpoints(Path(manager.run_dir)))
 
 
 def carried_blend(state: TrainingState, config: TrainConfig, data: TrainingData) -> Carried | None:

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from elastic.blend.foreign import foreign_prefixes, tokenizer_record
 from elastic.blend.sources import blend_problems, tokenizer_folder
@@ -14,7 +14,7 @@ from elastic.checkpoint.record import Record
 from elastic.config.load import ConfigError, Problem, load_with_problems
 from elastic.config.rules import rule_problems
 from elastic.config.rules_layout import Cluster, layout_problems, nearest_divisor
-from elastic.config.sections import ImportanceSection, PreparedData
+from elastic.config.sections import ImportanceSection
 from elastic.config.verbs import (
     CostConfig,
     ElasticConfig,
@@ -54,7 +54,7 @@ def load_run[T](kind: type[T], values: Mapping[str, Any], cluster: Cluster, *, i
     unreliable = frozenset(problem.section for problem in problems)
     unclear = unreliable | unknown
     files = tuple(problem for problem in input_problems(config) if problem.section not in unreliable)
-    if not files and "data" not in unreliable and isinstance(config, TrainConfig | ImportanceConfig | EvaluateConfig):
+    if not files and "data" not in unreliable and reads_data(config):
         files = tuple(blend_problems(config.data))
     problems += open_problems
     if not unclear.intersection(("model", "data")) and not files:
@@ -87,17 +87,21 @@ def filled_in(config: Any) -> Any:
     return with_vocab(config, tokenizer_record(tokenizer_folder(config.data)).vocab_size)
 
 
+def reads_data(config: object) -> TypeGuard[TrainConfig | ImportanceConfig | EvaluateConfig]:
+    """Tell whether a verb opens the data it names; pricing only does so for the vocabulary."""
+    priced = isinstance(config, CostConfig) and config.model.vocab is not None
+    return isinstance(config, TrainConfig | ImportanceConfig | EvaluateConfig) and not priced
+
+
 def input_paths(config: object) -> Iterator[tuple[str, str | None]]:
     """List (field, path) of every file or folder a verb reads; a path may be null."""
-    if isinstance(config, TrainConfig | ImportanceConfig | EvaluateConfig | ExtractConfig):
-        is_read = not isinstance(config, CostConfig) or config.model.vocab is None
-        if config.data.path and is_read:
-            yield "data.path", config.data.path
-        if isinstance(config.data, PreparedData) and is_read:
-            yield "data.tokenizer", config.data.tokenizer
-            for index, source in enumerate(config.data.blend):
-                for name in ("path", "tokenizer", "validation"):
-                    yield f"data.blend.{index}.{name}", getattr(source, name)
+    if isinstance(config, ExtractConfig) or reads_data(config):
+        yield "data.path", config.data.path or None
+    if reads_data(config):
+        yield "data.tokenizer", config.data.tokenizer
+        for index, source in enumerate(config.data.blend):
+            for name in ("path", "tokenizer", "validation"):
+                yield f"data.blend.{index}.{name}", getattr(source, name)
     if isinstance(config, ImportConfig):
         yield "source", config.source
     if isinstance(config, GenerateConfig):

@@ -16,6 +16,8 @@ from elastic.data.tokenizer import TOKENIZER_JSON, same_tokenizer
 from elastic.data.tokens import LONGER, num_packable, open_split
 from elastic.hf.export_settings import EXPORT_SETTINGS_FOLDER, HfSettings, read_export_settings
 from elastic.hf.tokenizer_files import special_tokens
+from elastic.router.phases import Phase
+from elastic.run.resume import goes_on
 
 LONGEST = "longest sequence trained, tokens"  # in the provenance of a record
 
@@ -51,9 +53,14 @@ def length_problems(config: object) -> Iterator[Problem]:
             yield from _blend_too_short(config, lengths)
         elif is_prepared(Path(config.data.path)):
             yield from _too_short(config, lengths, read_manifest(Path(config.data.path)))
-        if isinstance(config, TrainConfig) and "stop" in {config.data.on_end, *(s.on_end for s in config.data.blend)}:
-            data = TrainingData(config.data, config.curriculum, config.seed)
-            yield from data.end_problems(config.trainer.max_steps or data.curriculum.total_steps)
+        if "stop" in {config.data.on_end, *(source.on_end for source in config.data.blend)}:
+            if isinstance(config, ImportanceConfig):
+                length, batch = config.importance.sequence_length, config.importance.num_sequences
+                phase = Phase(name="calibration", sequence_length=length, global_batch=batch, steps=1)
+                yield from TrainingData(config.data, [phase], config.seed).end_problems(1)
+            elif isinstance(config, TrainConfig) and not goes_on(config.exp_manager):  # else run/resume.py judges
+                data = TrainingData(config.data, config.curriculum, config.seed)
+                yield from data.end_problems(config.trainer.max_steps or data.curriculum.total_steps)
     except DataError as error:
         field, value = ("data.blend", list(config.data.names)) if config.data.blend else ("data.path", config.data.path)
         yield Problem(field, value, str(error), "or give another folder")

@@ -3,6 +3,7 @@
 import shutil
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from elastic.blend.shares import Carried
 from elastic.blend.sources import TrainingData, open_held_out, open_sources
 from elastic.config.load import ConfigError, load
 from elastic.config.rules_layout import Cluster
-from elastic.config.sections import PreparedData
-from elastic.config.verbs import PretrainConfig
+from elastic.config.sections import PreparedData, TrainExpManagerConfig
+from elastic.config.verbs import ImportanceConfig, PretrainConfig
 from elastic.corpus.prepare import PrepareConfig, prepare
 from elastic.data.held_out import validation_batches
 from elastic.data.manifest import DataError
@@ -25,6 +26,7 @@ from elastic.data.stream import read_batch
 from elastic.data.tokens import TokenStream
 from elastic.router.phases import Phase
 from elastic.verbs.inputs import load_run
+from elastic.verbs.text import length_problems
 
 S = 16
 WEIGHTS = dict(code=0.31, text=0.2, foreign=0.6)
@@ -126,6 +128,19 @@ def test_with_changed_weights_each_source_goes_on_where_it_was(folder: Path) -> 
     begun = after.carried(before.data, before.curriculum.phases, None, 100)
     assert begun == Carried(1, 0, {}, {name: before.epochs(100)[name] for name in now})
     assert after.epochs(100, begun) == begun.epochs
+    # A source that comes back has been read as often as before it left; shares of a phase that is over change no turn.
+    left = Carried(1, 40, dict(code=40), dict(code=1.0, foreign=2.5))
+    back = before.carried(after.data, after.curriculum.phases, left, 110)
+    assert back is not None and back.epochs == dict(code=1.0, foreign=2.5, text=0.0)
+    other = [replace(before.curriculum.phases[0], blend_weights=dict(code=1)), before.curriculum.phases[1]]
+    assert before.carried(before.data, other, None, 110) == Carried(
+        1, 0, {}, dict(code=800 / len(before.by_source[0]["code"]), foreign=0.0, text=0.0)
+    )
+    # Between one folder and a blend, which is only allowed where a phase begins, all are counted from there.
+    alone = TrainingData(load(PreparedData, dict(path=str(folder / "code"))), before.curriculum.phases, 5)
+    assert alone.carried(alone.data, before.curriculum.phases, None, 100) is None
+    switched = alone.carried(before.data, before.curriculum.phases, None, 100)
+    assert switched == Carried(1, 0, {}, {str(folder / "code"): 0.0}) and alone.epochs(100, switched) == switched.epochs
 
 
 def test_foreign_pairs_are_one_stream_with_documents(folder: Path) -> None:
@@ -150,15 +165,16 @@ def test_foreign_pairs_are_one_stream_with_documents(folder: Path) -> None:
         (lambda pair: pair.with_suffix(".idx").write_bytes(b"MMIDIDX"), "is no index of a Megatron dataset"),
         (lambda pair: pair.with_suffix(".idx").write_bytes(pair.with_suffix(".idx").read_bytes()[:60]), "is cut off"),
         (lambda pair: np.memmap(pair.with_suffix(".idx"), mode="r+").__setitem__(17, 6), "its type 6 is none"),
+        (lambda pair: np.memmap(pair.with_suffix(".idx"), mode="r+").__setitem__(-8, 24), "documents do not end where"),
     ],
-    ids=["missing", "short", "header", "cut", "floats"],
+    ids=["missing", "short", "header", "cut", "floats", "documents"],
 )
 def test_a_damaged_pair_is_named(folder: Path, tmp_path: Path, damage: Any, words: str) -> None:
     for suffix in (".bin", ".idx"):
         shutil.copy(folder / "foreign" / f"a{suffix}", tmp_path)
     damage(tmp_path / "a")
     with pytest.raises(DataError, match=words):
-        ForeignStream(tmp_path / "a", tokenizer_record(folder / "code"))
+        ForeignStream(tmp_path / "a", tokenizer_record(folder / "code")).bounds()
 
 
 def test_every_source_is_validated_in_its_share_and_at_least_once(folder: Path) -> None:
@@ -180,7 +196,8 @@ def test_every_source_is_validated_in_its_share_and_at_least_once(folder: Path) 
 def problems(folder: Path, tmp_path: Path, **data: Any) -> list[str]:
     """Return the lines that a training run with this data section gets before it starts."""
     phase = dict(name="one", sequence_length=S, global_batch=8, steps=100)
-    values = dict(data=data, curriculum=[phase | data.pop("phase", {})], exp_manager=dict(exp_dir=str(tmp_path)))
+    manager = dict(exp_dir=str(tmp_path)) | data.pop("exp_manager", {})
+    values = dict(data=data, curriculum=[phase | data.pop("phase", {})], exp_manager=manager)
     data.setdefault("validation_sequences", 4)
     try:
         load_run(PretrainConfig, values, Cluster(), is_main=True)
@@ -217,6 +234,8 @@ def test_a_blend_is_legal_however_it_is_written(folder: Path, tmp_path: Path) ->
         ({2: dict(tokenizer="DIR/foreign")}, "data.blend.2.tokenizer = \"DIR/foreign\": holds no tokenizer.json"),
         ({2: dict(tokenizer="DIR/other")}, "is of another tokenizer (DIR/other) than the run (DIR/code)"),
         ({2: dict(path="DIR/wide")}, "holds token id 70000, and its tokenizer has"),
+        ({2: dict(path="DIR/code/train")}, "is a part of a prepared folder, whose loss mask"),
+        ({2: dict(path="DIR/code/train.bin", tokenizer=None)}, "give the folder DIR/code, without tokenizer"),
         ({2: dict(on_end="stop")}, "data.blend.2.on_end = \"stop\": the 100 steps would read foreign"),
         ({2: dict(size=3)}, "data.blend.2.size = 3: unknown key"),
     ],
@@ -248,6 +267,30 @@ def test_one_of_path_and_blend_and_weights_of_a_phase(folder: Path, tmp_path: Pa
     (repeats,) = problems(folder, tmp_path, path=str(folder / "text"), on_end="stop")
     assert repeats.startswith("data.on_end = \"stop\": the 100 steps would read DIR/text ")  # fmt: skip
     assert problems(folder, tmp_path, path=str(folder / "text"), on_end="stop", phase=dict(steps=10)) == []
+    # A run that goes on may have read it with a smaller weight until now: judged by what it has read (run/resume.py).
+    going_on = dict(path=str(folder / "text"), on_end="stop", exp_manager=dict(resume_if_exists=True))
+    assert len(problems(folder, tmp_path, **going_on)) == 1, "nothing to go on from yet"
+    (Path(load(TrainExpManagerConfig, dict(exp_dir=str(tmp_path))).run_dir) / "checkpoints/step_00000009").mkdir(
+        parents=True
+    )
+    assert problems(folder, tmp_path, **going_on) == []
+
+
+def test_a_tokenizer_that_no_source_takes_is_named(folder: Path, tmp_path: Path) -> None:
+    for data in (dict(path=str(folder / "code")), blend(folder)):
+        (line,) = problems(folder, tmp_path, **data, tokenizer=str(folder / "code"))
+        assert line.startswith('data.tokenizer = "DIR/code": is for .bin/.idx in data.blend that name none')
+
+
+def test_the_sequences_of_a_calibration_are_counted_against_the_end_of_a_source(folder: Path) -> None:
+    def found(num_sequences: int) -> list[str]:
+        section = dict(num_sequences=num_sequences, sequence_length=S)
+        values = dict(
+            data=dict(path=str(folder / "text"), on_end="stop"), importance=section, init_from=dict(parent="P")
+        )
+        return [problem.field for problem in length_problems(load(ImportanceConfig, values))]
+
+    assert (found(64), found(6400)) == ([], ["data.on_end"])
 
 
 def test_a_stream_of_a_blend_is_that_of_the_folder(folder: Path) -> None:

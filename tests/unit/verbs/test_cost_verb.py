@@ -46,6 +46,7 @@ def printed(config: CostConfig) -> tuple[str, dict[str, Any]]:
         ("elastic_12b", ("budgets=nemotron_elastic_deploy_bf16",)),
         ("elastic_12b", ("budgets=nemotron_elastic_deploy_int4",)),
         ("elastic_9b", ()),
+        ("elastic_9b", ("data.blend=[{path:elsewhere,weight:1}]",)),
         ("smoke_elastic", ("model.vocab=2048", "init_from.permuted_parent=null")),
     ],
 )
