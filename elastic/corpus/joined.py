@@ -59,7 +59,7 @@ def join_shards(folder: Path) -> Manifest | None:
         for name in one.tokenizer.files:
             shutil.copyfile(first / name, Path(aside) / name)
         whole.write(Path(aside))
-        for name in JOINED.difference(one.tokenizer.files):  # of a tokenizer that the shards had before, data.json too
+        for name in set(TOKENIZER_FILES).difference(one.tokenizer.files):  # of a tokenizer the shards had before
             (folder / name).unlink(missing_ok=True)
         for name in (*one.tokenizer.files, MANIFEST_NAME):  # the manifest last: what it says is there then
             (Path(aside) / name).replace(folder / name)
