@@ -252,6 +252,13 @@ class TrainingData:
         return run_mix(self.data, self.curriculum.phases, carried)
 
 
+def packings(words: str, names: Sequence[str]) -> dict[str, str]:
+    """Read what `TrainingData.in_words` says of each source; without a blend, under no name."""
+    parts = words.split("; ")
+    return {name: next((part[len(name) + 1 :] for part in parts if part.startswith(f"{name} ")), words)
+            for name in names or ("",)}  # fmt: skip
+
+
 def run_mix(data: PreparedData, phases: Sequence[Phase], carried: Carried | None) -> Mix:
     """Return which source each sample of a run comes from."""
     weights = [data.weights(phase.blend_weights) if data.blend else {data.path: 1.0} for phase in phases]

@@ -62,6 +62,16 @@ def config_dict(config: Any) -> dict[str, Any]:
     return dict(_plain(config))
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dicts by dotted path; lists of sections are numbered, other lists are leaves."""
+    leaves: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
+            value = {str(index): entry for index, entry in enumerate(value)}
+        leaves |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return leaves
+
+
 def load[T](kind: type[T], values: Mapping[str, Any]) -> T:
     """Build `kind` from `values`; raises ConfigError listing everything wrong with them."""
     config, problems = load_with_problems(kind, values)

@@ -8,10 +8,11 @@ from fnmatch import fnmatchcase
 from itertools import accumulate
 from typing import Any
 
-from elastic.blend.sources import run_mix
+from elastic.blend.shares import Mix
+from elastic.blend.sources import packings, run_mix
 from elastic.checkpoint.record import Record
 from elastic.checkpoint.state import TrainingState
-from elastic.config.load import config_dict, load_with_problems, show
+from elastic.config.load import config_dict, flatten, load_with_problems, show
 from elastic.config.verbs import ElasticConfig, TrainConfig
 from elastic.router.phases import ElasticPhase, Phase
 from elastic.run.folder import RunFolderError
@@ -38,16 +39,6 @@ class Difference:
         remedy = self.remedy or ("" if self.acceptable else f"set it back to {show(self.then)}")
         values = f"{self.field} = {show(self.now)}, the checkpoint has {show(self.then)}"
         return f"{values}: {self.why}" + (f"; {remedy}" if remedy else "")
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested dicts by dotted path; lists of sections are numbered, other lists are leaves."""
-    leaves: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
-            value = {str(index): entry for index, entry in enumerate(value)}
-        leaves |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return leaves
 
 
 class ResumeError(RunFolderError):
@@ -143,10 +134,11 @@ def differences(
         yield from _draw_differences((then, config), (state.origin.get(REPLICAS, 1), origin[REPLICAS]), state.step)
     else:
         yield from _curriculum_differences(then.curriculum, config.curriculum, state.step, ((), ()))
-    yield from _blend_differences(then, config)
+    yield from _blend_differences(then, config, state.step)
     yield from _layer_differences(saved, record)
     before, now = (found.provenance.get(PACKING, "concatenated") for found in (saved, record))
-    if before != now:
+    packed, packed_now = packings(before, then.data.names), packings(now, config.data.names)
+    if any(packed[name] != packed_now[name] for name in packed.keys() & packed_now.keys()):
         why = "sequences are made otherwise from here on: in this epoch documents may be read twice, or not at all"
         yield Difference("data.packing", before, now, why, True)
     for name, checksum in sorted(origin["inputs"].items()):
@@ -167,18 +159,24 @@ def _field_differences(then: TrainConfig, now: TrainConfig) -> Iterator[Differen
             yield Difference(path, first, second, why, may is May.BE_ACCEPTED)
 
 
-def _blend_differences(then: TrainConfig, now: TrainConfig) -> Iterator[Difference]:
-    """Compare the shares of the sources by name; without a blend, one folder has all."""
+def _blend_differences(then: TrainConfig, now: TrainConfig, step: int) -> Iterator[Difference]:
+    """Compare the shares of the sources by name; without a blend, one folder has all, in another order."""
     if not then.data.blend and not now.data.blend:
         return
+    switched = bool(then.data.blend) != bool(now.data.blend)
     old, new = (run_mix(config.data, [replace(config.curriculum[0], blend_weights={})], None).parts(0)
                 for config in (then, now))  # fmt: skip
-    if old != new:
-        first, second = (
-            ", ".join(f"{name} {float(share):.4g}" for name, share in parts.items()) for parts in (old, new)
-        )
-        why = "the new shares hold from here on; each source goes on where it was, a new one begins"
-        yield Difference("data.blend", first, second, why, True)
+    if old == new and not switched:
+        return
+    first, second = (", ".join(f"{name} {float(share):.4g}" for name, share in parts.items()) for parts in (old, new))
+    inside = switched and step not in accumulate(phase.num_steps for phase in now.curriculum)
+    why = "the new shares hold from here on; each source goes on where it was, a new one begins"
+    if switched:
+        why = "holds from the next phase on, and epochs are counted from there"
+    if inside:
+        why = "one folder and a blend have other orders: of this phase, documents would be read twice, or not at all"
+    remedy = "change between them where a phase ends (this one may end here), or start a new run" if inside else ""
+    yield Difference("data.blend", first, second, why, not inside, remedy)
 
 
 def _budget_differences(saved: Record, record: Record, config: ElasticConfig, step: int) -> Iterator[Difference]:
@@ -224,7 +222,7 @@ def _curriculum_differences(
         old, new = (flatten(_meaning(phases[index], n)) for phases, n in zip((then, now), names, strict=True))
         for name in sorted(old.keys() | new.keys()):
             first, second = old.get(name, ABSENT), new.get(name, ABSENT)
-            if first != second:
+            if first != second and not (over and name.startswith("blend_weights.")):  # a source may leave the blend
                 yield _judged(f"{path}.{name}", name, first, second, done, over)
         before += num_steps
 
@@ -246,9 +244,11 @@ def _judged(path: str, name: str, then: Any, now: Any, done: int, over: bool) ->
 
 
 def _meaning(phase: Phase, budget_names: Sequence[str]) -> dict[str, Any]:
-    """Return a phase with its steps counted and its weights as shares (none: uniform), so that two ways to say one
-    thing are equal. Without its layout: a checkpoint loads at every one."""
-    phase = replace(phase, steps=phase.num_steps, tokens=None, parallel=None, micro_batch=None)
+    """Return a phase with its steps counted and its weights as shares (of budgets none: uniform), so that two ways to
+    say one thing are equal. Without its layout: a checkpoint loads at every one."""
+    blend = Mix([phase.blend_weights]).parts(0) if phase.blend_weights else {}
+    shares = {name: float(share) for name, share in blend.items()}
+    phase = replace(phase, steps=phase.num_steps, tokens=None, parallel=None, micro_batch=None, blend_weights=shares)
     if isinstance(phase, ElasticPhase):
         drawn = {name: weight for name, weight in phase.budget_weights.items() if weight}
         total, uniform = sum(drawn.values()), drawn.keys() == set(budget_names) and len(set(drawn.values())) == 1
