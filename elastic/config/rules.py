@@ -12,7 +12,7 @@ from typing import Any
 
 from elastic.config import rules_elastic, rules_layout, sections, verbs
 from elastic.config.load import Problem, Problems
-from elastic.config.rules_elastic import unique_names
+from elastic.config.rules_elastic import fp8_problems, unique_names
 from elastic.config.rules_layout import Cluster, model_layout_problems, sequence_problems
 from elastic.space.ranges import LEAST_SHARE
 
@@ -165,6 +165,7 @@ RULES = (
     Rule(verbs.ImportanceConfig, rules_layout.check_importance),
     Rule(TRAINING, rules_layout.check_optimizer),
     Rule(COMPUTED, rules_layout.check_kernels),
+    Rule((*TRAINING, verbs.ImportanceConfig, EVALUATE), rules_layout.check_context_kernels),
     Rule(TRAINING, rules_layout.check_exp_manager),
     Rule(TRAINING, rules_layout.check_timeouts),
     Rule(TRAINING, rules_elastic.check_phases),
@@ -179,6 +180,9 @@ RULES = (
     Rule(ELASTIC, rules_elastic.check_context_choices),
     Rule(FAMILY, rules_elastic.check_budgets),
     Rule(ELASTIC, rules_elastic.check_distill),
+    Rule(ELASTIC, lambda distill, cluster: fp8_problems("distill.", distill.teacher_precision, cluster)),
+    Rule(EVALUATE, lambda teacher_precision, cluster: fp8_problems("", teacher_precision, cluster)),
+    Rule(ELASTIC, rules_elastic.check_fp8_sizes),
     Rule(verbs.MembersConfig, check_subnets),
     Rule(verbs.ExtractConfig, check_export),
     Rule(GENERATE, check_source),

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 
 from elastic.config import rules_layout, sections
 from elastic.config.load import Problem, Problems, show
@@ -18,6 +19,8 @@ from elastic.router.phases import Curriculum, ElasticPhase, LearningRate, Phase
 from elastic.space.axes import Axis, LayerKind
 from elastic.space.cost import Budget
 from elastic.space.gates import Execution
+from elastic.space.layers import FP8_MULTIPLE, DimKind, parameter_dims, parameter_names, split_parameter_name
+from elastic.space.nesting import parameter_size
 from elastic.space.ranges import LEAST_SHARE, MOST_STEPS
 from elastic.space.reach import out_of_reach
 from elastic.space.shape import ModelShape
@@ -233,11 +236,43 @@ def check_budgets(model: ModelConfig, elastic: ElasticSection) -> Problems:
             yield Problem(f"elastic.budgets.{index}.{name}", value, *why)
 
 
-def check_distill(distill: sections.DistillConfig, cluster: Cluster) -> Problems:
-    """The loss needs a term, and a teacher in FP8 GPUs that multiply it."""
-    if distill.teacher_precision == "fp8" and not cluster.multiplies_fp8:
-        rule = "needs GPUs of compute capability 8.9 or higher (Ada, Hopper and later)"
-        yield Problem("distill.teacher_precision", "fp8", rule, "nearest legal value is bf16")
+def check_distill(distill: sections.DistillConfig) -> Problems:
+    """The loss needs a term."""
     if distill.kl_weight == 0 and distill.cross_entropy_weight == 0:
         rule = "distill.kl_weight and distill.cross_entropy_weight must not both be 0"
         yield Problem("distill.kl_weight", 0.0, rule, "nearest legal value is 1.0")
+
+
+def fp8_problems(section: str, precision: str, cluster: Cluster) -> Problems:
+    """A teacher in FP8, which `section` (with its dot) asks for, needs GPUs that multiply it."""
+    if precision == "fp8" and not cluster.multiplies_fp8:
+        rule = "needs GPUs of compute capability 8.9 or higher (Ada, Hopper and later)"
+        yield Problem(f"{section}teacher_precision", "fp8", rule, "nearest legal value is bf16")
+
+
+def check_fp8_sizes(
+    model: ModelConfig, parallel: ParallelConfig, distill: sections.DistillConfig, cluster: Cluster
+) -> Problems:
+    """The parent's projections on a rank have sizes that a GPU's FP8 products take, where they are the teacher's."""
+    if distill.teacher_precision != "fp8" or not (cluster.has_gpu and cluster.multiplies_fp8):
+        return
+    shape, tensor = model.shape(model.vocab_multiple), parallel.tensor
+    if (odd := _odd_in_fp8(shape, tensor)) is not None:
+        lower = (size for size in range(tensor - 1, 0, -1) if tensor % size == 0 and _odd_in_fp8(shape, size) is None)
+        remedy = "".join(f", or set parallel.tensor={size}" for size in islice(lower, 1))
+        rule = f"takes rows and columns in multiples of {FP8_MULTIPLE}, and parallel.tensor = {tensor} leaves {odd}"
+        yield Problem("distill.teacher_precision", "fp8", rule, f"nearest legal value is bf16{remedy}")
+
+
+def _odd_in_fp8(shape: ModelShape, tensor: int) -> str | None:
+    """Name a projection whose size on one of `tensor` ranks FP8 products refuse, with that size; None: they fit."""
+    for rest, name in {split_parameter_name(name)[1]: name for name in parameter_names(shape)}.items():
+        dims = parameter_dims(name)
+        ranks = [tensor if dim.is_sharded else 1 for dim in dims]
+        fulls = parameter_size(name, shape)
+        if len(dims) != 2 or DimKind.VOCAB in dims or any(full % by for full, by in zip(fulls, ranks, strict=True)):
+            continue  # a size that does not split is said elsewhere
+        rows, columns = (full // by for full, by in zip(fulls, ranks, strict=True))
+        if rows % FP8_MULTIPLE or columns % FP8_MULTIPLE:
+            return f"{rest} {rows} x {columns}"
+    return None

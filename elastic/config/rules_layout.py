@@ -195,6 +195,15 @@ def check_kernels(trainer: sections.ComputeConfig, cluster: Cluster) -> Problems
         yield Problem("trainer.kernels", "required", rule, f"install {package}, or set trainer.kernels=auto")
 
 
+def check_context_kernels(parallel: ParallelConfig, cluster: Cluster) -> Problems:
+    """PyTorch's attention on a GPU, which would need a mask of all pairs, takes no part of a sequence."""
+    if parallel.context > 1 and cluster.has_gpu and "attention" in cluster.missing:
+        package, instead = cluster.missing["attention"]
+        rule = f"{package} is missing or does not load, and {instead} takes whole sequences"
+        remedy = f"install {package}, or set parallel.context=1 and parallel.tensor higher"
+        yield Problem("parallel.context", parallel.context, rule, remedy)
+
+
 def check_exp_manager(
     exp_manager: sections.TrainExpManagerConfig, trainer: sections.TrainerConfig, config: object
 ) -> Problems:

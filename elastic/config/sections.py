@@ -214,7 +214,7 @@ class ParallelConfig:
     pipeline: ranges.Ranks = 1
     context: ranges.Ranks = 1
     sequence: bool = False
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: ranges.Recompute = "none"
 
     @property
     def model_size(self) -> int:

@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 
+def copied(host: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from the CPU to a device, and wait for nothing: what is not pinned first waits for a GPU."""
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+
+
 def context_spans(length: int, cp_rank: int, cp_size: int) -> tuple[tuple[int, int], ...]:
     """Return from where to where the tokens of one context-parallel rank stand in whole sequences of `length`.
 
@@ -84,7 +89,7 @@ class Documents:
                         pieces.append(Piece(number, own_end - own_first, own_end - first))
             lengths += [end - first for first, end in documents]
         numbers = starts.cumsum(1) - 1
-        both = torch.stack([positions.int(), numbers.int()]).to(device, non_blocking=True)
+        both = copied(torch.stack([positions.int(), numbers.int()]), device)
         return cls(both[0], both[1], tuple(lengths), tuple(pieces))
 
     @cached_property
@@ -96,6 +101,6 @@ class Documents:
         if num_queries != num_keys:
             firsts = [0, *accumulate(self.lengths)]
             runs = [torch.arange(piece.num_keys) + firsts[piece.document] for piece in self.pieces]
-            key_rows = torch.cat(runs).to(device, non_blocking=True)
-        query_ends, key_ends = ends.to(device, non_blocking=True)
+            key_rows = copied(torch.cat(runs), device)
+        query_ends, key_ends = copied(ends, device)
         return PackedPieces(query_ends, key_ends, max(num_queries), max(num_keys), key_rows)

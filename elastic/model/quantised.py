@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
+from elastic.space.layers import FP8_MULTIPLE
+
 E4M3 = torch.float8_e4m3fn
-# What the product's kernels on a GPU ask of rows and columns.
-MULTIPLE = 16
 
 
 class QuantisationError(ValueError):
@@ -57,8 +57,9 @@ class QuantisedWeight:
         if weight.is_cuda:
             if not multiplies_fp8():
                 raise QuantisationError("distill.teacher_precision = fp8: this GPU multiplies no FP8; set bf16")
-            if any(size % MULTIPLE for size in weight.shape):
-                rule = f"{name} has {weight.shape[0]} x {weight.shape[1]} weights on a rank, no multiples of {MULTIPLE}"
+            if any(size % FP8_MULTIPLE for size in weight.shape):
+                sizes = f"{weight.shape[0]} x {weight.shape[1]}"
+                rule = f"{name} has {sizes} weights on a rank, no multiples of {FP8_MULTIPLE}"
                 raise QuantisationError(f"distill.teacher_precision = fp8: {rule}; set bf16, or lower parallel.tensor")
         return cls(quantise(weight.detach(), group), group)
 

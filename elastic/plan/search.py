@@ -157,6 +157,12 @@ def _powers(largest: int) -> list[int]:
     return [1 << power for power in range(largest.bit_length()) if 1 << power <= largest]
 
 
+def _field(plan: PhasePlan, name: str) -> str:
+    """Name a field of a phase's layout: its own where the phase gives it, else the run's."""
+    own = f"curriculum.{plan.config.curriculum.index(plan.phase)}." if name in plan.phase.own_layout else ""
+    return f"{own}parallel.{name}"
+
+
 def _layout_warnings(plan: PhasePlan) -> Iterator[str]:
     parallel, cluster = plan.layout, plan.config.cluster
     ranks, node = parallel.tensor * parallel.context, cluster.gpus_per_node
@@ -165,7 +171,7 @@ def _layout_warnings(plan: PhasePlan) -> Iterator[str]:
     elif ranks > node:
         yield f"tensor x context = {ranks} ranks leave the node of {node} GPUs, so Mamba's exchange crosses the network"
     if parallel.tensor > 1 and not parallel.sequence:
-        yield "parallel.sequence=false keeps the whole stream on every tensor-parallel rank; set it true"
+        yield f"{_field(plan, 'sequence')}=false keeps the whole stream on every tensor-parallel rank; set it true"
     if plan.peak_bytes > cluster.budget_bytes:
         yield (
             f"peak {plan.peak_bytes / 1e9:.1f} GB leaves less than {cluster.spare:.0%} of {cluster.memory_gb:g} GB "
@@ -191,7 +197,7 @@ def _phase_warnings(plan: PhasePlan) -> Iterator[str]:
     for less in list(_RECOMPUTE)[: list(_RECOMPUTE).index(layout.recompute)]:
         if plan.changed(layout=replace(layout, recompute=less)).peak_bytes <= plan.config.cluster.budget_bytes:
             saves = "a forward pass" if layout.recompute == "full" else "reading activations again"
-            yield f"fits with less recompute: parallel.recompute={less} saves {saves}"
+            yield f"fits with less recompute: {_field(plan, 'recompute')}={less} saves {saves}"
             break
     chunk = min(run.tokens, plan.config.distill.chunk_tokens) * run.local_vocab * FP32_BYTES
     if chunk > MAX_CHUNK_BYTES:

@@ -10,6 +10,7 @@ from elastic.space.ranges import (
     Name,
     Ranks,
     Rate,
+    Recompute,
     Scale,
     Sequences,
     Steps,
@@ -48,7 +49,7 @@ class PhaseParallel:
     pipeline: Ranks | None = None
     context: Ranks | None = None
     sequence: bool | None = None
-    recompute: Literal["none", "selective", "full"] | None = None
+    recompute: Recompute | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,6 +132,8 @@ MODEL_PARAMETERS = {
 LAYER_PREFIX = "decoder.layers."
 # Trained and stored in fp32 whatever the model's precision (docs/method.md 3).
 FP32_PARAMETERS = ("mixer.A_log", "mixer.D")
+# What FP8 products on a GPU ask of a weight's rows and columns on a rank.
+FP8_MULTIPLE = 16
 
 
 def split_parameter_name(name: str) -> tuple[int | None, str]:

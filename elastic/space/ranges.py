@@ -34,6 +34,8 @@ class FolderName:
     rule: str = "it names a folder, too: letters, digits, _ . + and -, the first a letter, a digit or _"
 
 
+# Of activations: none, what stands between matrix products (model/recompute.py), or whole layers.
+Recompute = Literal["none", "selective", "full"]
 # Sizes of a model. 1,024 layers at these limits count FLOPs below 2^63, where torch's integers end.
 MOST_LAYERS = 2**10
 Heads = Annotated[int, Range(1, 2**13)]  # also groups, states, and channels of one head

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from elastic.config.sections import DistillConfig
 from elastic.data.stream import Batch
 from elastic.distill.kl import distillation_loss
+from elastic.model.documents import copied
 from elastic.model.forward import context_parallel_slice, parallel_hidden
 from elastic.model.model import ElasticModel
 from elastic.space.gates import Gates
@@ -75,9 +76,7 @@ class PipelineRunner:
         cp = self.world.groups.cp
 
         def share(t: Tensor) -> Tensor:
-            if self.world.device.type == "cuda":
-                t = t.pin_memory()  # what is read ahead is already; a copy of what is not waits for the device
-            return context_parallel_slice(t.to(self.world.device, non_blocking=True), cp.rank(), cp.size())
+            return context_parallel_slice(copied(t, self.world.device), cp.rank(), cp.size())
 
         weights = None if batch.counts_all else share(batch.token_weights())
         tokens, labels = share(batch.tokens), share(batch.labels)

@@ -9,7 +9,8 @@ and torchrun's agent hands SIGTERM on to its workers as well, so that they get i
 SIGUSR1 unless it is ignored there (`trap "" USR1` before it), kills its workers 30 s after SIGTERM, and returns an
 error after it: signal the workers, as `srun` does, where the exit code matters.
 
-While the model is built and loaded signals take their default course: there is nothing to lose. Under a launcher, whose
+While the model is first built and loaded signals take their default course: there is nothing to lose. One between two
+phases of different layouts ends the run before the next is built, or after its first step. Under a launcher, whose
 ranks ignore SIGUSR1 until then, the file that STOP_FILE_VARIABLE names stands for the signal: when training starts, and
 after every step, for a Slurm with proctrack/cgroup signals torchrun alone, not its ranks.
 """
@@ -63,10 +64,15 @@ class StopOnSignal(Callback):
         self._look_for_file()
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        """Agree over all ranks whether one of them was told to stop: one number on the CPU a step.
+        """Agree after each step, where all ranks have just met in the gradient norm: nobody waits for a straggler."""
+        self._agree(trainer)
 
-        All ranks so stop at the same step. They have just met in the gradient norm, so nobody waits for a straggler.
-        """
+    def before_move(self, trainer: Trainer) -> None:
+        """Agree once more: a run that was told to stop while its phase's checkpoint was written builds no layout."""
+        self._agree(trainer)
+
+    def _agree(self, trainer: Trainer) -> None:
+        """Agree over all ranks whether one of them was told to stop: one number on the CPU. All stop at one step."""
         if trainer.world.is_main:  # one look a step, on the launcher's own node
             self._look_for_file()
         told = torch.tensor(self.received is not None, dtype=torch.int32)

@@ -104,6 +104,8 @@ class Trainer(Placed):
         while self.step < self.total_steps and self.stop_reason is None:
             if self.step in self.moves and self.step > first:
                 self._move()
+                first = self.step
+                continue  # a callback may have stopped the run before it moved
             end = min(step for step in (*self.moves, self.total_steps) if step > self.step)
             with ReadAhead(self.data.batches, self.curriculum, end) as data:
                 while self.step < end and self.stop_reason is None:
@@ -122,6 +124,8 @@ class Trainer(Placed):
         """
         for callback in self._entered("before_move"):
             callback.before_move(self)
+        if self.stop_reason is not None:
+            return
         self.progress.enter(self.step, "another layout")
         for part in fields(Placed):
             delattr(self, part.name)

@@ -43,7 +43,7 @@ from elastic.verbs.parent import nested_parent
 from elastic.verbs.text import LONGEST
 from elastic.world.files import write_json
 from elastic.world.groups import World, join_world
-from elastic.world.watchdog import Watchdog
+from elastic.world.watchdog import Progress, Watchdog
 
 FROM_SCRATCH = DistillConfig(kl_weight=0.0, cross_entropy_weight=1.0)
 GO_ON = "set exp_manager.resume_if_exists=true and exp_manager.overwrite=false"
@@ -133,33 +133,42 @@ class _Places:
     opened: RunStart
     chooser: Chooser | None
     router_optimizer: Optimizer | None
+    progress: Progress
 
     def again(self, step: int) -> Placed:
         """Place the run where the phase of `step` goes on, from what was saved at `step`."""
         phase = Curriculum(self.config.curriculum).at(step).phase
-        return self.at(phase, checkpoint_folder(self.opened.folder, step))
+        return self.at(phase, step, checkpoint_folder(self.opened.folder, step))
 
-    def at(self, phase: Phase, checkpoint: Path | None, here: World | None = None) -> Placed:
-        """Build the layout of `phase` and load it: from the run's own checkpoint, else from the parent."""
+    def at(self, phase: Phase, step: int, checkpoint: Path | None, here: World | None = None) -> Placed:
+        """Build the layout of `phase` and load it: from the run's own checkpoint, else from the parent.
+
+        Each build and each load is one thing to the watchdog.
+        """
         config, space, start = self.config.of(phase), self.record.space(), self.opened.permuted_parent
         layout = model_layout(config.parallel, config.trainer)
         if here is None or here.layout != layout:
             here = join_world(layout, self.device, config.trainer.collective_timeout_s)
         loss = config.distill if isinstance(config, ElasticConfig) else FROM_SCRATCH
         seed = config.seed if start is None and checkpoint is None else None  # a checkpoint has all weights
+        self.progress.enter(step, "building the student")
         student, teacher = build_model(space, layout, seed=seed, init_std=config.model.init_std), None
         if start is not None:
+            self.progress.enter(step, "building the teacher")
             teacher = build_model(space, layout, seed=None)
             for model in (teacher,) if checkpoint else (student, teacher):
+                self.progress.enter(step, "loading the parent")
                 load_checkpoint(start, Trainable(model))
             teacher.requires_grad_(False)
             if loss.teacher_precision == "fp8":
                 teacher.quantise()
+        self.progress.enter(step, "building the optimizer")
         wrapped = wrap_for_training(student, config.optim)
         optimizer = build_optimizer(wrapped, config.optim, here)
         router = None if self.chooser is None else self.chooser.router
         trained = Trainable(student, optimizer, router, self.router_optimizer)
         if checkpoint is not None:
+            self.progress.enter(step, "loading the checkpoint")
             load_run_state(checkpoint, trained, self.record)
             set_hyperparameters(optimizer, config.optim)
         numbers = in_turn if self.chooser is None else self.chooser.numbers
@@ -187,8 +196,9 @@ def _trainer(config: TrainConfig, here: World, data: TrainingData, record: Recor
     if opened.checkpoint is not None:
         state = read_training_state(opened.checkpoint)
     step = 0 if state is None else state.step
-    places = _Places(config, here.device, data.samples(opened.carried), record, opened, chooser, router_optimizer)
-    placed = places.at(curriculum.at(min(step, curriculum.total_steps - 1)).phase, opened.checkpoint, here)
+    samples, progress = data.samples(opened.carried), Progress()
+    places = _Places(config, here.device, samples, record, opened, chooser, router_optimizer, progress)
+    placed = places.at(curriculum.at(min(step, curriculum.total_steps - 1)).phase, step, opened.checkpoint, here)
     ends = accumulate(phase.num_steps for phase in config.curriculum)
     pairs = zip(ends, pairwise(map(config.of, config.curriculum)), strict=False)
     return Trainer(
@@ -207,6 +217,7 @@ def _trainer(config: TrainConfig, here: World, data: TrainingData, record: Recor
         step=step,
         moves=[step for step, (before, after) in pairs if before != after],
         place=places.again,
+        progress=progress,
     )
 
 

@@ -1,4 +1,7 @@
-"""What ranks exchange while they compute: the same numbers as one after the other, nothing is read too early."""
+"""Gradients that are summed while ranks compute are those summed afterwards.
+
+That no weight is read before it is gathered is held by test_resume.py's overlapped runs.
+"""
 
 from dataclasses import replace
 from functools import partial

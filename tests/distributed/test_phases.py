@@ -7,7 +7,7 @@ optimizer knows no fp64. Log points lie across the boundary, which is step 5.
 import gc
 import weakref
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -40,14 +40,16 @@ class Case:
     phases: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     ranks: int = 2
     stops: tuple[int, ...] = ()
-    sharded: bool = False  # the distributed optimizer, in fp32
+    sharded: bool = False  # the distributed optimizer, in fp32; in fp64 the teacher is one of FP8
+    more: dict[str, Any] = field(default_factory=dict)  # sections that change no number
 
 
 TENSOR, PIPELINE, CONTEXT = dict(tensor=2), dict(pipeline=2), dict(context=2)
 TP2_TO_PP2 = (dict(parallel=TENSOR), dict(parallel=dict(PIPELINE, recompute="full"), micro_batch=2))
+SAVED_AND_SEEN = dict(exp_manager=dict(async_save=True), debug=dict(sanity=True))
 CASES = {
     "one": Case(ranks=1),
-    "tp2 to pp2, recompute, two at once": Case(TP2_TO_PP2),
+    "tp2 to pp2, recompute, two at once": Case(TP2_TO_PP2, more=SAVED_AND_SEEN),
     "the same, ended before and after the boundary": Case(TP2_TO_PP2, stops=(4, 8)),
     "the same, ended at the boundary": Case(TP2_TO_PP2, stops=(5,)),
     "cp2 to tp2+sp": Case((dict(parallel=CONTEXT), dict(parallel=dict(TENSOR, sequence=True)))),
@@ -107,7 +109,9 @@ def ran(start: Path, name: str) -> tuple[dict[int, dict[str, float]], dict[str, 
             version,
             curriculum=[first | case.phases[0], second | case.phases[1]],
             optim=dict(use_distributed_optimizer=case.sharded),
+            distill=dict(teacher_precision="bf16" if case.sharded else "fp8"),
             trainer=dict(max_steps=stop, log_every_n_steps=2, val_check_interval=4, checkpoint_every_n_steps=4),
+            **case.more,
         )
         if case.sharded:
             run_distributed(train_fused, case.ranks, values)

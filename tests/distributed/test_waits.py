@@ -16,6 +16,7 @@ import elastic
 from elastic.config.load import load
 from elastic.config.verbs import ElasticConfig
 from elastic.model.cpu_backend import use_cpu_backend
+from elastic.model.documents import copied
 from elastic.train.trainer import Callback
 from elastic.verbs.training import run_training
 from tests.distributed.harness import run_distributed
@@ -27,8 +28,12 @@ PLACES = [Path(package.__path__[0]) for package in (elastic, megatron.core, torc
 ON_THE_HOST = {
     ("sampler.py", "draw_budgets"),
     ("stream.py", "counts_all"),
+    ("stream.py", "num_counted"),
+    ("documents.py", "of"),
     ("optimizer.py", "_get_value"),  # of torch.optim: steps are counted on the host
 }
+# They pin what they copy on a GPU; elsewhere a copy that is not to wait does, if its source is pageable.
+PIN_FIRST = {("documents.py", "copied"), ("draw.py", "_noise")}
 # Data-dependent by themselves, or reading a value: operations of ATen.
 READS = {"_local_scalar_dense", "is_nonzero", "item", "equal", "nonzero", "masked_select", "unique_dim", "_unique2"}
 # On a CPU these read memory without an operation; what makes a tensor on a device from numbers copies them.
@@ -43,11 +48,11 @@ class Waits:
         self.by_step, self.step = {}, None
 
     def note(self, what):
-        if self.step is not None and (place := self._place()) not in ON_THE_HOST:
+        if self.step is not None and (place := self.place()) not in ON_THE_HOST:
             self.by_step.setdefault(self.step, Counter())[f"{what} in {'::'.join(place)}"] += 1
 
     @staticmethod
-    def _place():
+    def place():
         for frame in reversed(traceback.extract_stack()):
             if any(Path(frame.filename).is_relative_to(place) for place in PLACES):
                 if Path(frame.filename).name != "cpu_backend.py":
@@ -65,8 +70,9 @@ class CountCalls(TorchFunctionMode):
         if func in CALLS or (func in FROM_NUMBERS and kwargs.get("device") and not isinstance(args[0], torch.Tensor)):
             self.waits.note(func.__name__)
         moves = func is torch.Tensor.to and any(isinstance(arg, torch.device | torch.Tensor | str) for arg in args[1:])
-        if (moves or (func is torch.Tensor.to and "device" in kwargs)) and not kwargs.get("non_blocking"):
-            self.waits.note("to")
+        if moves or (func is torch.Tensor.to and "device" in kwargs):
+            if not kwargs.get("non_blocking") or self.waits.place() not in PIN_FIRST:
+                self.waits.note("to")
         return func(*args, **kwargs)
 
 
@@ -114,21 +120,21 @@ def train_and_count(values):
 def test_a_step_waits_at_most_twice_for_the_device_between_log_points(start, parallel):
     """Under masks, steps 0 to 4, and under slices, 5 to 8; the router's choice is read once, where its phase begins.
 
-    One process reads a blend, and sums losses by source.
+    One process reads a blend, and sums losses by source; four pack isolated documents.
     """
     often = dict(log_every_n_steps=100, val_check_interval=100, checkpoint_every_n_steps=100)
     values = elastic_values(start, f"waits{len(parallel)}", parallel=parallel, trainer=often)
     if not parallel:
         folder = values["data"].pop("path")
         values["data"]["blend"] = [dict(path=folder, name=name, weight=weight) for name, weight in (("a", 1), ("b", 2))]
+    else:
+        values["data"]["packing"] = "isolated"
     for by_step in run_distributed(train_and_count, 4 if parallel else 1, values):
         for step in (1, 2, 3, 4, 6, 7):
             places = by_step[step]
             assert 1 <= sum(places.values()) <= MOST_WAITS, f"step {step} waits at {places}"
             assert "tolist in nonfinite.py::nonfinite" in places, "the count sees the one wait that must be"
-            assert "_local_scalar_dense in signals.py::after_step" in places, (
-                "no device, but all hosts wait for each other"
-            )
+            assert "_local_scalar_dense in signals.py::_agree" in places, "no device, but all hosts wait for each other"
 
 
 def test_the_count_sees_what_waits():
@@ -139,12 +145,20 @@ def test_the_count_sees_what_waits():
             lambda: value.sum().item(), lambda: bool(value[0]), lambda: float(value[0]), lambda: int(value[0]),
             value.tolist, value.cpu, value.numpy, value.nonzero, lambda: value[value > 0],
             lambda: torch.tensor(1.0, device="cpu"), lambda: torch.as_tensor(1.0, device="cpu"),
-            lambda: value.to("cpu"), lambda: value.to(value), lambda: value.to(device="cpu"),
+            lambda: value.to("cpu"), lambda: value.to("cpu", non_blocking=True),
+            lambda: value.to(value), lambda: value.to(device="cpu"),
             lambda: torch.equal(value, value),
         ):  # fmt: skip
             before = sum(waits.by_step.get(0, {}).values())
             wait()
             assert sum(waits.by_step[0].values()) == before + 1
-        value.to("cpu", non_blocking=True)
+        copied(value, torch.device("cpu"))
         torch.full((), 3.0, device="cpu")
         assert sum(waits.by_step[0].values()) == before + 1
+
+
+def test_what_is_copied_to_a_gpu_is_pinned_first():
+    host, gpu = mock.Mock(spec=torch.Tensor), torch.device("cuda")
+    assert copied(host, gpu) is host.pin_memory().to.return_value
+    host.pin_memory().to.assert_called_once_with(gpu, non_blocking=True)
+    host.to.assert_not_called()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from elastic.config.rules_layout import Cluster
+from elastic.model.backends import ATTENTION
 from tests.unit.config.bad_configs import family, fields, generate, layout, verbs
 from tests.unit.config.configs import BadConfig, ProblemsOf, found, values_of
 
@@ -27,3 +28,11 @@ def test_bad_config_of_text_generation_gets_one_line(row: BadConfig) -> None:
     _, problems = found(kind, values_of(kind, changes), Cluster(num_processes))
     assert [str(problem) for problem in problems] == [line]
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("row", layout.BAD_ON_GPUS, ids=name)
+def test_bad_config_on_gpus_gets_one_line(row: BadConfig) -> None:
+    kind, changes, num_processes, line = row
+    missing = {ATTENTION.name: (ATTENTION.package, ATTENTION.instead)}
+    _, problems = found(kind, values_of(kind, changes), Cluster(num_processes, has_gpu=True, missing=missing))
+    assert [str(problem) for problem in problems] == [line]

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from elastic.config.rules_elastic import check_distill
+from elastic.config.rules import rule_problems
 from elastic.config.rules_layout import Cluster, check_kernels, check_optimizer
 from elastic.config.sections import ComputeConfig, DistillConfig, OptimConfig
+from elastic.config.verbs import ElasticConfig, EvaluateConfig
 from elastic.model import backends
 from elastic.model.attention import SdpaCoreAttention
 from elastic.model.backends import ADAM, ATTENTION, SCAN, Kernels, import_module, missing_parts
@@ -79,13 +80,16 @@ def test_a_run_may_require_every_package() -> None:
 
 
 def test_a_teacher_in_fp8_asks_for_gpus_that_multiply_it() -> None:
-    teacher = DistillConfig(teacher_precision="fp8")
-    (problem,) = check_distill(teacher, Cluster(8, has_gpu=True, multiplies_fp8=False))
-    assert str(problem) == (
-        'distill.teacher_precision = "fp8": needs GPUs of compute capability 8.9 or higher (Ada, Hopper and later); '
-        "nearest legal value is bf16"
-    )
-    assert not list(check_distill(teacher, Cluster(8, has_gpu=True)))
+    teacher, old = DistillConfig(teacher_precision="fp8"), Cluster(8, has_gpu=True, multiplies_fp8=False)
+    for config, field in (
+        (ElasticConfig(distill=teacher), "distill.teacher_precision"),
+        (EvaluateConfig(teacher_precision="fp8"), "teacher_precision"),
+    ):
+        assert field not in {problem.field for problem in rule_problems(config, Cluster(8, has_gpu=False))}
+        assert [str(problem) for problem in rule_problems(config, old) if problem.field == field] == [
+            f'{field} = "fp8": needs GPUs of compute capability 8.9 or higher (Ada, Hopper and later); nearest legal '
+            "value is bf16"
+        ]
 
 
 def test_the_distributed_optimizer_asks_for_a_fused_adam_not_for_a_gpu() -> None:

@@ -3,6 +3,30 @@
 from elastic.config.verbs import ElasticConfig, EvaluateConfig, ImportanceConfig, PretrainConfig
 from tests.unit.config.configs import BadConfig
 
+# On GPUs without Transformer Engine.
+BAD_ON_GPUS: tuple[BadConfig, ...] = (
+    (
+        ElasticConfig,
+        {"curriculum.1.parallel": {"context": 2}},
+        2,
+        "curriculum.1.parallel.context = 2: transformer-engine is missing or does not load, and PyTorch's flash "
+        "attention takes whole sequences; install transformer-engine, or set curriculum.1.parallel.context=1 and "
+        "curriculum.1.parallel.tensor higher",
+    ),
+    (
+        ElasticConfig,
+        {
+            "model.mamba_heads": 16,
+            "elastic.space.mamba_head.choices": [16, 8],
+            "distill.teacher_precision": "fp8",
+            "curriculum.1.parallel": {"tensor": 2},
+        },
+        2,
+        'distill.teacher_precision = "fp8": takes rows and columns in multiples of 16, and '
+        "curriculum.1.parallel.tensor = 2 leaves mixer.in_proj.weight 296 x 128; nearest legal value is bf16, or set "
+        "curriculum.1.parallel.tensor=1",
+    ),
+)
 # verb, changes, number of processes, the one line of the error: field = value: rule; remedy
 BAD: tuple[BadConfig, ...] = (
     # sizes of the model
