@@ -8,6 +8,7 @@ from elastic.blend.foreign import is_prepared, tokenizer_record
 from elastic.blend.sources import TrainingData, open_held_out, open_sources, tokenizer_folder
 from elastic.checkpoint.record import Record
 from elastic.config.load import Problem
+from elastic.config.sections import PreparedData
 from elastic.config.verbs import ElasticConfig, EvaluateConfig, ImportanceConfig, PretrainConfig, TrainConfig
 from elastic.data.held_out import HeldOut
 from elastic.data.manifest import DataError, Manifest, TokenizerRecord, read_manifest
@@ -57,20 +58,25 @@ def length_problems(config: object) -> Iterator[Problem]:
             if isinstance(config, ImportanceConfig):
                 length, batch = config.importance.sequence_length, config.importance.num_sequences
                 phase = Phase(name="calibration", sequence_length=length, global_batch=batch, steps=1)
-                yield from TrainingData(config.data, [phase], config.seed).end_problems(1)
+                yield from TrainingData(_sampled(config.data), [phase], config.seed).end_problems(1)
             elif isinstance(config, TrainConfig) and not goes_on(config.exp_manager):  # else run/resume.py judges
-                data = TrainingData(config.data, config.curriculum, config.seed)
+                data = TrainingData(_sampled(config.data), config.curriculum, config.seed)
                 yield from data.end_problems(config.trainer.max_steps or data.curriculum.total_steps)
     except DataError as error:
         field, value = ("data.blend", list(config.data.names)) if config.data.blend else ("data.path", config.data.path)
         yield Problem(field, value, str(error), "or give another folder")
 
 
+def _sampled(data: PreparedData) -> PreparedData:
+    """Return the section without its full look at the contents, which the run takes when it opens them."""
+    return replace(data, verify="sampled") if data.verify == "full" else data
+
+
 def _blend_too_short(
     config: TrainConfig | EvaluateConfig | ImportanceConfig, lengths: Sequence[tuple[str, str, int]]
 ) -> Iterator[Problem]:
     """Every source must have a sequence of every length, and one of them something held out."""
-    data, paths = config.data, {name: index for index, name in enumerate(config.data.names)}
+    data, paths = _sampled(config.data), {name: index for index, name in enumerate(config.data.names)}
     for name, stream in () if isinstance(config, EvaluateConfig) else open_sources(data, "train").items():
         for where, _, length in lengths:
             isolated = stream.packing == "isolated"
@@ -116,7 +122,7 @@ def _too_short(
         for where, _, length in lengths:
             available = splits["validation"].num_sequences(length)
             if isolated:
-                available = len(HeldOut(open_split(config.data, "validation"), length))
+                available = len(HeldOut(open_split(_sampled(config.data), "validation"), length))
             if wanted > available:
                 rule = f"{where}: the held-out split has {available:,} sequences of {length:,} tokens"
                 larger = "prepare the data with a larger validation_ratio"

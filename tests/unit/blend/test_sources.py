@@ -20,6 +20,7 @@ from elastic.config.rules_layout import Cluster
 from elastic.config.sections import PreparedData, TrainExpManagerConfig
 from elastic.config.verbs import ImportanceConfig, PretrainConfig
 from elastic.corpus.prepare import PrepareConfig, prepare
+from elastic.data import manifest
 from elastic.data.held_out import validation_batches
 from elastic.data.manifest import DataError
 from elastic.data.stream import read_batch
@@ -274,6 +275,18 @@ def test_one_of_path_and_blend_and_weights_of_a_phase(folder: Path, tmp_path: Pa
         parents=True
     )
     assert problems(folder, tmp_path, **going_on) == []
+
+
+def test_checking_a_config_leaves_the_full_look_at_the_data_to_the_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[bool] = []
+    monkeypatch.setattr(manifest, "content_problem", lambda path, record, *, full: looks.append(full))
+    once = dict(path=str(folder / "text"), verify="full", on_end="stop", packing="isolated", phase=dict(steps=10))
+    assert problems(folder, tmp_path, **once) == [] and looks and not any(looks)
+    assert problems(folder, tmp_path, **blend(folder, verify="full")) == [] and not any(looks)
+    open_sources(load(PreparedData, dict(path=str(folder / "text"), verify="full")), "train")
+    assert any(looks)
 
 
 def test_a_tokenizer_that_no_source_takes_is_named(folder: Path, tmp_path: Path) -> None:
