@@ -10,55 +10,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from elastic.blend.foreign import ForeignStream, foreign_prefixes, tokenizer_record
 from elastic.blend.shares import Carried
 from elastic.blend.sources import TrainingData, open_held_out, open_sources
-from elastic.config.load import ConfigError, load
+from elastic.checkpoint.state import TrainingState
+from elastic.config.load import ConfigError, config_dict, load
 from elastic.config.rules_layout import Cluster
 from elastic.config.sections import PreparedData, TrainExpManagerConfig
 from elastic.config.verbs import ImportanceConfig, PretrainConfig
-from elastic.corpus.prepare import PrepareConfig, prepare
 from elastic.data import manifest
 from elastic.data.held_out import validation_batches
 from elastic.data.manifest import DataError
 from elastic.data.stream import read_batch
 from elastic.data.tokens import TokenStream
 from elastic.router.phases import Phase
+from elastic.run.resume import carried_blend
 from elastic.verbs.inputs import load_run
 from elastic.verbs.text import length_problems
 
 S = 16
 WEIGHTS = dict(code=0.31, text=0.2, foreign=0.6)
-
-
-def write_pair(prefix: Path, documents: list[np.ndarray], dtype: type = np.int32) -> None:
-    """Write a .bin and an .idx as other tools do."""
-    writer = IndexedDatasetBuilder(f"{prefix}.bin", dtype)
-    for document in documents:
-        writer.add_document(document, [len(document)])
-    writer.finalize(f"{prefix}.idx")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prepare `code` and `text` with one tokenizer and `other` with another, and write pairs: a/b in `foreign`."""
-    folder = tmp_path_factory.mktemp("blend")
-    for name, count in (("code", 500), ("text", 250), ("other", 100), ("tiny", 1)):
-        lines = [f"{name} {number} is {number * number}, or {'more ' * (number % 5)}" for number in range(count)]
-        (folder / f"{name}.txt").write_text("\n".join(lines))
-        given = {"tokenizer_path": str(folder / "code")} if name in ("text", "tiny") else {"vocab_size": 300}
-        settings = dict(document_format="lines", validation_ratio=0.0 if name == "tiny" else 0.3, **given)
-        prepare(PrepareConfig(output_dir=str(folder / name), paths=[str(folder / f"{name}.txt")], **settings))
-    (folder / "foreign").mkdir()
-    draw = np.random.default_rng(0)
-    documents = [draw.integers(0, 290, size).astype(np.int32) for size in draw.integers(3, 90, 60)]
-    write_pair(folder / "foreign" / "a", documents[:25])
-    write_pair(folder / "foreign" / "b", documents[25:], np.uint16)
-    write_pair(folder / "held", documents[:10])
-    write_pair(folder / "wide", [np.array([5, 70000, 3] * 9, np.int32)])
-    return folder
 
 
 def blend(folder: Path, **more: Any) -> dict[str, Any]:
@@ -287,6 +259,21 @@ def test_checking_a_config_leaves_the_full_look_at_the_data_to_the_run(
     assert problems(folder, tmp_path, **blend(folder, verify="full")) == [] and not any(looks)
     open_sources(load(PreparedData, dict(path=str(folder / "text"), verify="full")), "train")
     assert any(looks)
+
+
+def test_a_weight_raised_late_is_judged_by_what_is_left_to_read(folder: Path) -> None:
+    def config(weight: float) -> PretrainConfig:
+        data = blend(folder)
+        data["blend"][2] |= dict(weight=weight, on_end="stop")
+        phase = dict(name="one", sequence_length=S, global_batch=8, steps=100)
+        return load(PretrainConfig, dict(data=data, curriculum=[phase]))
+
+    then, now = config_dict(config(0.01)), config(5)
+    data = TrainingData(now.data, now.curriculum, now.seed)
+    carried = carried_blend(TrainingState(98, now.seed, then, {}), now, data)
+    assert carried is not None and carried.sample == 98 * 8 and data.epochs(100, carried)["foreign"] < 1
+    with pytest.raises(ConfigError, match="would read foreign"):
+        carried_blend(TrainingState(3, now.seed, then, {}), now, data)
 
 
 def test_a_tokenizer_that_no_source_takes_is_named(folder: Path, tmp_path: Path) -> None:
