@@ -37,9 +37,9 @@ PARENT = (
 FAMILY = (
     "elastic.router.budget_loss_weight=3",  # small models lose much by each cut, as in conf/smoke_elastic.yaml
     "curriculum.0.sequence_length=128",
-    "curriculum.0.steps=200",
+    "curriculum.0.steps=450",
     "curriculum.1.sequence_length=128",
-    "curriculum.1.steps=100",
+    "curriculum.1.steps=250",
     "data.micro_batch=2",
     "trainer.val_check_interval=100",
 )
