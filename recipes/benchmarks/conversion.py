@@ -18,6 +18,7 @@ from elastic.hf.export_settings import DtypeRule, HfSettings
 from elastic.hf.names import hf_sizes
 from elastic.hf.tensor_files import planned, write_tensors
 from elastic.space.shape import ModelShape
+from recipes.benchmarks.memory import peak_resident_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 PATTERNS = {4: "M-*-", 8: "M-M*-M-M"}
@@ -51,11 +52,10 @@ def measured(verb: str, arguments: Sequence[str]) -> dict[str, float]:
     command = [sys.executable, str(ROOT / "recipes" / f"{verb}.py"), *arguments]
     started = time.perf_counter()
     child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
+    peak = peak_resident_bytes(child)
     if child.returncode:
         raise RuntimeError(f"{' '.join(command)} left with code {child.returncode}")
-    return {"seconds": time.perf_counter() - started, "peak_gib": usage.ru_maxrss * 1024 / GIB}
+    return {"seconds": time.perf_counter() - started, "peak_gib": peak / GIB}
 
 
 def run(where: Path | None = None) -> list[dict[str, Any]]:

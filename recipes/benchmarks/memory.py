@@ -1,9 +1,13 @@
-"""Peak memory of a function, by counting allocations: repeatable, unlike the resident size of the process."""
+"""Peak memory: of a function by counting allocations, which repeats; of a whole process by its resident size."""
 
 import json
+import re
+import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -34,3 +38,21 @@ def peak_extra_bytes(function: Callable[[], object], device: torch.device) -> in
         alive += event["args"]["Bytes"]
         peak = max(peak, alive)
     return peak - max(alive, 0)
+
+
+def resident_bytes(field: str, pid: int | str = "self") -> int:
+    """Return a line of a process's status: VmRSS now, VmHWM the peak since it was forgotten; 0 for one that ended."""
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return 0 if found is None else int(found[1]) * 1024
+
+
+def peak_resident_bytes(child: subprocess.Popen[Any], every_s: float = 0.02) -> int:
+    """Wait for a child and return its peak.
+
+    Not ru_maxrss of the child: that begins at the peak of the process which started it.
+    """
+    peak = 0
+    while child.poll() is None:
+        peak = max(peak, resident_bytes("VmHWM", child.pid))
+        time.sleep(every_s)
+    return peak

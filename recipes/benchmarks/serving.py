@@ -5,7 +5,6 @@ answering, beyond what the process held before the weights came.
 """
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,8 @@ from elastic.model.model import ElasticModel, build_model
 from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import Space
 from elastic.world.groups import Layout, world
-from recipes.benchmarks.conversion import PATTERNS, ROOT, WIDTHS
+from recipes.benchmarks.conversion import GIB, PATTERNS, ROOT, WIDTHS
+from recipes.benchmarks.memory import resident_bytes
 
 PARENT = ModelShape.uniform(PATTERNS[8], **WIDTHS)
 LANES = 8
@@ -31,7 +31,6 @@ CUTS: tuple[dict[str, Any], ...] = (
 )
 CASES = ("parent", "family", "models")
 PROMPT, NEW_TOKENS = tuple(range(64)), 8
-KIB_PER_GIB = 2**20
 
 
 def run() -> list[dict[str, Any]]:
@@ -59,7 +58,7 @@ def serve(case: str) -> float:
     """Serve one case in this process; returns GiB."""
     chosen = subnets()
     with world(Layout()):
-        before = _memory_kib("VmRSS")
+        before = resident_bytes("VmRSS")
         if case == "models":
             served = [(_model(shape), Subnet.full(shape)) for shape in (subnet.shape(PARENT) for subnet in chosen)]
         else:
@@ -69,7 +68,7 @@ def serve(case: str) -> float:
         Path("/proc/self/clear_refs").write_text("5")
         for model, subnet in served:
             generate(model, subnet, PROMPT, Sampling(), NEW_TOKENS)
-        return (_memory_kib("VmHWM") - before) / KIB_PER_GIB
+        return (resident_bytes("VmHWM") - before) / GIB
 
 
 @torch.no_grad()
@@ -78,13 +77,6 @@ def _model(shape: ModelShape) -> ElasticModel:
     for parameter in model.parameters():  # drawing billions of them takes longer than all the rest
         parameter.fill_(0.01)
     return model
-
-
-def _memory_kib(field: str) -> int:
-    """Return a line of this process's status: VmRSS now, VmHWM the peak since it was forgotten."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None, f"/proc/self/status has no {field}"
-    return int(found[1])
 
 
 if __name__ == "__main__":

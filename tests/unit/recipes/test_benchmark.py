@@ -1,5 +1,8 @@
 """The benchmark leaves out what a machine cannot time, and says so in its table."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -7,6 +10,7 @@ from recipes.benchmark import execution_table
 from recipes.benchmarks import _precisions, gpu_models
 from recipes.benchmarks._clock import Clock
 from recipes.benchmarks._precisions import MAX_SLOWDOWN, bf16_slowdown, timed_precisions
+from recipes.benchmarks.memory import peak_resident_bytes, resident_bytes
 
 
 @pytest.mark.parametrize(("slowdown", "count"), [(0.5, 2), (MAX_SLOWDOWN, 2), (90.0, 1)])
@@ -45,3 +49,11 @@ def test_the_subnets_of_the_gpu_benchmark_have_the_published_widths() -> None:
     nine, six = (gpu_models.subnet_at(shape, shares) for shares in gpu_models.SUBNETS.values())
     assert (nine.hidden, nine.ffn[0], nine.mamba_heads[0], nine.attention_heads[0]) == (4480, 17408, 112, 32)
     assert (six.hidden, six.ffn[0], six.mamba_heads[0], six.attention_heads[0]) == (4096, 15360, 96, 24)
+
+
+def test_a_childs_peak_is_its_own_and_not_that_of_the_process_that_started_it() -> None:
+    here = torch.ones(100 << 20, dtype=torch.uint8)  # beside what torch takes
+    assert resident_bytes("VmHWM") > 300 << 20
+    child = subprocess.Popen([sys.executable, "-c", "import time; taken = b'x' * (60 << 20); time.sleep(1)"])
+    assert 60 << 20 < peak_resident_bytes(child) < 200 << 20
+    assert here.numel() and child.returncode == 0
