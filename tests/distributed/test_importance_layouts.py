@@ -1,11 +1,16 @@
-"""Scores and rankings do not depend on how the parent is spread over ranks; nor does `forward_hidden`."""
+"""Scores and rankings do not depend on how the parent is spread; a permutation that moves the logits is refused."""
 
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
+from elastic.config.load import load
+from elastic.config.verbs import ImportanceConfig
 from elastic.model.cpu_backend import use_cpu_backend
 from elastic.model.forward import SequenceLengthError, Sequences, context_parallel_slice, forward_hidden
 from elastic.model.model import build_model
@@ -14,8 +19,10 @@ from elastic.rank.importance import collect_scores, make_ranking
 from elastic.space.axes import Axis
 from elastic.space.gates import Gates
 from elastic.space.space import AxisChoices, Space
+from elastic.verbs.estimate_importance import PermutationError, run_importance
 from elastic.world.groups import Layout, join_world
 from tests.distributed.harness import run_distributed
+from tests.distributed.training import place
 from tests.shapes import UNEVEN as SHAPE
 
 SPACE = Space(
@@ -105,3 +112,27 @@ def test_context_parallel_ranks_share_the_sequence_evenly_under_a_causal_mask() 
     assert context_parallel_slice(tokens, 0, 1) is tokens
     with pytest.raises(SequenceLengthError, match=r"multiple of 2 x parallel\.context = 8, nearest legal is 16"):
         context_parallel_slice(tokens, 0, 4)
+
+
+def _permute_wrongly(values: dict[str, Any]) -> None:
+    """Run the importance verb with a permutation that reorders FFN rows but not the columns that read them."""
+
+    def wrong(tensor: Tensor, name: str, *_: Any) -> Tensor:
+        return tensor.flip(0) if name.endswith("linear_fc1.weight") else tensor
+
+    with mock.patch("elastic.verbs.estimate_importance.permute_parameter", wrong):
+        run_importance(load(ImportanceConfig, values), Console(quiet=True))
+
+
+def test_a_permutation_that_moves_the_logits_writes_no_checkpoint(start: Path) -> None:
+    values = dict(
+        init_from=dict(parent=str(start / "run" / "parent")),
+        data=dict(path=str(start / "data")),
+        importance=dict(num_sequences=4, sequence_length=32, micro_batch=4, depth="none"),
+        exp_manager=place(start, "wrong"),
+    )
+    with pytest.raises(Exception, match="logits of the permuted parent moved") as refused:
+        run_distributed(_permute_wrongly, 1, values)
+    assert isinstance(refused.value.__cause__, PermutationError)
+    left = [path.name for path in (start / "run" / "wrong").iterdir()]
+    assert left == ["config.json"], "no checkpoint, no ranking, and nothing that blocks the corrected command"

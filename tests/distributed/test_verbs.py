@@ -3,7 +3,6 @@
 import io
 import json
 import re
-from unittest import mock
 
 import pytest
 from rich.console import Console
@@ -18,7 +17,6 @@ from elastic.corpus.prepare import PrepareConfig, prepare
 from elastic.model.quantised import QuantisationError
 from elastic.run.folder import RunFolderError
 from elastic.space.axes import Axis
-from elastic.verbs.estimate_importance import PermutationError, run_importance
 from elastic.verbs.evaluate import run_evaluate
 from elastic.verbs.extract import run_extract
 from elastic.verbs.import_hf import run_import
@@ -277,27 +275,3 @@ def test_what_was_never_trained_is_said_in_the_card(start, family):
     assert (
         longest_said(start / "run" / "of_parent" / "thin") == 32 == longest_said(start / "run" / "of_permuted" / "thin")
     )
-
-
-def _permute_wrongly(values):
-    """Run the importance verb with a permutation that reorders FFN rows but not the columns that read them."""
-
-    def wrong(tensor, name, *_):
-        return tensor.flip(0) if name.endswith("linear_fc1.weight") else tensor
-
-    with mock.patch("elastic.verbs.estimate_importance.permute_parameter", wrong):
-        run_importance(load(ImportanceConfig, values), Console(quiet=True))
-
-
-def test_a_permutation_that_moves_the_logits_writes_no_checkpoint(start):
-    values = dict(
-        init_from=dict(parent=str(start / "run" / "parent")),
-        data=dict(path=str(start / "data")),
-        importance=dict(num_sequences=4, sequence_length=32, micro_batch=4, depth="none"),
-        exp_manager=place(start, "wrong"),
-    )
-    with pytest.raises(Exception, match="logits of the permuted parent moved") as refused:
-        run_distributed(_permute_wrongly, 1, values)
-    assert isinstance(refused.value.__cause__, PermutationError)
-    left = [path.name for path in (start / "run" / "wrong").iterdir()]
-    assert left == ["config.json"], "no checkpoint, no ranking, and nothing that blocks the corrected command"

@@ -104,7 +104,7 @@ def test_no_room_outgrows_the_house() -> None:
 
 
 def test_no_file_outgrows_a_reader() -> None:
-    lines = lines_of(ROOT / "elastic") | lines_of(ROOT / "recipes")
+    lines = lines_of(ROOT / "elastic") | lines_of(ROOT / "recipes") | lines_of(ROOT / "tests")
     assert {file: count for file, count in lines.items() if count > MAX_LINES_OF_FILE} == {}
 
 
