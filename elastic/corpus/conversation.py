@@ -30,6 +30,15 @@ class Conversation:
         return bool(self.messages[-1]["role"] != ASSISTANT)
 
 
+def parse_object(line: str) -> dict[str, Any] | SkipReason:
+    """Read the JSON object that a line holds."""
+    try:
+        record: Any = json.loads(line)
+    except (ValueError, RecursionError):
+        return SkipReason.INVALID_JSON
+    return record if isinstance(record, dict) else SkipReason.NOT_AN_OBJECT
+
+
 def parse_conversation(line: str, loss_on: LossOn) -> Conversation | SkipReason:
     """Read `{"messages": [{"role": ..., "content": ...}, ...], "tools": [...]}`; other top-level fields are ignored.
 
@@ -37,12 +46,9 @@ def parse_conversation(line: str, loss_on: LossOn) -> Conversation | SkipReason:
     an answer of the assistant without content and calls: it was never given, or cut off within its thoughts. A
     conversation without any answer is left out unless the loss is taken on everything.
     """
-    try:
-        record: Any = json.loads(line)
-    except (ValueError, RecursionError):
-        return SkipReason.INVALID_JSON
-    if not isinstance(record, dict):
-        return SkipReason.NOT_AN_OBJECT
+    record = parse_object(line)
+    if isinstance(record, SkipReason):
+        return record
     messages, tools = record.get("messages"), record.get("tools") or None
     if messages is None:
         return SkipReason.MISSING_FIELD

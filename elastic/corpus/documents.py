@@ -3,7 +3,6 @@
 import codecs
 import hashlib
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from elastic.corpus.blocks import Block, Passed, Raw
 from elastic.corpus.chat import Chat, ChatTemplate, NotSeparable, TemplateRefusal
 from elastic.corpus.containers import PARQUET, rows_of
-from elastic.corpus.conversation import parse_conversation
+from elastic.corpus.conversation import parse_conversation, parse_object
 from elastic.corpus.files import Corpus, SkipReason, place_of
 from elastic.data.manifest import SkipRecord
 
@@ -115,12 +114,9 @@ def _document(
 
 
 def _text_in_json(line: str, text_field: str) -> str | SkipReason:
-    try:
-        record: Any = json.loads(line)
-    except (ValueError, RecursionError):
-        return SkipReason.INVALID_JSON
-    if not isinstance(record, dict):
-        return SkipReason.NOT_AN_OBJECT
+    record = parse_object(line)
+    if isinstance(record, SkipReason):
+        return record
     text = record.get(text_field)
     if isinstance(text, str):
         return text

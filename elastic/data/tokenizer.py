@@ -208,8 +208,8 @@ def same_tokenizer(one: Path, other: Path) -> bool:
     if all(path.is_file() for path in files) and sha256_of(files[0]) == sha256_of(files[1]):
         return True
     try:
-        first, second = (Tokenizer.from_file(str(path)) for path in files)
-    except Exception:  # the library raises nothing narrower; a damaged or absent file is reported when it is opened
+        first, second = (Tokenizer.from_buffer(path.read_bytes()) for path in files)
+    except (OSError, ValueError):  # absent or damaged: that is reported where it is opened
         return False
     return bool(first.get_vocab(with_added_tokens=True) == second.get_vocab(with_added_tokens=True))
 
