@@ -1,6 +1,7 @@
 """Attempts at one run that are killed half-way: how they are started, when and whom SIGKILL hits, what is left over."""
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -86,6 +87,7 @@ class FreshAgent:
 
 
 def _agent_main(values: dict[str, Any], log: Path, main: Callable[[dict[str, Any]], None]) -> None:
+    gc.freeze()  # a collection in a worker would look at all that was imported before, and so copy its pages
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(output, descriptor)

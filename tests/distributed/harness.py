@@ -8,6 +8,7 @@ a temporary folder, so that tensors need no shared memory and a killed rank leav
 import contextlib
 import datetime
 import faulthandler
+import gc
 import os
 import pickle
 import shutil
@@ -26,13 +27,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Imported once, by the fork server, with all that training imports; whatever a test module needs beyond these is
-# imported again by every rank. A name that does not exist is skipped.
+# Imported once, by the fork server, with all that training imports, also when it first runs, and what an export is
+# checked with; whatever a test module needs beyond these is imported again by every rank. A name that does not exist
+# is skipped.
 PRELOAD = (
     "__main__",
     "pytest",
     "torch.distributed",
     "torch.utils.serialization",
+    "torch.profiler._cupti_monitor",
+    "megatron.core.models.mimo.optimizer",
+    "numpy.ctypeslib",
+    "rich._emoji_codes",
+    "transformers.models.nemotron_h.modeling_nemotron_h",
     "tests.distributed.training",
 )
 # Forked children must not inherit thread pools, and two cores are soon oversubscribed.
@@ -192,6 +199,7 @@ def _tail(path: Path) -> str:
 def _rank_main(folder: Path, rank: int, world_size: int, deadline_s: float, env: dict[str, str]) -> None:
     """Be one rank: redirect output, join the group, call the function, leave its result or its failure in a file."""
     os.setsid()  # so that whatever this rank starts can be killed with it
+    gc.freeze()  # a collection would look at all that the server has imported, and so copy its pages
     log = os.open(folder / f"log_{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -1,6 +1,6 @@
 """Saves: in the background like in the foreground; and what fails on one rank, on all disks, ends clearly."""
 
-import json
+import os
 import resource
 import shutil
 import signal
@@ -23,11 +23,11 @@ from elastic.checkpoint.state import Trainable, begin_save, load_checkpoint
 from elastic.checkpoint.write import CheckpointWrite
 from elastic.model.model import build_model
 from elastic.world.groups import Layout, World, join_world
+from recipes import _common
 from tests.distributed.elastic_step import tiny_space
-from tests.distributed.harness import run_distributed
+from tests.distributed.harness import fork_server, run_distributed
 from tests.distributed.training import elastic_values, train
 
-ROOT = Path(__file__).resolve().parents[2]
 LAYOUT = Layout(tensor=2)
 
 
@@ -157,34 +157,30 @@ def test_a_full_or_read_only_disk_keeps_the_old_checkpoint_and_says_what_to_do(s
     assert not any(damages(folder, full=True) for folder in list_checkpoints(small_disk))
 
 
-COMMAND = """
-import json
-from recipes._common import run
-from tests.distributed.training import train
-if __name__ == "__main__":
-    run(lambda: train(json.loads({values!r})))
-"""
+def train_as_a_recipe(values: dict[str, Any], errors: Path) -> None:
+    """Be the process of a recipe, whose exit code it is; what it says on standard error goes to a file."""
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    sys.argv[1:] = []
+    _common.run(lambda: train(values))
 
 
 def test_a_run_that_fills_its_disk_leaves_with_an_error_and_resumes(start: Path, small_disk: Path) -> None:
     """Checkpoints at 3, 6 and 9; the disk is full when 6 is due."""
-    script = small_disk.parent / "run.py"
+    errors = small_disk.parent / "errors.txt"
     values = elastic_values(start, "v", exp_manager=dict(exp_dir=str(small_disk), create_tensorboard_logger=False))
-    script.write_text(COMMAND.format(values=json.dumps(values)))
     run = small_disk / "run" / "v"
     one = sum(file.size_bytes for file in read_contents(list_checkpoints(start / "run" / "permuted")[0]).values())
     resize(small_disk, 5 * one)  # weights and twice as much again for Adam, but not two of it
 
-    ended = subprocess.run(
-        [sys.executable, str(script)],
-        env={"PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ended.returncode == 2, ended.stderr
-    assert "step_00000006 was not saved: not enough disk for the checkpoint" in ended.stderr
-    assert "step_00000003 is whole and stays" in ended.stderr and "Traceback" not in ended.stderr
+    with fork_server() as context:
+        process = context.Process(target=train_as_a_recipe, args=(values, errors))
+        process.start()
+    process.join(timeout=240)
+    process.kill()  # if it still runs
+    said = errors.read_text()
+    assert process.exitcode == 2, said
+    assert "step_00000006 was not saved: not enough disk for the checkpoint" in said
+    assert "step_00000003 is whole and stays" in said and "Traceback" not in said
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000003"]
     resize(small_disk, 20 * one)
     run_distributed(train, 1, values)

@@ -63,7 +63,7 @@ class PoisonedRunner(PipelineRunner):
             *_, last = self.student_model.parameters()
             last.main_grad.view(-1)[0] = INF
         if self.deed() == "gate":
-            leaf = next(iter(micro_batches[2].gates.weights.values()))
+            leaf = next(iter(micro_batches[0].gates.weights.values()))
             leaf.grad[0, 0] = NAN
         return losses
 
@@ -168,10 +168,10 @@ def test_bad_steps_count_as_steps_and_leave_no_trace_in_the_numbers(start):
 
 @pytest.mark.usefixtures("at_dp2")
 def test_the_replica_that_saw_it_names_its_micro_batch(start):
-    # Step 2 of 8 samples: micro-batch 1 of replica 1 is the step's fourth.
+    # Step 2 of 8 samples, two a micro-batch: micro-batch 1 of replica 1 is the step's fourth.
     by_rank = dumps(start, "poisoned_dp2", 2)
     assert set(by_rank) == {0, 1}
-    assert suspects(by_rank[0]) == [] and suspects(by_rank[1]) == [[8 + 3]]
+    assert suspects(by_rank[0]) == [] and suspects(by_rank[1]) == [[8 + 6, 8 + 7]]
     bad = by_rank[1]["micro_batches"][1]
     assert bad["kl"] == "nan" and math.isfinite(bad["cross_entropy"])
     assert bad["budget"] in ("full", "half") and set(bad["gates"]) >= {"hidden", "ffn", "depth"}
@@ -185,8 +185,8 @@ def test_the_replica_that_saw_it_names_its_micro_batch(start):
 def test_a_bad_gate_gradient_is_found_before_the_router_is_lost(start):
     by_rank = dumps(start, "poisoned_dp2", 5)
     assert by_rank[0]["not_finite"] == ["router gradients"] and suspects(by_rank[0]) == []
-    assert suspects(by_rank[1]) == [[32 + 2 * 2 + 1]]
-    assert len(by_rank[1]["micro_batches"][2]["nonfinite_gate_gradients"]) == 1
+    assert suspects(by_rank[1]) == [[32 + 2, 32 + 3]]
+    assert len(by_rank[1]["micro_batches"][0]["nonfinite_gate_gradients"]) == 1
 
 
 @pytest.mark.usefixtures("at_dp2", "at_tp2_pp2")
@@ -251,7 +251,7 @@ def test_a_loss_that_stands_out_is_reported_with_its_samples(start):
     """Another teacher for one step: finite, so the step is taken, but far from the ten values logged before."""
     trainer = dict(log_every_n_steps=2, checkpoint_every_n_steps=100)
     curriculum = [{**CURRICULUM[0], "steps": 26}]
-    values = elastic_values(start, "spikes", curriculum=curriculum, trainer=trainer)
+    values = elastic_values(start, "spikes", curriculum=curriculum, trainer=trainer, data=dict(micro_batch=1))
     run_distributed(train_poisoned, 1, values, {23: (0, "loud")})
     logged = rows(start, "spikes")
     events = [json.loads(line) for line in (start / "run" / "spikes" / "events.jsonl").read_text().splitlines()]

@@ -45,15 +45,15 @@ class Case:
 
 
 TENSOR, PIPELINE, CONTEXT = dict(tensor=2), dict(pipeline=2), dict(context=2)
-TP2_TO_PP2 = (dict(parallel=TENSOR), dict(parallel=dict(PIPELINE, recompute="full"), micro_batch=2))
+TP2_TO_PP2 = (dict(parallel=TENSOR), dict(parallel=dict(PIPELINE, recompute="full"), micro_batch=1))
 SAVED_AND_SEEN = dict(exp_manager=dict(async_save=True), debug=dict(sanity=True))
 CASES = {
     "one": Case(ranks=1),
-    "tp2 to pp2, recompute, two at once": Case(TP2_TO_PP2, more=SAVED_AND_SEEN),
+    "tp2 to pp2, recompute, one at once": Case(TP2_TO_PP2, more=SAVED_AND_SEEN),
     "the same, ended before and after the boundary": Case(TP2_TO_PP2, stops=(4, 8)),
     "the same, ended at the boundary": Case(TP2_TO_PP2, stops=(5,)),
     "cp2 to tp2+sp": Case((dict(parallel=CONTEXT), dict(parallel=dict(TENSOR, sequence=True)))),
-    "dp2 to tp2": Case((dict(micro_batch=2), dict(parallel=dict(TENSOR, recompute="selective")))),
+    "dp2 to tp2": Case((dict(micro_batch=1), dict(parallel=dict(TENSOR, recompute="selective")))),
     "one, sharded": Case(ranks=1, sharded=True),
     "dp2 to tp2, sharded": Case(({}, dict(parallel=TENSOR)), sharded=True),
 }

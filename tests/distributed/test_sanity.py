@@ -21,7 +21,7 @@ from elastic.verbs.training import run_training
 from elastic.world.groups import Layout, join_world
 from tests.distributed.elastic_step import batch, tiny_space
 from tests.distributed.harness import DistributedRunError, run_distributed
-from tests.distributed.training import elastic_values, rows, train
+from tests.distributed.training import CURRICULUM, elastic_values, rows, train
 
 ROUTER = "networks.ffn.2.weight"
 FOUR = dict(tensor=2, pipeline=2, sequence=True, recompute="full")
@@ -185,7 +185,7 @@ def test_a_value_silently_changed_on_one_rank_stops_the_run(start, what, precisi
 
 
 def test_healthy_runs_pass_and_log_the_same_numbers(start):
-    short = dict(trainer=dict(max_steps=7))  # two of them in slice execution
+    short = dict(curriculum=[{**phase, "steps": 2} for phase in CURRICULUM])  # two of them in slice execution
     run_distributed(train, 4, elastic_values(start, "sane_four", parallel=FOUR, debug=dict(sanity=True), **short))
     run_distributed(train, 2, elastic_values(start, "sane_pair", debug=dict(sanity=True), **short))
     run_distributed(train, 2, elastic_values(start, "plain_pair", **short))

@@ -44,7 +44,7 @@ CURRICULUM = [
         budget_weights=dict(full=0.25, half=0.75), router_frozen=True, execution="slice",
     ),
 ]  # fmt: skip
-# Four draws of two micro-batches each: the same budgets and noise with one and with two replicas.
+# Four draws of a micro-batch of two sequences, or of two of one: the same budgets and noise with any replicas.
 DRAWS_PER_STEP = 4
 ROUTER = dict(draws_per_step=DRAWS_PER_STEP, hidden_width=16)
 # Of elastic_values, with noise of its own for every draw: gates that do not depend on the micro-batch.
@@ -94,7 +94,7 @@ def elastic_values(folder: Path, version: str, **overrides: Any) -> dict[str, An
     """Return the values of a tiny elastic run; `overrides` replace or extend whole sections."""
     sections: dict[str, Any] = dict(
         model=MODEL,
-        data=dict(path=str(folder / "data"), micro_batch=1, validation_sequences=4),
+        data=dict(path=str(folder / "data"), micro_batch=2, validation_sequences=4),
         init_from=dict(permuted_parent=str(folder / "run" / "permuted")),
         elastic=dict(space=SPACE, budgets=BUDGETS, router=ROUTER),
         curriculum=CURRICULUM,

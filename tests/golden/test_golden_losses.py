@@ -26,7 +26,7 @@ def table(found):
 def test_losses_of_20_elastic_steps(start, request):
     short, long = CURRICULUM
     curriculum = [{**short, "steps": 14}, {**long, "steps": 6}]
-    run_distributed(train, 1, elastic_values(start, "golden", curriculum=curriculum))
+    run_distributed(train, 1, elastic_values(start, "golden", curriculum=curriculum, data=dict(micro_batch=1)))
     found = table(rows(start, "golden"))
     if request.config.getoption("--update-golden"):
         GOLDEN.write_text(found)

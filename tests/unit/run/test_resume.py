@@ -21,6 +21,7 @@ INPUTS = {"data.path (train split)": "a" * 64, "init_from.permuted_parent": "b" 
 def values(tmp_path, **overrides):
     found = copy.deepcopy(elastic_values(tmp_path, "run"))
     found["model"]["vocab"] = 320
+    found["data"]["micro_batch"] = 1
     for path, value in overrides.items():
         *sections, last = path.split("__")
         place = found
