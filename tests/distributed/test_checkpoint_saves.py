@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 
 from elastic.checkpoint import write as checkpoint_write
 from elastic.checkpoint.contents import CheckpointError, damages, read_contents, write_contents, writing_folder
@@ -208,6 +209,7 @@ def foreign_and_split(run: Path) -> list[set[str]]:
     if pair.here.is_main:
         earlier.mkdir(parents=True)
     torch.distributed.barrier()
+    get_write_results_queue("fork")  # the writer's own would be in a new interpreter, with all its imports
     dist_checkpointing.save({"model": pair.trained.model.sharded_state_dict(metadata={})}, str(earlier))
     if pair.here.is_main:
         pair.record.write(earlier)

@@ -28,9 +28,9 @@ def space() -> Space:
         Axis.FFN: AxisChoices((256, 192), per_layer=True),
         Axis.MAMBA_HEAD: AxisChoices((16, 8)),
         Axis.ATTENTION_HEAD: AxisChoices((8, 4)),
-        Axis.DEPTH: AxisChoices((8, 7)),
+        Axis.DEPTH: AxisChoices((6, 5)),
     }
-    return Space(small_shape("M-*M-M-M"), choices, depth_ranking=(0, 1, 2, 4, 5, 6, 7, 3))
+    return Space(small_shape("M-*M-M"), choices, depth_ranking=(0, 1, 2, 4, 5, 3))
 
 
 def micro_batch(layout: Layout, execution: Execution, kernels: KernelSet) -> MicroBatchWork:

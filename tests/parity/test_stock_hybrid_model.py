@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor
@@ -87,6 +88,7 @@ def _parameters(model: HybridModel) -> dict[str, Any]:
 def _save_ranks(cases: list[Case], folder: str) -> None:
     """Save from processes of their own, where torch is adapted to a machine without a GPU."""
     use_cpu_backend()
+    get_write_results_queue("fork")  # the writer's own would be in a new interpreter, with all its imports
     for case in cases:
         parallel_state.initialize_model_parallel(case.layout.tensor, case.layout.pipeline)
         sharded = _parameters(_model(case.saved_by, case.tied, case.layout))

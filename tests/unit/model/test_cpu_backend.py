@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
@@ -37,6 +38,7 @@ def _train_one_step_and_save(left_out: list[str], tied: bool, folder: str) -> bo
     runner.forward_backward([runner.share(batch), runner.share(batch)])
     updated, norm, _ = optimizer.step()
     sharded = model.sharded_state_dict(metadata=ensure_metadata_has_dp_cp_group(None))
+    get_write_results_queue("fork")  # the writer's own would be in a new interpreter, with all its imports
     dist_checkpointing.save(sharded, folder)
     return updated and norm > 0
 
