@@ -215,7 +215,7 @@ def _wait_for_end(agent: Agent, family: set[psutil.Process], folder: Path) -> No
             for process in left:
                 _end(process)
             raise ChaosError(f"{folder}: processes {[process.pid for process in left]} were left behind")
-        time.sleep(0.02)
+        time.sleep(0.1)  # each look reads all processes of the machine
 
 
 def _with_descendants(family: set[psutil.Process]) -> set[psutil.Process]:

@@ -66,7 +66,7 @@ class Torchrun:
         until_s = time.monotonic() + timeout_s
         while self._agent.is_running() and time.monotonic() < until_s:
             self.left()
-            time.sleep(0.02)
+            time.sleep(0.2)  # each look reads all processes of the machine
         return self._agent.wait(0.0)
 
     def left(self) -> list[psutil.Process]:
