@@ -7,7 +7,6 @@ prints tokens, seconds, and CPU seconds of all processes, without what its impor
 import json
 import multiprocessing
 import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from transformers import PreTrainedTokenizerFast
+
+from recipes.benchmarks._timing import cpu_seconds
 
 
 class Encoder:
@@ -32,12 +33,6 @@ class Encoder:
         """Encode the text of a line."""
         ids: list[int] = cls.tokenizer(json.loads(line)["text"], add_special_tokens=False).input_ids
         return [*ids, cls.tokenizer.eos_token_id]
-
-
-def cpu_seconds() -> float:
-    """Return what this process and those of it that have ended took."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def main() -> None:

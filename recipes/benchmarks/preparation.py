@@ -16,7 +16,7 @@ from elastic.corpus.files import Corpus
 from elastic.corpus.prepare import prepare
 from elastic.data.stream import Concatenated, Isolated, Samples
 from elastic.data.tokens import TokenStream
-from recipes.benchmarks._one_by_one import cpu_seconds
+from recipes.benchmarks._timing import cpu_seconds
 
 SOURCE_BYTES = 12_000_000
 SEQUENCE_LENGTH = 4096
