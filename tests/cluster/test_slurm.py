@@ -87,6 +87,7 @@ def pid_of_rank(job: int, rank: int) -> int:
     raise AssertionError(f"job {job} has no process of rank {rank}")
 
 
+@pytest.mark.slow  # on two nodes the next test asks the same
 def test_four_nodes_train_to_the_end(slurm: LocalSlurm, start: Path, tmp_path: Path) -> None:
     job = submit(slurm, tmp_path, 4, tiny_overrides(start, tmp_path, "four", (3, 2)))
     ended = slurm.wait(job, timeout_s=END_S)
@@ -101,7 +102,7 @@ def test_four_nodes_train_to_the_end(slurm: LocalSlurm, start: Path, tmp_path: P
 
 
 def test_usr1_is_a_checkpoint_a_requeue_and_the_same_losses(slurm: LocalSlurm, start: Path, tmp_path: Path) -> None:
-    steps = (60, 20)
+    steps = (40, 8)
     values = compose_run(tiny_overrides(start, tmp_path, "uninterrupted", steps))
     plain = OmegaConf.to_container(values, resolve=True)
     run_distributed(train, 2, fill_from_parent(ElasticConfig, plain)[0])
@@ -121,7 +122,12 @@ def test_usr1_is_a_checkpoint_a_requeue_and_the_same_losses(slurm: LocalSlurm, s
     assert logged_steps(run) == list(range(1, sum(steps) + 1))  # the very next step, none twice
     assert rows(tmp_path, "told") == rows(tmp_path, "uninterrupted")
     assert json.loads((run / "finished.json").read_text())["step"] == sum(steps)
-    assert {folder.name for folder in (tmp_path / "logs" / str(job)).iterdir()} == {"try_0", "try_1"}
+    assert (run / "checkpoints" / f"step_{sum(steps):08d}" / "record.json").is_file()
+    tries = sorted((tmp_path / "logs" / str(job)).iterdir())
+    assert [folder.name for folder in tries] == ["try_0", "try_1"]
+    for logs in tries:
+        assert {file.name for file in logs.glob("node_*.log")} == {"node_0.log", "node_1.log"}
+        assert "4 MiB over 2 ranks" in (logs / "collective_0.log").read_text()
 
 
 def test_a_crashed_worker_ends_the_job_within_a_minute(slurm: LocalSlurm, start: Path, tmp_path: Path) -> None:
