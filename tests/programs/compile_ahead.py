@@ -1,6 +1,7 @@
-"""Compile every kernel for a GPU that need not be here and print its registers and spilled bytes as JSON.
+"""Compile every kernel for GPUs that need not be here and print its registers and spilled bytes as JSON.
 
-`python -m tests.programs.compile_ahead 90` for sm_90; without TRITON_INTERPRET, which makes functions of kernels.
+`python -m tests.programs.compile_ahead 80 90` for sm_80 and sm_90; without TRITON_INTERPRET, which makes functions of
+kernels.
 """
 
 import json
@@ -88,14 +89,16 @@ def compiled(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], a
     return compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-def main(architecture: int) -> None:
-    """Print one row for each kernel."""
+def main(architectures: list[int]) -> None:
+    """Print one row for each kernel and architecture."""
     rows = []
-    for kernel, pointers, constants in cases():
-        cubin = compiled(kernel, pointers, constants, architecture).asm["cubin"]
-        rows.append({"kernel": kernel.fn.__name__, **constants, **resources(cubin)})
+    for architecture in architectures:
+        for kernel, pointers, constants in cases():
+            cubin = compiled(kernel, pointers, constants, architecture).asm["cubin"]
+            row = {"architecture": architecture, "kernel": kernel.fn.__name__}
+            rows.append({**row, **constants, **resources(cubin)})
     print(json.dumps(rows))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main([int(number) for number in sys.argv[1:]])

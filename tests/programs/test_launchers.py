@@ -229,15 +229,20 @@ def test_the_image_is_mounted_with_all_that_the_run_reads(job: Job) -> None:
         )
 
 
-def test_an_own_run_is_composed_passed_on_and_mounted(job: Job) -> None:
+def test_an_own_run_is_shown_by_a_dry_run_passed_on_and_mounted(job: Job) -> None:
     """`--config-dir` names a folder beside conf/: an own run, and an own file of a group, on a cluster."""
     (job.folder / "own" / "parallel").mkdir(parents=True)
     (job.folder / "own" / "mine.yaml").write_text("defaults: [elastic_12b, _self_]\nseed: 77\n")
     (job.folder / "own" / "parallel" / "wide.yaml").write_text("tensor: 4\npipeline: 1\ncontext: 4\nsequence: true\n")
     (job.folder / "own" / "trainer").mkdir()
     (job.folder / "own" / "trainer" / "gpu.yaml").write_text("precision: bf16\nnum_threads: 5\n")
-    arguments = ["--config-name=mine", f"--config-dir={job.folder}/own", "parallel=wide"]
+    arguments = ["--config-name=mine", f"--config-dir={job.folder}/own", "parallel=wide", "trainer.max_steps=3"]
     ended = job.start("elastic_12b", *arguments, python=sys.executable, DRY_RUN="1", SLURM_JOB_ID="unset")
+    # A dry run prints the command and the config, and starts nothing.
+    assert "srun --nodes=64 --ntasks=64 --ntasks-per-node=1" in ended.stdout
+    assert "--nproc-per-node=8" in ended.stdout and "trainer.max_steps=3" in ended.stdout
+    assert "\n  max_steps: 3\n" in ended.stdout and "name: short_context" in ended.stdout
+    assert job.calls("srun") == [] and not (job.folder / "logs").exists()
     assert "\nseed: 77\n" in ended.stdout and "  context: 4\n  sequence: true\n" in ended.stdout
     assert "num_threads: 5" in ended.stdout  # of two files with one name the own one counts, as in Hydra
     assert ended.stdout.count("data.path = null: missing") == 1 and ended.returncode == 2
@@ -249,15 +254,6 @@ def test_an_own_run_is_composed_passed_on_and_mounted(job: Job) -> None:
         assert f",{shown}:{shown} --container-workdir" in preflight
         assert all(call.endswith(f"--config-name=mine --config-dir={given}") for call in (preflight, train))
     assert "--config-name=elastic_12b --config-name=mine" in train
-
-
-def test_dry_run_prints_the_command_and_the_config_and_starts_nothing(job: Job) -> None:
-    ended = job.start("elastic_12b", "seed=3", python=sys.executable, DRY_RUN="1", SLURM_JOB_ID="unset")
-    assert "srun --nodes=64 --ntasks=64 --ntasks-per-node=1" in ended.stdout
-    assert "--nproc-per-node=8" in ended.stdout and "seed=3" in ended.stdout
-    assert "\nseed: 3\n" in ended.stdout and "name: short_context" in ended.stdout
-    assert "data.path = null: missing" in ended.stdout and ended.returncode == 2
-    assert job.calls("srun") == [] and not (job.folder / "logs").exists()
 
 
 def test_phases_are_submitted_as_a_chain(job: Job) -> None:

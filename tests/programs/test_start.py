@@ -50,29 +50,57 @@ def test_in_two_processes_a_mistake_is_said_once_and_nothing_else(tmp_path: Path
     assert "must divide the number of processes = 2" in lines[0]
 
 
-def test_a_mistake_found_in_the_files_comes_without_a_line_of_hydras(tmp_path: Path) -> None:
-    """The body refuses what no check of the config can see: here a folder that is no model."""
-    (tmp_path / "model").mkdir()
-    ended = started(tmp_path, "import_hf", "source=model")
-    assert ended.returncode == 2 and "model cannot be read as a nemotron_h model" in ended.stderr
-    assert "Error executing job" not in ended.stderr and "Traceback" not in ended.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_a_start_is_free_of_other_packages_warnings_and_of_those_alone(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Check a run, let packages warn, and start a verb on a wrong folder, in one process: its imports take 7 s."""
+    folder = tmp_path_factory.mktemp("one_process")
+    (folder / "model").mkdir()
+    wrong = ["--processes=3", "train_elastic", "--config-name=elastic_12b", "data.path=nowhere", "trainer.max_stepz=1"]
     lines = [
-        "import recipes._nemo, warnings",
+        "import recipes._nemo, sys, warnings",
         "from megatron.core.transformer import TransformerConfig",
         "import megatron.core.models.mimo.config.base_configs",
         "warnings.warn('The argument order of load has been changed. Please check the document')",
         "warnings.warn('torch.distributed is disabled, unavailable or uninitialized, assuming')",
         "TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)",
         "warnings.warn('something of our own')",
+        "from recipes import preflight, _start",
+        f"sys.argv = ['preflight', *{wrong}]",
+        "try:",
+        "    preflight.main()",
+        "except SystemExit as left:",
+        "    print('preflight left with', left.code)",
+        "sys.argv = ['import_hf', 'source=model']",
+        "_start.start('import_hf')",
     ]
-    ended = started(tmp_path, "-c", "\n".join(lines))
-    assert ended.returncode == 0 and ended.stdout == ""
-    said = [line for line in ended.stderr.splitlines() if "Warning" in line]
-    assert len(said) == 1 and "something of our own" in said[0], ended.stderr
+    return folder, started(folder, "-c", "\n".join(lines))
+
+
+def test_a_mistake_found_in_the_files_comes_without_a_line_of_hydras(
+    one_process: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    """The body refuses what no check of the config can see: here a folder that is no model."""
+    folder, ended = one_process
+    assert ended.returncode == 2 and "model cannot be read as a nemotron_h model" in ended.stderr
+    assert "Error executing job" not in ended.stderr and "Traceback" not in ended.stderr
+    assert [path.name for path in folder.iterdir()] == ["model"]
+
+
+def test_a_start_is_free_of_other_packages_warnings_and_of_those_alone(
+    one_process: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    said = [line for line in one_process[1].stderr.splitlines() if "Warning" in line]
+    assert len(said) == 1 and "something of our own" in said[0], one_process[1].stderr
+
+
+def test_preflight_prints_every_problem_and_leaves_with_2(
+    one_process: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    heading, *lines, left = one_process[1].stdout.splitlines()
+    assert heading == f"{len(lines)} problems:" and left == "preflight left with 2"
+    fields = {line.strip().partition(" = ")[0] for line in lines}
+    layouts = {f"curriculum.{phase}.parallel.tensor x pipeline x context" for phase in (0, 1)}
+    assert {"trainer.max_stepz", "data.path", *layouts} <= fields
 
 
 def test_cost_prints_and_writes_only_what_is_asked_for(tmp_path: Path) -> None:
@@ -83,17 +111,6 @@ def test_cost_prints_and_writes_only_what_is_asked_for(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "out" / "cost.json").read_text())
     assert [row["name"] for row in report["budgets"]] == ["12b", "9b", "6b"]
     assert report["parent"]["params"] == 12_310_001_152
-
-
-def test_preflight_prints_every_problem_and_leaves_with_2(tmp_path: Path) -> None:
-    wrong = ["--config-name=elastic_12b", "data.path=nowhere", "trainer.max_stepz=1"]
-    ended = started(tmp_path, "preflight", "--processes=3", "train_elastic", *wrong, PYTHONWARNINGS="ignore")
-    assert ended.returncode == 2, ended.stderr
-    heading, *lines = ended.stdout.splitlines()
-    assert heading == f"{len(lines)} problems:"
-    fields = {line.strip().partition(" = ")[0] for line in lines}
-    layouts = {f"curriculum.{phase}.parallel.tensor x pipeline x context" for phase in (0, 1)}
-    assert {"trainer.max_stepz", "data.path", *layouts} <= fields
 
 
 def test_rank_that_does_not_come_fails_the_all_reduce_in_time(tmp_path: Path) -> None:
