@@ -109,7 +109,7 @@ class ForeignStream(TokenStream):
         """Return where the documents begin, and the last ends: positions [N + 1], from the indices beside them."""
         bounds = [np.zeros(1, np.int64)]
         for prefix, part, start in zip(self._prefixes, self._parts, self._starts, strict=False):
-            found = document_bounds(_beside(prefix, ".idx"))
+            found = document_bounds(_beside(prefix, ".idx"), REMEDY)
             if not len(found) or found[-1] != len(part):
                 rule = f"its documents do not end where the {len(part):,} tokens do"
                 raise DataError(f"{_beside(prefix, '.idx')}: {rule}; {REMEDY}")

@@ -97,12 +97,12 @@ class Shares:
 @dataclass(frozen=True)
 class Carried:
     """Where a run stood when its weights last changed: `sample` of `phase`, how many samples of that phase each source
-    had given, and how often each had been read through in the phases before."""
+    had given, and of each of the phases `before`: of all sources, for one that has left may come back."""
 
     phase: int = 0
     sample: int = 0
     consumed: Mapping[str, int] = field(default_factory=dict)
-    epochs: Mapping[str, float] = field(default_factory=dict)
+    before: Sequence[Mapping[str, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,14 @@ class Mix:
         names, shares = self.shares(phase)
         return dict(Counter(before) + Counter(dict(zip(names, shares.counts(sample - start), strict=True))))
 
+    def read(self, num_samples: Sequence[int], phase: int, sample: int) -> list[Mapping[str, int]]:
+        """Return how many samples each source gave, phase by phase up to `sample` of `phase`; `num_samples` of each."""
+        places = [*num_samples[self.carried.phase : phase], sample] if phase >= self.carried.phase else []
+        return [
+            *self.carried.before,
+            *(self.consumed(index, at) for index, at in enumerate(places, self.carried.phase)),
+        ]
+
     def epochs(
         self, lengths: Sequence[Mapping[str, int]], num_samples: Sequence[int], phase: int, sample: int
     ) -> dict[str, float]:
@@ -143,9 +151,8 @@ class Mix:
 
         `lengths` of an epoch and `num_samples` by phase; a source without a length is left out.
         """
-        total = {name: self.carried.epochs.get(name, 0.0) for name in lengths[phase]}
-        for index in range(self.carried.phase, phase + 1):
-            for name, count in self.consumed(index, sample if index == phase else num_samples[index]).items():
-                if name in total:
-                    total[name] += count / lengths[index][name]
+        total = dict.fromkeys(lengths[phase], 0.0)
+        for of_phase, read in zip(lengths, self.read(num_samples, phase, sample), strict=False):
+            for name in total.keys() & read.keys():
+                total[name] += read[name] / of_phase[name]
         return total

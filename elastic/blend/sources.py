@@ -9,7 +9,7 @@ from elastic.blend.shares import Carried, Mix, Shares
 from elastic.config.load import Problem, Problems
 from elastic.config.sections import BlendSource, PreparedData
 from elastic.data.held_out import HeldOut
-from elastic.data.manifest import DataError, TokenizerRecord, read_manifest
+from elastic.data.manifest import DataError, TokenizerRecord, holds_chats, read_manifest
 from elastic.data.order import mixed_seed
 from elastic.data.stream import Row, Samples, samples_of
 from elastic.data.tokenizer import TOKENIZER_JSON, same_tokenizer
@@ -23,10 +23,13 @@ def is_foreign(source: BlendSource) -> bool:
 
 
 def tokenizer_folder(data: PreparedData) -> Path:
-    """Return the folder that holds the tokenizer of all the data: a prepared one, else what foreign pairs name."""
+    """Return the folder that holds the tokenizer of all the data: one of chats, whose template lies beside it, else
+    another prepared one, else what foreign pairs name.
+    """
     if not data.blend:
         return Path(data.path)
     prepared = [source.path for source in data.blend if not is_foreign(source)]
+    prepared.sort(key=lambda path: not holds_chats(Path(path)))
     named = [source.tokenizer for source in data.blend if source.tokenizer] + [data.tokenizer or ""]
     return Path((prepared or named)[0])
 
@@ -117,9 +120,19 @@ class Blended:
 
     def row(self, sample_index: int) -> Row:
         """Return the sequence of a sample of the phase, and the number of its source."""
+        name, index = self._at(sample_index)
+        return replace(self._sources[name].row(index), source=self._numbers[name])
+
+    def filled(self, sample_index: int) -> int | None:
+        """Return how many places of a sample's sequence its packed documents fill; None: nothing is packed."""
+        name, index = self._at(sample_index)
+        return self._sources[name].filled(index)
+
+    def _at(self, sample_index: int) -> tuple[str, int]:
+        """Return the source of a sample of the phase, and its number among the source's."""
         source, index = self._shares.at(sample_index - self._start)
         name = self._names[source]
-        return replace(self._sources[name].row(self._before.get(name, 0) + index), source=self._numbers[name])
+        return name, self._before.get(name, 0) + index
 
 
 class BlendedHeldOut(HeldOut):
@@ -212,12 +225,11 @@ class TrainingData:
         phase, sample = moment.phase_index, moment.consumed_samples
         if all(old.parts(number) == new.parts(number) for number in range(min(phase + 1, len(old.weights)))):
             return before
-        lengths, num_samples = self._lengths()
-        read = old.epochs(lengths, num_samples, phase - 1, num_samples[phase - 1]) if phase else {}
-        epochs = {**old.carried.epochs, **read}  # also of sources that have left, which may come back
+        num_samples = self._lengths()[1]
+        read = old.read(num_samples, phase - 1, num_samples[phase - 1]) if phase else []
         if phase < len(old.weights) and old.parts(phase) == new.parts(phase):  # only phases before differ
-            return Carried(phase, *old.start(phase), epochs)
-        return Carried(phase, sample, old.consumed(phase, sample) if sample else {}, epochs)
+            return Carried(phase, *old.start(phase), read)
+        return Carried(phase, sample, old.consumed(phase, sample) if sample else {}, read)
 
     def _lengths(self) -> tuple[list[dict[str, int]], list[int]]:
         """Return, phase by phase, the samples of an epoch of each source, and those of the whole phase."""

@@ -232,7 +232,10 @@ def check_budgets(model: ModelConfig, elastic: ElasticSection) -> Problems:
     for index, budget in enumerate(elastic.budgets):
         name, value = ("ratio", budget.ratio) if budget.target is None else ("target", budget.target)
         is_one = (budget.target is None) != (budget.ratio is None)  # else check_budget_fields says so
-        if is_one and (why := out_of_reach(space, budget.absolute(space.parent, deployment), deployment)) is not None:
+        if not is_one:
+            continue
+        absolute = budget.absolute(space.parent, deployment)
+        if why := out_of_reach(space, absolute, deployment, as_ratio=name == "ratio"):
             yield Problem(f"elastic.budgets.{index}.{name}", value, *why)
 
 

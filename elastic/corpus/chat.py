@@ -64,20 +64,30 @@ class Chat:
 class ChatTemplate:
     """The tokenizer in `folder` with its chat template; raises DataError when one is missing or they do not fit.
 
-    `loss_on` says which tokens count. With `parse_special_tokens` those spelled in messages become their ids.
+    `loss_on` says which tokens count. With `parse_special_tokens` those spelled in messages become their ids. Messages
+    call the folder `called`, where it is a copy of the user's.
     """
 
-    def __init__(self, folder: Path, own: LoadedTokenizer, loss_on: LossOn, *, parse_special_tokens: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        own: LoadedTokenizer,
+        loss_on: LossOn,
+        *,
+        parse_special_tokens: bool,
+        called: str | None = None,
+    ) -> None:
         from transformers import PreTrainedTokenizerFast
 
-        self.loss_on = loss_on
+        self.loss_on, named = loss_on, f"tokenizer {called or folder}"
         try:
             self._stock: Any = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise DataError(f"tokenizer {folder}: stock transformers does not open it ({error})") from error
+            raise DataError(f"{named}: stock transformers does not open it ({error})") from error
         given = self._stock.chat_template
         if not given:
-            raise DataError(f"tokenizer {folder}: has no chat template; give one with chat_template=FILE.jinja")
+            remedy = "prepare_data takes one as chat_template=FILE.jinja and puts it beside the tokenizer"
+            raise DataError(f"{named}: has no chat template; {remedy}")
         tokenizer = Tokenizer.from_str(self._stock.backend_tokenizer.to_str())
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -86,11 +96,11 @@ class ChatTemplate:
         self._tokenizer, vocabulary = tokenizer, tokenizer.get_vocab(with_added_tokens=True)
         if other := vocabulary.keys() ^ own.tokenizer.get_vocab(with_added_tokens=True).keys():
             rule = f"its settings and tokenizer.json differ in {', '.join(sorted(other)[:5])}"
-            raise DataError(f"tokenizer {folder}: {rule}; save it anew with stock transformers")
+            raise DataError(f"{named}: {rule}; save it anew with stock transformers")
         for template in given.values() if isinstance(given, dict) else [given]:
             if missing := sorted(set(TOKEN_LIKE.findall(template)) - vocabulary.keys()):
                 raise DataError(
-                    f"tokenizer {folder}: the chat template writes {', '.join(missing[:5])}, letters to it; "
+                    f"{named}: the chat template writes {', '.join(missing[:5])}, letters to it; "
                     "take the tokenizer the template was written for, or add them to it as special tokens"
                 )
         special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}

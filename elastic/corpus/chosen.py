@@ -1,9 +1,9 @@
 """Choose the documents of a corpus in a first reading, so that a second one can encode them in any process."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from elastic.corpus.blocks import Block, read_blocks
+from elastic.corpus.blocks import Block, Raw, read_blocks
 from elastic.corpus.config import PrepareConfig
 from elastic.corpus.documents import POSITIONS, sample_position, split_position
 from elastic.corpus.files import SkipReason, Tally
@@ -16,11 +16,11 @@ PROBED_CHATS = 32  # looked at for what the loss counts before the whole corpus 
 class Chosen:
     """The documents that are taken, found in a first reading: each once, to the end or to `max_bytes`.
 
-    Remembers a bit per document, and 130 bytes of each when duplicates are skipped.
+    Remembers a bit per document, and 130 bytes of each when duplicates are skipped. `on_read` hears of bytes read.
     """
 
-    def __init__(self, config: PrepareConfig, total_bytes: int) -> None:
-        self.config, self.tally, self._total_bytes = config, Tally(), total_bytes
+    def __init__(self, config: PrepareConfig, total_bytes: int, on_read: Callable[[int], object]) -> None:
+        self.config, self.tally, self._total_bytes, self._on_read = config, Tally(), total_bytes, on_read
         self.lowest, self.highest = POSITIONS, -1  # of the split positions
         self.nominal = int(config.validation_ratio * POSITIONS)
         # Sampled by content and not from the front, so that the tokenizer sees the whole corpus whatever its order.
@@ -49,7 +49,9 @@ class Chosen:
             yield block, self.wanted[number], threshold, dtype
 
     def _blocks(self) -> Iterator[Block]:
-        return read_blocks(self.config, self.config.part, self._total_bytes)
+        for block in read_blocks(self.config, self.config.part, self._total_bytes):
+            yield block
+            self._on_read(sum(len(part.content) for part in block if isinstance(part, Raw)))
 
     def add(self, found: Scanned) -> None:
         """Choose among the documents of the next block, unless there are enough."""

@@ -5,7 +5,7 @@ sample for the tokenizer; the second encodes and writes. No document list is eve
 """
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,12 +55,13 @@ class Prepared:
     joined: Manifest | None = None
 
 
-def prepare(config: PrepareConfig) -> Prepared:
+def prepare(config: PrepareConfig, on_read: Callable[[int, int], object] = lambda num_bytes, total: None) -> Prepared:
     """Make the folder `config.output_dir` with train.{bin,idx}, validation.{bin,idx}, a tokenizer and data.json.
 
     Of chats of which the loss counts a part, also train.mask and validation.mask: a bit for every token.
     The same settings and source give the same bytes, whatever the number of `workers`. A folder already made from them
     is recognised and left alone. With `shard=3/64` it lies within `output_dir`, and all of them there are one, too.
+    `on_read` hears how many bytes were read, of about how many: all is read twice.
     Raises DataError for illegal settings (all of them at once), a folder that holds something else, a corpus without
     usable documents, one that changes while it is read, or a place that cannot be written to.
     """
@@ -78,7 +79,7 @@ def prepare(config: PrepareConfig) -> Prepared:
             remove(folder.with_name(MANIFEST_NAME))  # all shards together are no longer what it says
         with written_aside(folder, replace=config.overwrite) as aside:
             aside.mkdir()
-            manifest = _build(config, source, aside)
+            manifest = _build(config, source, aside, on_read)
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
             raise
@@ -140,13 +141,16 @@ def _differences(old: Any, new: Any) -> list[str]:
     return [f"{name} was {old.get(name)}, now {new.get(name)}" for name in names if old.get(name) != new.get(name)]
 
 
-def _build(config: PrepareConfig, source: dict[str, Any], aside: Path) -> Manifest:
+def _build(
+    config: PrepareConfig, source: dict[str, Any], aside: Path, on_read: Callable[[int, int], object]
+) -> Manifest:
+    total = 2 * min(source["total_bytes"] // config.part.of, config.max_bytes or source["total_bytes"])
     if config.tokenizer_path is not None:
         copy_tokenizer(Path(config.tokenizer_path), aside)
     if config.chat_template is not None:
         (aside / CHAT_TEMPLATE).write_bytes(Path(config.chat_template).read_bytes())
     with Workers(config, aside, config.num_workers(source["total_bytes"])) as workers:
-        chosen = Chosen(config, source["total_bytes"])
+        chosen = Chosen(config, source["total_bytes"], lambda num_bytes: on_read(num_bytes, total))
         threshold = _scan(chosen, workers)
         if config.tokenizer_path is None:
             train_tokenizer(chosen.sample(), config.vocab_size, aside)
@@ -188,7 +192,7 @@ def _scan(chosen: Chosen, workers: Workers) -> int:
     tally, config = chosen.tally, chosen.config
     if not tally.kept:
         skipped = ", ".join(skip_lines(tally.skipped)) or "nothing"
-        what = f"{', '.join(config.paths)}; skipped: {skipped}{_advice(tally)}"
+        what = f"{', '.join(config.paths)}; skipped: {skipped}{_advice(tally, config.is_chat)}"
         if config.shard is not None:
             what = f"shard {config.shard} of {what}; if other shards have some, take fewer shards"
         raise DataError(f"data: no usable document in {what}")
@@ -211,14 +215,16 @@ def _split_threshold(nominal: int, lowest: int, highest: int) -> int:
     return min(nominal, highest)
 
 
-def _advice(tally: Tally) -> str:
+def _advice(tally: Tally, is_chat: bool) -> str:
     """Say what to do about what most users mean when nothing of their corpus can be used."""
+    line = 'a line of chats is {"messages": [{"role": "user", "content": ...}, ...]}'
     remedies = {
         SkipReason.MESSAGES: "for chats set document_format=chat",
         SkipReason.UNKNOWN_FIELD: f"a message may have the fields {', '.join(sorted(MESSAGE_FIELDS))}: take others out",
         SkipReason.NO_RESPONSE: "loss_on=all takes conversations without an answer",
         SkipReason.JSON_LINES: "set document_format=jsonl",
-        SkipReason.MISSING_FIELD: "name the field that holds the text with text_field=",
+        SkipReason.MISSING_FIELD: line if is_chat else "name the field that holds the text with text_field=",
+        SkipReason.NOT_AN_OBJECT: line if is_chat else 'a line is one object, {"text": ...}',
         SkipReason.OTHER_SUFFIX: "name the endings of the files with suffixes=[...]",
         SkipReason.COMPRESSED: "unpack the files",
     }

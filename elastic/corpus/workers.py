@@ -110,9 +110,9 @@ class Work:
         """Open the chat template; None where text is read."""
         if not self.config.is_chat:
             return None
-        special = self.config.parse_special_tokens
-        own = load_tokenizer(self.folder)
-        return ChatTemplate(self.folder, own, self.config.counted_part, parse_special_tokens=special)
+        given, own = self.config, load_tokenizer(self.folder)
+        special, called = given.parse_special_tokens, given.tokenizer_path
+        return ChatTemplate(self.folder, own, given.counted_part, parse_special_tokens=special, called=called)
 
     @cached_property
     def encoder(self) -> LoadedTokenizer | ChatTemplate:

@@ -142,6 +142,14 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(f"{path} lacks a field or has one too many ({error}); {REMEDY}") from error
 
 
+def holds_chats(folder: Path) -> bool:
+    """Tell whether a folder was prepared from conversations; False of one that cannot be read, which opening says."""
+    try:
+        return read_manifest(folder).packing == "isolated"
+    except DataError:
+        return False
+
+
 def _split_from(files: dict[str, Any], **others: Any) -> SplitRecord:
     return SplitRecord(files={name: FileRecord(**record) for name, record in files.items()}, **others)
 

@@ -47,6 +47,10 @@ class Packing:
         """Return the share of all places that hold a token of a document."""
         return float(self.lengths.sum(dtype=np.int64)) / max(1, len(self) * self.sequence_length)
 
+    def filled(self, sequence: int) -> int:
+        """Return how many places of a sequence hold a token of a document."""
+        return int(self.lengths[self.first_piece[sequence] : self.first_piece[sequence + 1]].sum())
+
     def pieces(self, sequence: int) -> list[tuple[int, int]]:
         """Return (start, length) of a sequence's pieces, longest first."""
         part = slice(self.first_piece[sequence], self.first_piece[sequence + 1])
@@ -60,23 +64,29 @@ class Packing:
         return f"{text}, {self.fill:.2%} full{long}{bare}"
 
 
-def document_bounds(path: Path) -> np.ndarray:
+def document_bounds(path: Path, remedy: str = REMEDY) -> np.ndarray:
     """Return the positions [N + 1] int64 at which the documents of a Megatron index (`.idx`) begin, and the last ends.
 
-    Raises DataError where the file is no index, or is cut off.
+    Raises DataError where the file is no index, is cut off, or has documents that do not follow each other.
     """
     with path.open("rb") as file:
         header = file.read(INDEX_HEADER_BYTES)
     if len(header) < INDEX_HEADER_BYTES or not header.startswith(INDEX_MAGIC):
-        raise DataError(f"{path}: is no index of a Megatron dataset; {REMEDY}")
+        raise DataError(f"{path}: is no index of a Megatron dataset; {remedy}")
     num_sequences, num_bounds = np.frombuffer(header, np.int64, 2, offset=INDEX_HEADER_BYTES - 16).tolist()
     size = INDEX_HEADER_BYTES + 12 * num_sequences + 8 * num_bounds  # lengths, positions in bytes, documents
-    if path.stat().st_size < size:
-        raise DataError(f"{path}: is cut off, {num_sequences:,} sequences need {size:,} bytes; {REMEDY}")
+    if min(num_sequences, num_bounds) < 0 or path.stat().st_size < size:
+        raise DataError(f"{path}: is cut off, {num_sequences:,} sequences need {size:,} bytes; {remedy}")
     whole = np.memmap(path, mode="r")
+    lengths = whole[INDEX_HEADER_BYTES:][: 4 * num_sequences].view(np.int32)
+    documents = whole[size - 8 * num_bounds : size].view(np.int64)
+    in_turn = not (documents[1:] < documents[:-1]).any() and lengths.min(initial=0) >= 0
+    if not in_turn or documents[:1].any() or documents[-1:].max(initial=0) > num_sequences:
+        rule = f"its documents do not follow each other from its first to the last of {num_sequences:,} sequences"
+        raise DataError(f"{path}: {rule}; {remedy}")
     ends = np.zeros(num_sequences + 1, np.int64)
-    np.cumsum(whole[INDEX_HEADER_BYTES:][: 4 * num_sequences].view(np.int32), out=ends[1:])
-    return ends[whole[size - 8 * num_bounds : size].view(np.int64)]
+    np.cumsum(lengths, out=ends[1:])
+    return ends[documents]
 
 
 def pack(bounds: np.ndarray, sequence_length: int, seed: int, long_documents: LongDocuments = "cut") -> Packing:

@@ -48,6 +48,10 @@ class Samples(Protocol):
         """Return a sample's sequence, a pure function of the index."""
         ...
 
+    def filled(self, sample_index: int) -> int | None:
+        """Return how many places of a sample's sequence its packed documents fill; None: nothing is packed."""
+        ...
+
 
 def concatenated_row(stream: TokenStream, start: int, sequence_length: int) -> Row:
     """Return the sequence from position `start` on, whatever documents begin and end in it."""
@@ -86,6 +90,9 @@ class Concatenated:
     def row(self, sample_index: int) -> Row:
         """Return the sequence of a sample."""
         return concatenated_row(self.stream, self.start(sample_index), self.sequence_length)
+
+    def filled(self, sample_index: int) -> None:
+        """Return nothing: documents run through."""
 
     def start(self, sample_index: int) -> int:
         """Return the position in the stream of a sample's first token."""
@@ -133,6 +140,10 @@ class Isolated:
     def row(self, sample_index: int) -> Row:
         """Return the sequence of a sample."""
         return packed_row(self.stream, self.packing, self.order.chunk(sample_index))
+
+    def filled(self, sample_index: int) -> int:
+        """Return how many places of a sample's sequence hold a token of a document."""
+        return self.packing.filled(self.order.chunk(sample_index))
 
 
 def samples_of(stream: TokenStream, sequence_length: int, seed: int, salt: int = 0) -> Samples:
@@ -232,3 +243,10 @@ class PhaseData:
         dataset = self.datasets[moment.phase_index]
         numbers = self.numbers(moment, moment.phase.global_batch // (size * replicas), rank, replicas)
         return [read_batch(dataset, moment.consumed_samples, number, 0, 1, size) for number in numbers]
+
+    def fill(self, moment: Moment) -> float | None:
+        """Return the share of the places of a step's packed sequences that documents fill; None: there are none."""
+        dataset, first = self.datasets[moment.phase_index], moment.consumed_samples
+        found = [dataset.filled(index) for index in range(first, first + moment.phase.global_batch)]
+        filled = [places for places in found if places is not None]
+        return sum(filled) / (len(filled) * dataset.sequence_length) if filled else None

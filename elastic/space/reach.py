@@ -3,6 +3,7 @@
 C candidates (one choice per axis, the same in every layer), A elastic axes, K choices.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,15 +26,22 @@ def smallest_subnet(space: Space) -> Subnet:
     return space.subnet({axis: (len(space.axes[axis].choices) - 1,) * space.num_slots(axis) for axis in Axis})
 
 
-def out_of_reach(space: Space, budget: Budget, deployment: Deployment) -> tuple[str, str] | None:
-    """Return why a target does not lie between the smallest subnet and the parent (0.1% slack), and what does."""
+def out_of_reach(
+    space: Space, budget: Budget, deployment: Deployment, *, as_ratio: bool = False
+) -> tuple[str, str] | None:
+    """Return why a target does not lie between the smallest subnet and the parent (0.1% slack), and what does.
+
+    With `as_ratio` that is also said as the share of the parent that a budget may name instead.
+    """
     extremes = (smallest_subnet(space), Subnet.full(space.parent))
     low, high = (float(subnet_cost(space.parent, subnet, deployment)[budget.metric]) for subnet in extremes)
     if low * 0.999 <= budget.limit <= high * 1.001:
         return None
     reach = f"outside what the choices can reach, {low:,.0f} to {high:,.0f}"
     rule = f"target {budget.limit:,.0f} {budget.metric} lies {reach}"
-    return rule, f"nearest reachable is {low if budget.limit < low else high:,.0f}"
+    nearest = low if budget.limit < low else high
+    ratio = f", a ratio of {math.ceil(1000 * nearest / high) / 1000}" if as_ratio else ""
+    return rule, f"nearest reachable is {nearest:,.0f}{ratio}"
 
 
 @dataclass(frozen=True)

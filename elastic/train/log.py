@@ -243,6 +243,7 @@ class LogSteps(Callback):
             "tokens_per_s": tokens_per_s,
             "skipped_steps": trainer.skipped.count,
             "counted_tokens": sum(mean.num_tokens for mean in means.values()),
+            "fill": trainer.data.fill(result.moment),
         }
         for name, mean in means.items():
             row |= {f"train/{name}/kl": mean.kl, f"train/{name}/cross_entropy": mean.cross_entropy}
@@ -260,8 +261,7 @@ class LogSteps(Callback):
             for ratio in [row.get(f"router/{name}/cost_ratio")]
         ]
         status = "  ".join([*shown, f"{tokens_per_s:,.0f} tok/s"])
-        phase = result.moment.phase.name
-        self.progress.update(self._task, completed=trainer.step, description=phase, status=status)
+        self.progress.update(self._task, completed=trainer.step, description=result.moment.phase.name, status=status)
 
     def _report_spikes(self, trainer: Trainer, means: Mapping[str, MeanLoss], moments: Sequence[Moment]) -> None:
         """Warn of losses that stand out, with the samples they were measured on."""

@@ -34,7 +34,7 @@ from elastic.space.cost import subnet_cost
 from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import Space
 from elastic.verbs.members import members_problems, open_checkpoint, subnet_summary
-from elastic.verbs.prompts import Prompt, chat_problems, read_prompts
+from elastic.verbs.prompts import Prompt, prompt_problems, read_prompts
 from elastic.verbs.report_file import check_output, write_output
 from elastic.verbs.text import text_settings
 from elastic.world.groups import Layout, World
@@ -205,7 +205,7 @@ def _tokenizer_problems(config: GenerateConfig, own: Path | None, field: str, sh
         rule = f"has {tokens} tokens, the model of {field} has {shape.vocab} rows"
         yield Problem("tokenizer", str(path), rule, "give the tokenizer the model was trained with")
         return
-    yield from chat_problems(config, Path(path))
+    yield from prompt_problems(config, Path(path))
 
 
 def _plan(config: GenerateConfig, served: Served) -> Subnet | ThinkPlan:

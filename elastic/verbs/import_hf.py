@@ -16,9 +16,10 @@ from elastic.checkpoint.contents import writing_folder
 from elastic.checkpoint.find import checkpoint_folder, list_checkpoints
 from elastic.checkpoint.record import Record
 from elastic.checkpoint.stream import save_streamed, stored_bytes
-from elastic.config.load import ConfigError, config_dict, load_with_problems
+from elastic.config.load import ConfigError, Problem, config_dict, load, load_with_problems
+from elastic.config.rules_elastic import check_budgets
 from elastic.config.rules_layout import nearest_divisor
-from elastic.config.sections import ElasticSection, ModelConfig
+from elastic.config.sections import ElasticSection, ExpManagerConfig, ModelConfig
 from elastic.config.verbs import ElasticRunConfig, ImportConfig
 from elastic.hf.export_settings import write_export_settings
 from elastic.hf.folder import CONFIG_FILE, GENERATION_FILE, HfFolder, open_hf_folder
@@ -85,7 +86,7 @@ def run_import(config: ImportConfig, console: Console) -> Path:
             remove(writing_folder(checkpoint))  # nobody goes on with a damaged folder
             raise
     console.print(f"{source.path} -> {checkpoint}", soft_wrap=True)
-    console.print("\n".join(next_commands(source, folder)), soft_wrap=True, markup=False, highlight=False)
+    console.print("\n".join(next_commands(source, folder, offered)), soft_wrap=True, markup=False, highlight=False)
     return folder
 
 
@@ -112,16 +113,23 @@ def default_lanes(shape: ModelShape) -> int:
     return nearest_divisor(DEFAULT_LANES, width) if width % DEFAULT_LANES else DEFAULT_LANES
 
 
-def next_commands(source: HfFolder, run_folder: Path) -> list[str]:
-    """Return what to type from here to an exported family, with what this parent needs beside the defaults."""
+def next_commands(source: HfFolder, run_folder: Path, offered: Mapping[str, Any] | None = None) -> list[str]:
+    """Return what to type from here to an exported family, with what this parent needs beside the defaults, and which
+    of the budgets that are `offered` it cannot have.
+    """
+    unfit: list[Problem] = []
+    if offered is not None and "budgets" in offered["elastic"]:
+        unfit += check_budgets(load(ModelConfig, offered["model"]), load(ElasticSection, offered["elastic"]))
     lanes = "" if (number := default_lanes(source.shape)) == DEFAULT_LANES else f" lanes={number}"
     runs, data = run_folder.parent.parent, "data.path=data/own"
+    there = "" if str(runs) == ExpManagerConfig.exp_dir else f" exp_manager.exp_dir={runs}"
     return [
-        "next (the model's sizes come from the checkpoint; space=auto and budgets=thirds or halves fit it):",
+        "next (sizes and choices come from the checkpoint):",
         f"  python recipes/prepare_data.py paths=[TEXTS] tokenizer_path={source.path} output_dir=data/own",
-        f"  python recipes/estimate_importance.py {data} init_from.parent={run_folder}{lanes}",
-        f"  python recipes/train_elastic.py {data} init_from.permuted_parent={runs}/permuted_parent/version_0",
-        f"  python recipes/extract.py init_from.checkpoint={runs}/family/version_0",
+        f"  python recipes/estimate_importance.py {data} init_from.parent={run_folder}{lanes}{there}",
+        f"  python recipes/train_elastic.py {data} init_from.permuted_parent={runs}/permuted_parent/version_0{there}",
+        f"  python recipes/extract.py init_from.checkpoint={runs}/family/version_0{there}",
+        *(f"but choose other budgets, for example budgets=halves: {problem}" for problem in unfit),
         f"for choices and budgets of your own, edit {run_folder / FAMILY_FILE} and add to train_elastic.py:",
         f"  --config-dir={run_folder} --config-name={Path(FAMILY_FILE).stem}",
     ]

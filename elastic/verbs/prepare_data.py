@@ -4,6 +4,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -12,13 +13,14 @@ from elastic.corpus.config import PrepareConfig
 from elastic.corpus.prepare import prepare, skip_lines
 from elastic.data.packing import document_bounds, pack
 
+MINUTES_BYTES = 200_000_000  # read: a minute's work of one process
 COMMON_LENGTHS = (4096, 16384, 49152)  # how full sequences would be is said of these; a run says it of its own
 
 
 def run_prepare(config: PrepareConfig, console: Console) -> Path:
     """Prepare the text, say what was done with it and what was passed over; returns the folder."""
     with _leaving_on_sigterm():
-        prepared = prepare(config)
+        prepared = prepare(config, _Tenths(console))
     manifest, state = prepared.manifest, "already prepared" if prepared.already_prepared else "prepared"
     splits = ", ".join(f"{name} {split.num_tokens:,} tokens" for name, split in manifest.splits.items())
     lines = [f"{prepared.folder}: {state}, {manifest.num_documents:,} documents, {splits}"]
@@ -41,6 +43,20 @@ def run_prepare(config: PrepareConfig, console: Console) -> Path:
         lines.append(f"{config.output_dir}: all {config.part.of} shards are there, {together:,} tokens")
     console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
     return Path(prepared.folder)
+
+
+@dataclass
+class _Tenths:
+    """Says ten times how far a large corpus has been read."""
+
+    console: Console
+    done: int = 0
+
+    def __call__(self, num_bytes: int, total: int) -> None:
+        before, self.done = self.done, self.done + num_bytes
+        if total >= MINUTES_BYTES and 10 * before // total < 10 * self.done // total:
+            text = f"read {self.done / 1e6:,.0f} MB of about {total / 1e6:,.0f}, for everything is read twice"
+            self.console.print(text, highlight=False)
 
 
 @contextmanager

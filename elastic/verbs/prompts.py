@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from elastic.config.load import Problem
@@ -12,6 +12,11 @@ from elastic.corpus.conversation import Conversation, parse_conversation
 from elastic.corpus.files import SkipReason
 from elastic.data.manifest import DataError
 from elastic.data.tokenizer import LoadedTokenizer, load_tokenizer
+
+REMEDIES = {
+    "prompt_file": "give a file with a text to go on from",
+    "chat_file": 'a line is {"messages": [..., {"role": "user", "content": ...}]}; tokenizer=FOLDER names another',
+}
 
 
 @dataclass(frozen=True)
@@ -29,23 +34,22 @@ def read_prompts(config: GenerateConfig, tokenizer: LoadedTokenizer, folder: Pat
     """
     texts = [unescaped(prompt) for prompt in config.prompts]
     if config.prompt_file is not None:
-        texts.append(_read("prompt_file", Path(config.prompt_file)))
+        texts.append(_read(Path(config.prompt_file)))
     prompts = [Prompt(text, tokenizer.encode_prompt(text)) for text in texts]
     if config.chat_file is not None:
         prompts += _chats(Path(config.chat_file), ChatTemplate(folder, tokenizer, "all", parse_special_tokens=False))
     return prompts
 
 
-def chat_problems(config: GenerateConfig, folder: Path) -> Iterator[Problem]:
-    """Yield a problem for conversations that the tokenizer in `folder` cannot turn into prompts."""
-    if config.chat_file is None:
-        return
-    try:
-        tokenizer = load_tokenizer(folder, parse_special_tokens=True)
-        _chats(Path(config.chat_file), ChatTemplate(folder, tokenizer, "all", parse_special_tokens=False))
-    except DataError as error:
-        remedy = 'a line is {"messages": [..., {"role": "user", "content": ...}]}'
-        yield Problem("chat_file", config.chat_file, str(error), remedy)
+def prompt_problems(config: GenerateConfig, folder: Path) -> Iterator[Problem]:
+    """Yield a problem for each file that the tokenizer in `folder` cannot turn into prompts."""
+    tokenizer = load_tokenizer(folder, parse_special_tokens=True)
+    texts, chats = replace(config, prompts=(), chat_file=None), replace(config, prompts=(), prompt_file=None)
+    for field, alone in (("prompt_file", texts), ("chat_file", chats)):
+        try:
+            read_prompts(alone, tokenizer, folder)
+        except DataError as error:
+            yield Problem(field, getattr(config, field), str(error), REMEDIES[field])
 
 
 def unescaped(prompt: str) -> str:
@@ -55,7 +59,7 @@ def unescaped(prompt: str) -> str:
 
 def _chats(path: Path, template: ChatTemplate) -> list[Prompt]:
     prompts = []
-    for number, line in enumerate(_read("chat_file", path).split("\n"), 1):
+    for number, line in enumerate(_read(path).split("\n"), 1):
         if not line.strip():
             continue
         place = f"{path}:{number}"
@@ -63,6 +67,8 @@ def _chats(path: Path, template: ChatTemplate) -> list[Prompt]:
         if isinstance(conversation, SkipReason):
             raise DataError(f"{place}: {conversation}")
         prompts.append(_prompt(place, conversation, template))
+    if not prompts:
+        raise DataError(f"{path}: is empty")
     return prompts
 
 
@@ -81,11 +87,11 @@ def _prompt(place: str, conversation: Conversation, template: ChatTemplate) -> P
     return Prompt(chat.text, ids.tolist())
 
 
-def _read(field: str, path: Path) -> str:
+def _read(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{field} = {path}: cannot be read as UTF-8 text ({error})") from error
-    if not text.strip() if field == "chat_file" else not text:
-        raise DataError(f"{field} = {path}: is empty; give a text to go on from")
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+    if not text:
+        raise DataError(f"{path}: is empty")
     return text

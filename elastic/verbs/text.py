@@ -11,7 +11,7 @@ from elastic.config.load import Problem
 from elastic.config.sections import PreparedData
 from elastic.config.verbs import ElasticConfig, EvaluateConfig, ImportanceConfig, PretrainConfig, TrainConfig
 from elastic.data.held_out import HeldOut
-from elastic.data.manifest import DataError, Manifest, TokenizerRecord, read_manifest
+from elastic.data.manifest import DataError, Manifest, TokenizerRecord, holds_chats, read_manifest
 from elastic.data.pieces import Pieces
 from elastic.data.tokenizer import TOKENIZER_JSON, same_tokenizer
 from elastic.data.tokens import LONGER, num_packable, open_split
@@ -169,11 +169,14 @@ def text_settings(checkpoint: Path, record: Record, data: str | None = None) -> 
     """Return the settings of a checkpoint's exports and the folder of its tokenizer (None: it has none).
 
     An imported parent's settings stay what they were, but for a longer sequence if it was trained on one. The tokenizer
-    is that of prepared data which the user names, else the one an imported parent brought along, else that of the data
-    the model was trained on. Raises DataError, UnsafeFileError or ExportSettingsError for damage.
+    is that of prepared data which the user names, else, for its chat template, of the chats the model was trained on,
+    else the one an imported parent brought along, else that of other data the model was trained on. Raises DataError,
+    UnsafeFileError or ExportSettingsError for damage.
     """
     carried, trained = read_export_settings(checkpoint), int(record.provenance.get(LONGEST, 0))
-    data = data or (record.data if carried is None or carried.tokenizer_folder is None else None)
+    brought = carried is not None and carried.tokenizer_folder is not None
+    if data is None and record.data is not None and (not brought or holds_chats(Path(record.data))):
+        data = record.data
     if carried is not None:
         longest = max(trained, carried.settings.max_position_embeddings)
         settings = replace(carried.settings, max_position_embeddings=longest)

@@ -1,4 +1,4 @@
-"""A run on several sources: loss by source, the same at any number of replicas, and gone on with after new weights."""
+"""A run on several sources: loss by source, the same at any layout, and gone on with after new weights."""
 
 import json
 from pathlib import Path
@@ -21,6 +21,13 @@ NAMES = ("foreign", "own")
 
 def pretrain(values):
     run_training(load(PretrainConfig, values), Console(quiet=True))
+
+
+PHASES = [
+    dict(name="one", sequence_length=32, global_batch=8, steps=2, lr=dict(peak=3e-3)),
+    dict(name="two", sequence_length=64, global_batch=4, steps=3, lr=dict(peak=3e-3),
+         blend_weights=dict(foreign=2, own=1)),
+]  # fmt: skip
 
 
 def values(start, version, weights, **manager):
@@ -74,5 +81,26 @@ def test_two_replicas_and_an_interruption_change_nothing_and_new_weights_hold_fr
     assert own == pytest.approx([before + Shares((0.9, 0.1)).counts(8 * n)[1] for n in range(5)])
     state = json.loads((Path(start) / "run/blend2/checkpoints/step_00000008/state.json").read_text())
     assert state["origin"]["blend"] == dict(
-        phase=0, sample=32, consumed=dict(foreign=32 - before, own=before), epochs={}
+        phase=0, sample=32, consumed=dict(foreign=32 - before, own=before), before=[]
     )
+
+
+def test_other_weights_of_a_second_phase_read_the_same_at_tp2_pp2_and_cp2_and_over_an_interruption_in_it(
+    start, blended
+):
+    def run(version, size, max_steps, parallel):
+        told = values(start, version, (0.3, 0.7)) | dict(curriculum=PHASES, parallel=parallel)
+        told["trainer"] |= dict(max_steps=max_steps)
+        run_distributed(pretrain, size, told)
+        return rows(start, version)
+
+    alone = run("phases", 1, 5, {})
+    read = Shares((0.3, 0.7)).counts(16)[0] / (3999 // 32) + Shares((2, 1)).counts(12)[0] / (3999 // 64)
+    assert alone[5]["epochs/foreign"] == pytest.approx(read)
+    for axis in ("tensor", "pipeline", "context"):
+        run(axis, 2, 4, {axis: 2})
+        found = run(axis, 2, 5, {axis: 2})
+        assert found.keys() == alone.keys()
+        for step in alone:
+            for key in (key for key in alone[step] if "cross_entropy" in key or "epochs" in key):
+                assert found[step][key] == pytest.approx(alone[step][key], rel=1e-5), (axis, step, key)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -18,6 +19,8 @@ from elastic.config.load import config_dict
 from elastic.config.rules_layout import Cluster
 from elastic.config.sections import ModelConfig
 from elastic.config.verbs import ElasticConfig
+from elastic.hf.folder import open_hf_folder
+from elastic.verbs.import_hf import next_commands
 from elastic.verbs.inputs import load_run
 from recipes._common import CONF
 from recipes._tiny_family import prepare_corpus
@@ -102,6 +105,14 @@ def test_the_import_says_what_to_type_next(folder: Path, shown: dict[str, str]) 
     for verb, arguments in printed:
         # The page leaves out the version, of which a new run has one; the screen names the very folder.
         assert set(arguments.replace("/version_0", "").split()) <= set(documented[verb]), verb
+    offered = yaml.safe_load((folder / "runs" / "imported" / "version_0" / "family.yaml").read_text())
+    offered["elastic"]["budgets"][2]["ratio"] = 0.01
+    source = open_hf_folder(folder / "model")
+    elsewhere = "\n".join(next_commands(source, Path("/far/imported/version_0"), offered))
+    assert re.search(r"budgets=halves: elastic.budgets.2.ratio = 0.01: .*, a ratio of 0\.\d+$", elsewhere, flags=re.M)
+    assert "budgets=halves" not in shown["import_hf"], "its budgets fit"
+    for verb, arguments in re.findall(r"recipes/(\w+)\.py (.*)", elsewhere):
+        assert verb == "prepare_data" or arguments.endswith(" exp_manager.exp_dir=/far"), "the next one looks there"
 
 
 def test_the_import_offers_a_run_that_is_what_the_defaults_give(folder: Path, shown: dict[str, str]) -> None:

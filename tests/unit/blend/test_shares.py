@@ -78,7 +78,7 @@ def test_the_order_of_a_list_says_nothing() -> None:
 
 def test_after_a_change_the_new_shares_hold_and_sources_go_on_where_they_were() -> None:
     before = Mix([dict(a=1.0, b=1.0, gone=2.0)] * 2)
-    carried = Carried(1, 100, before.consumed(1, 100), epochs=dict(a=0.5, b=0.25, gone=1.0))
+    carried = Carried(1, 100, before.consumed(1, 100), before=[dict(a=25, b=25, gone=9)])
     after = Mix([dict(a=9.0, b=1.0), dict(a=1.0, b=3.0, new=4.0)], carried)
     assert before.consumed(1, 100) == dict(a=25, b=25, gone=50)
     assert after.consumed(1, 180) == dict(a=35, b=55, gone=50, new=40)

@@ -99,21 +99,20 @@ def test_with_changed_weights_each_source_goes_on_where_it_was(folder: Path) -> 
                                                     "text": carried.consumed["text"] + 70}  # fmt: skip
     # In a phase that begins, all begin; what was read before still counts.
     begun = after.carried(before.data, before.curriculum.phases, None, 100)
-    assert begun == Carried(1, 0, {}, {name: before.epochs(100)[name] for name in now})
-    assert after.epochs(100, begun) == begun.epochs
+    read = before.mix().consumed(0, 800)
+    assert begun == Carried(1, 0, {}, [read])
+    assert after.epochs(100, begun) == {name: before.epochs(100)[name] for name in now}
     # A source that comes back has been read as often as before it left; shares of a phase that is over change no turn.
-    left = Carried(1, 40, dict(code=40), dict(code=1.0, foreign=2.5))
-    back = before.carried(after.data, after.curriculum.phases, left, 110)
-    assert back is not None and back.epochs == dict(code=1.0, foreign=2.5, text=0.0)
+    back = before.carried(after.data, after.curriculum.phases, begun, 110)
+    assert back == Carried(1, 80, dict(code=10, text=70), [read])
+    assert before.epochs(110, back)["foreign"] == before.epochs(100)["foreign"] > 1.5
     other = [replace(before.curriculum.phases[0], blend_weights=dict(code=1)), before.curriculum.phases[1]]
-    assert before.carried(before.data, other, None, 110) == Carried(
-        1, 0, {}, dict(code=800 / len(before.by_source[0]["code"]), foreign=0.0, text=0.0)
-    )
+    assert before.carried(before.data, other, None, 110) == Carried(1, 0, {}, [dict(code=800)])
     # Between one folder and a blend, which is only allowed where a phase begins, all are counted from there.
     alone = TrainingData(load(PreparedData, dict(path=str(folder / "code"))), before.curriculum.phases, 5)
     assert alone.carried(alone.data, before.curriculum.phases, None, 100) is None
     switched = alone.carried(before.data, before.curriculum.phases, None, 100)
-    assert switched == Carried(1, 0, {}, {str(folder / "code"): 0.0}) and alone.epochs(100, switched) == switched.epochs
+    assert switched == Carried(1, 0, {}, [read]) and alone.epochs(100, switched) == {str(folder / "code"): 0.0}
 
 
 def test_foreign_pairs_are_one_stream_with_documents(folder: Path) -> None:
@@ -139,8 +138,14 @@ def test_foreign_pairs_are_one_stream_with_documents(folder: Path) -> None:
         (lambda pair: pair.with_suffix(".idx").write_bytes(pair.with_suffix(".idx").read_bytes()[:60]), "is cut off"),
         (lambda pair: np.memmap(pair.with_suffix(".idx"), mode="r+").__setitem__(17, 6), "its type 6 is none"),
         (lambda pair: np.memmap(pair.with_suffix(".idx"), mode="r+").__setitem__(-8, 24), "documents do not end where"),
+        (lambda pair: np.memmap(pair.with_suffix(".idx"), mode="r+").__setitem__(-8, 200), "do not follow each other"),
+        (
+            lambda pair: np.memmap(pair.with_suffix(".idx"), mode="r+").__setitem__(-16, 200),
+            "do not follow .* restore it",
+        ),
+        (lambda pair: np.memmap(pair.with_suffix(".idx"), mode="r+").__setitem__(33, 255), "is cut off"),
     ],
-    ids=["missing", "short", "header", "cut", "floats", "documents"],
+    ids=["missing", "short", "header", "cut", "floats", "documents", "beyond", "unordered", "negative"],
 )
 def test_a_damaged_pair_is_named(folder: Path, tmp_path: Path, damage: Any, words: str) -> None:
     for suffix in (".bin", ".idx"):

@@ -14,7 +14,7 @@ from elastic.corpus.workers import Work
 def read_documents(corpus: Corpus, tally: Tally) -> Iterator[Document]:
     """Yield the documents that are taken, and count them and the others in `tally`."""
     config = PrepareConfig(**asdict(corpus))
-    chosen, work = Chosen(config, 0), Work(config, Path())
+    chosen, work = Chosen(config, 0, lambda num_bytes: None), Work(config, Path())
     chosen.tally = tally
     for block, num_probed, _ in chosen.first():
         chosen.add(work.scan(block, num_probed, None))

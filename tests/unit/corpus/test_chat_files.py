@@ -28,7 +28,7 @@ from tests.unit.data.chatting import (
 def test_a_template_from_a_file_goes_along_with_the_tokenizer(tmp_path: Path) -> None:
     bare = write_tokenizer(tmp_path / "bare", None)
     source = write_chats(tmp_path / "chats.jsonl", conversations("chatml", 20))
-    with pytest.raises(DataError, match=r"has no chat template; give one with chat_template=FILE\.jinja"):
+    with pytest.raises(DataError, match=rf"^tokenizer {bare}: has no chat template; .* chat_template=FILE\.jinja"):
         prepare(chat_config(tmp_path, source, bare))
     file = tmp_path / "mine.jinja"
     file.write_text(unmarked(CHATML))
@@ -79,7 +79,8 @@ def test_what_is_no_usable_conversation_is_counted_by_reason_and_leaves_no_trace
         expected.setdefault(reason, SkipRecord(0, f"{source}:{line}{detail}")).count += 1
     assert prepared.manifest.skipped == expected and prepared.manifest.num_documents == 30
     source.write_text("\n".join(BAD) + "\n")
-    with pytest.raises(DataError, match=r"no usable document .*no_response .*a message may have the fields content"):
+    advice = r'a message may have the fields content.*; a line of chats is {"messages"'
+    with pytest.raises(DataError, match=rf"no usable document .*no_response .*{advice}"):
         prepare(chat_config(tmp_path, source, chat_folders["llama3"], output_dir=str(tmp_path / "none")))
     assert not (tmp_path / "none").exists()
     with pytest.raises(TemplateRefusal, match="no such role"):

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, processors
 from elastic.corpus.prepare import PrepareConfig, prepare
 from elastic.data.manifest import DataError, SkipRecord, read_manifest
 from elastic.data.tokenizer import load_tokenizer, train_tokenizer
+from elastic.verbs import prepare_data
 from elastic.verbs.prepare_data import run_prepare
 from tests.unit.data.preparing import NUM_DOCUMENTS, config, contents, texts, write_jsonl
 
@@ -224,7 +225,9 @@ def shown(settings: PrepareConfig) -> str:
     return screen.getvalue()
 
 
-def test_what_was_left_out_stands_on_the_screen(source: Path, tmp_path: Path) -> None:
+def test_what_was_left_out_stands_on_the_screen_and_how_far_a_large_corpus_is_read(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "own"
     folder.mkdir()
     (folder / "a.jsonl").write_bytes(source.read_bytes())
@@ -233,7 +236,9 @@ def test_what_was_left_out_stands_on_the_screen(source: Path, tmp_path: Path) ->
     assert f"skipped: 1 other_suffix (first {folder / 'b.md'})" in everything and "stopped" not in everything
     part = shown(config(folder, tmp_path / "part", max_bytes=9000))
     assert "stopped at max_bytes = 9,000: there are more documents" in part and "200 documents" not in part
-    assert "skipped: nothing" in shown(config(source, tmp_path / "one"))
+    assert "skipped: nothing" in shown(config(source, tmp_path / "one")) and "read " not in everything
+    monkeypatch.setattr(prepare_data, "MINUTES_BYTES", 1)
+    assert shown(config(source, tmp_path / "large")).count("read 0 MB of about 0, for everything is read twice") == 2
 
 
 def test_all_illegal_settings_are_named_in_one_error(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from elastic.corpus.prepare import PrepareConfig, prepare
 from elastic.data.held_out import HeldOut, validation_batches
 from elastic.data.manifest import DataError
 from elastic.data.packing import best_fit, document_bounds, pack
-from elastic.data.stream import PADDING_SAMPLE, Concatenated, Isolated, read_batch, samples_of
+from elastic.data.stream import PADDING_SAMPLE, Concatenated, Isolated, PhaseData, read_batch, samples_of
 from elastic.data.tokens import TokenStream
+from elastic.router.phases import Moment, Phase
 from elastic.verbs.prepare_data import run_prepare
 from elastic.verbs.text import length_problems
 from tests.unit.config.configs import put, values_of
@@ -161,6 +162,11 @@ def test_rows_hold_whole_conversations_with_their_masks(chats: Path) -> None:
                 expected[tuple(tokens[:-1]), tuple(tokens[1:]), tuple(counted)] += 1
         assert found == expected
         assert samples.packing.fill > 0.9  # of 80 short conversations
+    steps = PhaseData([samples], micro_batch_size=1, world=None)  # type: ignore[arg-type]  # no batch is read
+    epoch = Moment(0, 0, Phase(name="one", sequence_length=S, global_batch=len(samples), steps=1), 0)
+    assert steps.fill(epoch) == pytest.approx(samples.packing.fill)
+    whole = PhaseData([Concatenated(stream, S, seed=3)], micro_batch_size=1, world=None)  # type: ignore[arg-type]
+    assert whole.fill(epoch) is None
 
 
 @pytest.mark.parametrize("data_parallel_size", [1, 2, 4])

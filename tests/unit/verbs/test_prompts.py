@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from elastic.config.verbs import GenerateConfig
 from elastic.data.manifest import DataError
 from elastic.data.tokenizer import load_tokenizer
-from elastic.verbs.prompts import Prompt, chat_problems, read_prompts
+from elastic.verbs.prompts import Prompt, prompt_problems, read_prompts
 from tests.unit.data.chatting import ANSWER, CHATML, USER, write_tokenizer
 
 
@@ -64,8 +64,21 @@ def test_a_line_ends_where_jsonl_ends_it_and_a_byte_order_mark_is_none_of_it(fol
 def test_what_cannot_be_answered_is_refused_before_a_model_is_loaded(folder: Path, line: object, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         prompts_of(folder, {"messages": [USER]}, line)
-    (problem,) = chat_problems(GenerateConfig(chat_file=str(folder / "chats.jsonl")), folder)
+    (problem,) = prompt_problems(GenerateConfig(chat_file=str(folder / "chats.jsonl")), folder)
     assert problem.field == "chat_file" and reason.split("jsonl")[1] in problem.rule
+
+
+@pytest.mark.parametrize("field", ["prompt_file", "chat_file"])
+@pytest.mark.parametrize(
+    ("content", "rule"), [(None, "cannot be read"), (b"", "is empty"), (b"\xff", "cannot be read as UTF-8")]
+)
+def test_a_file_that_gives_no_prompt_is_named_with_its_field(
+    folder: Path, tmp_path: Path, field: str, content: bytes | None, rule: str
+) -> None:
+    if content is not None:
+        (tmp_path / "file").write_bytes(content)
+    (problem,) = prompt_problems(GenerateConfig(**{field: str(tmp_path / "file")}), folder)
+    assert problem.field == field and f"file: {rule}" in problem.rule and problem.remedy
 
 
 def test_an_empty_file_and_a_tokenizer_without_template_are_refused(folder: Path, tmp_path: Path) -> None:

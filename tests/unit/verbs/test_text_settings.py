@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from elastic.blend.sources import tokenizer_folder
 from elastic.checkpoint.record import Record
+from elastic.config.load import load
+from elastic.config.sections import PreparedData
 from elastic.hf.config import generation_config
 from elastic.hf.export_settings import HfSettings, write_export_settings
 from elastic.hf.folder import HfFolder, open_hf_folder
@@ -42,6 +45,18 @@ def test_data_that_the_user_names_gives_the_tokenizer_and_changes_no_setting(
     record = Record("parent", SHAPE, data=data)
     assert text_settings(checkpoint, record) == (source.exports.settings, checkpoint / "hugging_face")
     assert text_settings(checkpoint, record, data) == (source.exports.settings, Path(data))
+
+
+def test_a_model_trained_on_chats_keeps_their_template(source: HfFolder, data: str, tmp_path: Path) -> None:
+    manifest = json.loads((Path(data) / "data.json").read_text())
+    manifest["settings"]["document_format"] = "chat"
+    (Path(data) / "data.json").write_text(json.dumps(manifest))
+    checkpoint = imported(source, tmp_path)
+    assert text_settings(checkpoint, Record("parent", SHAPE, data=data)) == (source.exports.settings, Path(data))
+    gone = Record("parent", SHAPE, data=str(tmp_path / "gone"))
+    assert text_settings(checkpoint, gone) == (source.exports.settings, checkpoint / "hugging_face")
+    blend = [dict(path=str(tmp_path / "text"), weight=1), dict(path=data, weight=1)]
+    assert tokenizer_folder(load(PreparedData, dict(blend=blend))) == Path(data)
 
 
 def test_an_import_without_a_tokenizer_takes_that_of_the_data_it_was_trained_on(
