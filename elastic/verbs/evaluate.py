@@ -20,7 +20,7 @@ from elastic.space.shape import Subnet
 from elastic.train.evaluation import HeldOutLoss, evaluate_subnets
 from elastic.train.pipeline import PipelineRunner
 from elastic.verbs.members import Member, OpenCheckpoint, one_hot_weights, open_checkpoint, subnet_summary
-from elastic.verbs.report_file import table
+from elastic.verbs.report_file import print_table, table
 from elastic.world.files import first_few, write_json
 
 EVALUATION_FILE = "evaluation.json"
@@ -46,7 +46,7 @@ def run_evaluate(config: EvaluateConfig, console: Console) -> Path:
             rows = [_row(opened, member, losses[member.name]) for member in opened.members]
             if here.is_main:
                 write_json(folder / EVALUATION_FILE, {"checkpoint": str(opened.checkpoint), "members": rows})
-                console.print(evaluation_table(rows))
+                print_table(evaluation_table(rows), console)
     return folder
 
 

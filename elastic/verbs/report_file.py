@@ -11,6 +11,8 @@ from elastic.config.load import ConfigError, Problem
 from elastic.config.verbs import CostConfig, GenerateConfig
 from elastic.world.files import write_json
 
+WIDEST_COLUMNS = 10_000
+
 
 class OutputError(ConfigError):
     """A file that exists already and may not be replaced."""
@@ -48,3 +50,10 @@ def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) ->
     for row in rows:
         found.add_row(*row)
     return found
+
+
+def print_table(found: Table, console: Console) -> None:
+    """Print a table as wide as it is: a narrower terminal, or a job's log, wraps its lines instead of losing digits."""
+    whole = console.measure(found, options=console.options.update(max_width=WIDEST_COLUMNS)).maximum
+    console.width = max(console.width, whole)
+    console.print(found)

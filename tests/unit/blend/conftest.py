@@ -1,5 +1,6 @@
 """Prepared folders and pairs of another tool, made once for all tests of this room."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,11 @@ def write_pair(prefix: Path, documents: list[np.ndarray], dtype: type = np.int32
     for document in documents:
         writer.add_document(document, [len(document)])
     writer.finalize(f"{prefix}.idx")
+
+
+def poked(at: int, value: int) -> Callable[[Path], None]:
+    """Return what sets a byte of an index."""
+    return lambda pair: np.memmap(pair.with_suffix(".idx"), mode="r+").__setitem__(at, value)
 
 
 @pytest.fixture(scope="package")

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -28,6 +27,7 @@ from elastic.router.phases import Phase
 from elastic.run.resume import carried_blend
 from elastic.verbs.inputs import load_run
 from elastic.verbs.text import length_problems
+from tests.unit.blend.conftest import poked
 
 S = 16
 WEIGHTS = dict(code=0.31, text=0.2, foreign=0.6)
@@ -136,14 +136,11 @@ def test_foreign_pairs_are_one_stream_with_documents(folder: Path) -> None:
         (lambda pair: pair.with_suffix(".bin").write_bytes(b"12"), "has 2 bytes, its index says"),
         (lambda pair: pair.with_suffix(".idx").write_bytes(b"MMIDIDX"), "is no index of a Megatron dataset"),
         (lambda pair: pair.with_suffix(".idx").write_bytes(pair.with_suffix(".idx").read_bytes()[:60]), "is cut off"),
-        (lambda pair: np.memmap(pair.with_suffix(".idx"), mode="r+").__setitem__(17, 6), "its type 6 is none"),
-        (lambda pair: np.memmap(pair.with_suffix(".idx"), mode="r+").__setitem__(-8, 24), "documents do not end where"),
-        (lambda pair: np.memmap(pair.with_suffix(".idx"), mode="r+").__setitem__(-8, 200), "do not follow each other"),
-        (
-            lambda pair: np.memmap(pair.with_suffix(".idx"), mode="r+").__setitem__(-16, 200),
-            "do not follow .* restore it",
-        ),
-        (lambda pair: np.memmap(pair.with_suffix(".idx"), mode="r+").__setitem__(33, 255), "is cut off"),
+        (poked(17, 6), "its type 6 is none"),
+        (poked(-8, 24), "documents do not end where"),
+        (poked(-8, 200), "do not follow each other"),
+        (poked(-16, 200), "do not follow each other .*; restore it"),
+        (poked(33, 255), "is cut off"),
     ],
     ids=["missing", "short", "header", "cut", "floats", "documents", "beyond", "unordered", "negative"],
 )

@@ -1,13 +1,18 @@
-"""evaluate execution=mask runs the subnet it was given, or none."""
+"""evaluate execution=mask runs the subnet it was given, or none; its table, with sources too, loses no digit."""
+
+import io
 
 import pytest
 import torch
+from rich.console import Console
 
 from elastic.config.verbs import SubnetConfig
 from elastic.space.axes import Axis
 from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import AxisChoices, Space
+from elastic.verbs.evaluate import evaluation_table
 from elastic.verbs.members import MembersError, one_hot_weights
+from elastic.verbs.report_file import print_table
 
 PARENT = ModelShape.uniform(
     "M-*M-", hidden=32, ffn=64, mamba_heads=4, head_channels=8, mamba_groups=2, mamba_state=16, conv_kernel=4,
@@ -59,3 +64,10 @@ def test_a_subnet_of_the_space_has_weights_that_choose_it(values: dict[str, obje
 def test_any_other_subnet_is_refused(values: dict[str, object], space: Space) -> None:
     with pytest.raises(MembersError, match='execution = "mask": '):
         one_hot_weights(given(**values), space)
+
+
+def test_a_table_of_many_sources_is_whole_on_a_narrow_screen() -> None:
+    screen, losses = io.StringIO(), {f"source{number}": 1.0 + number / 10000 for number in range(9)}
+    row = dict(name="small", target=1e9, cost_ratio=1.0, params=1e9, loss=1.5, perplexity=4.5, deploy_bytes=1e9)
+    print_table(evaluation_table([{**row, "loss_by_source": losses}]), Console(file=screen, width=80))
+    assert all(f" {loss:.4f} " in screen.getvalue() for loss in losses.values()) and "\u2026" not in screen.getvalue()
