@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from elastic.config.latency import LatencyConfig
 from elastic.config.verbs import (
     CostConfig,
     ElasticConfig,
@@ -23,6 +24,7 @@ from elastic.verbs.evaluate import run_evaluate
 from elastic.verbs.extract import run_extract
 from elastic.verbs.generate import run_generate
 from elastic.verbs.import_hf import run_import
+from elastic.verbs.measure_latency import run_measure_latency
 from elastic.verbs.prepare_data import run_prepare
 from elastic.verbs.training import run_training
 
@@ -46,6 +48,7 @@ VERBS = {
     "import_hf": Verb(ImportConfig, run_import),
     "estimate_importance": Verb(ImportanceConfig, run_importance),
     "cost": Verb(CostConfig, run_cost, "elastic_12b", columns=100),
+    "measure_latency": Verb(LatencyConfig, run_measure_latency, "elastic_12b"),
     "plan": Verb(PlanConfig, run_plan, columns=118),
     "train_elastic": Verb(ElasticConfig, run_training),
     "evaluate": Verb(EvaluateConfig, run_evaluate),

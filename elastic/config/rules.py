@@ -10,7 +10,7 @@ from functools import cached_property
 from inspect import signature
 from typing import Any
 
-from elastic.config import rules_elastic, rules_layout, sections, verbs
+from elastic.config import latency, rules_elastic, rules_layout, sections, verbs
 from elastic.config.load import Problem, Problems
 from elastic.config.rules_elastic import fp8_problems, unique_names
 from elastic.config.rules_layout import Cluster, model_layout_problems, sequence_problems
@@ -178,6 +178,8 @@ RULES = (
     Rule(FAMILY, rules_elastic.check_space, later_rules_need_it=True),
     Rule(ELASTIC, rules_elastic.check_choice),
     Rule(ELASTIC, rules_elastic.check_context_choices),
+    Rule(FAMILY, latency.check_latency, later_rules_need_it=True),
+    Rule(FAMILY, latency.check_floors, later_rules_need_it=True),
     Rule(FAMILY, rules_elastic.check_budgets),
     Rule(ELASTIC, rules_elastic.check_distill),
     Rule(ELASTIC, lambda distill, cluster: fp8_problems("distill.", distill.teacher_precision, cluster)),

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from elastic.hf.config import STOCK_VERSIONS, export_shape, export_warnings, stock_notes
 from elastic.hf.export_settings import DTYPE_NAMES, ExportSettings
-from elastic.space.cost import Budget, Deployment, shape_cost, subnet_cost
+from elastic.space.cost import Budget, Deployment, in_figures, shape_cost, subnet_cost
 from elastic.space.shape import ModelShape, Subnet
 
 
@@ -93,10 +93,15 @@ def _cost_rows(info: CardInfo, shape: ModelShape) -> list[tuple[str, str]]:
         (f"weights and caches ({where})", f"{cost.deploy_bytes / 2**30:.3f} GiB"),
         ("forward FLOPs per token", f"{cost.flops_per_token:.3e}"),
     ]
+    if (table := deployment.latency) is not None and cost.latency_ms is not None:
+        times = f"{cost.latency_ms:.4g} ms, {cost.tokens_per_s:,.4g} tokens/s"
+        rows.append((f"{deployment.timed} ({where}), by times of layers on {table.machine.device}", times))
     if (budget := info.budget) is not None:
         # The budget was met by the subnet as trained; its vocabulary may hold rows that the export leaves out.
         share = subnet_cost(info.parent, info.subnet, deployment)[budget.metric] / budget.limit
-        rows.insert(0, (f"budget {budget.name}", f"{budget.limit:,.0f} {budget.metric}, used {share:.1%}"))
+        rows.insert(
+            0, (f"budget {budget.name}", f"{in_figures(budget.metric, budget.limit)} {budget.metric}, used {share:.1%}")
+        )
     return rows
 
 

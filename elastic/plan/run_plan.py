@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from elastic.config.latency import latency_notes
 from elastic.config.load import ConfigError
 from elastic.plan.config import PlanConfig, with_measured
 from elastic.plan.phases import PhasePlan, budget_samples
@@ -25,6 +26,7 @@ from elastic.plan.search import (
     search,
 )
 from elastic.plan.timing import CAUSES, PASSES, StepTime
+from elastic.space.latency import Machine
 from elastic.verbs.parent import nested_parent
 from elastic.verbs.report_file import check_output, table, write_output
 
@@ -41,7 +43,7 @@ def run_plan(config: PlanConfig, console: Console) -> dict[str, Any]:
     check_output(config)
     config, sources = with_measured(config)
     _, space = nested_parent(config)
-    samples = budget_samples(config, space)
+    samples, deployment = budget_samples(config, space), config.elastic.deployment
     figures = {name: {"value": getattr(config.plan, name), "source": source} for name, source in sources.items()}
     report: dict[str, Any] = {"cluster": asdict(config.cluster), "plan": asdict(config.plan), "figures": figures}
     # 1. The config's own layouts.
@@ -50,6 +52,11 @@ def run_plan(config: PlanConfig, console: Console) -> dict[str, Any]:
     own = chosen(config, samples)
     report |= {"chosen": candidate_values(config, own), "warnings": own.warnings()}
     _print_chosen(console, config, own.name, report)
+    if deployment.latency is not None:
+        report["latency_ms"] = {name: sample.cost.latency_ms for name, sample in samples.items()}
+        times = ", ".join(f"{name} {ms:.4g} ms" for name, ms in report["latency_ms"].items())
+        for line in [f"deployed: {times}", *latency_notes(deployment, space, Machine.here())]:
+            console.print(line, highlight=False)
     # 2. The others.
     if config.plan.search:
         found = search(config, samples)

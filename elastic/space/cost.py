@@ -8,13 +8,14 @@ uses stands in layers.py; a skipped layer costs nothing.
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import torch
 from torch import Tensor
 
 from elastic.space.axes import AXES, INNER_AXIS, Axis, LayerKind
+from elastic.space.latency import LatencyTable, Measured, Timed
 from elastic.space.layers import LAYERS, Number
 from elastic.space.ranges import ElementBytes, Length, MemberName, Sequences, Share, Target
 from elastic.space.shape import ModelShape, Subnet
@@ -32,11 +33,22 @@ class Metric(StrEnum):
     WEIGHT_BYTES = "weight_bytes"
     DEPLOY_BYTES = "deploy_bytes"
     FLOPS_PER_TOKEN = "flops_per_token"
+    LATENCY_MS = "latency_ms"
+    TOKENS_PER_S = "tokens_per_s"
+
+
+MEASURED = (Metric.LATENCY_MS, Metric.TOKENS_PER_S)  # from the table of a machine
+COUNTED = tuple(metric for metric in Metric if metric not in MEASURED)  # by formulas, whatever the machine
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """Conditions of a deployment: sequences held at once, their length in tokens, bytes per element."""
+    """Conditions of a deployment: sequences held at once, their length in tokens, bytes per element.
+
+    `latency` is what recipes/measure_latency.py measured under these conditions, and `timed` which pass latency means:
+    decode, one more token of each of `batch` sequences that hold `length_tokens`, or prefill, reading all of them. A
+    config names the file instead (config/latency.py).
+    """
 
     batch: Sequences = 1
     length_tokens: Length = 8192
@@ -44,6 +56,18 @@ class Deployment:
     kv_bytes: ElementBytes = 2.0
     ssm_bytes: ElementBytes = 4.0
     conv_bytes: ElementBytes = 2.0
+    timed: Timed = "decode"
+    latency: LatencyTable | None = None
+
+    @property
+    def measured(self) -> Measured | None:
+        """Return what was measured under these conditions, if anything was."""
+        return None if self.latency is None else self.latency.at(self.timed, self.batch, self.length_tokens)
+
+    @property
+    def tokens_per_pass(self) -> int:
+        """Return the tokens that the timed pass reads or writes."""
+        return self.batch * (self.length_tokens if self.timed == "prefill" else 1)
 
 
 @dataclass(frozen=True)
@@ -51,11 +75,13 @@ class Widths:
     """Widths the table is evaluated at: ints, or expected values.
 
     `axes[axis]` is one number, or one for each parent layer of the axis's kind. `keep[l]` is 1 if layer l runs, 0 if it
-    is skipped, or the probability that it runs.
+    is skipped, or the probability that it runs. `chances[axis]` are the choices behind expected values and their
+    probabilities [..., K], one or one for each layer as in `axes`: a measured time is not linear in the width.
     """
 
     axes: Mapping[Axis, Number | Sequence[Number]]
     keep: Sequence[Number]
+    chances: Mapping[Axis, tuple[tuple[int, ...], Sequence[Tensor]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, subnet: Subnet, parent: ModelShape) -> "Widths":
@@ -69,22 +95,36 @@ class Widths:
         """Return expected widths [...] under independent probabilities [..., slots, K]; an absent axis stays full."""
         parent = space.parent
         axes: dict[Axis, Number | Sequence[Number]] = {}
+        chances: dict[Axis, tuple[tuple[int, ...], Sequence[Tensor]]] = {}
         for axis, entry in AXES.items():
             axes[axis] = full = getattr(parent, entry.size)
             if axis in probabilities:
                 weights = probabilities[axis].double()
                 slots = (weights @ space.widths_table(axis, weights.device)).unbind(-1)  # each [...]
                 axes[axis] = [slots[space.slot(axis, n)] for n in range(len(full))] if entry.own else slots[0]
+                own = weights.unbind(-2)  # each [..., K]
+                layers = [own[space.slot(axis, n)] for n in range(len(full))] if entry.own else own[:1]
+                chances[axis] = space.axes[axis].choices, layers
         keep: Sequence[Number] = (1,) * len(parent.pattern)
         if Axis.DEPTH in probabilities:
-            chances = probabilities[Axis.DEPTH][..., 0, :].double()
-            keep = (chances @ space.widths_table(Axis.DEPTH, chances.device)).unbind(-1)
-        return cls(axes, keep)
+            depths = probabilities[Axis.DEPTH][..., 0, :].double()
+            keep = (depths @ space.widths_table(Axis.DEPTH, depths.device)).unbind(-1)
+        return cls(axes, keep, chances)
 
     def of_layer(self, kind: LayerKind, ordinal: int) -> dict[Axis, Number]:
         """Return the width along every axis of one layer, by its kind and number among its kind."""
         own = {axis: self.axes[axis] for axis, entry in AXES.items() if entry.kind in (None, kind)}
         return {axis: width[ordinal] if isinstance(width, Sequence) else width for axis, width in own.items()}
+
+    def behind(self, axis: Axis, ordinal: int) -> tuple[tuple[int, ...], Tensor | int]:
+        """Return the widths a layer may have along an axis, and their probabilities [..., K]; or the one it has."""
+        if axis in self.chances:
+            choices, layers = self.chances[axis]
+            return choices, layers[ordinal if AXES[axis].own else 0]
+        width = self.axes[axis]
+        width = width[ordinal] if isinstance(width, Sequence) else width
+        assert isinstance(width, int), "an expected width says nothing of the choices behind it"
+        return (width,), width
 
 
 @dataclass(frozen=True)
@@ -93,7 +133,8 @@ class Cost:
 
     `params` counts the subnet's own; `stored_params` what a Hugging Face folder holds of it: layers of one kind are
     zero-padded to the widest that is kept, and the head is stored even if tied. Exact for a subnet; of expected widths
-    the widest is the largest expectation, which is exact once each choice is certain.
+    the widest is the largest expectation, which is exact once each choice is certain. `latency_ms` is None where
+    nothing was measured under the deployment's conditions, or not at these widths.
     """
 
     params: Number
@@ -103,6 +144,8 @@ class Cost:
     ssm_bytes: Number
     conv_bytes: Number
     flops_per_token: Number
+    latency_ms: Number | None = None
+    tokens_per_s: Number | None = None
 
     @property
     def deploy_bytes(self) -> Number:
@@ -110,7 +153,9 @@ class Cost:
         return self.weight_bytes + self.kv_bytes + self.ssm_bytes + self.conv_bytes
 
     def __getitem__(self, metric: Metric) -> Number:
-        return getattr(self, metric.value)
+        value: Number | None = getattr(self, metric.value)
+        assert value is not None, f"the rules of the config let no budget in {metric} through without a table"
+        return value
 
 
 def layer_cost(
@@ -148,11 +193,16 @@ def cost(parent: ModelShape, widths: Widths, deployment: Deployment) -> Cost:
     as_stored = [{**own, **inner.get(kind, {})} for kind, own in zip(kinds, layers, strict=True)]
     for kind, own, keep in _alike(kinds, as_stored, widths.keep):
         stored = stored + keep * layer_cost(parent, kind, own, deployment.length_tokens)[0]
+    table, measured, latency = deployment.latency, deployment.measured, None
+    if table is not None and measured is not None:
+        latency = table.total_ms(measured, parent, widths.behind, widths.keep)
     return Cost(
         params=params,
         stored_params=stored,
         weight_bytes=params * deployment.weight_bytes,
         flops_per_token=flops,
+        latency_ms=latency,
+        tokens_per_s=None if latency is None else 1e3 * deployment.tokens_per_pass / latency,
         **{name: elements * deployment.batch * getattr(deployment, name) for name, elements in held.items()},
     )
 
@@ -201,12 +251,22 @@ class Budget:
 
     @property
     def limit(self) -> float:
-        """Return the target (parameters, bytes or FLOPs per token); a ratio is made absolute first."""
+        """Return the target in its metric's unit; a ratio is made absolute first."""
         assert self.target is not None, "Budget.absolute comes first"
         return self.target
 
     def absolute(self, parent: ModelShape, deployment: Deployment) -> "Budget":
-        """Return the budget with its ratio turned into a target."""
+        """Return the budget with its ratio turned into a target, and tokens per second into the time they leave a pass.
+
+        A limit on time is linear in choice probabilities and grows with the model, like every other cost.
+        """
+        if self.metric is Metric.TOKENS_PER_S:
+            return replace(self, metric=Metric.LATENCY_MS, target=1e3 * deployment.tokens_per_pass / self.limit)
         if self.ratio is None:
             return self
         return replace(self, target=self.ratio * float(shape_cost(parent, deployment)[self.metric]), ratio=None)
+
+
+def in_figures(metric: Metric, value: float) -> str:
+    """Write a target or a cost: whole parameters, bytes or FLOPs; of times and speeds, four digits."""
+    return f"{value:,.4g}" if metric in MEASURED else f"{value:,.0f}"

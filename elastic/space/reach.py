@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from elastic.space.axes import AXES, Axis
-from elastic.space.cost import Budget, Cost, Deployment, Widths, cost, subnet_cost
+from elastic.space.cost import Budget, Cost, Deployment, Widths, cost, in_figures, subnet_cost
 from elastic.space.shape import Subnet
 from elastic.space.space import AxisChoices, Space, SpaceError
 
@@ -37,11 +37,11 @@ def out_of_reach(
     low, high = (float(subnet_cost(space.parent, subnet, deployment)[budget.metric]) for subnet in extremes)
     if low * 0.999 <= budget.limit <= high * 1.001:
         return None
-    reach = f"outside what the choices can reach, {low:,.0f} to {high:,.0f}"
-    rule = f"target {budget.limit:,.0f} {budget.metric} lies {reach}"
     nearest = low if budget.limit < low else high
+    least, asked, most, near = (in_figures(budget.metric, value) for value in (low, budget.limit, high, nearest))
+    rule = f"target {asked} {budget.metric} lies outside what the choices can reach, {least} to {most}"
     ratio = f", a ratio of {math.ceil(1000 * nearest / high) / 1000}" if as_ratio else ""
-    return rule, f"nearest reachable is {nearest:,.0f}{ratio}"
+    return rule, f"nearest reachable is {near}{ratio}"
 
 
 @dataclass(frozen=True)

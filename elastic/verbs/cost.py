@@ -7,10 +7,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from elastic.config.latency import latency_notes
 from elastic.config.verbs import CostConfig
 from elastic.hf.config import ExportError, export_warnings, stock_notes
 from elastic.space.axes import AXES, INNER_AXIS
-from elastic.space.cost import Budget, Cost, Deployment, Metric, Widths, cost, subnet_cost
+from elastic.space.cost import MEASURED, Budget, Cost, Deployment, Metric, Widths, cost, subnet_cost
+from elastic.space.latency import Machine
 from elastic.space.reach import TOLERANCE, Sample, sample_subnet, smallest_subnet
 from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import Space
@@ -43,7 +45,7 @@ def run_cost(config: CostConfig, console: Console) -> dict[str, Any]:
     console.print(conditions(deployment), highlight=False, style="dim")
     console.print()
     console.print(sample_table(report, space.parent))
-    for note in notes(report, config):
+    for note in [*notes(report, config), *latency_notes(deployment, space, Machine.here())]:
         console.print(note, highlight=False)
     write_output(config, report, console)
     return report
@@ -61,6 +63,8 @@ def start_cost(space: Space, deployment: Deployment) -> Cost:
 def cost_values(used: Cost) -> dict[str, int | float]:
     """Return a cost as plain numbers; expected costs become floats."""
     values = {name: getattr(used, name) for name in (*COSTS, Metric.STORED_PARAMS.value)}
+    if used.latency_ms is not None:
+        values |= {name: getattr(used, name) for name in MEASURED}
     return {name: float(value) if isinstance(value, torch.Tensor) else value for name, value in values.items()}
 
 
@@ -94,8 +98,9 @@ def cost_table(report: dict[str, Any]) -> Table:
     """Render what the parent, the samples and the extremes cost."""
     rows = {"parent": report["parent"], **{row["name"]: row for row in report["budgets"]}}
     rows |= {"router's start": report["router_start"], "smallest": report["smallest"]}
-    lines = [(name, *(quantity(cost_name, row[cost_name]) for cost_name in COSTS)) for name, row in rows.items()]
-    headings = ("", "params", "weights", "KV", "SSM", "conv", "deployed", "FLOPs")
+    costs = (*COSTS, *(metric for metric in MEASURED if metric in report["parent"]))
+    lines = [(name, *(quantity(cost_name, row[cost_name]) for cost_name in costs)) for name, row in rows.items()]
+    headings = ("", "params", "weights", "KV", "SSM", "conv", "deployed", "FLOPs", "time", "tokens/s")[: len(costs) + 1]
     return table("what the space can reach, and one sample subnet per budget", headings, lines)
 
 
@@ -157,6 +162,8 @@ def quantity(name: str, value: float) -> str:
     base, units = (1024.0, (" B", " KiB", " MiB", " GiB")) if name.endswith("_bytes") else (1000.0, ("", "K", "M", "B"))
     if name == Metric.FLOPS_PER_TOKEN:
         units = ("", "K", "M", "G")
+    if name == Metric.LATENCY_MS:
+        return f"{value:.4g} ms"
     power = 0
     while power + 1 < len(units) and value >= base:
         value, power = value / base, power + 1

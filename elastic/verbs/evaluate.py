@@ -14,7 +14,7 @@ from elastic.data.held_out import source_labels
 from elastic.model.quantised import QuantisationError
 from elastic.run.folder import open_run_folder
 from elastic.run.world import run_world
-from elastic.space.cost import subnet_cost
+from elastic.space.cost import Metric, subnet_cost
 from elastic.space.gates import Execution, Gates
 from elastic.space.shape import Subnet
 from elastic.train.evaluation import HeldOutLoss, evaluate_subnets
@@ -68,7 +68,7 @@ def evaluation_table(rows: list[dict[str, Any]]) -> Table:
     lines = [
         (
             row["name"],
-            "-" if row["target"] is None else f"{row['target'] / 1e6:,.3f}M",
+            "-" if row["target"] is None else _target(row["metric"], row["target"]),
             "-" if row["cost_ratio"] is None else f"{row['cost_ratio']:.1%}",
             f"{row['params'] / 1e6:,.3f}M",
             _number(row["loss"], 4),
@@ -79,6 +79,10 @@ def evaluation_table(rows: list[dict[str, Any]]) -> Table:
         for row in rows
     ]
     return table("held-out loss per budget", (*headings, *(f"on {label}" for label in sources.values())), lines)
+
+
+def _target(metric: str, value: float) -> str:
+    return f"{value:.4g} ms" if metric == Metric.LATENCY_MS else f"{value / 1e6:,.3f}M"
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -97,6 +101,7 @@ def _row(opened: OpenCheckpoint, member: Member, loss: HeldOutLoss) -> dict[str,
         "params": cost.params,
         "deploy_bytes": cost.deploy_bytes,
         "flops_per_token": cost.flops_per_token,
+        "latency_ms": cost.latency_ms,
         "loss": loss.mean.cross_entropy,
         "loss_by_source": {source: mean.cross_entropy for source, mean in loss.by_source.items()},
         "perplexity": loss.mean.perplexity,

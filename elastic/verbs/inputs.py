@@ -11,6 +11,7 @@ from elastic.blend.foreign import foreign_prefixes, tokenizer_record
 from elastic.blend.sources import blend_problems, tokenizer_folder
 from elastic.checkpoint.find import resolve_checkpoint
 from elastic.checkpoint.record import Record
+from elastic.config.latency import with_table
 from elastic.config.load import ConfigError, Problem, load_with_problems
 from elastic.config.rules import rule_problems
 from elastic.config.rules_layout import Cluster, layout_problems, nearest_divisor
@@ -49,14 +50,15 @@ def load_run[T](kind: type[T], values: Mapping[str, Any], cluster: Cluster, *, i
     Only the main process looks whether the run folder is free: it is also the one that will create it.
     Raises ConfigError listing every problem.
     """
+    values, no_table = with_table(kind, values)
     values, open_problems, unknown = fill_from_parent(kind, values)
     config, problems = load_with_problems(kind, values)
-    unreliable = frozenset(problem.section for problem in problems)
+    unreliable = frozenset(problem.section for problem in (*problems, *no_table))
     unclear = unreliable | unknown
     files = tuple(problem for problem in input_problems(config) if problem.section not in unreliable)
     if not files and "data" not in unreliable and reads_data(config):
         files = tuple(blend_problems(config.data))
-    problems += open_problems
+    problems += (*open_problems, *no_table)
     if not unclear.intersection(("model", "data")) and not files:
         try:
             config = filled_in(config)

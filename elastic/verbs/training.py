@@ -13,6 +13,7 @@ from elastic.blend.sources import TrainingData, open_held_out, open_sources, tok
 from elastic.checkpoint.find import checkpoint_folder
 from elastic.checkpoint.record import Family, Record
 from elastic.checkpoint.state import Trainable, TrainingState, load_checkpoint, read_training_state
+from elastic.config.latency import latency_notes
 from elastic.config.load import config_dict
 from elastic.config.sections import DistillConfig
 from elastic.config.verbs import ElasticConfig, TrainConfig
@@ -28,7 +29,8 @@ from elastic.run.changes import PACKING
 from elastic.run.folder import FINISHED_FILE
 from elastic.run.resume import RunStart, load_run_state, open_training_run
 from elastic.run.world import model_layout, run_world
-from elastic.space.cost import Budget
+from elastic.space.cost import Budget, in_figures
+from elastic.space.latency import Machine
 from elastic.space.reach import smallest_subnet
 from elastic.space.space import Space
 from elastic.train.callbacks import SaveCheckpoints, Validate
@@ -66,7 +68,8 @@ def run_training(config: TrainConfig, console: Console, callbacks: Sequence[Call
             if here.is_main:
                 if trainer.chooser is not None:
                     lines = family_lines(trainer.chooser.space, trainer.chooser.budgets)
-                    console.print(lines, markup=False, highlight=False)
+                    times = latency_notes(trainer.chooser.deployment, trainer.chooser.space, Machine.here())
+                    console.print("\n".join([lines, *times]), markup=False, highlight=False)
                 console.print(f"computed: {record.provenance['computed']}", markup=False, highlight=False)
                 console.print(*(f"data of {line}" for line in sequences), sep="\n", markup=False, highlight=False)
                 for change in opened.changes:
@@ -115,7 +118,7 @@ def _started_from(
 def family_lines(space: Space, budgets: Sequence[Budget]) -> str:
     """Say what the router may choose and what is asked of it."""
     choices = {axis: " ".join(map(str, space.axes[axis].choices)) for axis in space.elastic_axes()}
-    asked = ", ".join(f"{budget.name} {budget.target:,.0f} {budget.metric}" for budget in budgets)
+    asked = ", ".join(f"{budget.name} {in_figures(budget.metric, budget.limit)} {budget.metric}" for budget in budgets)
     lines = ["choices", *(f"  {axis}: {widths}" for axis, widths in choices.items()), f"budgets: {asked}"]
     # Depth keeps layers in the order of their ranking: what the smallest depth keeps, every one keeps.
     notes = stock_notes(smallest_subnet(space).shape(space.parent))

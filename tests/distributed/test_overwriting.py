@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from elastic.config.latency import LatencyConfig
 from elastic.config.load import load
 from elastic.config.sections import ExpManagerConfig
 from elastic.config.verbs import (
@@ -31,6 +32,7 @@ from elastic.verbs.evaluate import run_evaluate
 from elastic.verbs.extract import run_extract
 from elastic.verbs.generate import run_generate
 from elastic.verbs.import_hf import run_import
+from elastic.verbs.measure_latency import run_measure_latency
 from elastic.verbs.report_file import OutputError
 from elastic.verbs.training import run_training
 from tests.distributed.harness import DistributedRunError, run_distributed
@@ -58,9 +60,10 @@ def values_of(start, verb, target):
         "extract": dict(init_from=dict(checkpoint=permuted)),
         "import_hf": dict(source=str(start / "stock")),
         "cost": dict(model=MODEL, elastic=dict(space=SPACE, budgets=BUDGETS)),
+        "measure_latency": dict(model=MODEL, elastic=dict(space=SPACE)),
         "plan": dict(model=MODEL, elastic=dict(space=SPACE, budgets=BUDGETS)),
     }[verb]
-    if verb in ("cost", "plan", "generate"):
+    if verb in ("cost", "measure_latency", "plan", "generate"):
         return dict(given, output=str(target / "precious.json"))
     return dict(
         given, exp_manager=dict(exp_dir=str(target.parent.parent), name=target.parent.name, version=target.name)
@@ -76,6 +79,7 @@ VERBS = {
     "extract": (ExtractConfig, run_extract, RunFolderError),
     "import_hf": (ImportConfig, run_import, RunFolderError),
     "cost": (CostConfig, run_cost, OutputError),
+    "measure_latency": (LatencyConfig, run_measure_latency, OutputError),
     "plan": (PlanConfig, run_plan, OutputError),
 }
 

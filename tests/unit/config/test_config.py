@@ -24,7 +24,7 @@ from elastic.config.verbs import (
 from elastic.router.draw import RouterSettings
 from elastic.router.phases import Curriculum, ElasticPhase, Phase
 from elastic.space.axes import Axis
-from elastic.space.cost import Budget, Metric, shape_cost
+from elastic.space.cost import COUNTED, Budget, Metric, shape_cost
 from elastic.space.gates import Execution
 from elastic.space.space import AxisChoices
 from tests.unit.config.configs import VERBS, legal, values_of
@@ -51,11 +51,11 @@ def test_pitfall_25_full_budget_may_be_left_out() -> None:
 
 def test_pitfall_10_ratio_and_target_are_two_fields() -> None:
     """The full budget as a share of 1 is the parent's own cost, in the units of its metric."""
-    metrics = [{"name": str(metric), "metric": str(metric), "ratio": 1.0} for metric in Metric]
+    metrics = [{"name": str(metric), "metric": str(metric), "ratio": 1.0} for metric in COUNTED]
     changes = {"elastic.budgets": metrics, "curriculum.0.budget_weights": {}}
     config = legal(ElasticConfig, values_of(ElasticConfig, changes))
     full = shape_cost(config.model.shape(), config.elastic.deployment)
-    assert [budget.limit for budget in config.budgets()] == [full[metric] for metric in Metric]
+    assert [budget.limit for budget in config.budgets()] == [full[metric] for metric in COUNTED]
 
 
 @pytest.mark.parametrize("kind", VERBS)

@@ -24,7 +24,7 @@ from elastic.config.verbs import (
 from elastic.corpus.config import PrepareConfig
 from elastic.plan.config import PlanConfig
 from elastic.space.axes import Axis
-from elastic.space.cost import Deployment, Metric, Widths, cost, shape_cost
+from elastic.space.cost import COUNTED, Deployment, Widths, cost, shape_cost
 from elastic.space.ranges import MOST_LAYERS, Range
 from elastic.space.shape import ModelShape
 from elastic.space.space import AxisChoices, Space
@@ -106,7 +106,7 @@ def test_the_cost_table_holds_at_all_upper_limits_at_once() -> None:
             for path, limits in numbers(Deployment, "") if path == f".{field.name}" and limits is not None}  # fmt: skip
     deployment = load(Deployment, most)
     used = shape_cost(parent, deployment)
-    assert used.flops_per_token < 2**63 and all(math.isfinite(float(used[metric])) for metric in Metric)
+    assert used.flops_per_token < 2**63 and all(math.isfinite(float(used[metric])) for metric in COUNTED)
     for axis in (Axis.HIDDEN, Axis.FFN, Axis.MAMBA_CHANNEL, Axis.DEPTH):
         full = Space(parent, {}).full_width(axis)
         space = Space(parent, {axis: AxisChoices((full, full // 2))})

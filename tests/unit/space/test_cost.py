@@ -13,7 +13,7 @@ from elastic.hf.config import hf_config
 from elastic.hf.export_settings import HfSettings
 from elastic.hf.names import hf_sizes
 from elastic.space.axes import AXES, INNER_AXIS, Axis, LayerKind
-from elastic.space.cost import Budget, Deployment, Metric, Widths, cost, layer_cost, shape_cost, subnet_cost
+from elastic.space.cost import COUNTED, Budget, Deployment, Metric, Widths, cost, layer_cost, shape_cost, subnet_cost
 from elastic.space.layers import LAYER_PARAMETERS, LAYER_PREFIX, parameter_dims
 from elastic.space.nesting import Cut, parameter_size
 from elastic.space.reach import sample_subnet
@@ -155,7 +155,7 @@ def test_pitfall_11_absent_layer_kinds_and_conv_state(absent: LayerKind) -> None
     widths = Widths.of(Subnet.full(shape), shape)
     hidden = torch.tensor(float(shape.hidden), requires_grad=True)
     expected = replace(widths, axes={**widths.axes, Axis.HIDDEN: hidden})
-    for metric in Metric:
+    for metric in COUNTED:
         value = cost(shape, expected, Deployment())[metric]
         assert isinstance(value, Tensor) and torch.isfinite(value)
         assert torch.isfinite(torch.autograd.grad(value, hidden, retain_graph=True)[0])
@@ -208,7 +208,7 @@ def test_pitfall_09_a_narrow_subnet_is_charged_for_what_it_holds() -> None:
 
 def test_pitfall_10_absolute_targets_and_ratios_do_not_mix() -> None:
     """The untouched parent meets the budget made of ratio 1 exactly, in every metric."""
-    for metric in Metric:
+    for metric in COUNTED:
         budget = Budget("full", metric, ratio=1.0).absolute(NANO_12B, Deployment())
         assert subnet_cost(NANO_12B, Subnet.full(NANO_12B))[metric] / budget.limit - 1 == 0
     absolute = Budget("6B", Metric.PARAMS, 6.0e9)

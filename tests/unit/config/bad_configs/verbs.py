@@ -102,7 +102,7 @@ BAD: tuple[BadConfig, ...] = (
         {"elastic.budgets": [{"name": "a", "metric": "latency", "ratio": 0.5}]},
         1,
         'elastic.budgets.0.metric = "latency": must be one of params, stored_params, weight_bytes, deploy_bytes, '
-        "flops_per_token; nearest legal value is flops_per_token",
+        "flops_per_token, latency_ms, tokens_per_s; nearest legal value is latency_ms",
     ),
     (
         PrepareConfig,

@@ -1,0 +1,150 @@
+"""Measured times in configs: what is measured, a table in the place of its file, what it must cover and leaves open."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from elastic.config.load import Problem, Problems, load_with_problems
+from elastic.config.sections import ElasticSection, ModelConfig
+from elastic.config.verbs import CostConfig
+from elastic.space import ranges
+from elastic.space.cost import MEASURED, Deployment, Metric
+from elastic.space.latency import LatencyTable, Machine, grid_of
+from elastic.space.space import Space
+
+FIELD = "elastic.deployment.latency"
+MEASURE = "write one with recipes/measure_latency.py on the machine to deploy on"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureSection:
+    """What is timed: every kind of layer at all choices of the space, `rounds` times in turn.
+
+    `batches` and `lengths` empty take those of elastic.deployment. `whole`: the parent and the smallest subnet are
+    timed as one, too, beside what the table says of them.
+    """
+
+    batches: tuple[ranges.Sequences, ...] = ()
+    lengths: tuple[ranges.Length, ...] = ()
+    rounds: Annotated[int, ranges.Range(3, 1000)] = 7
+    whole: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyConfig(CostConfig):
+    """recipes/measure_latency.py: times of layers at the choices of a run of the main job, on the device at hand.
+
+    Its budgets do not matter here: they may wait for the table, which `output` names (null prints only).
+    """
+
+    measure: MeasureSection = field(default_factory=MeasureSection)
+
+
+def with_table(kind: type, values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Problem, ...]]:
+    """Put the content of a named table into the config, which then needs the file no more; or say why it has none.
+
+    So a run's resolved config and its checkpoints carry the times their budgets were met by. Where times are measured
+    first, budgets and table are left out.
+    """
+    elastic = values.get("elastic")
+    deployment = elastic.get("deployment") if isinstance(elastic, Mapping) else None
+    if issubclass(kind, LatencyConfig) and isinstance(elastic, Mapping):
+        kept = {name: value for name, value in elastic.items() if name != "budgets"}
+        if isinstance(deployment, Mapping):
+            kept["deployment"] = {name: value for name, value in deployment.items() if name != "latency"}
+        return {**values, "elastic": kept}, ()
+    path = deployment.get("latency") if isinstance(deployment, Mapping) else None
+    if not isinstance(elastic, Mapping) or not isinstance(deployment, Mapping) or not isinstance(path, str):
+        return dict(values), ()
+    problems, content = [], None
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if wrong := load_with_problems(LatencyTable, content)[1]:
+            problems = [Problem(FIELD, path, f"is no table of times: {wrong[0]}", MEASURE)]
+    except OSError as error:
+        problems = [Problem(FIELD, path, f"cannot be read: {error.strerror or error}", MEASURE)]
+    except (ValueError, RecursionError) as error:
+        problems = [Problem(FIELD, path, f"is not JSON: {error}", MEASURE)]
+    table = {"latency": None if problems else content}
+    return {**values, "elastic": {**elastic, "deployment": {**deployment, **table}}}, tuple(problems)
+
+
+def check_latency(model: ModelConfig, elastic: ElasticSection) -> Problems:
+    """A budget in time has a table; it is of this parent, and covers the conditions and every choice."""
+    deployment, asked = elastic.deployment, [budget for budget in elastic.budgets if budget.metric in MEASURED]
+    table = deployment.latency
+    if table is None:
+        for budget in asked:
+            where = f"elastic.budgets.{elastic.budgets.index(budget)}.metric"
+            yield Problem(where, budget.metric.value, f"needs measured times, and {FIELD} is null", MEASURE)
+        return
+    if model.vocab is None:
+        return
+    found = False
+    for rule in table.problems(model.shape()):
+        found = True
+        yield Problem(FIELD, table.machine.name, f"the table {rule}", MEASURE)
+    if found:
+        return
+    yield from _condition_problems(deployment, table)
+    for axis, grid in grid_of(model.shape(), {a: own.choices for a, own in elastic.space.axes().items()}).items():
+        if beside := table.outside(axis, grid):
+            low, high = table.widths[axis][0], table.widths[axis][-1]
+            rule = f"times were measured for widths of {low} to {high}, and {_widths(beside)} may be chosen"
+            yield Problem(f"elastic.space.{axis.value}", list(grid), rule, f"leave them out, or {MEASURE}")
+
+
+def check_floors(elastic: ElasticSection) -> Problems:
+    """A speed is a floor, which a smaller model exceeds: no share of the parent's."""
+    for index, budget in enumerate(elastic.budgets):
+        if budget.metric is Metric.TOKENS_PER_S and budget.ratio is not None:
+            rule = "every smaller model is faster, so no share of the parent's speed limits anything"
+            remedy = f"give a target in tokens/s, or metric=latency_ms, ratio={budget.ratio:g} of the parent's time"
+            yield Problem(f"elastic.budgets.{index}.ratio", budget.ratio, rule, remedy)
+
+
+def _condition_problems(deployment: Deployment, table: LatencyTable) -> Problems:
+    """Yield a problem if nothing was measured for this pass, batch and length."""
+    if deployment.measured is None:
+        here = f"{deployment.timed} of {deployment.batch} x {deployment.length_tokens:,} tokens"
+        there = ", ".join(one.conditions for one in table.measured) or "nothing"
+        nearest = min(
+            table.measured,
+            key=lambda one: (
+                one.timed != deployment.timed,
+                one.batch != deployment.batch,
+                abs(one.length_tokens - deployment.length_tokens),
+            ),
+            default=None,
+        )
+        remedy = MEASURE
+        if nearest is not None:
+            wanted = {"timed": nearest.timed, "batch": nearest.batch, "length_tokens": nearest.length_tokens}
+            change = [f"{name}={value}" for name, value in wanted.items() if getattr(deployment, name) != value]
+            remedy = f"nearest legal is elastic.deployment.{', '.join(change)}, or {MEASURE}"
+        yield Problem(FIELD, table.machine.name, f"the deployment is {here}, and the table holds {there}", remedy)
+
+
+def latency_notes(deployment: Deployment, space: Space, here: Machine) -> Iterator[str]:
+    """Say where times come from, and loudly what of them is not of this machine, or lies between measurements."""
+    table, measured = deployment.latency, deployment.measured
+    if table is None or measured is None:
+        return
+    machine = table.machine
+    spread = max((value for values in measured.spread.values() for value in values), default=0.0)
+    yield (
+        f"latency: {measured.conditions} in {table.precision} on {machine.device} ({machine.name}), "
+        f"{machine.threads} threads, torch {machine.torch}; rounds differ by up to {spread:.0%}"
+    )
+    if different := machine.differences(here):
+        yield f"warning: latency was not measured on a machine like this one: here {'; '.join(different)}"
+    grid = grid_of(space.parent, {axis: own.choices for axis, own in space.axes.items()})
+    for axis, widths in grid.items():
+        if between := [width for width in widths if width not in table.widths[axis]]:
+            yield f"warning: {axis} {_widths(between)}: not measured, interpolated between the widths next to it"
+
+
+def _widths(widths: Sequence[int]) -> str:
+    return ", ".join(map(str, widths))

@@ -1,0 +1,109 @@
+"""A table of times in a config: read once, judged with it, never trusted beyond what it holds."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from elastic.config.latency import LatencyConfig, latency_notes, with_table
+from elastic.config.load import config_dict, load
+from elastic.config.verbs import CostConfig
+from elastic.space.latency import LatencyTable, Machine
+from tests.shapes import random_table
+from tests.unit.config.configs import FAMILY, found, legal, put, values_of
+
+BUDGETS = [
+    {"name": "full", "metric": "latency_ms", "ratio": 1.0},
+    {"name": "fast", "metric": "latency_ms", "ratio": 0.7},
+]
+SIZES = {"model.vocab": 512} | {path: value for path, value in FAMILY.items() if path.startswith("elastic.space")}
+
+
+def config(table: LatencyTable | None, **changes: object) -> dict[str, Any]:
+    """Return values of the verb cost with a table in them, and some paths changed."""
+    values = values_of(CostConfig, SIZES | {"elastic.budgets": BUDGETS})
+    put(values, "elastic.deployment.latency", None if table is None else config_dict(table))
+    for path, value in changes.items():
+        put(values, path.replace("__", "."), value)
+    return values
+
+
+@pytest.fixture(scope="module")
+def table() -> LatencyTable:
+    space = legal(CostConfig, values_of(CostConfig, SIZES)).space()
+    return random_table(space, torch.Generator().manual_seed(0))
+
+
+def test_a_table_survives_its_file_and_the_config(table: LatencyTable, tmp_path: Path) -> None:
+    file = tmp_path / "table.json"
+    file.write_text(json.dumps(config_dict(table)))
+    assert load(LatencyTable, json.loads(file.read_text())) == table
+    values, problems = with_table(CostConfig, config(None, elastic__deployment__latency=str(file)))
+    assert problems == ()
+    read = legal(CostConfig, values)
+    assert read.elastic.deployment.latency == table
+    assert all(budget.limit > 0 for budget in read.budgets())
+    again = config_dict(read)  # a resolved config holds the table, and needs the file no more
+    assert load(CostConfig, again).elastic.deployment.latency == table
+    measuring = legal(LatencyConfig, with_table(LatencyConfig, config(None, elastic__deployment__latency="nowhere"))[0])
+    assert measuring.elastic.deployment.latency is None and [b.name for b in measuring.elastic.budgets] == ["full"]
+
+
+@pytest.mark.parametrize(
+    ("content", "rule"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        ("{", "is not JSON"),
+        ("[1]", "is no table of times"),
+        ('{"machine": 1}', "is no table of times"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused(content: str | None, rule: str, tmp_path: Path) -> None:
+    file = tmp_path / "table.json"
+    if content is not None:
+        file.write_text(content)
+    values, (problem,) = with_table(CostConfig, config(None, elastic__deployment__latency=str(file)))
+    assert problem.field == "elastic.deployment.latency" and problem.rule.startswith(rule)
+    assert "recipes/measure_latency.py" in problem.remedy and values["elastic"]["deployment"]["latency"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"elastic__deployment__latency": None},
+         'elastic.budgets.0.metric = "latency_ms": needs measured times, and elastic.deployment.latency is null'),
+        ({"model__vocab": 640}, "the table was measured with vocab = 512, the parent has 640"),
+        ({"elastic__deployment__length_tokens": 4096},
+         "the deployment is decode of 1 x 4,096 tokens, and the table holds decode of 1 x 8,192 tokens, prefill of "
+         "1 x 8,192 tokens; nearest legal is elastic.deployment.length_tokens=8192"),
+        ({"elastic__deployment__batch": 2}, "nearest legal is elastic.deployment.batch=1"),
+        ({"elastic__space__ffn": {"choices": [256, 64], "per_layer": True}},
+         "elastic.space.ffn = [64, 256]: times were measured for widths of 128 to 256, and 64 may be chosen"),
+        ({"elastic__budgets": [{"name": "fast", "metric": "tokens_per_s", "ratio": 0.5}]},
+         "elastic.budgets.0.ratio = 0.5: every smaller model is faster"),
+        ({"elastic__budgets": [{"name": "fast", "metric": "latency_ms", "target": 1e-4}]},
+         "target 0.0001 latency_ms lies outside what the choices can reach"),
+    ],
+)  # fmt: skip
+def test_what_a_table_does_not_cover_is_refused(table: LatencyTable, changes: dict[str, Any], message: str) -> None:
+    _, problems = found(CostConfig, config(table, **changes))
+    assert len(problems) >= 1 and any(message in str(problem) for problem in problems), list(map(str, problems))
+
+
+def test_what_is_only_doubtful_is_said(table: LatencyTable) -> None:
+    read = legal(CostConfig, config(table, elastic__space__ffn={"choices": [256, 200, 128], "per_layer": True}))
+    deployment, space = read.elastic.deployment, read.space()
+    here = replace(table.machine, device="another device", name="here")
+    where, machine, between = latency_notes(deployment, space, here)
+    assert where == (
+        "latency: decode of 1 x 8,192 tokens in fp32 on a device (there), 1 threads, torch 2.0; rounds differ by up to "
+        "2%"
+    )
+    assert machine.endswith("not measured on a machine like this one: here device another device, not a device")
+    assert between.startswith("warning: ffn 200: not measured, interpolated")
+    assert len(list(latency_notes(deployment, space, replace(table.machine, name="a twin")))) == 2
+    assert list(latency_notes(replace(deployment, latency=None), space, here)) == []
+    assert Machine.here().differences(Machine.here()) == [] and Machine.here().device
