@@ -1,5 +1,6 @@
 """The verb cost: what a run of the main job can reach and what it costs, from its config alone."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -42,6 +43,8 @@ def run_cost(config: CostConfig, console: Console) -> dict[str, Any]:
         "budgets": [budget_row(budget, sample, space) for budget, sample in zip(budgets, samples, strict=True)],
     }
     console.print(cost_table(report))
+    if Metric.LATENCY_MS in report["parent"]:
+        console.print(time_table(report))
     console.print(conditions(deployment), highlight=False, style="dim")
     console.print()
     console.print(sample_table(report, space.parent))
@@ -96,12 +99,19 @@ def kernel_warnings(shape: ModelShape, tensor_parallel: int) -> list[str]:
 
 def cost_table(report: dict[str, Any]) -> Table:
     """Render what the parent, the samples and the extremes cost."""
+    headings = ("", "params", "weights", "KV", "SSM", "conv", "deployed", "FLOPs")
+    return table("what the space can reach, and one sample subnet per budget", headings, _cost_lines(report, COSTS))
+
+
+def time_table(report: dict[str, Any]) -> Table:
+    """Render how long they take, by the table of the deployment."""
+    return table("one pass, by times of layers", ("", "time", "tokens/s"), _cost_lines(report, MEASURED))
+
+
+def _cost_lines(report: dict[str, Any], costs: Sequence[str]) -> list[tuple[str, ...]]:
     rows = {"parent": report["parent"], **{row["name"]: row for row in report["budgets"]}}
     rows |= {"router's start": report["router_start"], "smallest": report["smallest"]}
-    costs = (*COSTS, *(metric for metric in MEASURED if metric in report["parent"]))
-    lines = [(name, *(quantity(cost_name, row[cost_name]) for cost_name in costs)) for name, row in rows.items()]
-    headings = ("", "params", "weights", "KV", "SSM", "conv", "deployed", "FLOPs", "time", "tokens/s")[: len(costs) + 1]
-    return table("what the space can reach, and one sample subnet per budget", headings, lines)
+    return [(name, *(quantity(cost_name, row[cost_name]) for cost_name in costs)) for name, row in rows.items()]
 
 
 def sample_table(report: dict[str, Any], parent: ModelShape) -> Table:

@@ -8,10 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from elastic.checkpoint.record import Family, Record
 from elastic.config.latency import LatencyConfig, latency_notes, with_table
 from elastic.config.load import config_dict, load
 from elastic.config.verbs import CostConfig
+from elastic.hf.card import CardInfo, model_card
+from elastic.hf.export_settings import DtypeRule, ExportSettings
+from elastic.space.cost import subnet_cost
 from elastic.space.latency import LatencyTable, Machine
+from elastic.space.reach import sample_subnet
 from tests.shapes import random_table
 from tests.unit.config.configs import FAMILY, found, legal, put, values_of
 
@@ -91,6 +96,20 @@ def test_a_file_that_is_no_table_is_refused(content: str | None, rule: str, tmp_
 def test_what_a_table_does_not_cover_is_refused(table: LatencyTable, changes: dict[str, Any], message: str) -> None:
     _, problems = found(CostConfig, config(table, **changes))
     assert len(problems) >= 1 and any(message in str(problem) for problem in problems), list(map(str, problems))
+
+
+def test_a_checkpoint_and_a_card_carry_the_times(table: LatencyTable, tmp_path: Path) -> None:
+    read = legal(CostConfig, config(table))
+    space, deployment, (_, budget) = read.space(), read.elastic.deployment, read.budgets()
+    record = Record("elastic", space.parent, 8, family=Family(space.axes, read.budgets(), deployment, 16))
+    record.write(tmp_path)
+    assert Record.read(tmp_path).family == record.family
+    subnet = sample_subnet(space, budget, deployment).subnet
+    used = subnet_cost(space.parent, subnet, deployment).latency_ms
+    info = CardInfo("test", space.parent, subnet, budget, deployment)
+    card = model_card(info, subnet.shape(space.parent), ExportSettings(DtypeRule(torch.float32)), "checked")
+    assert f"| budget fast | {budget.limit:,.4g} latency_ms, used {used / budget.limit:.1%} |" in card
+    assert f"| decode (batch 1, 8192 tokens), by times of layers on a device | {used:.4g} ms, " in card
 
 
 def test_what_is_only_doubtful_is_said(table: LatencyTable) -> None:
