@@ -159,7 +159,7 @@ BAD: tuple[BadConfig, ...] = (
         {"elastic.budgets.1": {"name": "small", "metric": "param", "ratio": 0.7}},
         1,
         'elastic.budgets.1.metric = "param": must be one of params, stored_params, weight_bytes, deploy_bytes, '
-        "flops_per_token; nearest legal value is params",
+        "flops_per_token, latency_ms, tokens_per_s; nearest legal value is params",
     ),
     (
         ElasticConfig,
