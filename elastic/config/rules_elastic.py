@@ -17,7 +17,7 @@ from elastic.config.sections import DataConfig, ElasticSection, ModelConfig, Par
 from elastic.config.verbs import SubnetConfig
 from elastic.router.phases import Curriculum, ElasticPhase, LearningRate, Phase
 from elastic.space.axes import Axis, LayerKind
-from elastic.space.cost import Budget
+from elastic.space.cost import MEASURED, Budget
 from elastic.space.gates import Execution
 from elastic.space.layers import FP8_MULTIPLE, DimKind, parameter_dims, parameter_names, split_parameter_name
 from elastic.space.nesting import parameter_size
@@ -232,7 +232,7 @@ def check_budgets(model: ModelConfig, elastic: ElasticSection) -> Problems:
     for index, budget in enumerate(elastic.budgets):
         name, value = ("ratio", budget.ratio) if budget.target is None else ("target", budget.target)
         is_one = (budget.target is None) != (budget.ratio is None)  # else check_budget_fields says so
-        if not is_one:
+        if not is_one or (budget.metric in MEASURED and deployment.measured is None):  # check_latency says that
             continue
         absolute = budget.absolute(space.parent, deployment)
         if why := out_of_reach(space, absolute, deployment, as_ratio=name == "ratio"):
