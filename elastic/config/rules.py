@@ -11,6 +11,7 @@ from inspect import signature
 from typing import Any
 
 from elastic.config import latency, rules_elastic, rules_layout, sections, verbs
+from elastic.config.export import ExportConfig
 from elastic.config.load import Problem, Problems
 from elastic.config.rules_elastic import fp8_problems, unique_names
 from elastic.config.rules_layout import Cluster, model_layout_problems, sequence_problems
@@ -43,11 +44,17 @@ def check_data(data: sections.PreparedData) -> Problems:
             yield Problem(f"data.blend.{index}.weight", source.weight, rule, "leave the source out")
 
 
-def check_export(export: verbs.ExportConfig) -> Problems:
-    """Extract must have something to write."""
+def check_export(export: ExportConfig) -> Problems:
+    """Extract must have something to write; what FP8 does not quantise is bf16."""
     if not export.hugging_face and not export.megatron:
         rule = "export.hugging_face and export.megatron must not both be false"
         yield Problem("export.hugging_face", False, rule, "nearest legal value is true")
+    elif not export.hugging_face and export.format != "hf":
+        rule = "is the format of a Hugging Face folder, and export.hugging_face is false"
+        yield Problem("export.format", export.format, rule, "set export.hugging_face=true")
+    if export.in_fp8 and export.precision == "fp32":
+        rule = "is not what export.format=fp8 leaves beside the matrices"
+        yield Problem("export.precision", "fp32", rule, "nearest legal value is bf16")
 
 
 def check_source(

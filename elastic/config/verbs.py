@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, Self
 
 from elastic.config import sections
+from elastic.config.export import ExportConfig
 from elastic.config.sections import DataConfig, PreparedData, Verification
 from elastic.router.phases import ElasticPhase, Phase
 from elastic.space import ranges
@@ -219,22 +220,6 @@ class EvaluateConfig(MembersConfig, RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """What extract writes, and how a finished folder is checked.
-
-    `precision` null keeps the number format of the checkpoint. `check` auto compares logits where the subnet and the
-    reloaded folder fit in memory, and every stored value with the parent's where they do not.
-    """
-
-    hugging_face: bool = True
-    megatron: bool = False
-    precision: Literal["fp32", "bf16"] | None = None
-    shard_bytes: ranges.Bytes = 5_000_000_000
-    check: Literal["auto", "logits", "values"] = "auto"
-    max_logit_difference: ranges.Weight = 1e-4
-
-
-@dataclass(frozen=True, kw_only=True)
 class TokenizerInput:
     """The prepared data whose tokenizer goes along; null takes the one the checkpoint was trained on."""
 
@@ -290,6 +275,13 @@ class ImportConfig(VerbConfig):
     elastic: Mapping[str, Any] = field(default_factory=dict)
     # The vocabulary is filled up to a multiple of this, as tensor parallelism needs it; exports leave the rows out.
     vocab_multiple: ranges.Vocab = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """recipes/report.py: a page about a run, report.html in its folder; what stands there is replaced."""
+
+    run: Annotated[str, Required("the folder of a run of train_elastic or pretrain_parent")] = ""
 
 
 def with_vocab[T: TrainConfig](config: T, tokenizer_tokens: int) -> T:

@@ -13,7 +13,7 @@ from elastic.space.shape import ModelShape, Subnet
 class CardInfo:
     """What the card says beside the sizes: the cut, and where it comes from (free text).
 
-    A model that was not cut is the full subnet of itself.
+    A model that was not cut is the full subnet of itself. `fp8` is for the card of a folder in FP8: what that means.
     """
 
     title: str
@@ -22,6 +22,7 @@ class CardInfo:
     budget: Budget | None = None
     deployment: Deployment = field(default_factory=Deployment)
     provenance: Mapping[str, str] = field(default_factory=dict)
+    fp8: str | None = None
 
 
 def model_card(info: CardInfo, shape: ModelShape, exports: ExportSettings, verification: str) -> str:
@@ -30,12 +31,14 @@ def model_card(info: CardInfo, shape: ModelShape, exports: ExportSettings, verif
     front = ["---", *(f"{key}: {value}" for key, value in exports.settings.license.items()), *tags, "---"]
     notes = "".join(f" {note[0].upper()}{note[1:]}." for note in stock_notes(shape))
     warnings = export_warnings(shape)
+    number_format = DTYPE_NAMES[exports.dtypes.main] + ("" if info.fp8 is None else ", matrices of the layers in FP8")
     sections = [
         "\n".join(front),
         f"# {info.title}\n\nA hybrid of Mamba-2, attention and MLP layers, loadable with stock transformers.",
-        "## Sizes\n\n" + _table(_size_rows(info, shape, DTYPE_NAMES[exports.dtypes.main])),
+        "## Sizes\n\n" + _table(_size_rows(info, shape, number_format)),
         "## Cost\n\n" + _table(_cost_rows(info, shape)),
         _padding(shape),
+        "" if info.fp8 is None else f"## FP8\n\n{info.fp8}",
         "\n- ".join(["## Kernel notes\n", *warnings]) if warnings else "",
         "## Provenance\n\n" + (_table(list(info.provenance.items())) if info.provenance else "Not given."),
         f"## Verification\n\n{verification}",

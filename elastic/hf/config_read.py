@@ -10,6 +10,7 @@ from typing import Any
 
 from elastic.hf.config import CARRIED, CARRIED_IF_GIVEN, FIXED, MODEL, SIZES, TIME_STEPS, WIDTHS, token_problems
 from elastic.hf.export_settings import HfSettings
+from elastic.hf.fp8 import quantisation_problem
 from elastic.hf.safe_files import listed, quoted, shown
 from elastic.space.axes import LayerKind
 from elastic.space.shape import LayerPattern, ModelShape, PatternError, ShapeError
@@ -39,7 +40,6 @@ _LARGEST_SIZE, _MOST_LAYERS = 2**24, 1000
 _FORBIDDEN = {
     **dict.fromkeys(("rope_scaling", "rope_parameters"), "layers have no position embedding"),
     **dict.fromkeys(("llm_config", "text_config"), "this is a multimodal model"),
-    "quantization_config": "weights must be plain; dequantise the folder first",
     "block_configs": "layers of one kind must share their sizes",
 }
 _WIDTHS = tuple(key for key, _, _ in WIDTHS.values())
@@ -53,8 +53,8 @@ _KNOWN = {
     "moe_shared_expert_intermediate_size", "moe_shared_expert_overlap", "mtp_hybrid_override_pattern",
     "mtp_layers_block_type", "n_group", "n_routed_experts", "n_shared_experts", "norm_topk_prob",
     "num_experts_per_tok", "num_hidden_layers", "num_nextn_predict_layers", "output_router_logits",
-    "routed_scaling_factor", "tie_word_embeddings", "time_step_limit", "time_step_min", "topk_group", "torch_dtype",
-    "transformers_version",
+    "quantization_config", "routed_scaling_factor", "tie_word_embeddings", "time_step_limit", "time_step_min",
+    "topk_group", "torch_dtype", "transformers_version",
 }  # fmt: skip
 
 
@@ -174,6 +174,7 @@ def _model_problems(config: Mapping[str, Any]) -> list[str]:
         if config.get(key) not in (None, FIXED["mlp_hidden_act"])
     ]
     problems += [f"{key} is set: {why}" for key, why in _FORBIDDEN.items() if config.get(key) is not None]
+    problems += filter(None, [quantisation_problem(config)])
     if predicted not in (None, 0):
         problems.append(
             f"num_nextn_predict_layers = {shown(predicted)}: multi-token-prediction layers are not supported; save the "

@@ -1,7 +1,7 @@
 """Write a model as a Hugging Face folder, reload it, compare, and only then call it done."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from elastic.hf.card import CardInfo, model_card
 from elastic.hf.config import ExportError, generation_config, hf_config
 from elastic.hf.export_settings import ExportSettings
 from elastic.hf.folder import CARD_FILE, CONFIG_FILE, GENERATION_FILE, HfFolder, HfFolderError, open_hf_folder
+from elastic.hf.fp8 import QUANTISATION, fp8_plan, fp8_tensors
 from elastic.hf.names import HfTensorError, hf_sizes, to_hf
 from elastic.hf.safe_files import UnsafeFileError
 from elastic.hf.tensor_files import planned, write_tensors
@@ -59,12 +60,14 @@ def export_folder(
     check: FolderCheck,
     shard_bytes: int = 5_000_000_000,
     progress: Callable[[int, int], None] = lambda num_bytes, total: None,
+    scales: Mapping[str, Tensor] | None = None,
 ) -> ExportReport:
     """Write `shape`'s tensors, given under Megatron-Core names, as a stock `nemotron_h` folder.
 
     Streams: one tensor in memory. Written aside and renamed once `check` has passed; a failed export leaves nothing
     behind. Rows that only fill the vocabulary up are left out. `shard_bytes` bounds one weights file; `progress` is
-    told the bytes of each tensor that is written, and of all. Raises ExportError.
+    told the bytes of each tensor that is written, and of all. With `scales` (fp8.py) the matrices of its layers are
+    written in FP8. Raises ExportError.
     """
     read, exported = reader(source), shape.with_vocab(min(shape.vocab, exports.settings.num_tokens or shape.vocab))
 
@@ -77,6 +80,10 @@ def export_folder(
             GENERATION_FILE: generation_config(exports.settings, exported),
         }
         plan = {name: planned(size, exports.dtypes.of(name)) for name, size in hf_sizes(exported).items()}
+        tensors = to_hf(without_fillers, exported)
+        if scales is not None:
+            texts[CONFIG_FILE] |= {"quantization_config": QUANTISATION}
+            plan, tensors = fp8_plan(plan, scales), fp8_tensors(tensors, scales)
         if folder.exists() and not folder.is_dir():
             raise ExportError(f"{folder} is a file")
         if folder.is_dir() and any(folder.iterdir()):
@@ -88,7 +95,7 @@ def export_folder(
             remove(left)
         with written_aside(folder) as aside:
             aside.mkdir()
-            write_tensors(aside, plan, to_hf(without_fillers, exported), shard_bytes, progress)
+            write_tensors(aside, plan, tensors, shard_bytes, progress)
             for name, content in texts.items():  # time_step_limit ends at Infinity, as in published configs
                 (aside / name).write_text(json.dumps(content, indent=2) + "\n")
             copy_tokenizer_files(exports.tokenizer_files, aside)

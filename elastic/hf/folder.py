@@ -14,6 +14,7 @@ import torch
 
 from elastic.hf.config_read import checked_shape, import_warnings, settings_from_hf_config, special_token_problems
 from elastic.hf.export_settings import DTYPE_NAMES, DtypeRule, ExportSettings, kind_of_tensor
+from elastic.hf.fp8 import NVFP4_REFUSED, is_nvfp4, paired
 from elastic.hf.names import HF_HEAD, hf_sizes, stored_names
 from elastic.hf.safe_files import UnsafeFileError, listed, open_regular, read_json, shown
 from elastic.hf.tensor_files import TensorFolder
@@ -89,7 +90,10 @@ def _open(folder: Path) -> HfFolder:
     problems += tokenizer_problems(tokenizer, None if shape is None else shape.vocab)
     scan = scan_tensors(folder)
     problems += scan.problems
-    stored = _by_file_name(scan, problems)
+    if is_nvfp4(config, scan.tensors):
+        raise HfFolderError(folder, [NVFP4_REFUSED])  # alone: nothing else of it would fit either
+    stored, found, in_fp8 = paired(_by_file_name(scan, problems), config)
+    problems += found
     rule = _checked_dtypes(stored, problems)
     if shape is not None and (stored or scan.unread):
         problems += _size_problems(stored, set(stored_names(scan.unread)), shape)
@@ -97,7 +101,7 @@ def _open(folder: Path) -> HfFolder:
         raise HfFolderError(folder, problems or ["it holds no tensors"])
     exports = ExportSettings(rule, settings_from_hf_config(config, generation, read_license(folder)), tokenizer)
     opened = HfFolder(folder, shape, exports, TensorFolder(stored), warnings=())
-    return replace(opened, warnings=(*import_warnings(config), *_warnings(opened, config), *scan.warnings))
+    return replace(opened, warnings=(*import_warnings(config), *_warnings(opened, config), *in_fp8, *scan.warnings))
 
 
 def read_license(folder: Path) -> dict[str, str]:
@@ -133,10 +137,11 @@ def _checked_dtypes(stored: Mapping[str, StoredTensor], problems: list[str]) -> 
     """Return the rule that the tensors of a folder follow, or None; what is wrong is added to `problems`.
 
     All matrices must have one format, fp32 or bf16; vectors (norms, biases, A_log, D, dt_bias) may be fp32 beside
-    bf16, each kind in all layers alike.
+    bf16, each kind in all layers alike. Matrices in FP8 take that of the others, bf16 if there are none.
     """
     foreign, matrices, kinds = defaultdict(set), defaultdict(set), defaultdict(set)
-    for name, tensor in stored.items():
+    plain = {name: tensor for name, tensor in stored.items() if tensor.scales is None}
+    for name, tensor in plain.items():
         if tensor.dtype not in _DTYPES:
             foreign[tensor.dtype].add(name)
             continue
@@ -150,7 +155,7 @@ def _checked_dtypes(stored: Mapping[str, StoredTensor], problems: list[str]) -> 
     if len(matrices) > 1:
         mixed = "; ".join(f"{dtype}: {listed(names, 2)}" for dtype, names in sorted(matrices.items()))
         found.append(f"matrices have two number formats ({mixed}); save the model again in one")
-    main = next(iter(matrices), None)
+    main = next(iter(matrices), "BF16" if len(plain) < len(stored) else None)
     if main is not None and not found:
         for kind, formats in kinds.items():
             if len(formats) > 1:

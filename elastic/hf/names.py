@@ -15,7 +15,7 @@ from torch import Tensor
 from elastic.hf.config import export_shape
 from elastic.rank.slicing import TensorSource, cut_parameter, reader
 from elastic.space.layers import parameter_dims, parameter_names, split_parameter_name
-from elastic.space.nesting import Cut, kept_indices, parameter_size
+from elastic.space.nesting import Cut, Grid, kept_indices, parameter_size
 from elastic.space.shape import ModelShape
 
 PREFIX = "backbone."  # in a file; a loaded stock model's state_dict has "model."
@@ -164,11 +164,21 @@ def pad_parameter(tensor: Tensor, name: str, shape: ModelShape, padded: ModelSha
         raise ValueError(f"{name} is {tuple(tensor.shape)}, expected {parameter_size(name, shape)}")
     cut = _padding_cut(name, shape, padded)
     for dim, kind in enumerate(parameter_dims(name)):
-        if not cut.grid(kind).is_whole:
-            size = list(tensor.shape)
-            size[dim] = cut.grid(kind).full_size
-            tensor = tensor.new_zeros(size).index_copy(dim, kept_indices(cut.grid(kind)).to(tensor.device), tensor)
+        tensor = _pad(tensor, dim, cut.grid(kind))
     return tensor
+
+
+def pad_rows(rows: Tensor, name: str, shape: ModelShape, padded: ModelShape) -> Tensor:
+    """Place what belongs to the rows of a parameter of `shape` [R, ...] as `pad_parameter` places the rows."""
+    return _pad(rows, 0, _padding_cut(name, shape, padded).grid(parameter_dims(name)[0]))
+
+
+def _pad(tensor: Tensor, dim: int, grid: Grid) -> Tensor:
+    if grid.is_whole:
+        return tensor
+    size = list(tensor.shape)
+    size[dim] = grid.full_size
+    return tensor.new_zeros(size).index_copy(dim, kept_indices(grid).to(tensor.device), tensor)
 
 
 def unpad_parameter(tensor: Tensor, name: str, shape: ModelShape, padded: ModelShape) -> Tensor:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,6 +25,11 @@ from elastic.space.shape import ModelShape
 
 _KERNEL_PACKAGES = ("mamba_ssm", "causal_conv1d")
 _STOCK_ERRORS = (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError)
+
+
+def reads_fp8() -> bool:
+    """Tell whether stock transformers can load a folder in FP8 here."""
+    return importlib.util.find_spec("compressed_tensors") is not None
 
 
 def logit_check(reference_logits: Callable[[Tensor], Tensor], tolerance: float = 1e-4) -> FolderCheck:
@@ -107,13 +113,17 @@ def reload_logits(folder: Path, tokens: Tensor) -> tuple[Tensor, int]:
 def stock_logits(folder: Path, tokens: Tensor) -> tuple[Tensor, int]:
     """Do what `reload_logits` says in this process."""
     # Slow to import, and nothing else here needs it.
-    from transformers import AutoModelForCausalLM, __version__
+    from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig, __version__
 
     if tuple(map(int, __version__.split(".")[:2])) < tuple(map(int, TRANSFORMERS.split("."))):
         raise ExportError(f"transformers {__version__} is installed. {STOCK_VERSIONS}")
+    here: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False)
     try:
+        if hasattr(AutoConfig.from_pretrained(folder, **here), "quantization_config"):
+            # The numbers that are stored; by default activations are rounded, too, and no two sums round alike.
+            here["quantization_config"] = CompressedTensorsConfig(dequantize=True)
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+            folder, **here, dtype=torch.float32, output_loading_info=True
         )
     except _STOCK_ERRORS as error:
         raise ExportError(f"stock transformers cannot load {folder}: {error}") from error

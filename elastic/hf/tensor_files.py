@@ -12,11 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from elastic.hf.fp8 import dequantised
 from elastic.hf.names import HfTensorError
 from elastic.hf.safe_files import UnsafeFileError, shown
 from elastic.hf.tensor_index import INDEX_FILE, SINGLE_FILE, StoredTensor
 
-_TYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_TYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3"}
 
 
 def planned(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -100,7 +101,8 @@ def _header(shard: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:
 class TensorFolder(Mapping[str, Tensor]):
     """Tensors of a Hugging Face folder by name; each is read from its file when asked for.
 
-    Made from headers that were checked; the keys may call a tensor otherwise than its file does.
+    Made from headers that were checked; the keys may call a tensor otherwise than its file does. FP8 codes come as the
+    numbers they stand for, fp32.
     """
 
     def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
@@ -108,6 +110,10 @@ class TensorFolder(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         stored = self._stored[name]
+        values = self._read(stored)
+        return values if stored.scales is None else dequantised(values, self._read(stored.scales), stored.block)
+
+    def _read(self, stored: StoredTensor) -> Tensor:
         try:
             # Opened for each tensor: an open file would keep every page it has read in memory.
             with safe_open(stored.path, framework="pt") as file:
@@ -127,4 +133,5 @@ class TensorFolder(Mapping[str, Tensor]):
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that hold the tensors, in order."""
-        return tuple(sorted({stored.path for stored in self._stored.values()}))
+        scales = (stored.scales.path for stored in self._stored.values() if stored.scales is not None)
+        return tuple(sorted({*(stored.path for stored in self._stored.values()), *scales}))

@@ -31,7 +31,10 @@ _BITS = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor as its file's header says: where its values begin, under which name, and what it will be."""
+    """One tensor as its file's header says: where its values begin, under which name, and what it will be.
+
+    `scales` are those of FP8 codes, `block` the rows and columns that one of them stands for (hf/fp8.py).
+    """
 
     path: Path
     name: str
@@ -39,6 +42,8 @@ class StoredTensor:
     size: tuple[int, ...]
     begin: int
     num_bytes: int
+    scales: "StoredTensor | None" = None
+    block: tuple[int, int] = (1, 1)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

@@ -49,9 +49,9 @@ class _NestedWeight:
         super().__init__(*args, **kwargs)
         self.inner = inner
 
-    def quantise(self, name: str) -> None:
+    def quantise(self, name: str, scales: Tensor | None = None) -> None:
         """Put FP8 codes in the place of the frozen weight, which takes a whole cut from then on."""
-        self.quantised = QuantisedWeight.of(name, self.weight, self.tp_group if self.hidden_dim == 0 else None)
+        self.quantised = QuantisedWeight.of(name, self.weight, self.tp_group if self.hidden_dim == 0 else None, scales)
         self.weight = None  # type: ignore[assignment]
 
     def part(self, cut: Cut) -> "_Part":

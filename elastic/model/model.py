@@ -1,5 +1,6 @@
 """The elastic model: embedding, elastic stack, head. Shapes: S sequence, B batch, D hidden, V vocab, d kept width."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -56,15 +57,16 @@ class ElasticModel(HybridModel):
         width = weight.shape[1] if gates is None or gates.subnet is None else gates.subnet.hidden
         return weight if width == weight.shape[1] else weight[:, :width]
 
-    def quantise(self) -> None:
+    def quantise(self, scales: Mapping[str, Tensor] | None = None) -> None:
         """Put FP8 codes in the place of this frozen model's projections: of every layer, in and out.
 
-        Embedding, head, convolution and norms stay. From then on it runs whole, and has no checkpoint. Raises
-        QuantisationError where its GPU has no products for them.
+        `scales` are those of their rows, by parameter, where they are not taken here; one rank only. Embedding, head,
+        convolution and norms stay. From then on it runs whole, and has no checkpoint. Raises QuantisationError where
+        its GPU has no products for them.
         """
         for name, module in self.named_modules():
             if isinstance(module, ElasticColumnParallelLinear | ElasticRowParallelLinear):
-                module.quantise(name)
+                module.quantise(name, None if scales is None else scales[f"{name}.weight"])
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

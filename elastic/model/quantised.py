@@ -1,4 +1,4 @@
-"""The weights of a frozen model in FP8 (E4M3): a scale per output row, activations with one per token.
+"""Weights in FP8 (E4M3), of a frozen model or an export: a scale per output row, activations with one per token.
 
 A scale is the row's largest magnitude over E4M3's, of the whole row or token whatever ranks hold of it: the codes are
 the same at every layout. GPUs multiply codes (torch._scaled_mm), CPUs the numbers they stand for, summing in fp32.
@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 from elastic.space.layers import FP8_MULTIPLE
 
 E4M3 = torch.float8_e4m3fn
+LIMIT = torch.finfo(E4M3).max
 
 
 class QuantisationError(ValueError):
@@ -33,15 +34,22 @@ class Codes:
     values: Tensor
     scales: Tensor
 
+    def numbers(self) -> Tensor:
+        """Return what the codes stand for [n, C], fp32."""
+        return self.values.float() * self.scales
 
-def quantise(rows: Tensor, group: ProcessGroup | None = None) -> Codes:
-    """Round rows [n, C] to E4M3; `group` holds the other columns of the same rows."""
+
+def row_scales(rows: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Return the scale of each of rows [n, C], fp32 [n, 1]; `group` holds the other columns of the same rows."""
     most = rows.abs().amax(dim=1, keepdim=True).float()
     if group is not None and group.size() > 1:
         all_reduce(most, op=ReduceOp.MAX, group=group)
-    limit = torch.finfo(E4M3).max
-    scales = torch.where(most > 0, most / limit, 1.0)
-    return Codes((rows.float() / scales).clamp(-limit, limit).to(E4M3), scales)
+    return torch.where(most > 0, most / LIMIT, 1.0)
+
+
+def quantise(rows: Tensor, scales: Tensor) -> Codes:
+    """Round rows [n, C] to E4M3, given their scales [n, 1]."""
+    return Codes((rows.float() / scales).clamp(-LIMIT, LIMIT).to(E4M3), scales)
 
 
 @dataclass(frozen=True)
@@ -52,8 +60,10 @@ class QuantisedWeight:
     group: ProcessGroup | None
 
     @classmethod
-    def of(cls, name: str, weight: Tensor, group: ProcessGroup | None) -> "QuantisedWeight":
-        """Quantise a weight; raises QuantisationError where a GPU cannot multiply it."""
+    def of(
+        cls, name: str, weight: Tensor, group: ProcessGroup | None, scales: Tensor | None = None
+    ) -> "QuantisedWeight":
+        """Quantise a weight, its scales given or its own; raises QuantisationError where a GPU cannot multiply it."""
         if weight.is_cuda:
             if not multiplies_fp8():
                 raise QuantisationError("distill.teacher_precision = fp8: this GPU multiplies no FP8; set bf16")
@@ -61,11 +71,13 @@ class QuantisedWeight:
                 sizes = f"{weight.shape[0]} x {weight.shape[1]}"
                 rule = f"{name} has {sizes} weights on a rank, no multiples of {FP8_MULTIPLE}"
                 raise QuantisationError(f"distill.teacher_precision = fp8: {rule}; set bf16, or lower parallel.tensor")
-        return cls(quantise(weight.detach(), group), group)
+        rows = weight.detach()
+        return cls(quantise(rows, row_scales(rows, group) if scales is None else scales.to(rows.device)), group)
 
     def product(self, x: Tensor) -> Tensor:
         """Map [S, B, C] to [S, B, R] in its dtype: what these columns give."""
-        tokens = quantise(x.flatten(0, 1), self.group)
+        rows = x.flatten(0, 1)
+        tokens = quantise(rows, row_scales(rows, self.group))
         if x.is_cuda:
             y = torch._scaled_mm(
                 tokens.values,

@@ -14,7 +14,7 @@ from elastic.router.phases import ElasticPhase, Moment
 from elastic.router.router import Router, choice_probabilities, gumbel_noise
 from elastic.router.sampler import budget_of, draw_budgets, in_turn
 from elastic.space.axes import Axis
-from elastic.space.cost import Budget, Deployment, shape_cost
+from elastic.space.cost import Budget, Deployment, shape_cost, subnet_cost
 from elastic.space.gates import Execution, Gates
 from elastic.space.ranges import Sequences, Size, Weight
 from elastic.space.shape import Subnet
@@ -112,6 +112,18 @@ class Chooser:
         """Of each budget its share of the parent, in its own metric, and its number: no two are equal."""
         whole = shape_cost(self.space.parent, self.deployment)
         return [(budget.limit / float(whole[budget.metric]), index) for index, budget in enumerate(self.budgets)]
+
+    def logged(self, subnets: Mapping[str, Subnet]) -> dict[str, float]:
+        """Return what a log says of each budget's subnet: the share of its target it uses, its widths."""
+        values: dict[str, float] = {}
+        for budget in self.budgets:
+            subnet, shape = subnets[budget.name], subnets[budget.name].shape(self.space.parent)
+            used = subnet_cost(self.space.parent, subnet, self.deployment)[budget.metric]
+            values[f"router/{budget.name}/cost_ratio"] = float(used) / budget.limit
+            values |= {
+                f"router/{budget.name}/width/{axis}": shape.mean_width(axis) for axis in self.space.elastic_axes()
+            }
+        return values
 
     def _drawn(self, moment: Moment, num_micro_batches: int, in_step: int) -> tuple[int, ...]:
         """Draw the budgets of the step."""

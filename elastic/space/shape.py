@@ -125,6 +125,13 @@ class ModelShape:
         """Return the width along every axis that one layer has; None: outside the layers."""
         return layer_widths(self, self.pattern, layer_index)
 
+    def mean_width(self, axis: Axis) -> float:
+        """Return the width on an axis, a mean where layers have their own (0: none there); of depth, the layers."""
+        if axis is Axis.DEPTH:
+            return len(self.pattern)
+        width = getattr(self, AXES[axis].size)
+        return sum(width) / max(len(width), 1) if isinstance(width, tuple) else width
+
     def with_vocab(self, vocab: int) -> "ModelShape":
         """Return the same shape over another vocabulary size."""
         return replace(self, vocab=vocab)

@@ -18,7 +18,6 @@ from elastic.config.sections import TrainerConfig
 from elastic.hf.safe_files import read_json
 from elastic.router.phases import Moment
 from elastic.run.folder import WANDB_FILE
-from elastic.space.cost import subnet_cost
 from elastic.train.evaluation import LossMeter, MeanLoss
 from elastic.train.nonfinite import NONFINITE_FOLDER, readable
 from elastic.train.trainer import Callback, StepResult, Trainer
@@ -289,11 +288,8 @@ class LogSteps(Callback):
             "temperature": moment.temperature,
             "logit_scale": moment.logit_scale,
             "router_learning_rate": 0.0 if moment.elastic.router_frozen else moment.router_learning_rate,
+            **chooser.logged(trainer.chosen_subnets()),
         }
-        subnets = trainer.chosen_subnets()
-        for budget in chooser.budgets:
-            used = subnet_cost(chooser.space.parent, subnets[budget.name], chooser.deployment)[budget.metric]
-            values[f"router/{budget.name}/cost_ratio"] = float(used) / budget.limit
         if result.budget_losses is not None:
             for budget, loss in zip(chooser.budgets, result.budget_losses.tolist(), strict=True):
                 values[f"router/{budget.name}/budget_loss"] = loss

@@ -6,7 +6,8 @@ Run as a program, it computes the logits that an export is compared with, in a p
 
 import json
 import sys
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,17 @@ from elastic.checkpoint.find import checkpoint_folder
 from elastic.checkpoint.read import StoredTensors
 from elastic.checkpoint.record import Record
 from elastic.checkpoint.stream import save_streamed
-from elastic.config.verbs import ExportConfig, ExtractConfig
+from elastic.config.export import ExportConfig
+from elastic.config.verbs import ExtractConfig
 from elastic.hf.card import CardInfo
 from elastic.hf.config import stock_notes
 from elastic.hf.export import ExportReport, FolderCheck, export_folder
 from elastic.hf.export_settings import DtypeRule, ExportSettings, kind_of_tensor, write_export_settings
+from elastic.hf.fp8 import calibrate, cut_scales, hf_scales
 from elastic.hf.names import hf_names
 from elastic.hf.nested_values import value_check
-from elastic.hf.reload import logit_check, run_without_gpu
+from elastic.hf.reload import logit_check, reads_fp8, run_without_gpu
 from elastic.hf.tokenizer_files import find_tokenizer
-from elastic.model.initialize import named_global_parameters
 from elastic.model.model import build_model
 from elastic.rank.slicing import parent_parameter, submodel_source
 from elastic.run.folder import open_run_folder
@@ -38,6 +40,7 @@ from elastic.space.cost import shape_cost
 from elastic.space.gates import Gates
 from elastic.space.layers import parameter_names
 from elastic.space.shape import ModelShape, Subnet
+from elastic.verbs.fp8_loss import Fp8Loss, card_text, exported_values, fp8_losses, load_as_exported, loss_table
 from elastic.verbs.import_hf import transfer_progress
 from elastic.verbs.members import Member, OpenCheckpoint, open_checkpoint, subnet_summary
 from elastic.verbs.text import text_settings
@@ -61,10 +64,11 @@ def run_extract(config: ExtractConfig, console: Console) -> Path:
     carried = _carried(opened, config)
     rows = []
     with open_run_folder(config.exp_manager, asdict(config), None) as folder:
+        fp8 = _fp8_of_family(opened, carried, config, console) if config.export.in_fp8 else None
         for member in opened.members:
             row: dict[str, Any] = {"name": member.name, "subnet": subnet_summary(member.subnet)}
             if config.export.hugging_face:
-                report = _export_hugging_face(opened, member, folder / member.name, carried, config, console)
+                report = _export_hugging_face(opened, member, folder / member.name, carried, fp8, config, console)
                 row |= {
                     "hugging_face": str(report.folder),
                     "params": report.params,
@@ -72,6 +76,8 @@ def run_extract(config: ExtractConfig, console: Console) -> Path:
                     "verification": report.outcome.verification,
                     "max_abs_logit_diff": report.outcome.max_abs_logit_diff,
                 }
+                if fp8 is not None and member.name in fp8.losses:
+                    row["loss"], row["loss_fp8"] = fp8.losses[member.name].plain, fp8.losses[member.name].fp8
                 console.print(_line(member, member.subnet.shape(opened.space.parent), report))
             if config.export.megatron:
                 row["megatron"] = str(_export_megatron(opened, member, folder / f"{member.name}_megatron", carried))
@@ -88,6 +94,8 @@ def _carried(opened: OpenCheckpoint, config: ExtractConfig) -> ExportSettings:
     settings, tokenizer = text_settings(opened.checkpoint, opened.record, config.data.path)
     precision = config.export.precision
     dtypes = _stored_formats(opened) if precision is None else DtypeRule.trained(DTYPES[precision])
+    if config.export.in_fp8 and dtypes.main != torch.bfloat16:
+        dtypes = DtypeRule.trained(torch.bfloat16)
     return ExportSettings(dtypes, settings, () if tokenizer is None else find_tokenizer(tokenizer))
 
 
@@ -99,11 +107,34 @@ def _stored_formats(opened: OpenCheckpoint) -> DtypeRule:
     return DtypeRule(main, {kind_of_tensor(hf): dtype for name, dtype in others.items() for hf in hf_names(name)})
 
 
+@dataclass(frozen=True)
+class _Fp8Family:
+    """One calibration of the nested parent (hf/fp8.py), and what FP8 costs each member, as far as that was measured."""
+
+    calibrated: Mapping[str, Tensor]
+    losses: Mapping[str, Fp8Loss]
+
+
+def _fp8_of_family(
+    opened: OpenCheckpoint, carried: ExportSettings, config: ExtractConfig, console: Console
+) -> _Fp8Family:
+    """Take the scales of all exports, and measure the loss where the nested parent fits in memory."""
+    calibrated, losses = calibrate(opened.tensors(), opened.space.parent), dict[str, Fp8Loss]()
+    if shape_cost(opened.space.parent).params * _FP32_BYTES * _HEADROOM <= available_memory_bytes():
+        losses |= fp8_losses(opened, carried.dtypes, calibrated, config.data.path or opened.record.data)
+        why = "no held-out tokens: name prepared data of this tokenizer in data.path"
+    else:
+        why = "the nested parent does not fit in this machine's memory in fp32"
+    console.print(loss_table(losses) if losses else f"note: what FP8 costs in loss was not measured, {why}")
+    return _Fp8Family(calibrated, losses)
+
+
 def _export_hugging_face(
     opened: OpenCheckpoint,
     member: Member,
     folder: Path,
     carried: ExportSettings,
+    fp8: _Fp8Family | None,
     config: ExtractConfig,
     console: Console,
 ) -> ExportReport:
@@ -119,6 +150,7 @@ def _export_hugging_face(
             **{k: str(v) for k, v in opened.record.provenance.items()},
             **({} if member.untrained is None else {"training": member.untrained}),
         },
+        fp8=None if fp8 is None else card_text(fp8.losses.get(member.name)),
     )
     check = choose_check(opened, member, carried.dtypes, config.export)
     with transfer_progress(console) as bar:
@@ -132,6 +164,9 @@ def _export_hugging_face(
             check,
             config.export.shard_bytes,
             lambda num_bytes, total: bar.update(task, advance=num_bytes, total=total),
+            None
+            if fp8 is None
+            else hf_scales(cut_scales(fp8.calibrated, parent, member.subnet, lanes), member.subnet.shape(parent)),
         )
 
 
@@ -169,15 +204,20 @@ def choose_check(opened: OpenCheckpoint, member: Member, dtypes: DtypeRule, expo
     """Return the check of one member's folder; `auto` decides by the memory that is free now: logits where the nested
     parent and the reloaded submodel fit, both in fp32, with headroom.
     """
-    parent, wanted = opened.space.parent, export.check
+    parent, wanted, in_fp8 = opened.space.parent, export.check, export.in_fp8
+    if wanted == "auto" and in_fp8 and not reads_fp8():
+        wanted = "values"
     if wanted == "auto":
         params = shape_cost(parent).params + shape_cost(member.subnet.shape(parent)).stored_params
         wanted = "logits" if params * _FP32_BYTES * _HEADROOM <= available_memory_bytes() else "values"
     if wanted == "values":
-        return value_check(opened.tensors(), parent, member.subnet, opened.space.lanes)
+        stored = opened.tensors()
+        return value_check(
+            lambda name: exported_values(stored[name], name, dtypes, in_fp8), parent, member.subnet, opened.space.lanes
+        )
     # A GPU's matrix units round fp32 to TF32 and a right export would be refused: a child process computes there.
     computed = logits_in_child if torch.cuda.is_available() else nested_logits
-    return logit_check(partial(computed, opened.checkpoint, member.subnet, dtypes), export.max_logit_difference)
+    return logit_check(partial(computed, opened.checkpoint, member.subnet, dtypes, in_fp8), export.max_logit_difference)
 
 
 def available_memory_bytes() -> int:
@@ -190,15 +230,15 @@ def available_memory_bytes() -> int:
         return available
 
 
-def logits_in_child(checkpoint: Path, subnet: Subnet, dtypes: DtypeRule, tokens: Tensor) -> Tensor:
+def logits_in_child(checkpoint: Path, subnet: Subnet, dtypes: DtypeRule, in_fp8: bool, tokens: Tensor) -> Tensor:
     """Compute `nested_logits` in a process that sees no GPU; raises ExportError if it fails."""
-    told = json.dumps({"subnet": asdict(subnet), "dtypes": dtypes.to_json()})
+    told = json.dumps({"subnet": asdict(subnet), "dtypes": dtypes.to_json(), "in_fp8": in_fp8})
     failed = "the logits to compare with were not computed"
     return run_without_gpu("elastic.verbs.extract", [str(checkpoint), told], {"tokens": tokens}, failed)["logits"]
 
 
 @torch.no_grad()
-def nested_logits(checkpoint: Path, subnet: Subnet, dtypes: DtypeRule, tokens: Tensor) -> Tensor:
+def nested_logits(checkpoint: Path, subnet: Subnet, dtypes: DtypeRule, in_fp8: bool, tokens: Tensor) -> Tensor:
     """Return logits [B, S, V] of `subnet` in the checkpoint's nested model, in fp32, from tokens [B, S].
 
     The weights are rounded as the export rounds them: only the structure is compared.
@@ -207,8 +247,7 @@ def nested_logits(checkpoint: Path, subnet: Subnet, dtypes: DtypeRule, tokens: T
     tensors = StoredTensors(checkpoint, record.shape)
     with world(Layout()) as here:
         model = build_model(record.space(), Layout(), seed=None).eval()
-        for name, parameter in named_global_parameters(model):
-            parameter.copy_(tensors[name].to(dtypes.of(hf_names(name)[0])))
+        load_as_exported(model, tensors.__getitem__, dtypes, in_fp8)
         hidden = model(tokens.to(here.device), gates)
         return (hidden @ model.head_weight(gates).t()).transpose(0, 1).cpu()
 
@@ -219,7 +258,8 @@ def _main(checkpoint: str, told: str, given: str, answer: str) -> None:
         name: tuple(value) if isinstance(value, list) else value for name, value in content["subnet"].items()
     }
     tokens = load_file(given)["tokens"]
-    logits = nested_logits(Path(checkpoint), Subnet(**fields), DtypeRule.from_json(content["dtypes"]), tokens)
+    dtypes = DtypeRule.from_json(content["dtypes"])
+    logits = nested_logits(Path(checkpoint), Subnet(**fields), dtypes, content["in_fp8"], tokens)
     save_file({"logits": logits.contiguous()}, answer)
 
 

@@ -25,6 +25,7 @@ from elastic.config.verbs import (
     GenerateConfig,
     ImportanceConfig,
     ImportConfig,
+    ReportConfig,
     TrainConfig,
     VerbConfig,
     with_vocab,
@@ -34,6 +35,7 @@ from elastic.data.manifest import DataError
 from elastic.run.folder import is_left_over
 from elastic.space.gates import Execution
 from elastic.space.shape import ModelShape
+from elastic.verbs.fp8_loss import fp8_reader_problems
 from elastic.verbs.generate import generate_problems
 from elastic.verbs.members import members_problems, source_problems, sources
 from elastic.verbs.parent import fill_from_parent, model_problems
@@ -106,6 +108,8 @@ def input_paths(config: object) -> Iterator[tuple[str, str | None]]:
                 yield f"data.blend.{index}.{name}", getattr(source, name)
     if isinstance(config, ImportConfig):
         yield "source", config.source
+    if isinstance(config, ReportConfig):
+        yield "run", config.run
     if isinstance(config, GenerateConfig):
         yield from ((name, getattr(config, name)) for name in ("folder", "tokenizer", "prompt_file", "chat_file"))
     if isinstance(config, FROM_CHECKPOINTS):
@@ -148,6 +152,8 @@ def checkpoint_problems(config: object) -> Iterator[Problem]:
             case EvaluateConfig() | ExtractConfig():
                 masked = isinstance(config, EvaluateConfig) and config.execution is Execution.MASK
                 yield from members_problems(config.init_from, config.budget_names, config.subnets, masked=masked)
+                if isinstance(config, ExtractConfig) and config.export.in_fp8 and config.export.check == "logits":
+                    yield from fp8_reader_problems()
                 if isinstance(config, EvaluateConfig):
                     lanes = record.lanes if record.lanes > 1 else None
                     yield from layout_problems(record.shape, config.parallel, lanes)

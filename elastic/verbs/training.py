@@ -42,6 +42,7 @@ from elastic.train.sanity import Sanity
 from elastic.train.signals import StopOnSignal
 from elastic.train.trainer import Callback, Placed, Trainer
 from elastic.verbs.parent import nested_parent
+from elastic.verbs.report import ReportError, write_report
 from elastic.verbs.text import LONGEST
 from elastic.world.files import write_json
 from elastic.world.groups import World, join_world
@@ -97,6 +98,11 @@ def run_training(config: TrainConfig, console: Console, callbacks: Sequence[Call
             elif here.is_main:
                 again = "run the same command" if settings.resume_if_exists else GO_ON
                 console.print(f"stopped by {trainer.stop_reason} after step {trainer.step}; {again} to go on")
+            if here.is_main:
+                try:
+                    write_report(folder)
+                except ReportError as error:  # no reason to fail what has been trained and saved
+                    console.print(f"note: {error}", markup=False, highlight=False)
             return folder
 
 

@@ -106,6 +106,28 @@ def test_a_family_leaves_through_hugging_face_and_comes_back(start, family):
         assert imported["loss"] == pytest.approx(in_place[name]["loss"], abs=1e-5)
 
 
+def test_a_run_ends_with_a_page_of_its_members(start, family):
+    text = (family / "report.html").read_text()
+    for name, row in evaluate(start, "for_the_page", family).items():
+        assert f"<td>{name}</td>" in text and f"<td>{row['params']:,}</td>" in text
+    for part in (
+        "held-out loss",
+        "what each budget uses of its target",
+        "the router&#x27;s choice of ",
+        "learning rate",
+    ):
+        assert part in text, part
+
+
+def test_a_family_leaves_in_fp8_for_little_loss(start, family):
+    values = dict(init_from=dict(checkpoint=str(family)), exp_manager=place(start, "fp8"), export=dict(format="fp8"))
+    (shown,) = run_distributed(_extract, 1, values)
+    for row in json.loads((start / "run" / "fp8" / "extraction.json").read_text())["members"]:
+        assert 0 < abs(row["loss_fp8"] - row["loss"]) < 0.02 and f"{row['loss_fp8']:.4f}" in shown
+        card = (start / "run" / "fp8" / row["name"] / "README.md").read_text()
+        assert f"{row['loss']:.4f} before, {row['loss_fp8']:.4f} in FP8" in card
+
+
 def test_evaluation_is_the_same_masked_sliced_and_on_two_replicas(start, family):
     sliced = evaluate(start, "sliced", family)
     masked = evaluate(start, "masked", family, execution="mask")

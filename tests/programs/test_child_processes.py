@@ -24,7 +24,7 @@ def test_a_child_without_a_gpu_computes_the_same_logits(tmp_path: Path) -> None:
     subnet = SubnetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in narrowed(shape).items()}).subnet(
         shape
     )
-    here, child = (compute(checkpoint, subnet, BF16, TOKENS) for compute in (nested_logits, logits_in_child))
+    here, child = (compute(checkpoint, subnet, BF16, True, TOKENS) for compute in (nested_logits, logits_in_child))
     assert here.shape == (*TOKENS.shape, shape.vocab) and relative_error(child, here) < 1e-6
 
 
@@ -34,7 +34,7 @@ def test_a_child_that_fails_is_an_error_with_what_it_said(tmp_path: Path, monkey
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     shape = SHAPES["groups 2, tied head"]
     with pytest.raises(ExportError, match="logits to compare with were not computed: elastic"):
-        logits_in_child(tmp_path, Subnet.full(shape), BF16, TOKENS)
+        logits_in_child(tmp_path, Subnet.full(shape), BF16, False, TOKENS)
 
 
 def test_installed_kernels_do_not_touch_the_reload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ ROOMS = (
     "run",
     "train",
     "generate",
+    "report",
     "verbs",
     "preflight",
     "plan",
@@ -35,10 +36,11 @@ NARROWER = {  # rooms that import less than all below them: each can be read wit
     "world": set[str](),
     "distill": {"kernels"},
     "rank": {"space", "model"},
-    "hf": {"space", "rank"},
+    "hf": {"space", "model", "rank"},
     "config": {"space", "router"},
     "corpus": {"space", "world", "config", "data"},
     "generate": {"space", "model"},
+    "report": {"space"},
 }
 FOR_ALL = "elastic.world.files"  # it imports no room itself
 RECIPES_ONLY = {"hydra", "nemo", "omegaconf", "lightning", "pytorch_lightning", "recipes", "tests"}

@@ -81,7 +81,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "experts": (change_config(hybrid_override_pattern="ME*"), "layers 1 .*Mixture-of-experts.*use a dense parent"),
     "an unknown layer": (change_config(hybrid_override_pattern="MX*"), "character 'X' at position 1"),
     "multi-token layers": (change_config(num_nextn_predict_layers=1), "num_nextn_predict_layers = 1: multi-token"),
-    "a quantised config": (change_config(quantization_config={}), "quantization_config is set: .*dequantise"),
+    "a quantised config": (change_config(quantization_config={}), "quantization_config is set, .*dequantise"),
     # generation config and tokenizer
     "generation config is a list": (lambda folder: write(folder / "generation_config.json", []), "generation_config"),
     "an end token beyond the vocabulary": (

@@ -22,6 +22,26 @@ BAD: tuple[BadConfig, ...] = (
     ),
     (
         ExtractConfig,
+        {"export.format": "fp16"},
+        1,
+        'export.format = "fp16": must be one of hf, fp8; nearest legal value is fp8',
+    ),
+    (
+        ExtractConfig,
+        {"export.format": "fp8", "export.precision": "fp32"},
+        1,
+        'export.precision = "fp32": is not what export.format=fp8 leaves beside the matrices; nearest legal value is '
+        "bf16",
+    ),
+    (
+        ExtractConfig,
+        {"export.format": "fp8", "export.hugging_face": False, "export.megatron": True},
+        1,
+        'export.format = "fp8": is the format of a Hugging Face folder, and export.hugging_face is false; set '
+        "export.hugging_face=true",
+    ),
+    (
+        ExtractConfig,
         {"export.check": "logit"},
         1,
         'export.check = "logit": must be one of auto, logits, values; nearest legal value is logits',
