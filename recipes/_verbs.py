@@ -14,7 +14,6 @@ from elastic.config.verbs import (
     ImportanceConfig,
     ImportConfig,
     PretrainConfig,
-    ReportConfig,
 )
 from elastic.corpus.config import PrepareConfig
 from elastic.plan.config import PlanConfig
@@ -27,7 +26,6 @@ from elastic.verbs.generate import run_generate
 from elastic.verbs.import_hf import run_import
 from elastic.verbs.measure_latency import run_measure_latency
 from elastic.verbs.prepare_data import run_prepare
-from elastic.verbs.report import run_report
 from elastic.verbs.training import run_training
 
 
@@ -56,5 +54,4 @@ VERBS = {
     "evaluate": Verb(EvaluateConfig, run_evaluate),
     "extract": Verb(ExtractConfig, run_extract),
     "generate": Verb(GenerateConfig, run_generate),
-    "report": Verb(ReportConfig, run_report),
 }

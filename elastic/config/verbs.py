@@ -277,13 +277,6 @@ class ImportConfig(VerbConfig):
     vocab_multiple: ranges.Vocab = 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReportConfig:
-    """recipes/report.py: a page about a run, report.html in its folder; what stands there is replaced."""
-
-    run: Annotated[str, Required("the folder of a run of train_elastic or pretrain_parent")] = ""
-
-
 def with_vocab[T: TrainConfig](config: T, tokenizer_tokens: int) -> T:
     """Return the config with a null model.vocab filled in from the tokenizer, padded to model.vocab_multiple."""
     if config.model.vocab is not None:

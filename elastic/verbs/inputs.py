@@ -25,7 +25,6 @@ from elastic.config.verbs import (
     GenerateConfig,
     ImportanceConfig,
     ImportConfig,
-    ReportConfig,
     TrainConfig,
     VerbConfig,
     with_vocab,
@@ -108,8 +107,6 @@ def input_paths(config: object) -> Iterator[tuple[str, str | None]]:
                 yield f"data.blend.{index}.{name}", getattr(source, name)
     if isinstance(config, ImportConfig):
         yield "source", config.source
-    if isinstance(config, ReportConfig):
-        yield "run", config.run
     if isinstance(config, GenerateConfig):
         yield from ((name, getattr(config, name)) for name in ("folder", "tokenizer", "prompt_file", "chat_file"))
     if isinstance(config, FROM_CHECKPOINTS):

@@ -1,14 +1,12 @@
-"""The verb report: one page about a run, at its end and at any time, from what its folder holds."""
+"""Write the page about a run, at its end and at any time, from what its folder holds."""
 
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from elastic.checkpoint.contents import CheckpointError
 from elastic.checkpoint.record import RecordError
 from elastic.config.load import ConfigError, Problem
-from elastic.config.verbs import MembersInput, ReportConfig
+from elastic.config.verbs import MembersInput
 from elastic.hf.safe_files import UnsafeFileError, read_json
 from elastic.report.page import event_table, last_losses, member_table, page, phase_table, read_rows
 from elastic.run.folder import CONFIG_FILE, FINISHED_FILE
@@ -24,15 +22,11 @@ class ReportError(ConfigError):
     """A folder that is no run's, or a page that cannot be written."""
 
 
-def run_report(config: ReportConfig, console: Console) -> Path:
-    """Write report.html into a run's folder, also while it trains; returns its path."""
-    path = write_report(Path(config.run))
-    console.print(f"written to {path}", highlight=False, soft_wrap=True)
-    return path
-
-
 def write_report(run: Path) -> Path:
-    """Write the page of a run; raises ReportError for a folder without a log, or where it cannot be written."""
+    """Write report.html into a run's folder, also while it trains, and return its path.
+
+    Raises ReportError for a folder without a log, or where the page cannot be written.
+    """
     rows = read_rows(run / METRICS_FILE)
     if not rows:
         rule = f"holds no {METRICS_FILE} with a row of a training run"

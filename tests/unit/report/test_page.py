@@ -6,14 +6,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from elastic.config.load import ConfigError
-from elastic.config.rules import Cluster
-from elastic.config.verbs import ReportConfig
 from elastic.report.charts import Chart, number_text, thin, ticks
-from elastic.verbs.inputs import load_run
-from elastic.verbs.report import ReportError, run_report
+from elastic.verbs.report import ReportError, write_report
 
 EVIL = "<img onerror=alert(1)>"
 WIDTH = "router/a/width/hidden"
@@ -45,8 +40,7 @@ class Page(HTMLParser):
 
 def written(folder: Path, log: str) -> Page:
     (folder / "metrics.jsonl").write_text(log)
-    config = load_run(ReportConfig, {"run": str(folder)}, Cluster(1), is_main=True)
-    return Page(run_report(config, Console(quiet=True)))
+    return Page(write_report(folder))
 
 
 def lines(rows: list[dict]) -> str:
@@ -120,7 +114,5 @@ def test_a_folder_that_is_no_runs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match=r"holds no metrics\.jsonl with a row of a training run; give the folder"):
         written(tmp_path, "a note\n")
     assert not (tmp_path / "report.html").exists()
-    with pytest.raises(ConfigError, match=r"run = .*nowhere.*does not exist; the nearest folder that exists is"):
-        load_run(ReportConfig, {"run": str(tmp_path / "nowhere")}, Cluster(1), is_main=True)
-    with pytest.raises(ConfigError, match=r"run .*missing, it has no default.*the folder of a run"):
-        load_run(ReportConfig, {}, Cluster(1), is_main=True)
+    with pytest.raises(ReportError, match=r"run = .*nowhere.*: holds no metrics\.jsonl"):
+        write_report(tmp_path / "nowhere")
