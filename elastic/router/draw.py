@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from elastic.router.budget_loss import budget_loss, choice_entropy, cost_shares
+from elastic.router.decide import choose, decide
 from elastic.router.phases import ElasticPhase, Moment
 from elastic.router.router import Router, choice_probabilities, gumbel_noise
 from elastic.router.sampler import budget_of, draw_budgets, in_turn
 from elastic.space.axes import Axis
-from elastic.space.cost import Budget, Deployment, shape_cost, subnet_cost
+from elastic.space.cost import Budget, Deployment, shape_cost
 from elastic.space.gates import Execution, Gates
 from elastic.space.ranges import Sequences, Size, Weight
 from elastic.space.shape import Subnet
@@ -22,10 +23,6 @@ from elastic.space.space import Space
 
 NUM_COST_DRAWS = 16  # ours; with 8, about one toy run in forty misses a budget by more than 3%
 COST_STREAM = -1  # where a micro-batch's number stands in the noise streams of the gates
-
-
-class RouterError(ValueError):
-    """A router that no choice can be read from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,18 +110,6 @@ class Chooser:
         whole = shape_cost(self.space.parent, self.deployment)
         return [(budget.limit / float(whole[budget.metric]), index) for index, budget in enumerate(self.budgets)]
 
-    def logged(self, subnets: Mapping[str, Subnet]) -> dict[str, float]:
-        """Return what a log says of each budget's subnet: the share of its target it uses, its widths."""
-        values: dict[str, float] = {}
-        for budget in self.budgets:
-            subnet, shape = subnets[budget.name], subnets[budget.name].shape(self.space.parent)
-            used = subnet_cost(self.space.parent, subnet, self.deployment)[budget.metric]
-            values[f"router/{budget.name}/cost_ratio"] = float(used) / budget.limit
-            values |= {
-                f"router/{budget.name}/width/{axis}": shape.mean_width(axis) for axis in self.space.elastic_axes()
-            }
-        return values
-
     def _drawn(self, moment: Moment, num_micro_batches: int, in_step: int) -> tuple[int, ...]:
         """Draw the budgets of the step."""
         draws = self.settings.draws_per_step or num_micro_batches
@@ -162,6 +147,10 @@ class Chooser:
             draw.sources.append({axis: values[index] for axis, values in weights.items()})
             draw.gates.append(Gates.mask({axis: leaf[index].requires_grad_() for axis, leaf in leaves.items()}, budget))
         return draw
+
+    def decide(self, budget: int) -> Subnet:
+        """Return the subnet of a budget as the router stands: no noise."""
+        return decide(self.router, self.space, budget, self.budgets[budget], self.deployment)
 
     @cached_property
     def _shares(self) -> dict[Axis, Tensor]:
@@ -219,34 +208,16 @@ class Chooser:
 
     @torch.no_grad()
     def _decided(self, budget: int, execution: Execution) -> Gates:
+        chosen = choose(self.router, self.space, budget, self.budgets[budget], self.deployment)
         if execution is Execution.SLICE:
-            return Gates.slice(decide(self.router, self.space, budget), budget)
-        logits = _checked_logits(self.router, budget)
-        return Gates.mask({axis: _one_hot(values) for axis, values in logits.items()}, budget)
+            return Gates.slice(self.space.subnet(chosen), budget)
+        masks = {}
+        for axis, indices in chosen.items():
+            one_hot = torch.nn.functional.one_hot(torch.tensor(indices), len(self.space.axes[axis].choices))
+            masks[axis] = one_hot.to(next(self.router.parameters()))
+        return Gates.mask(masks, budget)
 
 
 def _one_hot(values: Tensor) -> Tensor:
     """Return the one-hot of the largest entry; of equal ones the first, which is the widest choice."""
     return torch.nn.functional.one_hot(values.argmax(dim=-1), values.shape[-1]).to(torch.float32)
-
-
-@torch.no_grad()
-def decide(router: Router, space: Space, budget: int) -> Subnet:
-    """Return the subnet a router chooses for a budget: argmax, no noise, ties to the wider choice.
-
-    Raises RouterError for logits that are NaN or Inf, whose argmax would be a subnet like any other.
-    """
-    logits = _checked_logits(router, budget)
-    return space.subnet({axis: tuple(values.argmax(-1).tolist()) for axis, values in logits.items()})
-
-
-def _checked_logits(router: Router, budget: int) -> dict[Axis, Tensor]:
-    """Return the logits [slots, K] of one budget; raises RouterError unless all are finite."""
-    logits = {axis: values[budget] for axis, values in router().items()}
-    wrong = [axis.value for axis, values in logits.items() if not bool(values.isfinite().all())]
-    if wrong:
-        raise RouterError(
-            f"router: its logits for budget {budget} (counted from 0) are NaN or Inf on {', '.join(wrong)}, so it "
-            "chooses nothing; its weights are damaged: take an earlier checkpoint"
-        )
-    return logits

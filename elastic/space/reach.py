@@ -73,8 +73,9 @@ def sample_subnet(space: Space, budget: Budget, deployment: Deployment) -> Sampl
     choices = [torch.tensor(space.axes[axis].choices, dtype=torch.float64) for axis in axes]
     # Choice indices [C, A] of every combination of one choice per axis, the widest first.
     candidates = torch.cartesian_prod(*(torch.arange(len(own)) for own in choices)).reshape(-1, len(axes))
-    ratios = _ratios(space, axes, candidates, budget, deployment)
-    distance = (ratios - 1.0).abs()
+    alike = homogeneous(space)
+    reached = ratios(alike, dict(zip(axes, candidates.T.unsqueeze(-1), strict=True)), budget, deployment)
+    distance = (reached - 1.0).abs()
     # How unevenly the axes give way, [C]: the variance over axes of (full - width) / (full - smallest). Shares of the
     # range and not of the full width, because the choices say how much each axis can bear.
     shares = [((own[0] - own) / (own[0] - own[-1]))[index] for own, index in zip(choices, candidates.T, strict=True)]
@@ -93,23 +94,28 @@ def sample_subnet(space: Space, budget: Budget, deployment: Deployment) -> Sampl
     # Every per-layer axis one choice narrower, where there is one.
     narrower = candidates + torch.tensor([int(space.axes[axis].per_layer) for axis in axes])
     narrowed = torch.minimum(narrower, torch.tensor([len(own) - 1 for own in choices]))
-    above = (ratios >= 1.0) & (_ratios(space, axes, narrowed, budget, deployment) <= 1.0)
+    below = ratios(alike, dict(zip(axes, narrowed.T.unsqueeze(-1), strict=True)), budget, deployment) <= 1.0
+    above = (reached >= 1.0) & below
     if above.any():
         chosen = best(above)
         options += _on_the_way(space, chosen, _narrowing(space, chosen), budget, deployment)
     return min(options, key=lambda sample: abs(sample.ratio - 1.0))
 
 
-def _ratios(space: Space, axes: tuple[Axis, ...], candidates: Tensor, budget: Budget, deployment: Deployment) -> Tensor:
-    """Return cost / target of all candidates at once, [C] in fp64, exact for costs below 2^53."""
-    homogeneous = replace(space, axes={axis: AxisChoices(own.choices) for axis, own in space.axes.items()})
-    chosen = {
-        axis: torch.nn.functional.one_hot(index, len(space.axes[axis].choices)).unsqueeze(-2)  # [C, 1 slot, K]
-        for axis, index in zip(axes, candidates.T, strict=True)
+def ratios(space: Space, chosen: Mapping[Axis, Tensor], budget: Budget, deployment: Deployment) -> Tensor:
+    """Return cost / target [C] of candidates, fp64, exact for costs below 2^53; `chosen`: choice indices [C, slots]."""
+    probabilities = {
+        axis: torch.nn.functional.one_hot(indices, len(space.axes[axis].choices)) for axis, indices in chosen.items()
     }
-    used = cost(space.parent, Widths.expected(homogeneous, chosen), deployment)[budget.metric]
+    used = cost(space.parent, Widths.expected(space, probabilities), deployment)[budget.metric]
     # A metric that no elastic axis touches is a plain number.
-    return torch.as_tensor(used, dtype=torch.float64).expand(len(candidates)) / budget.limit
+    count = len(next(iter(chosen.values())))
+    return torch.as_tensor(used, dtype=torch.float64).expand(count) / budget.limit
+
+
+def homogeneous(space: Space) -> Space:
+    """Return the space with one choice per axis, which serves all layers."""
+    return replace(space, axes={axis: AxisChoices(own.choices) for axis, own in space.axes.items()})
 
 
 def _narrowing(space: Space, chosen: Slots) -> Iterator[Step]:

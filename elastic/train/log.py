@@ -18,6 +18,7 @@ from elastic.config.sections import TrainerConfig
 from elastic.hf.safe_files import read_json
 from elastic.router.phases import Moment
 from elastic.run.folder import WANDB_FILE
+from elastic.train.choices import off_budget, router_values
 from elastic.train.evaluation import LossMeter, MeanLoss
 from elastic.train.nonfinite import NONFINITE_FOLDER, readable
 from elastic.train.trainer import Callback, StepResult, Trainer
@@ -224,6 +225,9 @@ class LogSteps(Callback):
         """Write the steps since the last log point, of a run that was told to stop; close the bar."""
         if self._unlogged is not None:
             self._write(trainer, self._unlogged)
+        if trainer.chooser is not None and trainer.step == trainer.total_steps:
+            for kind, text, values in off_budget(trainer.chooser):
+                self._say(trainer, kind, text, values)
         self.progress.stop()
 
     def _write(self, trainer: Trainer, result: StepResult) -> None:
@@ -251,7 +255,7 @@ class LogSteps(Callback):
                 row[f"train/{name}/kl/{source}"] = mean.kl
                 row[f"train/{name}/cross_entropy/{source}"] = mean.cross_entropy
         row |= {f"epochs/{source}": count for source, count in self.epochs(trainer.step).items()}
-        row |= self._router_values(trainer, result)
+        row |= router_values(trainer.chooser, result)
         self.log.write(trainer.step, row)
         shown = [
             f"{name} {mean.cross_entropy:.3f}" + (f" x{ratio:.2f}" if isinstance(ratio, float) else "")
@@ -279,18 +283,3 @@ class LogSteps(Callback):
         self.log.event(kind, trainer.step, values)
         if trainer.world.is_main:
             self.progress.console.print(f"[yellow]{text}")
-
-    def _router_values(self, trainer: Trainer, result: StepResult) -> dict[str, float]:
-        chooser, moment = trainer.chooser, result.moment
-        if chooser is None:
-            return {}
-        values = {
-            "temperature": moment.temperature,
-            "logit_scale": moment.logit_scale,
-            "router_learning_rate": 0.0 if moment.elastic.router_frozen else moment.router_learning_rate,
-            **chooser.logged(trainer.chosen_subnets()),
-        }
-        if result.budget_losses is not None:
-            for budget, loss in zip(chooser.budgets, result.budget_losses.tolist(), strict=True):
-                values[f"router/{budget.name}/budget_loss"] = loss
-        return values

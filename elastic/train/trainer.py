@@ -15,7 +15,7 @@ from elastic.checkpoint.record import Record
 from elastic.checkpoint.state import Trainable, TrainingState
 from elastic.data.read_ahead import ReadAhead
 from elastic.data.stream import Batch, PhaseData
-from elastic.router.draw import Chooser, Draw, decide
+from elastic.router.draw import Chooser, Draw
 from elastic.router.phases import Curriculum, Moment
 from elastic.space.shape import Subnet
 from elastic.train.nonfinite import SkippedSteps
@@ -211,11 +211,10 @@ class Trainer(Placed):
             self.router_optimizer.step()
 
     def chosen_subnets(self) -> dict[str, Subnet]:
-        """Return the subnet the router now chooses for every budget: argmax, no noise; the parent without budgets."""
+        """Return the subnet the router now chooses for every budget (router/decide.py); the parent without budgets."""
         if self.chooser is None:
             return {"parent": Subnet.full(self.record.shape)}
-        router, space = self.chooser.router, self.chooser.space
-        return {budget.name: decide(router, space, index) for index, budget in enumerate(self.chooser.budgets)}
+        return {budget.name: self.chooser.decide(index) for index, budget in enumerate(self.chooser.budgets)}
 
     def trainable(self) -> Trainable:
         """Return what a checkpoint holds, its weights gathered."""

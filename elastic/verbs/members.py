@@ -17,7 +17,7 @@ from elastic.config.load import ConfigError, Problem
 from elastic.config.rules_layout import nearest_multiple
 from elastic.config.verbs import CheckpointInput, ServedInput, SubnetConfig
 from elastic.model.model import ElasticModel, build_model
-from elastic.router.draw import decide
+from elastic.router.decide import decide
 from elastic.router.router import Router
 from elastic.space.axes import Axis
 from elastic.space.cost import Budget, Deployment, Metric, subnet_cost
@@ -99,7 +99,7 @@ def open_checkpoint(
             router = Router(space, len(family.budgets), family.router_width, seed=0)
             load_router(chooser_folder, router)
             for index, budget in enumerate(family.budgets):
-                subnet = decide(router, space, index)
+                subnet = decide(router, space, index, budget, deployment)
                 chosen[budget.name] = Member(budget.name, subnet, budget, _untrained(record, subnet, by_hand=False))
     problems = list(_unknown_budgets(budget_names, list(chosen), chooser_folder))
     wanted = chosen if budget_names is None else dict.fromkeys(budget_names)

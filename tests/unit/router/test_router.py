@@ -1,10 +1,13 @@
 """The router, its budget loss, and the gates it draws."""
 
+from functools import cache
+
 import pytest
 import torch
 
 from elastic.router.budget_loss import budget_loss, choice_entropy, cost_shares
-from elastic.router.draw import Chooser, RouterError, RouterSettings, decide
+from elastic.router.decide import RouterError, likeliest
+from elastic.router.draw import Chooser, RouterSettings
 from elastic.router.phases import Curriculum, ElasticPhase
 from elastic.router.router import Router
 from elastic.space.axes import Axis
@@ -44,12 +47,17 @@ def source(mode="soft", where=None, seed=0, draws=None, noise=None):
     return Chooser(router, where, budgets(where), DEPLOYMENT, settings, seed)
 
 
-def moment(frozen=False, execution=Execution.MASK, step=0, temperature=0.5):
-    phase = ElasticPhase(
+@cache
+def phase(frozen, execution, temperature):
+    """Return the one phase of these settings: a chooser reads the router once in it."""
+    return ElasticPhase(
         name="test", sequence_length=32, steps=50, temperature=(temperature, temperature), logit_scale=(1.0, 1.0),
         router_frozen=frozen, execution=execution,
     )  # fmt: skip
-    return Curriculum((phase,)).at(step)
+
+
+def moment(frozen=False, execution=Execution.MASK, step=0, temperature=0.5):
+    return Curriculum((phase(frozen, execution, temperature),)).at(step)
 
 
 @pytest.mark.parametrize("metric", COUNTED)
@@ -169,12 +177,13 @@ SLICES = dict(frozen=True, execution=Execution.SLICE)
 @pytest.mark.parametrize("replicas", [1, 2, 4, 8])
 @pytest.mark.parametrize("draws", [4, 16])
 def test_slices_run_from_the_smallest_budget_to_the_largest_over_all_replicas(replicas, draws):
-    gates = source(draws=draws)
-    gates.budgets = gates.budgets[1:] + gates.budgets[:1]  # 0.7, 0.45, 1.0: the order is that of size, not of the list
+    gates, masks = source(draws=draws), source(draws=draws)
+    # 0.7, 0.45, 1.0: the order is that of size, not of the list.
+    masks.budgets = gates.budgets = gates.budgets[1:] + gates.budgets[:1]
     ratios = [0.7, 0.45, 1.0]
     seen = set()
     for step in range(20):
-        here, plain = moment(step=step, **SLICES), gates.draw(moment(step=step, frozen=True), 16, 0, 1).gates
+        here, plain = moment(step=step, **SLICES), masks.draw(moment(step=step, frozen=True), 16, 0, 1).gates
         numbers = [gates.numbers(here, 16 // replicas, replica, replicas) for replica in range(replicas)]
         drawn = [gates.draw(here, 16 // replicas, replica, replicas).gates for replica in range(replicas)]
         assert sorted(number for own in numbers for number in own) == list(range(16)), "each micro-batch once"
@@ -196,22 +205,20 @@ def test_masks_run_in_the_order_of_the_samples():
 
 
 def test_pitfall_27_decisions_have_no_noise():
-    router, where = source().router, space()
-    assert decide(router, where, 1) == decide(router, where, 1)
+    assert source().decide(1) == source().decide(1)
     frozen = source().draw(moment(frozen=True, execution=Execution.SLICE), 3, 0, 1)
     again = source().draw(moment(frozen=True, execution=Execution.SLICE, step=7), 3, 0, 1)
     by_budget = {gates.budget: gates.subnet for gates in again.gates}
     assert all(by_budget[gates.budget] == gates.subnet for gates in frozen.gates)
-    assert frozen.gates[0].subnet == decide(source().router, where, frozen.gates[0].budget)
+    assert frozen.gates[0].subnet == source().decide(frozen.gates[0].budget)
 
 
 def test_frozen_masks_are_the_decision_without_gradient():
-    draw = source().draw(moment(frozen=True), 3, 0, 1)
-    for gates in draw.gates:
-        logits = source().router()
-        for axis, weights in gates.weights.items():
-            assert not weights.requires_grad
-            assert torch.equal(weights.argmax(-1), logits[axis][gates.budget].argmax(-1))
+    gates = source()
+    for micro in gates.draw(moment(frozen=True), 3, 0, 1).gates:
+        assert not any(weights.requires_grad for weights in micro.weights.values())
+        chosen = {axis: tuple(weights.argmax(-1).tolist()) for axis, weights in micro.weights.items()}
+        assert gates.space.subnet(chosen) == gates.decide(micro.budget)
 
 
 def test_ties_go_to_the_wider_choice():
@@ -219,7 +226,7 @@ def test_ties_go_to_the_wider_choice():
     router = Router(where, 3, hidden_width=8)
     for parameter in router.parameters():
         torch.nn.init.zeros_(parameter)
-    assert decide(router, where, 2).hidden == 128 and len(decide(router, where, 2).kept_layers) == 12
+    assert likeliest(router, where, 2).hidden == 128 and len(likeliest(router, where, 2).kept_layers) == 12
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -229,7 +236,7 @@ def test_a_router_with_a_bad_weight_decides_nothing(value):
     with torch.no_grad():
         gates.router.networks["ffn"][2].bias[-1] = value
     for ask in (
-        lambda: decide(gates.router, gates.space, 1),
+        lambda: gates.decide(1),
         lambda: gates.draw(moment(frozen=True), 3, 0, 1),
         lambda: gates.draw(moment(frozen=True, execution=Execution.SLICE), 3, 0, 1),
     ):

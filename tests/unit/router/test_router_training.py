@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from elastic.router.draw import decide
+from elastic.router.decide import likeliest
 from elastic.router.phases import Curriculum, ElasticPhase, LearningRate
 from elastic.space.axes import Axis
 from elastic.space.cost import shape_cost, subnet_cost
@@ -33,7 +33,7 @@ def _anneal(seed, task, steps=150, weight=3.0, where=None):
         for group in optimizer.param_groups:
             group["lr"] = here.router_learning_rate
         optimizer.step()
-    chosen = [decide(gates.router, gates.space, index) for index in range(3)]
+    chosen = [likeliest(gates.router, gates.space, index) for index in range(3)]
     used = [subnet_cost(gates.space.parent, subnet).params for subnet in chosen]
     return chosen, [cost / budget.limit for cost, budget in zip(used, gates.budgets, strict=True)]
 
