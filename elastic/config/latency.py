@@ -15,6 +15,7 @@ from elastic.space.latency import LatencyTable, Machine, grid_of
 from elastic.space.space import Space
 
 FIELD = "elastic.deployment.latency"
+TRUSTED = 0.1  # of a whole model's time: as near as the sum of its layers should come
 MEASURE = "write one with recipes/measure_latency.py on the machine to deploy on"
 
 
@@ -138,6 +139,11 @@ def latency_notes(deployment: Deployment, space: Space, here: Machine) -> Iterat
         f"latency: {measured.conditions} in {table.precision} on {machine.device} ({machine.name}), "
         f"{machine.threads} threads, torch {machine.torch}; rounds differ by up to {spread:.0%}"
     )
+    whole = [one for one in table.checks if one.conditions == measured.conditions]
+    worst = max(whole, key=lambda one: abs(one.table_ms / one.clock_ms - 1.0), default=None)
+    if worst is not None and abs(worst.table_ms / worst.clock_ms - 1.0) > TRUSTED:
+        times = f"{worst.table_ms:.4g} ms by its layers, {worst.clock_ms:.4g} as a whole"
+        yield f"warning: {worst.name} took {times}: measure again, on a machine that does nothing else"
     if different := machine.differences(here):
         yield f"warning: latency was not measured on a machine like this one: here {'; '.join(different)}"
     grid = grid_of(space.parent, {axis: own.choices for axis, own in space.axes.items()})

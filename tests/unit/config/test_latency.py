@@ -15,7 +15,7 @@ from elastic.config.verbs import CostConfig
 from elastic.hf.card import CardInfo, model_card
 from elastic.hf.export_settings import DtypeRule, ExportSettings
 from elastic.space.cost import subnet_cost
-from elastic.space.latency import LatencyTable, Machine
+from elastic.space.latency import Check, LatencyTable, Machine
 from elastic.space.reach import sample_subnet
 from tests.shapes import random_table
 from tests.unit.config.configs import FAMILY, found, legal, put, values_of
@@ -124,5 +124,11 @@ def test_what_is_only_doubtful_is_said(table: LatencyTable) -> None:
     assert machine.endswith("not measured on a machine like this one: here device another device, not a device")
     assert between.startswith("warning: ffn 200: not measured, interpolated")
     assert len(list(latency_notes(deployment, space, replace(table.machine, name="a twin")))) == 2
+    off = Check("parent", "decode of 1 x 8,192 tokens", table_ms=1.0, clock_ms=1.2)
+    checked = replace(table, checks=(off, replace(off, clock_ms=1.05), replace(off, conditions="other", clock_ms=9.0)))
+    found_off = list(latency_notes(replace(deployment, latency=checked), space, table.machine))[1]
+    assert found_off.startswith("warning: parent took 1 ms by its layers, 1.2 as a whole")
+    near = replace(table, checks=(replace(off, clock_ms=1.05),))
+    assert len(list(latency_notes(replace(deployment, latency=near), space, table.machine))) == 2
     assert list(latency_notes(replace(deployment, latency=None), space, here)) == []
     assert Machine.here().differences(Machine.here()) == [] and Machine.here().device
