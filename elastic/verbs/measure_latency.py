@@ -144,7 +144,8 @@ def run_measure_latency(config: LatencyConfig, console: Console) -> LatencyTable
         try:
             table = measured_table(space, conditions, config.trainer.precision, given.rounds, console)
             if given.whole:
-                table = replace(table, checks=checks(table, space, conditions, given.rounds))
+                whole = {"parent": Subnet.full(space.parent), "smallest": smallest_subnet(space)}
+                table = replace(table, checks=checks(table, space.parent, whole, conditions, given.rounds))
         except torch.OutOfMemoryError as error:
             rule = "the layers of all choices take turns, and are held at once"
             remedy = "give smaller measure.batches or measure.lengths, fewer choices, or measure.whole=false"
@@ -203,22 +204,21 @@ def part_shape(parent: ModelShape, part: Part, widths: dict[Axis, int], dtype: t
     return replace(full, **sizes, kept_layers=parent.pattern.layers_of(kind)[:num_layers]).shape(parent)
 
 
-def checks(table: LatencyTable, space: Space, conditions: list[Conditions], rounds: int) -> tuple[Check, ...]:
-    """Time the whole parent and the smallest subnet as submodels, beside what the table says of them."""
-    found, subnets = [], {"parent": Subnet.full(space.parent), "smallest": smallest_subnet(space)}
-    for name, subnet in subnets.items():
-        found += [check(table, space.parent, name, subnet, at, rounds) for at in conditions]
+def checks(
+    table: LatencyTable, parent: ModelShape, subnets: Mapping[str, Subnet], conditions: list[Conditions], rounds: int
+) -> tuple[Check, ...]:
+    """Time whole subnets, cut out, in turn, beside what the table says of them; process groups must exist."""
+    found = []
+    models = {name: Deployed(subnet.shape(parent), DTYPES[table.precision]) for name, subnet in subnets.items()}
+    for at in conditions:
+        device = next(iter(models.values())).device
+        times = in_turn({name: model.whole(at) for name, model in models.items()}, rounds, device)
+        deployment = Deployment(at.batch, at.length_tokens, timed=at.timed, latency=table)
+        for name, subnet in subnets.items():
+            used, measured = subnet_cost(parent, subnet, deployment).latency_ms, deployment.measured
+            assert used is not None and measured is not None, "the table was measured for this space"
+            found.append(Check(name, measured.conditions, float(used), statistics.median(times[name])))
     return tuple(found)
-
-
-def check(table: LatencyTable, parent: ModelShape, name: str, subnet: Subnet, at: Conditions, rounds: int) -> Check:
-    """Time one subnet, cut out, beside what the table says of it; process groups must exist, without gradients."""
-    model = Deployed(subnet.shape(parent), DTYPES[table.precision])
-    clock = statistics.median(in_turn({name: model.whole(at)}, rounds, model.device)[name])
-    deployment = Deployment(at.batch, at.length_tokens, timed=at.timed, latency=table)
-    used, measured = subnet_cost(parent, subnet, deployment).latency_ms, deployment.measured
-    assert used is not None and measured is not None, "the table was measured for this space"
-    return Check(name, measured.conditions, float(used), clock)
 
 
 def in_turn[K: Hashable](works: Mapping[K, Work], rounds: int, device: torch.device) -> dict[K, list[float]]:
