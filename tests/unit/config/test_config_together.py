@@ -1,5 +1,7 @@
 """Several mistakes at once: all in one message, each once."""
 
+import re
+
 from elastic.config.verbs import ElasticConfig, ExtractConfig, ImportanceConfig, PretrainConfig
 from elastic.corpus.config import PrepareConfig
 from tests.unit.config.bad_configs import family, fields, generate, layout, verbs
@@ -9,12 +11,11 @@ from tests.unit.config.configs import VERBS, ProblemsOf, legal, values_of
 def test_unreachable_budget_names_the_nearest_reachable_target(problems_of: ProblemsOf) -> None:
     (line,) = problems_of(ElasticConfig, {"elastic.budgets.1.ratio": 0.01})
     assert line.startswith("elastic.budgets.1.ratio = 0.01: target ")
-    nearest = int(line.rpartition(" ")[2].replace(",", ""))
-    # The remedy really is legal, and nothing below it is.
-    absolute = {"elastic.budgets.1": {"name": "small", "target": nearest}}
-    legal(ElasticConfig, values_of(ElasticConfig, absolute))
-    absolute["elastic.budgets.1"]["target"] = nearest * 0.99
-    assert problems_of(ElasticConfig, absolute)
+    (found,) = re.findall(r"; nearest reachable is ([\d,]+), a ratio of ([\d.]+)$", line)
+    # Both remedies really are legal, and nothing below them is.
+    for name, nearest in (("target", int(found[0].replace(",", ""))), ("ratio", float(found[1]))):
+        legal(ElasticConfig, values_of(ElasticConfig, {"elastic.budgets.1": {"name": "small", name: nearest}}))
+        assert problems_of(ElasticConfig, {"elastic.budgets.1": {"name": "small", name: nearest * 0.99}})
 
 
 def test_all_problems_come_in_one_error(problems_of: ProblemsOf) -> None:
