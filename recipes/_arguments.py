@@ -1,6 +1,7 @@
 """Mistakes on the command line that Hydra would report without naming the argument, or what there is to choose from."""
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -32,6 +33,12 @@ def own_folder(arguments: Sequence[str]) -> Path | None:
     """Return the folder of the user's own configs, which stand beside those of conf/ (`--config-dir`), or None."""
     found = [value for option, value in _options(arguments) if option in CONFIG_DIR]
     return Path(found[-1]) if found else None
+
+
+def with_quotes(arguments: Sequence[str]) -> list[str]:
+    """Put a constraint in quotes: Hydra takes no comparison signs, and a comma for another run."""
+    pattern = re.compile(r"(\+{0,2}constraint)=([^\"'].*[<>].*)")
+    return [pattern.sub(r'\1="\2"', argument) if pattern.fullmatch(argument) else argument for argument in arguments]
 
 
 def check_arguments(arguments: Sequence[str], conf: Path) -> None:

@@ -24,7 +24,7 @@ from elastic.config.verbs import ComputedConfig
 from elastic.model.backends import missing_parts
 from elastic.model.quantised import multiplies_fp8
 from elastic.verbs.inputs import load_run
-from recipes._arguments import check_arguments, own_folder
+from recipes._arguments import check_arguments, own_folder, with_quotes
 
 RECIPES = Path(__file__).resolve().parent
 CONF = next(
@@ -43,6 +43,7 @@ def run(main: Callable[[], Any]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that Hydra hands exceptions on instead of printing them
     try:
         with leave_on_user_error():
+            sys.argv[1:] = with_quotes(sys.argv[1:])
             check_arguments(sys.argv[1:], CONF)
             sys.argv[1:] = hydra_arguments(sys.argv[1:])
             main()

@@ -14,6 +14,7 @@ from elastic.config.verbs import (
     ImportanceConfig,
     ImportConfig,
     PretrainConfig,
+    SearchConfig,
 )
 from elastic.corpus.config import PrepareConfig
 from elastic.plan.config import PlanConfig
@@ -26,6 +27,7 @@ from elastic.verbs.generate import run_generate
 from elastic.verbs.import_hf import run_import
 from elastic.verbs.measure_latency import run_measure_latency
 from elastic.verbs.prepare_data import run_prepare
+from elastic.verbs.search import run_search
 from elastic.verbs.training import run_training
 
 
@@ -52,6 +54,7 @@ VERBS = {
     "plan": Verb(PlanConfig, run_plan, columns=118),
     "train_elastic": Verb(ElasticConfig, run_training),
     "evaluate": Verb(EvaluateConfig, run_evaluate),
+    "search": Verb(SearchConfig, run_search),
     "extract": Verb(ExtractConfig, run_extract),
     "generate": Verb(GenerateConfig, run_generate),
 }

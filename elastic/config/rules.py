@@ -10,14 +10,14 @@ from functools import cached_property
 from inspect import signature
 from typing import Any
 
-from elastic.config import latency, rules_elastic, rules_layout, sections, verbs
+from elastic.config import inputs, latency, rules_elastic, rules_layout, sections, verbs
 from elastic.config.export import ExportConfig
 from elastic.config.load import Problem, Problems
 from elastic.config.rules_elastic import fp8_problems, unique_names
 from elastic.config.rules_layout import Cluster, model_layout_problems, sequence_problems
 from elastic.space.ranges import LEAST_SHARE
 
-Subnets = tuple[verbs.SubnetConfig, ...]
+Subnets = tuple[inputs.SubnetConfig, ...]
 
 
 def check_subnets(budget_names: tuple[str, ...] | None, subnets: Subnets) -> Problems:
@@ -25,6 +25,21 @@ def check_subnets(budget_names: tuple[str, ...] | None, subnets: Subnets) -> Pro
     if budget_names == () and not subnets:
         yield Problem("budget_names", [], "names nothing, and no subnets are given", "null takes all budgets")
     yield from unique_names("subnets", subnets)
+
+
+def check_numbers(num_priced: int, num_scored: int) -> Problems:
+    """No more subnets are scored than are priced."""
+    yield from rules_layout.at_most_problem("num_scored", num_scored, num_priced, f"num_priced = {num_priced}")
+
+
+def check_starts(init_from: inputs.OptionalParentInput, elastic: sections.ElasticSection) -> Problems:
+    """A subnet that the router starts with is a budget's, by its name."""
+    yield from unique_names("init_from.subnets", init_from.subnets)
+    names = [budget.name for budget in elastic.budgets]
+    for index, given in enumerate(init_from.subnets):
+        if given.name not in names:
+            rule = f"is none of elastic.budgets ({', '.join(names)})"
+            yield Problem(f"init_from.subnets.{index}.name", given.name, rule, "add a budget of that name")
 
 
 def check_data(data: sections.PreparedData) -> Problems:
@@ -58,7 +73,7 @@ def check_export(export: ExportConfig) -> Problems:
 
 
 def check_source(
-    init_from: verbs.ServedInput, folder: str | None, budget: str | None, think: str | None, answer: str | None
+    init_from: inputs.ServedInput, folder: str | None, budget: str | None, think: str | None, answer: str | None
 ) -> Problems:
     """Weights come from one place, and a Hugging Face folder is one model without budgets."""
     if (init_from.checkpoint is None) == (folder is None):
@@ -157,8 +172,8 @@ def _named(problem: Problem, where: str) -> Problem:
 
 PRETRAIN, ELASTIC, FAMILY = verbs.PretrainConfig, verbs.ElasticConfig, verbs.ElasticRunConfig
 TRAINING = (PRETRAIN, ELASTIC)
-EVALUATE, GENERATE = verbs.EvaluateConfig, verbs.GenerateConfig
-COMPUTED = (*TRAINING, verbs.ImportanceConfig, EVALUATE, GENERATE)
+EVALUATE, GENERATE, HELD_OUT = verbs.EvaluateConfig, verbs.GenerateConfig, verbs.HeldOutConfig
+COMPUTED = (*TRAINING, verbs.ImportanceConfig, HELD_OUT, GENERATE)
 # CostConfig describes a run it does not start: only rules of the model, the space and the budgets concern it.
 RULES = (
     Rule(COMPUTED, rules_layout.check_world),
@@ -166,13 +181,13 @@ RULES = (
     Rule((*TRAINING, verbs.CostConfig), rules_layout.check_model, later_rules_need_it=True),
     Rule(PRETRAIN, lambda model, parallel: model_layout_problems(model, parallel, None)),
     Rule(ELASTIC, lambda model, elastic, parallel: model_layout_problems(model, parallel, elastic.space.lanes)),
-    Rule((*TRAINING, verbs.ImportanceConfig, EVALUATE), check_data),
-    Rule((*TRAINING, EVALUATE), rules_layout.check_validation),
-    Rule(EVALUATE, lambda sequence_length, parallel: sequence_problems("sequence_length", sequence_length, parallel)),
+    Rule((*TRAINING, verbs.ImportanceConfig, HELD_OUT), check_data),
+    Rule((*TRAINING, HELD_OUT), rules_layout.check_validation),
+    Rule(HELD_OUT, lambda sequence_length, parallel: sequence_problems("sequence_length", sequence_length, parallel)),
     Rule(verbs.ImportanceConfig, rules_layout.check_importance),
     Rule(TRAINING, rules_layout.check_optimizer),
     Rule(COMPUTED, rules_layout.check_kernels),
-    Rule((*TRAINING, verbs.ImportanceConfig, EVALUATE), rules_layout.check_context_kernels),
+    Rule((*TRAINING, verbs.ImportanceConfig, HELD_OUT), rules_layout.check_context_kernels),
     Rule(TRAINING, rules_layout.check_exp_manager),
     Rule(TRAINING, rules_layout.check_timeouts),
     Rule(TRAINING, rules_elastic.check_phases),
@@ -193,6 +208,8 @@ RULES = (
     Rule(EVALUATE, lambda teacher_precision, cluster: fp8_problems("", teacher_precision, cluster)),
     Rule(ELASTIC, rules_elastic.check_fp8_sizes),
     Rule(verbs.MembersConfig, check_subnets),
+    Rule(verbs.SearchConfig, check_numbers),
+    Rule(FAMILY, check_starts),
     Rule(verbs.ExtractConfig, check_export),
     Rule(GENERATE, check_source),
     Rule(GENERATE, check_writers),

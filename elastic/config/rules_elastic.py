@@ -11,10 +11,10 @@ from dataclasses import replace
 from itertools import islice
 
 from elastic.config import rules_layout, sections
+from elastic.config.inputs import SubnetConfig
 from elastic.config.load import Problem, Problems, show
 from elastic.config.rules_layout import Cluster, at_most_problem, data_parallel, multiple_problem, nearest_divisor
 from elastic.config.sections import DataConfig, ElasticSection, ModelConfig, ParallelConfig
-from elastic.config.verbs import SubnetConfig
 from elastic.router.phases import Curriculum, ElasticPhase, LearningRate, Phase
 from elastic.space.axes import Axis, LayerKind
 from elastic.space.cost import MEASURED, Budget

@@ -10,18 +10,21 @@ from typing import Annotated, Any, Literal, Self
 
 from elastic.config import sections
 from elastic.config.export import ExportConfig
-from elastic.config.sections import DataConfig, PreparedData, Verification
+from elastic.config.inputs import (
+    MembersInput,
+    OptionalParentInput,
+    ParentInput,
+    PermutedParentInput,
+    ServedInput,
+    SubnetConfig,
+)
+from elastic.config.sections import DataConfig, PreparedData
 from elastic.router.phases import ElasticPhase, Phase
 from elastic.space import ranges
-from elastic.space.axes import AXES
 from elastic.space.cost import Budget
 from elastic.space.gates import Execution
 from elastic.space.ranges import Range, Required
-from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import Space
-
-Checkpoint = Annotated[str, Required("a run folder of an earlier verb, or one checkpoint in it")]
-Widths = Annotated[tuple[ranges.Size, ...], Range(low=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,20 +80,6 @@ class PretrainConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointInput:
-    """A checkpoint that is read, and how closely it is looked at first: all checksums, or sizes (and small files)."""
-
-    verify: Verification = "full"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParentInput(CheckpointInput):
-    """The parent to score."""
-
-    parent: Checkpoint = ""
-
-
-@dataclass(frozen=True, kw_only=True)
 class ImportanceConfig(RunConfig):
     """recipes/estimate_importance.py: scores on training data, rankings, permuted parent; `lanes` deals FFN neurons."""
 
@@ -98,13 +87,6 @@ class ImportanceConfig(RunConfig):
     data: PreparedData = field(default_factory=PreparedData)
     importance: sections.ImportanceSection = field(default_factory=sections.ImportanceSection)
     lanes: ranges.Size = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class PermutedParentInput(CheckpointInput):
-    """The permuted parent: where the student starts, and the teacher. Its record carries lanes and depth ranking."""
-
-    permuted_parent: Checkpoint = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,13 +115,6 @@ class ElasticConfig(ElasticRunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptionalParentInput(CheckpointInput):
-    """The permuted parent whose depth ranking says which layers leave (no weight is read); null: the last ones."""
-
-    permuted_parent: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class CostConfig(ElasticRunConfig):
     """recipes/cost.py: what a run of the main job can reach, from its own config; `output` null prints only.
 
@@ -151,57 +126,11 @@ class CostConfig(ElasticRunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubnetConfig:
-    """A subnet given by hand. Null is full; one width serves all layers, several go layer by layer.
-
-    `params` instead of widths asks for a subnet of so many parameters, between the budgets next to it.
-    """
-
-    name: ranges.MemberName
-    params: ranges.Params | None = None
-    hidden: ranges.Size | None = None
-    ffn: Widths | None = None
-    mamba_heads: Widths | None = None
-    head_channels: ranges.Heads | None = None
-    attention_heads: Widths | None = None
-    kept_layers: Annotated[tuple[ranges.Layers, ...], Range(low=1)] | None = None
-
-    def subnet(self, parent: ModelShape) -> Subnet:
-        """Return the subnet inside `parent`; raises SubnetError if it does not fit."""
-        widths: dict[str, Any] = {}
-        for entry in AXES.values():
-            full, chosen = getattr(parent, entry.size), getattr(self, entry.size)
-            one_for_all = entry.own and chosen is not None and len(chosen) == 1
-            widths[entry.size] = full if chosen is None else chosen * len(full) if one_for_all else chosen
-        subnet = Subnet(kept_layers=self.kept_layers or tuple(range(len(parent.pattern))), **widths)
-        subnet.shape(parent)
-        return subnet
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServedInput(CheckpointInput):
-    """Weights to run, and whose router decides the budgets (null: the router saved beside the weights).
-
-    Weights of the permuted parent with the router of a family show what cutting without training costs.
-    """
-
-    checkpoint: str | None = None
-    router: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class MembersInput(ServedInput):
-    """The same, where nothing else can be run."""
-
-    checkpoint: Checkpoint = ""
-
-
-@dataclass(frozen=True, kw_only=True)
 class MembersConfig(VerbConfig):
     """A verb that takes members (budgets, subnets by hand) out of a checkpoint: the model's sizes come with it.
 
     `budget_names` null takes all budgets, an empty list none. (`budgets` is a group of files, so Hydra would not let
-    the command line set a list of that name.)
+    the command line set a list of that name.) `subnets` may also be a file that recipes/search.py wrote.
     """
 
     init_from: MembersInput = field(default_factory=MembersInput)
@@ -210,11 +139,31 @@ class MembersConfig(VerbConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(MembersConfig, RunConfig):
-    """recipes/evaluate.py: loss, perplexity and cost per budget (null: all) and per subnet given by hand."""
+class HeldOutConfig(MembersConfig, RunConfig):
+    """A verb that runs members on held-out data."""
 
     data: DataConfig = field(default_factory=DataConfig)
     sequence_length: ranges.TrainedLength = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig(HeldOutConfig):
+    """recipes/search.py: sizes between and around the trained budgets; subnets given by hand are scored beside them.
+
+    `constraint` has limits on any metrics, params<=7e9,flops_per_token>=1e9; null: none. `score` names a function of
+    yours, package.module.function, that takes the place of the held-out loss (docs/search.md).
+    """
+
+    constraint: str | None = None
+    num_priced: ranges.Proposals = 2000
+    num_scored: ranges.Proposals = 20
+    score: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(HeldOutConfig):
+    """recipes/evaluate.py: loss, perplexity and cost per budget (null: all) and per subnet given by hand."""
+
     execution: Execution = Execution.SLICE
     teacher_precision: Literal["bf16", "fp8"] = "bf16"  # fp8: the whole parent, as the teacher that distill makes of it
 

@@ -5,9 +5,10 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from elastic.config.inputs import PermutedParentInput
 from elastic.config.load import ConfigError, Problem
 from elastic.config.sections import DataConfig, ParallelConfig
-from elastic.config.verbs import CostConfig, ElasticConfig, PermutedParentInput
+from elastic.config.verbs import CostConfig, ElasticConfig
 from elastic.space.ranges import Amount, Decay, Files, Name, Ranks, Sequences, Share, Speed
 
 # Where the assumed figures come from; none is a measurement of this code.

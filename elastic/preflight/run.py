@@ -10,7 +10,7 @@ from pathlib import Path
 from elastic.blend.foreign import is_prepared
 from elastic.config.load import Problem
 from elastic.config.rules_layout import Cluster, data_parallel
-from elastic.config.verbs import ElasticConfig, EvaluateConfig, ImportanceConfig, TrainConfig, VerbConfig
+from elastic.config.verbs import ElasticConfig, HeldOutConfig, ImportanceConfig, TrainConfig, VerbConfig
 from elastic.data.manifest import DataError, checked_manifest
 from elastic.preflight.node import Gpu, gib
 from elastic.run.folder import FINISHED_FILE
@@ -60,7 +60,7 @@ def finished_step(run_dir: Path) -> int:
 
 def run_problems(config: VerbConfig, cluster: Cluster, gpus: Sequence[Gpu]) -> Iterator[Problem]:
     """Judge data, disk and memory for a config that is legal in itself."""
-    if isinstance(config, TrainConfig | ImportanceConfig | EvaluateConfig):
+    if isinstance(config, TrainConfig | ImportanceConfig | HeldOutConfig):
         sources = {f"data.blend.{index}.path": source.path for index, source in enumerate(config.data.blend)}
         for field, path in (sources or {"data.path": config.data.path}).items():
             try:  # every file is there, whole and the one that was prepared (sampled checksums)

@@ -38,6 +38,7 @@ class RunStart:
     permuted_parent: Path | None
     origin: Mapping[str, Any]
     changes: tuple[Difference, ...] = ()
+    family: Path | None = None  # whose weights and router it begins with
     carried: Carried | None = None  # where the run changed the weights of its blend
 
 
@@ -49,6 +50,7 @@ def open_training_run(
     here: World,
     say: Callable[[str], object],
     permuted_parent: Path | None = None,
+    family: Path | None = None,
 ) -> Iterator[RunStart]:
     """Open the run folder for this process group alone, and find the checkpoint to go on from: whole, and judged.
 
@@ -79,7 +81,7 @@ def open_training_run(
         return carried
 
     with run_lock(folder, here):
-        decided_by_rank_0(lambda: origin.update(describe_origin(data, here.data_size, permuted_parent)), here)
+        decided_by_rank_0(lambda: origin.update(describe_origin(data, here.data_size, permuted_parent, family)), here)
         checkpoint = None
         if decided_by_rank_0(lambda: goes_on(manager), here):
             checkpoint = newest_whole(folder, full=manager.verify_on_resume == "full", world=here, say=say)
@@ -87,7 +89,7 @@ def open_training_run(
             if carried is not None:
                 origin[BLEND] = asdict(carried)
         decided_by_rank_0(lambda: prepare_run_folder(manager, config_dict(config), resume=resume), here)
-        yield RunStart(folder, checkpoint, permuted_parent, origin, tuple(accepted), carried)
+        yield RunStart(folder, checkpoint, permuted_parent, origin, tuple(accepted), family, carried)
 
 
 def goes_on(manager: TrainExpManagerConfig) -> bool:
@@ -116,15 +118,18 @@ def load_run_state(checkpoint: Path, into: Trainable, record: Record) -> int:
     return state.step
 
 
-def describe_origin(data: TrainingData, replicas: int, permuted_parent: Path | None = None) -> dict[str, Any]:
+def describe_origin(
+    data: TrainingData, replicas: int, permuted_parent: Path | None = None, family: Path | None = None
+) -> dict[str, Any]:
     """Return what goes into a checkpoint beside the config: checksums of the inputs, and the number of replicas.
 
-    Reads data.json (of what another tool wrote, a sample), and of the permuted parent its record and a sample.
+    Reads data.json (of what another tool wrote, a sample), and of permuted parent and family a sample.
     """
     inputs = {"data.path (tokenizer)": data.tokenizer.sha256}
     inputs |= {name: _joined(files) for name, files in data.checksums().items()}
-    if permuted_parent is not None:
-        inputs["init_from.permuted_parent"] = weights_sha256(permuted_parent)
+    for name, checkpoint in (("permuted_parent", permuted_parent), ("family", family)):
+        if checkpoint is not None:
+            inputs[f"init_from.{name}"] = weights_sha256(checkpoint)
     return {"inputs": inputs, REPLICAS: replicas}
 
 

@@ -54,6 +54,7 @@ StepsOrZero = Annotated[int, Range(0, MOST_STEPS)]
 Tokens = Annotated[int, Range(1, 10**16)]  # hundreds of times all text there is
 Files = Annotated[int, Range(1, 10**6)]
 Ranks = Annotated[int, Range(1, 2**20)]  # processes, GPUs: ten times the largest cluster
+Proposals = Annotated[int, Range(1, 10**6)]  # of a search, which tells them apart in memory
 Threads = Annotated[int, Range(1, 2**10)]  # of one process: an operating system gives no more
 Seed = Annotated[int, Range(0, 2**32 - 1)]  # what generators of every library take
 Bytes = Annotated[int, Range(1, 2**60)]  # more than a file system holds

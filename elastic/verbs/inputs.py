@@ -23,8 +23,10 @@ from elastic.config.verbs import (
     EvaluateConfig,
     ExtractConfig,
     GenerateConfig,
+    HeldOutConfig,
     ImportanceConfig,
     ImportConfig,
+    SearchConfig,
     TrainConfig,
     VerbConfig,
     with_vocab,
@@ -36,13 +38,16 @@ from elastic.space.gates import Execution
 from elastic.space.shape import ModelShape
 from elastic.verbs.fp8_loss import fp8_reader_problems
 from elastic.verbs.generate import generate_problems
+from elastic.verbs.going_on import start_problems
 from elastic.verbs.members import members_problems, source_problems, sources
 from elastic.verbs.parent import fill_from_parent, model_problems
 from elastic.verbs.report_file import output_file_problems
+from elastic.verbs.search import search_problems
+from elastic.verbs.subnet_file import fill_subnets
 from elastic.verbs.text import length_problems, tokenizer_problems, vocab_problems
 from elastic.world.files import nearest_existing
 
-FROM_CHECKPOINTS = (ImportanceConfig, ElasticConfig, CostConfig, EvaluateConfig, ExtractConfig, GenerateConfig)
+FROM_CHECKPOINTS = (ImportanceConfig, ElasticConfig, CostConfig, HeldOutConfig, ExtractConfig, GenerateConfig)
 
 
 def load_run[T](kind: type[T], values: Mapping[str, Any], cluster: Cluster, *, is_main: bool) -> T:
@@ -52,6 +57,7 @@ def load_run[T](kind: type[T], values: Mapping[str, Any], cluster: Cluster, *, i
     Raises ConfigError listing every problem.
     """
     values, no_table = with_table(kind, values)
+    values, no_subnets = fill_subnets(kind, values)
     values, open_problems, unknown = fill_from_parent(kind, values)
     config, problems = load_with_problems(kind, values)
     unreliable = frozenset(problem.section for problem in (*problems, *no_table))
@@ -59,7 +65,7 @@ def load_run[T](kind: type[T], values: Mapping[str, Any], cluster: Cluster, *, i
     files = tuple(problem for problem in input_problems(config) if problem.section not in unreliable)
     if not files and "data" not in unreliable and reads_data(config):
         files = tuple(blend_problems(config.data))
-    problems += (*open_problems, *no_table)
+    problems += (*open_problems, *no_table, *no_subnets)
     if not unclear.intersection(("model", "data")) and not files:
         try:
             config = filled_in(config)
@@ -90,10 +96,10 @@ def filled_in(config: Any) -> Any:
     return with_vocab(config, tokenizer_record(tokenizer_folder(config.data)).vocab_size)
 
 
-def reads_data(config: object) -> TypeGuard[TrainConfig | ImportanceConfig | EvaluateConfig]:
+def reads_data(config: object) -> TypeGuard[TrainConfig | ImportanceConfig | HeldOutConfig]:
     """Tell whether a verb opens the data it names; pricing only does so for the vocabulary."""
     priced = isinstance(config, CostConfig) and config.model.vocab is not None
-    return isinstance(config, TrainConfig | ImportanceConfig | EvaluateConfig) and not priced
+    return isinstance(config, TrainConfig | ImportanceConfig | HeldOutConfig) and not priced
 
 
 def input_paths(config: object) -> Iterator[tuple[str, str | None]]:
@@ -146,14 +152,18 @@ def checkpoint_problems(config: object) -> Iterator[Problem]:
                 yield from layout_problems(record.shape, config.parallel, config.lanes)
             case ElasticConfig() | CostConfig():
                 yield from _nesting_problems(config, record, name, path)
-            case EvaluateConfig() | ExtractConfig():
+                yield from start_problems(config, record)
+            case HeldOutConfig() | ExtractConfig():
                 masked = isinstance(config, EvaluateConfig) and config.execution is Execution.MASK
-                yield from members_problems(config.init_from, config.budget_names, config.subnets, masked=masked)
+                broken = tuple(members_problems(config.init_from, config.budget_names, config.subnets, masked=masked))
+                yield from broken
                 if isinstance(config, ExtractConfig) and config.export.in_fp8 and config.export.check == "logits":
                     yield from fp8_reader_problems()
-                if isinstance(config, EvaluateConfig):
+                if isinstance(config, HeldOutConfig):
                     lanes = record.lanes if record.lanes > 1 else None
                     yield from layout_problems(record.shape, config.parallel, lanes)
+                if isinstance(config, SearchConfig) and not broken:
+                    yield from search_problems(config)
 
 
 def _removal_problems(section: ImportanceSection, num_layers: int) -> Iterator[Problem]:

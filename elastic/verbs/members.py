@@ -1,8 +1,8 @@
 """Open a checkpoint for evaluation, extraction or text: its weights, its space, and the subnets that are asked for."""
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from elastic.checkpoint.find import resolve_checkpoint
 from elastic.checkpoint.read import StoredTensors
 from elastic.checkpoint.record import Record, RecordError, check_same_shape
 from elastic.checkpoint.state import Trainable, load_checkpoint, load_router
+from elastic.config.inputs import CheckpointInput, ServedInput, SubnetConfig
 from elastic.config.load import ConfigError, Problem
 from elastic.config.rules_layout import nearest_multiple
-from elastic.config.verbs import CheckpointInput, ServedInput, SubnetConfig
 from elastic.model.model import ElasticModel, build_model
 from elastic.router.decide import decide
 from elastic.router.router import Router
@@ -45,13 +45,17 @@ class Member:
 
 @dataclass(frozen=True)
 class OpenCheckpoint:
-    """A checkpoint with the members that were asked for; its weights stay on disk until a method asks for them."""
+    """A checkpoint with the members that were asked for; its weights stay on disk until a method asks for them.
+
+    `logits` [slots, K] of its router by budget and axis, where a router was read.
+    """
 
     checkpoint: Path
     record: Record
     space: Space
     deployment: Deployment
     members: tuple[Member, ...]
+    logits: Mapping[str, Mapping[Axis, torch.Tensor]] = field(default_factory=dict)
 
     def load_model(self, layout: Layout) -> ElasticModel:
         """Build this rank's part of the nested model and load its weights; process groups must exist."""
@@ -93,12 +97,15 @@ def open_checkpoint(
         raise MembersError([Problem("init_from.router", source.router, rule, "use the same permuted parent")])
     space, family, deployment = chooser.space(), chooser.family, Deployment()
     chosen: dict[str, Member] = {}
+    logits: dict[str, Mapping[Axis, torch.Tensor]] = {}
     if family is not None:
         deployment = family.deployment
         if budget_names is None or budget_names or subnets:
             router = Router(space, len(family.budgets), family.router_width, seed=0)
             load_router(chooser_folder, router)
+            values = {axis: own.detach() for axis, own in router().items()}
             for index, budget in enumerate(family.budgets):
+                logits[budget.name] = {axis: own[index] for axis, own in values.items()}
                 subnet = decide(router, space, index, budget, deployment)
                 chosen[budget.name] = Member(budget.name, subnet, budget, _untrained(record, subnet, by_hand=False))
     problems = list(_unknown_budgets(budget_names, list(chosen), chooser_folder))
@@ -118,7 +125,7 @@ def open_checkpoint(
             problems.append(Problem(f"subnets.{index}.name", given.name, "a budget has that name already", remedy))
     if problems:
         raise MembersError(problems)
-    return OpenCheckpoint(folder, record, space, deployment, tuple(members))
+    return OpenCheckpoint(folder, record, space, deployment, tuple(members), logits)
 
 
 def members_problems(
@@ -144,8 +151,9 @@ def members_problems(
 
 def sources(init_from: CheckpointInput) -> list[tuple[str, str]]:
     """List (field, path) of the checkpoints that a verb starts from, as far as they are given."""
-    given = ((field.name, getattr(init_from, field.name)) for field in fields(init_from) if field.name != "verify")
-    return [(f"init_from.{name}", path) for name, path in given if path is not None]
+    given = {entry.name: getattr(init_from, entry.name) for entry in fields(init_from)}
+    paths = {name: value for name, value in given.items() if name not in ("verify", "subnets")}
+    return [(f"init_from.{name}", path) for name, path in paths.items() if path is not None]
 
 
 def source_problems(init_from: CheckpointInput) -> Iterator[Problem]:
@@ -165,16 +173,22 @@ def subnet_summary(subnet: Subnet) -> dict[str, Any]:
 def one_hot_weights(subnet: Subnet, space: Space, device: torch.device | None = None) -> dict[Axis, torch.Tensor]:
     """Return exact one-hot weights [slots, K] of a subnet of this space; raises MembersError for one outside it."""
     try:
-        chosen = choice_indices(space, subnet)
-        reached = space.subnet(chosen)
-        if reached.kept_layers != subnet.kept_layers or reached.shape(space.parent) != subnet.shape(space.parent):
-            raise SpaceError(f"the choices of this checkpoint do not reach {subnet_summary(subnet)}")
+        chosen = choices_of(space, subnet)
     except SpaceError as error:
         raise MembersError([Problem("execution", "mask", str(error), "use execution=slice")]) from error
     return {
         axis: torch.nn.functional.one_hot(torch.tensor(indices, device=device), len(space.axes[axis].choices)).float()
         for axis, indices in chosen.items()
     }
+
+
+def choices_of(space: Space, subnet: Subnet) -> dict[Axis, tuple[int, ...]]:
+    """Return the choices that make exactly this subnet; raises SpaceError for one that a router cannot choose."""
+    chosen = choice_indices(space, subnet)
+    reached = space.subnet(chosen)
+    if reached.kept_layers != subnet.kept_layers or reached.shape(space.parent) != subnet.shape(space.parent):
+        raise SpaceError(f"the choices of this checkpoint do not reach {subnet_summary(subnet)}")
+    return chosen
 
 
 def _unknown_budgets(wanted: Sequence[str] | None, known: Sequence[str], folder: Path) -> Iterator[Problem]:

@@ -9,7 +9,7 @@ from elastic.blend.sources import TrainingData, open_held_out, open_sources, tok
 from elastic.checkpoint.record import Record
 from elastic.config.load import Problem
 from elastic.config.sections import PreparedData
-from elastic.config.verbs import ElasticConfig, EvaluateConfig, ImportanceConfig, PretrainConfig, TrainConfig
+from elastic.config.verbs import ElasticConfig, HeldOutConfig, ImportanceConfig, PretrainConfig, TrainConfig
 from elastic.data.held_out import HeldOut
 from elastic.data.manifest import DataError, Manifest, TokenizerRecord, holds_chats, read_manifest
 from elastic.data.pieces import Pieces
@@ -43,7 +43,7 @@ def length_problems(config: object) -> Iterator[Problem]:
                 (f"phase {phase.name}", f"curriculum.{index}.sequence_length", phase.sequence_length)
                 for index, phase in enumerate(config.curriculum)
             ]
-        case EvaluateConfig():
+        case HeldOutConfig():
             lengths = [("sequence_length", "sequence_length", config.sequence_length)]
         case ImportanceConfig():
             lengths = [("calibration", "importance.sequence_length", config.importance.sequence_length)]
@@ -73,11 +73,11 @@ def _sampled(data: PreparedData) -> PreparedData:
 
 
 def _blend_too_short(
-    config: TrainConfig | EvaluateConfig | ImportanceConfig, lengths: Sequence[tuple[str, str, int]]
+    config: TrainConfig | HeldOutConfig | ImportanceConfig, lengths: Sequence[tuple[str, str, int]]
 ) -> Iterator[Problem]:
     """Every source must have a sequence of every length, and one of them something held out."""
     data, paths = _sampled(config.data), {name: index for index, name in enumerate(config.data.names)}
-    for name, stream in () if isinstance(config, EvaluateConfig) else open_sources(data, "train").items():
+    for name, stream in () if isinstance(config, HeldOutConfig) else open_sources(data, "train").items():
         for where, _, length in lengths:
             isolated = stream.packing == "isolated"
             if isolated and num_packable(stream.bounds(), length, stream.long_documents):
@@ -102,10 +102,10 @@ def _blend_too_short(
 
 
 def _too_short(
-    config: TrainConfig | EvaluateConfig | ImportanceConfig, lengths: Sequence[tuple[str, str, int]], manifest: Manifest
+    config: TrainConfig | HeldOutConfig | ImportanceConfig, lengths: Sequence[tuple[str, str, int]], manifest: Manifest
 ) -> Iterator[Problem]:
     splits, isolated = manifest.splits, (config.data.packing or manifest.packing) == "isolated"
-    if "train" in splits and not isinstance(config, EvaluateConfig):
+    if "train" in splits and not isinstance(config, HeldOutConfig):
         tokens = splits["train"].num_tokens
         for _, field, length in lengths:
             train = Path(config.data.path) / "train"

@@ -41,6 +41,7 @@ from elastic.train.pipeline import PipelineRunner
 from elastic.train.sanity import Sanity
 from elastic.train.signals import StopOnSignal
 from elastic.train.trainer import Callback, Placed, Trainer
+from elastic.verbs.going_on import begin_router, family_checkpoint
 from elastic.verbs.parent import nested_parent
 from elastic.verbs.report import ReportError, write_report
 from elastic.verbs.text import LONGEST
@@ -63,7 +64,8 @@ def run_training(config: TrainConfig, console: Console, callbacks: Sequence[Call
     with run_world(config.of(config.curriculum[0])) as here:
         packed = {PACKING: data.in_words, "sequences": "; ".join(sequences)}
         start, record = _started_from(config, here, console, packed)
-        with open_training_run(config, data, record, here, console.print, start) as opened:
+        family = family_checkpoint(config, here, console.print) if isinstance(config, ElasticConfig) else None
+        with open_training_run(config, data, record, here, console.print, start, family) as opened:
             trainer, folder = _trainer(config, here, data, record, opened), opened.folder
             wandb_run = None
             if here.is_main:
@@ -117,7 +119,8 @@ def _started_from(
     start, space = nested_parent(config, here, console.print)
     section = config.elastic
     family = Family(space.axes, config.budgets(), section.deployment, section.router.hidden_width, space.keep_at_least)
-    provenance = {"permuted parent": str(start), "data": data, **provenance}
+    goes_on = {} if config.init_from.family is None else {"family": config.init_from.family}
+    provenance = {"permuted parent": str(start), **goes_on, "data": data, **provenance}
     return start, Record("elastic", space.parent, space.lanes, space.depth_ranking, data, family, provenance)
 
 
@@ -165,9 +168,10 @@ class _Places:
         if start is not None:
             self.progress.enter(step, "building the teacher")
             teacher = build_model(space, layout, seed=None)
-            for model in (teacher,) if checkpoint else (student, teacher):
+            begun = () if checkpoint else ((student, self.opened.family or start),)
+            for model, source in (*begun, (teacher, start)):
                 self.progress.enter(step, "loading the parent")
-                load_checkpoint(start, Trainable(model))
+                load_checkpoint(source, Trainable(model))
             teacher.requires_grad_(False)
             if loss.teacher_precision == "fp8":
                 teacher.quantise()
@@ -199,7 +203,10 @@ def _trainer(config: TrainConfig, here: World, data: TrainingData, record: Recor
     chooser = router_optimizer = None
     if isinstance(config, ElasticConfig) and (family := record.family) is not None:
         space = record.space()
-        router = Router(space, len(family.budgets), family.router_width, seed=config.seed).to(here.device)
+        router = Router(space, len(family.budgets), family.router_width, seed=config.seed)
+        if opened.checkpoint is None:
+            begin_router(router, config, space, opened.family)
+        router = router.to(here.device)
         chooser = Chooser(router, space, family.budgets, family.deployment, config.elastic.router, config.seed)
         router_optimizer = build_router_optimizer(router, config.optim)
     if opened.checkpoint is not None:

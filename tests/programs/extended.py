@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 import elastic
+from elastic.config.inputs import SubnetConfig
 from elastic.config.sections import SpaceConfig
-from elastic.config.verbs import SubnetConfig
 from elastic.model.cache import MambaCache, empty_cache
 from elastic.model.sharding import shard_tensor
 from elastic.rank.permutation import Ranking

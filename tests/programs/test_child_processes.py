@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from elastic.checkpoint.find import resolve_checkpoint
-from elastic.config.verbs import SubnetConfig
+from elastic.config.inputs import SubnetConfig
 from elastic.hf.config import ExportError
 from elastic.hf.reload import run_without_gpu
 from elastic.space.shape import Subnet

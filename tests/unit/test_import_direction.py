@@ -21,6 +21,7 @@ ROOMS = (
     "data",
     "corpus",
     "blend",
+    "search",
     "checkpoint",
     "run",
     "train",
@@ -39,6 +40,7 @@ NARROWER = {  # rooms that import less than all below them: each can be read wit
     "hf": {"space", "model", "rank"},
     "config": {"space", "router"},
     "corpus": {"space", "world", "config", "data"},
+    "search": {"space", "router", "config"},
     "generate": {"space", "model"},
     "report": {"space"},
 }

@@ -24,6 +24,7 @@ from elastic.config.verbs import (
     ImportanceConfig,
     ImportConfig,
     PretrainConfig,
+    SearchConfig,
 )
 from elastic.corpus.config import PrepareConfig
 from elastic.data.manifest import Manifest, TokenizerRecord
@@ -35,6 +36,7 @@ VERBS = (
     ElasticConfig,
     CostConfig,
     EvaluateConfig,
+    SearchConfig,
     ExtractConfig,
     GenerateConfig,
     ImportConfig,
@@ -46,6 +48,7 @@ INPUTS: dict[type, dict[str, Any]] = {
     ElasticConfig: {"data.path": "text", "init_from.permuted_parent": "parent"},
     CostConfig: {"data.path": "text", "model.pattern": "M-M*-"},
     EvaluateConfig: {"data.path": "text", "init_from.checkpoint": "family"},
+    SearchConfig: {"data.path": "text", "init_from.checkpoint": "family"},
     ExtractConfig: {"init_from.checkpoint": "family"},
     GenerateConfig: {"init_from.checkpoint": "family", "prompts": ["once"]},
     ImportConfig: {"source": "folder"},

@@ -8,6 +8,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
+from elastic.config.inputs import SubnetConfig
 from elastic.config.load import config_dict, load
 from elastic.config.rules import rule_problems
 from elastic.config.rules_layout import Cluster
@@ -18,7 +19,7 @@ from elastic.config.verbs import (
     GenerateConfig,
     ImportanceConfig,
     PretrainConfig,
-    SubnetConfig,
+    SearchConfig,
     with_vocab,
 )
 from elastic.router.draw import RouterSettings
@@ -36,7 +37,9 @@ ROOT = Path(__file__).parents[3]
 @pytest.mark.parametrize("kind", VERBS)
 def test_pitfall_14_default_config_is_legal(kind: type) -> None:
     # No default for what is read, one of two fields, nor for what the family may choose.
-    missing = ["data.path"] if kind in (PretrainConfig, ElasticConfig, ImportanceConfig, EvaluateConfig) else []
+    missing = (
+        ["data.path"] if kind in (PretrainConfig, ElasticConfig, ImportanceConfig, EvaluateConfig, SearchConfig) else []
+    )
     missing += ["elastic.space"] if kind is ElasticConfig else []
     if kind is not GenerateConfig:  # its weights are one of two fields, too
         assert [problem.field for problem in rule_problems(kind(), Cluster())] == missing

@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import pytest
 import torch
 
+from elastic.config.inputs import SubnetConfig
 from elastic.config.load import config_dict, field_paths, load, load_with_problems, show
 from elastic.config.rules import rule_problems
 from elastic.config.rules_layout import Cluster, nearest_divisor
@@ -19,7 +20,6 @@ from elastic.config.verbs import (
     ExtractConfig,
     GenerateConfig,
     PretrainConfig,
-    SubnetConfig,
 )
 from elastic.corpus.config import PrepareConfig
 from elastic.plan.config import PlanConfig

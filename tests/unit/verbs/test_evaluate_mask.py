@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from elastic.config.verbs import SubnetConfig
+from elastic.config.inputs import SubnetConfig
 from elastic.space.axes import Axis
 from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import AxisChoices, Space

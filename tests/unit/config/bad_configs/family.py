@@ -248,6 +248,12 @@ BAD: tuple[BadConfig, ...] = (
         'elastic.space.mamba_heads = {"choices": [8, 4]}: unknown key; did you mean elastic.space.mamba_head?',
     ),
     (
+        ElasticConfig,
+        {"init_from.subnets": [{"name": "between", "hidden": 96}]},
+        1,
+        'init_from.subnets.0.name = "between": is none of elastic.budgets (full, small); add a budget of that name',
+    ),
+    (
         PretrainConfig,
         {"model.vocab": 299},
         1,

@@ -1,6 +1,6 @@
 """A bad config of a verb that takes out of a family, imports, prices or prepares."""
 
-from elastic.config.verbs import CostConfig, EvaluateConfig, ExtractConfig, ImportConfig
+from elastic.config.verbs import CostConfig, EvaluateConfig, ExtractConfig, ImportConfig, SearchConfig
 from elastic.corpus.config import PrepareConfig
 from tests.unit.config.configs import BadConfig
 
@@ -75,6 +75,19 @@ BAD: tuple[BadConfig, ...] = (
         {"budget_names": "small"},
         1,
         'budget_names = "small": must be a list; write ["small"] for one entry',
+    ),
+    (
+        SearchConfig,
+        {"num_scored": 3000},
+        1,
+        "num_scored = 3000: must be at most num_priced = 2000; nearest legal value is 2000",
+    ),
+    (
+        SearchConfig,
+        {"subnets": "nowhere/subnets.json"},
+        1,
+        'subnets = "nowhere/subnets.json": subnets.json is missing from nowhere; give a list, or the subnets.json of a '
+        "run of recipes/search.py",
     ),
     (
         EvaluateConfig,
