@@ -21,7 +21,7 @@ from elastic.space.space import Space
 Logits = Mapping[Axis, Tensor]
 SCALES = (1.0, 10.0)  # on the router's logits, as over a phase (docs/method.md 1.3): from open to nearly decided
 MOST_STEPS = 0.5  # the largest share of slots that move by one choice around a budget
-ROUNDS = 64  # of proposals: a small space has no more
+ROUNDS = 64  # of proposals; one without a new subnet ends them, too
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def joined(space: Space, subnet: Subnet) -> Tensor:
 def propose(
     space: Space, trained: Mapping[str, Subnet], logits: Mapping[str, Logits], number: int, seed: int
 ) -> Candidates:
-    """Propose `number` candidates, or all there are, a pure function of the arguments; four kinds take turns.
+    """Propose `number` candidates, or what there is, a pure function of the arguments; four kinds take turns.
 
     mix: every slot takes the choice of one of two budgets. between: every slot takes a choice between theirs. router:
     drawn from the router's probabilities of a budget, or half-way to another's. drop: a budget with other layers kept,
@@ -83,12 +83,13 @@ def propose(
             "router": _drawn(space, own, count, seed, turn, generator),
             "drop": _dropped(space, ends[: len(own)], count, generator),
         }
+        before = len(rows)
         for name, row, key in _in_turn(space, kinds):
             if len(rows) < number and key not in seen:
                 seen.add(key)
                 rows.append(row)
                 origins.append(name)
-        if len(rows) == number:
+        if len(rows) in (before, number):
             break
     flat = torch.stack(rows) if rows else torch.zeros(0, ends.shape[1], dtype=torch.int64)
     return Candidates(space, flat, tuple(origins))

@@ -5,7 +5,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,14 @@ class Limit:
         """Return by which share of the bound each of `used` [C] misses it, 0 where it is met."""
         over = used.double() / self.bound - 1.0
         return (over if self.is_upper else -over).clamp(min=0.0)
+
+    def loosened(self, used: float) -> "Limit":
+        """Return the limit if `used` meets it, else the nearest one that it meets, in six digits."""
+        if not bool(self.excess(torch.tensor(used))):
+            return self
+        step = 10.0 ** (math.floor(math.log10(used)) - 5)
+        bound = (math.ceil(used / step) if self.is_upper else math.floor(used / step)) * step
+        return replace(self, bound=bound)
 
 
 def read_constraint(text: str | None) -> tuple[Limit, ...]:
@@ -84,20 +92,15 @@ def reach_problems(text: str | None, space: Space, deployment: Deployment) -> It
         subnet_cost(space.parent, one, deployment) for one in (smallest_subnet(space), Subnet.full(space.parent))
     )
     for limit in read_constraint(text):
+        if getattr(high, limit.metric.value) is None:
+            rule = f"the deployment that the family was trained for says nothing of {limit.metric}"
+            yield Problem(FIELD, text, rule, "leave it out, or train with a table of measured times")
+            continue
         ends = sorted((float(low[limit.metric]), float(high[limit.metric])))
         best = ends[0] if limit.is_upper else ends[1]
         if bool(limit.excess(torch.tensor(best))):
             rule = f"{limit} is outside what the choices can reach, {ends[0]:,.6g} to {ends[1]:,.6g}"
-            sign = "<=" if limit.is_upper else ">="
-            yield Problem(
-                FIELD, text, rule, f"nearest possible is {limit.metric}{sign}{_rounded(best, limit.is_upper)}"
-            )
-
-
-def _rounded(value: float, is_upper: bool) -> str:
-    """Write a bound in six digits, not below (above) `value`."""
-    step = 10.0 ** (math.floor(math.log10(value)) - 5)
-    return f"{(math.ceil(value / step) if is_upper else math.floor(value / step)) * step:.6g}"
+            yield Problem(FIELD, text, rule, f"nearest possible is {limit.loosened(best)}")
 
 
 def met(text: str | None, limits: Sequence[Limit], used: Cost, num_candidates: int) -> Tensor:
@@ -111,11 +114,8 @@ def met(text: str | None, limits: Sequence[Limit], used: Cost, num_candidates: i
     missed = torch.stack([limit.excess(own) for limit, own in zip(limits, costs, strict=True)]).amax(0)
     if not bool((missed == 0).any()):
         nearest = int(missed.argmin())
-        pairs = zip(limits, costs, strict=True)
-        limit = ",".join(
-            f"{one.metric}{'<=' if one.is_upper else '>='}{_rounded(float(own[nearest]), one.is_upper)}"
-            for one, own in pairs
-        )
+        loosened = [limit.loosened(float(own[nearest])) for limit, own in zip(limits, costs, strict=True)]
+        limit = ",".join(map(str, loosened))
         rule = f"none of {num_candidates:,} subnets meets all of it"
         raise ConstraintError([Problem(FIELD, text, rule, f"nearest possible is {limit}")])
     return missed == 0

@@ -45,14 +45,22 @@ def begin_router(router: Router, config: ElasticConfig, space: Space, family: Pa
 
 def start_problems(config: ElasticConfig | CostConfig, parent: Record) -> Iterator[Problem]:
     """Yield what keeps a run from going on from its family, or a new budget from starting with its subnet."""
-    source, space, trained = config.init_from, config.space(parent.depth_ranking), list[str]()
+    source, trained = config.init_from, list[str]()
+    if source.family is None and not source.subnets:
+        return
+    try:
+        space = config.space(parent.depth_ranking)
+    except SpaceError:  # the rules of the config say so
+        return
     if source.family is not None:
         record = Record.read(resolve_checkpoint(source.family))
         trained = _budgets(record)
         yield from _family_problems(config, space, parent, record)
     deployment, budgets = config.elastic.deployment, {budget.name: budget for budget in config.budgets()}
     for index, given in enumerate(source.subnets):
-        field = f"init_from.subnets.{index}"
+        field, budget = f"init_from.subnets.{index}", budgets.get(given.name)
+        if budget is None or budget.target is None:
+            continue  # likewise
         if given.name in trained:
             rule = "the family was trained for this budget, and goes on with its own choice"
             yield Problem(f"{field}.name", given.name, rule, "leave the subnet out, or name a new budget")
@@ -65,10 +73,7 @@ def start_problems(config: ElasticConfig | CostConfig, parent: Record) -> Iterat
                 field, given.name, str(error), "give widths among the choices, or what recipes/search.py wrote"
             )
             continue
-        budget, used = (
-            budgets[given.name],
-            float(subnet_cost(space.parent, subnet, deployment)[budgets[given.name].metric]),
-        )
+        used = float(subnet_cost(space.parent, subnet, deployment)[budget.metric])
         if abs(used / budget.limit - 1.0) > TOLERANCE:
             number = [one.name for one in config.elastic.budgets].index(given.name)
             rule = f"its subnet uses {used:.10g} {budget.metric}, and the router would move it to {budget.limit:.10g}"
@@ -96,9 +101,9 @@ def _family_problems(
             yield Problem(f"elastic.space.{axis}.choices", value, rule, "set what the family was trained with")
     same_depths = theirs.axes[Axis.DEPTH] == space.axes[Axis.DEPTH]
     if same_depths and not torch.equal(theirs.depth_table(), space.depth_table()):
-        value, keep = dict(config.elastic.space.keep_at_least), dict(record.family.keep_at_least)
+        asked, keep = dict(config.elastic.space.keep_at_least), dict(record.family.keep_at_least)
         rule = f"the family's depths keep other layers, its keep_at_least is {show(keep)}"
-        yield Problem("elastic.space.keep_at_least", value, rule, "set what the family was trained with")
+        yield Problem("elastic.space.keep_at_least", asked, rule, "set what the family was trained with")
     width = config.elastic.router.hidden_width
     if width != record.family.router_width:
         rule = f"the family's router has {record.family.router_width}"

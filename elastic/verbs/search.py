@@ -184,7 +184,7 @@ def _report(
             {
                 "name": one.name,
                 "origin": one.origin,
-                **{metric.value: one.cost[metric] for metric in Metric},
+                **{metric.value: getattr(one.cost, metric.value) for metric in Metric},
                 "score": one.score,
                 "above_line": above_line(one, members),
                 "on_front": one.name in front,

@@ -71,7 +71,7 @@ def test_a_search_finds_sizes_between_budgets_and_again_the_same(start, found):
     files, screen = found
     report = json.loads(files["search.json"])
     rows = {row["name"]: row for row in report["members"]}
-    assert report["num_priced"] == report["num_met"] == 2000 and len(rows) == 6
+    assert 300 < report["num_priced"] == report["num_met"] < 2000 and len(rows) == 6  # the tiny space has no more
     assert [name for name, row in rows.items() if row["origin"] == "trained"] == ["full", "half"]
     front = [row for row in reversed(report["members"]) if row["on_front"]]
     assert front and sorted(row["score"] for row in front) == [row["score"] for row in reversed(front)]
@@ -121,6 +121,7 @@ def test_constraints_and_a_score_of_ones_own(start, found):
 BAD = [
     (dict(constraint="params<=10"), r"constraint = .*: params<=10 is outside .*; nearest possible is params<="),
     (dict(constraint="loss<=2"), r"constraint = .*: loss is none of the metrics .*; nearest legal name is"),
+    (dict(num_scored=3000), r"num_scored = 3000: must be at most num_priced = 2000; nearest legal value is 2000"),
     (dict(score="nowhere.at_all"), r'score = "nowhere.at_all": cannot be imported .*; write package.module.function'),
     (dict(score=f"{__name__}.SHORT"), r"score = .*: is no function; name a function of"),
     (dict(budget_names=[], subnets=[dict(name="x")]), r"budget_names = \[\]: a search lies between and around trained"),
@@ -140,7 +141,7 @@ def going_on(start, version, found, **changes):
     """Return a run that goes on from the family with s02 as a budget more, in slices, its router frozen."""
     rows = {row["name"]: row for row in json.loads(found[0]["search.json"])["members"]}
     budgets = [*BUDGETS, dict(name="s02", target=rows["s02"]["params"])]
-    phase = dict(CURRICULUM[1], sequence_length=32, steps=2, budget_weights=dict(s02=1, half=1))
+    phase = dict(CURRICULUM[1], lr=dict(peak=1e-6), sequence_length=32, steps=2, budget_weights=dict(s02=1, half=1))
     source = dict(family=str(start / "run" / "searched"), subnets=str(start / "run" / "search" / "subnets.json"))
     sections = dict(elastic=dict(space=SPACE, budgets=budgets, router=ROUTER), init_from=source, curriculum=[phase])
     values = elastic_values(start, version, **sections)
@@ -173,11 +174,9 @@ def test_a_family_goes_on_with_a_size_that_was_found_as_a_budget_more(start, fou
     more = values_of(start, "further_loss", init_from=dict(checkpoint=str(start / "run" / "further")))
     more = {name: value for name, value in more.items() if not name.startswith("num_")}
     run_distributed(_evaluated, 1, dict(more, budget_names=["s02", "full"]))
-    losses = {
-        row["name"]: row["loss"]
-        for row in json.loads((start / "run" / "further_loss" / "evaluation.json").read_text())["members"]
-    }
-    assert losses["s02"] != rows["s02"]["score"] and abs(losses["s02"] - rows["s02"]["score"]) < 0.1
+    report = json.loads((start / "run" / "further_loss" / "evaluation.json").read_text())
+    for row in report["members"]:  # moved, from where the family stood
+        assert 0 < abs(row["loss"] - rows[row["name"]]["score"]) < 1e-3
 
 
 REFUSED = [

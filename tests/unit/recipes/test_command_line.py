@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from elastic.config.verbs import ElasticConfig
 from recipes import _common
-from recipes._arguments import argument_problems
+from recipes._arguments import argument_problems, with_quotes
 
 RUNS = ", ".join(path.stem for path in sorted(_common.CONF.glob("*.yaml")))
 LAYOUTS = "none, tp2_pp2, tp2_pp2_cp4, tp8_cp2"
@@ -183,3 +183,12 @@ def test_own_configs_stand_beside_those_of_the_project(message_of: Callable[...,
     ]  # fmt: skip
     lines = message_of("--config-dir=nowhere").splitlines()
     assert lines[1:] == ['  --config-dir = "nowhere": is no folder; name the folder that holds your own YAML files']
+
+
+def test_a_constraint_is_a_text_to_hydra() -> None:
+    quoted = with_quotes(["constraint=params<=7e9,flops_per_token>=2", 'constraint="params<=1"', "seed=1"])
+    assert quoted == ['constraint="params<=7e9,flops_per_token>=2"', 'constraint="params<=1"', "seed=1"]
+    assert not list(argument_problems(quoted, _common.CONF))
+    overrides = [word for word in _common.hydra_arguments(quoted) if "hydra." not in word]
+    with initialize_config_dir(config_dir=str(_common.CONF), version_base=None):
+        assert compose("search", overrides[:1]).constraint == "params<=7e9,flops_per_token>=2"

@@ -64,10 +64,13 @@ def test_each_kind_of_proposal_is_what_it_says(candidates: Candidates) -> None:
             assert any(set(steps.tolist()) <= {0, sign} for steps in moved for sign in (-1, 1))
 
 
-@pytest.mark.parametrize("metric", Metric)
-def test_all_at_once_cost_what_each_costs_alone(candidates: Candidates, metric: Metric) -> None:
-    used = torch.as_tensor(candidates.cost(DEPLOYMENT)[metric]).expand(400).tolist()
-    assert used[::20] == [subnet_cost(PARENT, candidates.subnet(row), DEPLOYMENT)[metric] for row in range(0, 400, 20)]
+def test_all_at_once_cost_what_each_costs_alone(candidates: Candidates) -> None:
+    at_once, rows = candidates.cost(DEPLOYMENT), range(0, 400, 20)
+    alone = [subnet_cost(PARENT, candidates.subnet(row), DEPLOYMENT) for row in rows]
+    for metric in Metric:
+        if getattr(alone[0], metric.value) is not None:  # without a table no time is known
+            used = torch.as_tensor(at_once[metric]).expand(400).tolist()
+            assert used[::20] == [one[metric] for one in alone]
 
 
 @pytest.mark.parametrize("axes", [{Axis.HIDDEN: AxisChoices((128, 96))}, {Axis.DEPTH: AxisChoices((12, 11, 9))}])
@@ -129,7 +132,7 @@ def test_a_constraint_that_cannot_be_read_is_named(text: str, line: str) -> None
 def test_what_is_out_of_reach_is_told_the_nearest_possible(candidates: Candidates) -> None:
     low = subnet_cost(PARENT, smallest_subnet(SPACE), DEPLOYMENT)
     assert read_constraint(None) == read_constraint("") == ()
-    assert not list(reach_problems("params<=4e5,flops_per_token>=1e5", SPACE, DEPLOYMENT))
+    assert not list(reach_problems("params<=7e5,flops_per_token>=1e5", SPACE, DEPLOYMENT))
     problems = list(reach_problems("params<=7,deploy_bytes>=1e15", SPACE, DEPLOYMENT))
     assert [problem.rule.partition(" ")[0] for problem in problems] == ["params<=7", "deploy_bytes>=1e+15"]
     for problem in problems:  # what it says is possible, is
@@ -144,8 +147,8 @@ def test_what_is_out_of_reach_is_told_the_nearest_possible(candidates: Candidate
         met(text, read_constraint(text), costs, 400)
     nearest = refused.value.problems[0].remedy.removeprefix("nearest possible is ")
     assert int(met(nearest, read_constraint(nearest), costs, 400).sum()) >= 1
-    allowed = met("params<=4e5,params>=3e5", read_constraint("params<=4e5,params>=3e5"), costs, 400)
-    assert torch.equal(allowed, (costs.params <= 4e5) & (costs.params >= 3e5))  # type: ignore[operator]
+    allowed = met(None, read_constraint("params<=7e5,params>=5e5"), costs, 400)
+    assert torch.equal(allowed, (costs.params <= 7e5) & (costs.params >= 5e5))  # type: ignore[operator]
     assert bool(met(None, (), costs, 400).all())
 
 

@@ -1,6 +1,6 @@
 """A bad config of a verb that takes out of a family, imports, prices or prepares."""
 
-from elastic.config.verbs import CostConfig, EvaluateConfig, ExtractConfig, ImportConfig, SearchConfig
+from elastic.config.verbs import CostConfig, EvaluateConfig, ExtractConfig, ImportConfig
 from elastic.corpus.config import PrepareConfig
 from tests.unit.config.configs import BadConfig
 
@@ -77,13 +77,7 @@ BAD: tuple[BadConfig, ...] = (
         'budget_names = "small": must be a list; write ["small"] for one entry',
     ),
     (
-        SearchConfig,
-        {"num_scored": 3000},
-        1,
-        "num_scored = 3000: must be at most num_priced = 2000; nearest legal value is 2000",
-    ),
-    (
-        SearchConfig,
+        ExtractConfig,
         {"subnets": "nowhere/subnets.json"},
         1,
         'subnets = "nowhere/subnets.json": subnets.json is missing from nowhere; give a list, or the subnets.json of a '
