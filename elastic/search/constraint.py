@@ -33,7 +33,7 @@ class Limit:
     bound: float
 
     def __str__(self) -> str:
-        return f"{self.metric}{'<=' if self.is_upper else '>='}{self.bound:g}"
+        return f"{self.metric}{'<=' if self.is_upper else '>='}{self.bound:.10g}"
 
     def excess(self, used: Tensor) -> Tensor:
         """Return by which share of the bound each of `used` [C] misses it, 0 where it is met."""
@@ -42,7 +42,7 @@ class Limit:
 
     def loosened(self, used: float) -> "Limit":
         """Return the limit if `used` meets it, else the nearest one that it meets, in six digits."""
-        if not bool(self.excess(torch.tensor(used))):
+        if not bool(self.excess(torch.tensor(used, dtype=torch.float64))):
             return self
         step = 10.0 ** (math.floor(math.log10(used)) - 5)
         bound = (math.ceil(used / step) if self.is_upper else math.floor(used / step)) * step
@@ -98,7 +98,7 @@ def reach_problems(text: str | None, space: Space, deployment: Deployment) -> It
             continue
         ends = sorted((float(low[limit.metric]), float(high[limit.metric])))
         best = ends[0] if limit.is_upper else ends[1]
-        if bool(limit.excess(torch.tensor(best))):
+        if bool(limit.excess(torch.tensor(best, dtype=torch.float64))):
             rule = f"{limit} is outside what the choices can reach, {ends[0]:,.6g} to {ends[1]:,.6g}"
             yield Problem(FIELD, text, rule, f"nearest possible is {limit.loosened(best)}")
 

@@ -146,7 +146,7 @@ def test_a_run_without_a_whole_checkpoint_says_so_and_leaves_them(pair: Path) ->
 
 
 def test_a_verb_falls_back_too_and_refuses_one_named_by_hand(pair: Path) -> None:
-    from elastic.config.verbs import MembersInput
+    from elastic.config.inputs import MembersInput
     from elastic.verbs.members import open_checkpoint
 
     shutil.copytree(pair / "run" / "damaged", pair / "run" / "read")
