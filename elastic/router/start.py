@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from elastic.router.draw import RouterError
+from elastic.router.decide import RouterError
 from elastic.router.router import Router
 from elastic.space.axes import Axis
 

@@ -14,7 +14,7 @@ from elastic.config.load import ConfigError, load
 from elastic.config.rules_layout import Cluster
 from elastic.config.verbs import ElasticConfig, EvaluateConfig, ExtractConfig, SearchConfig
 from elastic.data.held_out import HeldOut
-from elastic.router.draw import decide
+from elastic.router.decide import likeliest
 from elastic.router.router import Router
 from elastic.space.gates import Gates
 from elastic.train.pipeline import PipelineRunner
@@ -84,6 +84,8 @@ def test_a_search_finds_sizes_between_budgets_and_again_the_same(start, found):
     assert files["front.png"].startswith(b"\x89PNG")
     ((again, _),) = run_distributed(searched, 1, values_of(start, "search_again"))
     assert {name: again[name] == files[name] for name in FILES} == dict.fromkeys(FILES, True)
+    with pytest.raises(ConfigError, match=r"exp_manager\.version = \"search\": the folder .* is not empty"):
+        load_run(SearchConfig, values_of(start, "search"), Cluster(), is_main=True)
 
 
 def test_a_size_that_was_found_is_evaluated_cut_out_and_reloaded(start, found):
@@ -161,7 +163,7 @@ def _trained_further(values):
         router = Router(record.space(), len(record.family.budgets), record.family.router_width)
         load_router(checkpoint, router)
         names = [budget.name for budget in record.family.budgets]
-        chosen.append({name: subnet_summary(decide(router, record.space(), n)) for n, name in enumerate(names)})
+        chosen.append({name: subnet_summary(likeliest(router, record.space(), n)) for n, name in enumerate(names)})
     return chosen
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from elastic.router.draw import RouterError, decide
+from elastic.router.decide import RouterError, likeliest
 from elastic.router.router import Router
 from elastic.router.start import MARGIN, start_at
 from elastic.space.reach import choice_indices, smallest_subnet
@@ -17,7 +17,7 @@ def test_a_budget_begins_with_its_subnet_and_the_others_keep_theirs_bit_for_bit(
     before = {axis: values.detach().clone() for axis, values in router().items()}
     subnet = SPACE.subnet(random_choice(SPACE, torch.Generator().manual_seed(seed)))
     start_at(router, 1, choice_indices(SPACE, subnet))
-    assert decide(router, SPACE, 1) == subnet != decide(Router(SPACE, 3, 64, seed), SPACE, 1)
+    assert likeliest(router, SPACE, 1) == subnet != likeliest(Router(SPACE, 3, 64, seed), SPACE, 1)
     for axis, values in router().items():
         assert torch.equal(values[[0, 2]], before[axis][[0, 2]])
         first, second = values[1].detach().topk(2, dim=-1).values.unbind(-1)

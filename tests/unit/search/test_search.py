@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from elastic.router.draw import decide
+from elastic.router.decide import likeliest
 from elastic.router.router import Router
 from elastic.search.candidates import Candidates, joined, likelihood, pick, propose, running, split
 from elastic.search.constraint import ConstraintError, met, reach_problems, read_constraint
@@ -87,7 +87,7 @@ def test_the_likeliest_is_what_the_router_chooses(candidates: Candidates) -> Non
     values = router()
     pairs = [(1000.0, {axis: own[0].detach() for axis, own in values.items()}),
              (2000.0, {axis: own[1].detach() for axis, own in values.items()})]  # fmt: skip
-    chosen = torch.stack([joined(SPACE, decide(router, SPACE, index)) for index in (0, 1)])
+    chosen = torch.stack([joined(SPACE, likeliest(router, SPACE, index)) for index in (0, 1)])
     both = Candidates(SPACE, torch.cat([chosen, candidates.indices[:50]]), ("x",) * 52)
     for index, (cost, logits) in enumerate(pairs):
         likely = likelihood(both, torch.full((52,), cost, dtype=torch.float64), pairs)
