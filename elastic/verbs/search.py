@@ -26,7 +26,7 @@ from elastic.train.evaluation import evaluate_subnets
 from elastic.train.pipeline import PipelineRunner
 from elastic.verbs.cost import quantity
 from elastic.verbs.members import OpenCheckpoint, open_checkpoint, subnet_summary
-from elastic.verbs.report_file import table
+from elastic.verbs.report_file import print_table, table
 from elastic.verbs.subnet_file import write_subnets
 from elastic.world.files import write_json
 from elastic.world.groups import World
@@ -85,7 +85,7 @@ def _leave(
     found = {one.name: one.subnet for one in members if one.origin not in (TRAINED, GIVEN)}
     write_subnets(folder / SUBNETS_FILE, opened.checkpoint, found)
     draw_front(members, metric, score_name, folder / PICTURE_FILE)
-    console.print(search_table(members, metric, score_name))
+    print_table(search_table(members, metric, score_name), console)
     console.print(summary(report), highlight=False, markup=False)
     console.print(f"written: {folder / SUBNETS_FILE}   picture: {folder / PICTURE_FILE}", highlight=False)
 

@@ -1,6 +1,6 @@
 """A bad config of a verb that takes out of a family, imports, prices or prepares."""
 
-from elastic.config.verbs import CostConfig, EvaluateConfig, ExtractConfig, ImportConfig
+from elastic.config.verbs import CostConfig, EvaluateConfig, ExtractConfig, ImportConfig, SearchConfig
 from elastic.corpus.config import PrepareConfig
 from tests.unit.config.configs import BadConfig
 
@@ -76,6 +76,7 @@ BAD: tuple[BadConfig, ...] = (
         1,
         'budget_names = "small": must be a list; write ["small"] for one entry',
     ),
+    (SearchConfig, {"num_scored": 0}, 1, "num_scored = 0: must be at least 1; nearest legal value is 1"),
     (
         ExtractConfig,
         {"subnets": "nowhere/subnets.json"},
