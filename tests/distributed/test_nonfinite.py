@@ -163,7 +163,8 @@ def test_bad_steps_count_as_steps_and_leave_no_trace_in_the_numbers(start):
                 assert found[step][name] == pytest.approx(value, rel=1e-5, abs=1e-7), f"{name} at step {step}"
     assert not any(name.startswith("train/") for name in found[2])
     events = [json.loads(line) for line in (start / "run" / "poisoned_four" / "events.jsonl").read_text().splitlines()]
-    assert [(event["event"], event["step"]) for event in events] == [("skipped_step", step) for step in (2, 4, 5, 7)]
+    skipped = [event["step"] for event in events if event["event"] == "skipped_step"]
+    assert skipped == [2, 4, 5, 7]
 
 
 @pytest.mark.usefixtures("at_dp2")
@@ -255,6 +256,7 @@ def test_a_loss_that_stands_out_is_reported_with_its_samples(start):
     run_distributed(train_poisoned, 1, values, {23: (0, "loud")})
     logged = rows(start, "spikes")
     events = [json.loads(line) for line in (start / "run" / "spikes" / "events.jsonl").read_text().splitlines()]
+    events = [event for event in events if event["event"] == "loss_spike"]
     assert [(event["event"], event["step"], event["name"]) for event in events] == [
         ("loss_spike", 24, "full"),
         ("loss_spike", 24, "half"),

@@ -111,13 +111,8 @@ def raised(start, tmp_path_factory):
     return run_distributed(refusals, 1, start, tmp_path_factory.mktemp("existing"))[0]
 
 
-NO_VERBS = (
-    "smoke",
-    "smoke_chat",
-    "benchmark",
-    "chaos",
-    "preflight",
-)  # they keep to folders of their own, or write nothing
+# They keep to folders of their own, write nothing, or only the page that they wrote before.
+NO_VERBS = ("smoke", "smoke_chat", "benchmark", "chaos", "preflight", "report")
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("[!_]*.py") if path.stem not in NO_VERBS)
 
 

@@ -266,7 +266,8 @@ def test_a_subnet_of_so_many_parameters_lies_between_the_budgets(start, family):
     full, half = (rows[name] for name in ("full", "half"))
     wanted = (full["params"] + half["params"]) // 2
     found = evaluate(start, "solved", family, budget_names=[], subnets=[dict(name="x", params=wanted)])["x"]
-    assert abs(found["params"] / wanted - 1) < 0.05
+    assert full["params"] > found["params"] > half["params"]
+    assert abs(found["params"] - wanted) < (full["params"] - half["params"]) / 2, "nearer than either of the two"
     for name in ("hidden", "head_channels"):
         low, high = sorted((full["subnet"][name], half["subnet"][name]))
         assert low <= found["subnet"][name] <= high

@@ -68,6 +68,15 @@ def test_any_other_subnet_is_refused(values: dict[str, object], space: Space) ->
 
 def test_a_table_of_many_sources_is_whole_on_a_narrow_screen() -> None:
     screen, losses = io.StringIO(), {f"source{number}": 1.0 + number / 10000 for number in range(9)}
-    row = dict(name="small", target=1e9, cost_ratio=1.0, params=1e9, loss=1.5, perplexity=4.5, deploy_bytes=1e9)
+    row = dict(
+        name="small",
+        metric="params",
+        target=1e9,
+        cost_ratio=1.0,
+        params=1e9,
+        loss=1.5,
+        perplexity=4.5,
+        deploy_bytes=1e9,
+    )
     print_table(evaluation_table([{**row, "loss_by_source": losses}]), Console(file=screen, width=80))
     assert all(f" {loss:.4f} " in screen.getvalue() for loss in losses.values()) and "\u2026" not in screen.getvalue()
