@@ -27,7 +27,7 @@ INTEGERS = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint1
 DTYPE_AT = INDEX_HEADER_BYTES - 17  # one byte, before the two counts
 SAMPLED_TOKENS = 4096
 SAMPLED_FILES = 16
-REMEDY = "restore it, or take the source out of the blend"
+REMEDY = "restore it"  # a list of problems adds that the source may be taken out
 
 
 def is_prepared(path: Path) -> bool:

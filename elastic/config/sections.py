@@ -147,7 +147,9 @@ class BlendSource:
 
     @staticmethod
     def spelled_out(given: Sequence[Any]) -> Sequence[Any]:
-        """Return the entries that [weight, path, weight, path, ...] stands for; a list of sections stays what it is."""
+        """Return the sections that [weight, path, ...] stands for, or paths alone, whose weights are missing."""
+        if all(isinstance(entry, str) and not _is_number(entry) for entry in given):
+            return [dict(path=path) for path in given]
         if len(given) % 2 or any(isinstance(entry, Mapping) for entry in given):
             return given
         weights = [float(weight) if _is_number(weight) else weight for weight in given[::2]]

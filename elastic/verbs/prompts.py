@@ -43,6 +43,8 @@ def read_prompts(config: GenerateConfig, tokenizer: LoadedTokenizer, folder: Pat
 
 def prompt_problems(config: GenerateConfig, folder: Path) -> Iterator[Problem]:
     """Yield a problem for each file that the tokenizer in `folder` cannot turn into prompts."""
+    if config.prompt_file is None and config.chat_file is None:
+        return
     tokenizer = load_tokenizer(folder, parse_special_tokens=True)
     texts, chats = replace(config, prompts=(), chat_file=None), replace(config, prompts=(), prompt_file=None)
     for field, alone in (("prompt_file", texts), ("chat_file", chats)):

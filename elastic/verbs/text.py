@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from elastic.blend.foreign import is_prepared, tokenizer_record
+from elastic.blend.foreign import foreign_prefixes, tokenizer_record
 from elastic.blend.sources import TrainingData, open_held_out, open_sources, tokenizer_folder
 from elastic.checkpoint.record import Record
 from elastic.config.load import Problem
@@ -52,7 +52,13 @@ def length_problems(config: object) -> Iterator[Problem]:
     try:
         if config.data.blend:
             yield from _blend_too_short(config, lengths)
-        elif is_prepared(Path(config.data.path)):
+        elif not config.data.path:
+            return  # a rule says so
+        elif foreign_prefixes(Path(config.data.path)):
+            remedy = f"set data.blend='[{{path: {config.data.path}, weight: 1, tokenizer: FOLDER}}]' instead"
+            yield Problem("data.path", config.data.path, "holds .bin and .idx of another tool", remedy)
+            return
+        else:
             yield from _too_short(config, lengths, read_manifest(Path(config.data.path)))
         if "stop" in {config.data.on_end, *(source.on_end for source in config.data.blend)}:
             if isinstance(config, ImportanceConfig):

@@ -103,6 +103,17 @@ def test_a_record_with_such_a_name_is_refused(tmp_path: Path) -> None:
         Record.read(checkpoint)
 
 
+def test_a_data_path_that_prepare_data_did_not_write_is_named_before_a_run(tmp_path: Path) -> None:
+    from elastic.verbs.text import length_problems
+
+    config = load(ElasticConfig, values_of(ElasticConfig, {"data.path": str(tmp_path)}))
+    (problem,) = length_problems(config)
+    assert problem.field == "data.path" and "is not a prepared data folder" in problem.rule
+    (tmp_path / "pair.idx").touch()
+    (problem,) = length_problems(config)
+    assert str(problem).endswith(f"set data.blend='[{{path: {tmp_path}, weight: 1, tokenizer: FOLDER}}]' instead")
+
+
 def test_validation_sequences_must_be_there_at_every_length(tmp_path: Path) -> None:
     from elastic.data.manifest import Manifest, SplitRecord, TokenizerRecord
     from elastic.verbs.text import length_problems

@@ -37,7 +37,7 @@ def run_values(kind: type, folder: Path) -> dict[str, Any]:
     changes: dict[str, object] = {
         "exp_manager.exp_dir": str(folder),
         "exp_manager.name": "name",
-        "data.path": str(folder),
+        "data.path": written_manifest(folder),
     }
     return values_of(kind, changes | ({"model.vocab": 512} if kind is PretrainConfig else {}))
 
@@ -60,7 +60,7 @@ def test_inputs_that_do_not_exist_and_a_run_folder_in_use_are_named(tmp_path: Pa
 
 
 def test_checkpoint_that_is_none_or_does_not_split_over_the_ranks_is_named(tmp_path: Path) -> None:
-    values = values_of(ImportanceConfig, {"data.path": str(tmp_path), "init_from.parent": str(tmp_path)})
+    values = values_of(ImportanceConfig, {"data.path": written_manifest(tmp_path), "init_from.parent": str(tmp_path)})
     with pytest.raises(ConfigError, match=r"init_from\.parent = .* is neither a checkpoint nor a run folder"):
         load_run(ImportanceConfig, values, Cluster(), is_main=False)
     put(values, "init_from.parent", written_record(tmp_path / "parent", mamba_groups=4))
@@ -75,7 +75,7 @@ def test_checkpoint_that_is_none_or_does_not_split_over_the_ranks_is_named(tmp_p
 
 
 def test_family_needs_a_parent_permuted_for_its_lanes(tmp_path: Path) -> None:
-    folders = {"data.path": str(tmp_path), "exp_manager.exp_dir": str(tmp_path)}
+    folders = {"data.path": written_manifest(tmp_path), "exp_manager.exp_dir": str(tmp_path)}
     values = values_of(ElasticConfig, folders)
     put(values, "init_from.permuted_parent", written_record(tmp_path / "raw", "parent"))
     with pytest.raises(

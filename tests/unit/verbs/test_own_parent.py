@@ -18,7 +18,7 @@ from elastic.space.shape import Subnet
 from elastic.space.space import AxisChoices, Space
 from elastic.verbs.inputs import load_run
 from elastic.verbs.parent import choices_by_share
-from tests.unit.config.configs import put
+from tests.unit.config.configs import put, written_manifest
 from tests.unit.config.test_conf_files import composed
 
 SHARES = {axis.value: [1.0, 0.8, 0.6, 0.5, 0.3] for axis in Axis}
@@ -79,9 +79,11 @@ def own_values(folder: Path, record: Record | None = None, **changes: object) ->
     (folder / "parent").mkdir()
     (record or Record("permuted_parent", OWN.shape(), lanes=16)).write(folder / "parent")
     write_contents(folder / "parent", {})
-    (folder / "data").mkdir()
     values = composed("train_elastic", "parallel=none")
-    values["init_from"]["permuted_parent"], values["data"]["path"] = str(folder / "parent"), str(folder / "data")
+    values["init_from"]["permuted_parent"], values["data"]["path"] = (
+        str(folder / "parent"),
+        written_manifest(folder / "data"),
+    )
     put(values, "exp_manager.exp_dir", str(folder))
     for path, value in changes.items():
         put(values, path.replace("__", "."), value)

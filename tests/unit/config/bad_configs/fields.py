@@ -56,6 +56,13 @@ BAD: tuple[BadConfig, ...] = (
         "data.blend",
     ),
     (
+        PretrainConfig,
+        {"data": {"blend": ["texts"]}},
+        1,
+        "data.blend.0.weight = null: missing, it has no default; set data.blend.0.weight=..., any number above 0, or "
+        "leave the source out",
+    ),
+    (
         ImportConfig,
         {"source": "???"},
         1,
