@@ -127,26 +127,16 @@ class _Search:
         alike = homogeneous(self.space)
         full = {axis: indices[:, None] for axis, indices in combinations.items()}
         full |= {axis: torch.zeros(count, 1, dtype=torch.long) for axis in inner}
-        start = self._shares(alike, full)
+        start = ratios(alike, full, self.budget, self.deployment)
         costs = {}
         for axis in inner:
             running = self._running(axis, combinations, count).sum(-1).clamp(min=1)
             narrowed = [
-                self._shares(alike, {**full, axis: torch.full((count, 1), index)})
+                ratios(alike, {**full, axis: torch.full((count, 1), index)}, self.budget, self.deployment)
                 for index in range(self.regrets[axis].shape[-1])
             ]
             costs[axis] = (torch.stack(narrowed, -1) - start[:, None]) / running[:, None]
         return start, costs
-
-    def _shares(self, space: Space, chosen: Mapping[Axis, Tensor]) -> Tensor:
-        """Return cost / target [C], what layers add to: of a rate, target / rate."""
-        reached = ratios(space, chosen, self.budget, self.deployment)
-        return 1.0 / reached if self.budget.metric is Metric.TOKENS_PER_S else reached
-
-    def _edges(self) -> tuple[float, float]:
-        """Return the least and the most share that meets the budget."""
-        low, high = 1.0 - self.tolerance, 1.0 + self.tolerance
-        return (1.0 / high, 1.0 / low) if self.budget.metric is Metric.TOKENS_PER_S else (low, high)
 
     def _running(self, axis: Axis, combinations: Mapping[Axis, Tensor], count: int) -> Tensor:
         """Return 0/1 [C, slots]: whose layers run at the depth taken."""
@@ -161,7 +151,7 @@ class _Search:
 
         Lagrange's: for any price of cost, the least of loss + price x (cost - edge of the tolerance).
         """
-        low, high = self._edges()
+        low, high = 1.0 - self.tolerance, 1.0 + self.tolerance
         running = {axis: self._running(axis, combinations, len(start)) for axis in costs}
         least = start + sum(own.amin(-1) * running[axis].sum(-1) for axis, own in costs.items())
         most = start + sum(own.amax(-1) * running[axis].sum(-1) for axis, own in costs.items())
@@ -205,7 +195,7 @@ class _Search:
         A knapsack over sums of costs in grains of the tolerance: of two sums in one grain the likelier stays, with its
         own exact cost, so no rounding adds up.
         """
-        low, high = self._edges()
+        low, high = 1.0 - self.tolerance, 1.0 + self.tolerance
         # What the slots after each one can still add.
         rest = [(sum(float(c.min()) for c, _ in options[n:]), sum(float(c.max()) for c, _ in options[n:]))
                 for n in range(1, len(options) + 1)]  # fmt: skip

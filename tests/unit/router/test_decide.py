@@ -12,7 +12,7 @@ from elastic.router.draw import Chooser, RouterSettings
 from elastic.router.phases import Curriculum, ElasticPhase, LearningRate
 from elastic.router.router import Router
 from elastic.space.axes import AXES, Axis
-from elastic.space.cost import Budget, Deployment, Metric, subnet_cost
+from elastic.space.cost import COUNTED, Budget, Deployment, Metric, subnet_cost
 from elastic.space.reach import TOLERANCE
 from elastic.space.shape import ModelShape
 from elastic.space.space import AxisChoices, Space
@@ -20,6 +20,7 @@ from elastic.train.choices import off_budget
 from tests.shapes import random_choice, random_table
 
 DEPLOYMENT = Deployment(batch=2, length_tokens=256)
+METRICS = (*COUNTED, Metric.LATENCY_MS)  # a budget in tokens per second has become one of these
 
 
 def coarse_space(generator, max_slots=64):
@@ -56,7 +57,7 @@ def coarse_space(generator, max_slots=64):
 
 def met_budget(space, deployment, generator, metric=None):
     """Return a budget that some subnet meets within 0.5%."""
-    metric = metric or list(Metric)[int(torch.randint(len(Metric), (), generator=generator))]
+    metric = metric or METRICS[int(torch.randint(len(METRICS), (), generator=generator))]
     chosen = {axis: own for axis, own in random_choice(space, generator).items() if axis in space.elastic_axes()}
     used = float(subnet_cost(space.parent, space.subnet(chosen), deployment)[metric])
     return Budget("asked", metric, target=used * (0.995 + 0.01 * float(torch.rand((), generator=generator))))
@@ -66,12 +67,12 @@ def miss(space, deployment, subnet, budget):
     return abs(float(subnet_cost(space.parent, subnet, deployment)[budget.metric]) / budget.limit - 1.0)
 
 
-@pytest.mark.parametrize("seed", range(28))
+@pytest.mark.parametrize("seed", range(24))
 def test_no_likelier_subnet_meets_the_budget(seed):
     """Against all subnets of a space small enough to list them, with logits as sharp as a trained router's."""
     generator = torch.Generator().manual_seed(seed)
     space, deployment = coarse_space(generator, max_slots=6)
-    budget = met_budget(space, deployment, generator, list(Metric)[seed % len(Metric)])
+    budget = met_budget(space, deployment, generator, METRICS[seed % len(METRICS)])
     router = Router(space, 1, hidden_width=8, seed=seed)
     with torch.no_grad():
         for network in router.networks.values():
