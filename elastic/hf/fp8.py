@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from elastic.hf.config import export_shape
-from elastic.hf.names import hf_names, pad_rows, split_qkv
+from elastic.hf.names import hf_names, hf_sizes, pad_rows, split_qkv
 from elastic.hf.safe_files import listed, shown
 from elastic.hf.tensor_index import StoredTensor
 from elastic.model.quantised import E4M3, quantise, row_scales
 from elastic.rank.slicing import TensorSource, parent_parameter, reader
-from elastic.space.layers import parameter_dims, parameter_names, split_parameter_name
+from elastic.space.layers import FP8_MULTIPLE, parameter_dims, parameter_names, split_parameter_name
 from elastic.space.nesting import Cut, take
 from elastic.space.shape import ModelShape, Subnet
 
@@ -75,6 +75,14 @@ def hf_scales(scales: Mapping[str, Tensor], shape: ModelShape) -> dict[str, Tens
         # A row of the padding is all zeros: any scale will do but none.
         found |= {hf: torch.where(part > 0, part, 1.0) for hf, part in zip(names, parts, strict=True)}
     return found
+
+
+def odd_sizes(shape: ModelShape) -> list[str]:
+    """List the matrices in FP8 whose rows or columns GPUs' FP8 products do not take, by kind and size."""
+    names = [hf for name in filter(is_quantised, parameter_names(shape)) for hf in hf_names(name)]
+    sizes = hf_sizes(shape)
+    odd = {name: sizes[name] for name in names if any(size % FP8_MULTIPLE for size in sizes[name])}
+    return list(dict.fromkeys(f"{name.split('.')[-2]} {rows} x {columns}" for name, (rows, columns) in odd.items()))
 
 
 def scales_of(name: str) -> str:

@@ -75,12 +75,21 @@ def charts(rows: Sequence[Row]) -> Iterator[Chart]:
     yield Chart("training: KL to the parent, nats per token", of(r"train/([^/]+)/kl"), phases)
     yield Chart("training: cross-entropy, nats per token", of(r"train/([^/]+)/cross_entropy"), phases)
     yield Chart("held-out loss, nats per token", of(r"validation/([^/]+)/loss"), phases)
+    yield Chart("held-out loss by source", of(r"validation/(.+/loss/.+)"), phases)
     yield Chart("what each budget uses of its target", of(r"router/([^/]+)/cost_ratio"), phases, levels=(1.0,))
     yield Chart("the router's loss per budget", of(r"router/([^/]+)/budget_loss"), phases)
     for axis in Axis:
         title = "layers kept" if axis is Axis.DEPTH else f"{axis.replace('_', ' ')}: width, a mean over its layers"
         yield Chart(f"the router's choice of {title}", of(rf"router/([^/]+)/width/{axis}"), phases)
-    for key in ("learning_rate", "router_learning_rate", "temperature", "grad_norm", "skipped_steps", "tokens_per_s"):
+    for key in (
+        "learning_rate",
+        "router_learning_rate",
+        "temperature",
+        "grad_norm",
+        "skipped_steps",
+        "tokens_per_s",
+        "fill",
+    ):
         yield Chart(key.replace("_per_s", " per second").replace("_", " "), {key: curve(rows, key)}, phases)
     yield Chart("epochs of each source", of("epochs/(.+)"), phases)
 

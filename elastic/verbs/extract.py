@@ -150,7 +150,7 @@ def _export_hugging_face(
             **{k: str(v) for k, v in opened.record.provenance.items()},
             **({} if member.untrained is None else {"training": member.untrained}),
         },
-        fp8=None if fp8 is None else card_text(fp8.losses.get(member.name)),
+        fp8=None if fp8 is None else card_text(fp8.losses.get(member.name), member.subnet.shape(parent)),
     )
     check = choose_check(opened, member, carried.dtypes, config.export)
     with transfer_progress(console) as bar:

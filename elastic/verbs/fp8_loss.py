@@ -16,13 +16,15 @@ from elastic.data.held_out import HeldOut
 from elastic.data.manifest import read_manifest
 from elastic.data.tokens import open_split
 from elastic.hf.export_settings import DtypeRule
-from elastic.hf.fp8 import cut_scales, is_quantised
+from elastic.hf.fp8 import cut_scales, is_quantised, odd_sizes
 from elastic.hf.names import hf_names
 from elastic.hf.reload import reads_fp8
 from elastic.model.initialize import named_global_parameters
 from elastic.model.model import ElasticModel, build_model
 from elastic.model.quantised import quantise, row_scales
 from elastic.rank.slicing import submodel_source
+from elastic.space.layers import FP8_MULTIPLE
+from elastic.space.shape import ModelShape
 from elastic.space.space import Space
 from elastic.train.evaluation import MeanLoss, evaluate_subnets
 from elastic.train.pipeline import PipelineRunner
@@ -58,7 +60,7 @@ def fp8_reader_problems() -> Iterator[Problem]:
         yield Problem("export.check", "logits", rule, remedy)
 
 
-def card_text(loss: Fp8Loss | None) -> str:
+def card_text(loss: Fp8Loss | None, shape: ModelShape) -> str:
     """Say in a card what is in FP8, who reads it and what it costs."""
     layout = (
         "The matrices inside the layers are E4M3 with a scale per output row (compressed-tensors, `float-quantized`); "
@@ -67,7 +69,11 @@ def card_text(loss: Fp8Loss | None) -> str:
         "package `compressed-tensors`, and rounds no activations with "
         "`quantization_config=CompressedTensorsConfig(dequantize=True)`."
     )
-    return f"{layout}\n\n{'The loss this costs was not measured.' if loss is None else loss.sentence}"
+    odd = odd_sizes(shape)
+    kernels = (
+        f"\n\nFP8 products on GPUs take multiples of {FP8_MULTIPLE}; these are none: {', '.join(odd)}." if odd else ""
+    )
+    return f"{layout}{kernels}\n\n{'The loss this costs was not measured.' if loss is None else loss.sentence}"
 
 
 def exported_values(tensor: Tensor, name: str, dtypes: DtypeRule, in_fp8: bool) -> Tensor:

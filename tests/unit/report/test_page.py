@@ -17,6 +17,7 @@ ROWS = [
     {"step": 20, "phase": "short", "learning_rate": 5e-4, "skipped_steps": 1, "train/a/kl": "nan", WIDTH: 48},
     {"step": 20, "validation/a/loss": 3.25, f"validation/{EVIL}/loss": 3.5},
     {"step": 30, "phase": "long", "learning_rate": 2.5e-4, "skipped_steps": 1, "train/a/kl": 1.0, WIDTH: 32},
+    {"step": 30, "validation/a/loss": 3.125, "validation/a/loss/b/c": 3.0},
 ]
 CONFIG = {"curriculum": [{"name": "short", "steps": 20, "sequence_length": 4096}, {"name": "long", "tokens": 10_000}]}
 EVENT = {"event": "skipped_step", "step": 13, "why": EVIL}
@@ -56,13 +57,20 @@ def test_a_page_shows_what_was_logged_and_needs_nothing_else(tmp_path: Path) -> 
     assert titles == [
         "training: KL to the parent, nats per token",
         "held-out loss, nats per token",
+        "held-out loss by source",
         "the router's choice of hidden: width, a mean over its layers",
         "learning rate",
         "skipped steps",
     ]
     assert "step 30, not finished" in text and "skipped_step" in text and "4,096" in text and "10,000" in text
     hovers = [part for part in page.text if ", step " in part]
-    assert {"a, step 10: 2", "a, step 30: 1", "a, step 20: 3.25", f"{EVIL}, step 20: 3.5"} <= set(hovers)
+    assert {
+        "a, step 10: 2",
+        "a, step 30: 1",
+        "a, step 20: 3.25",
+        f"{EVIL}, step 20: 3.5",
+        "a/loss/b/c, step 30: 3",
+    } <= set(hovers)
     assert "a, step 20: nan" not in hovers, "a value that is no number is not drawn"
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "img", "iframe"})
     html = (tmp_path / "report.html").read_text()
