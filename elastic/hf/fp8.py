@@ -118,7 +118,7 @@ def dequantised(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor
 # What others write beside weights in FP8, and nothing here needs: scales of activations and of the attention's cache.
 _ACTIVATIONS = (".input_scale", ".k_scale", ".v_scale", ".q_scale", ".output_scale")
 _METHODS = ("compressed-tensors", "fp8", "modelopt")
-_NVFP4 = ("_scale_2", ".weight_packed", ".weight_global_scale")
+_NVFP4 = ("_scale_2", ".weight_global_scale")
 NVFP4_REFUSED = (
     "the folder is in NVFP4: weights of 4 bits, which nothing can be trained or cut from; take the same model's folder "
     "in BF16 (or FP8, which is dequantised here), or dequantise it with the tool that wrote it"
@@ -176,7 +176,8 @@ def paired(
 def _block(size: tuple[int, ...], scales: tuple[int, ...], config: Mapping[str, Any]) -> tuple[int, int] | None:
     """Return the rows and columns that one of a matrix's scales stands for; None if their number fits nothing."""
     rows, columns = size
-    told = (config.get("quantization_config") or {}).get("weight_block_size") or [128, 128]
+    quantised = config.get("quantization_config")
+    told = (quantised.get("weight_block_size") if isinstance(quantised, dict) else None) or [128, 128]
     if scales in ((), (1,), (1, 1)):
         return rows, columns
     if scales in ((rows,), (rows, 1)):

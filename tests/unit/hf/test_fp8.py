@@ -84,7 +84,7 @@ def with_scales(*scales: Tensor) -> Callable[[Path], None]:
     return change_tensors(change)
 
 
-REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no scales": (with_scales(), r"F8_E4M3 .*up_proj\.weight.*is quantised; dequantise the folder"),
     "three scales": (with_scales(torch.ones(3)), r"scales are F32 \(3,\): none for the matrix, its rows or its blocks"),
     "scales of 8 bits": (
@@ -97,12 +97,16 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         "the folder is in NVFP4: .*take the same model's folder in BF16",
     ),
     "NVFP4, by its tensors": (
-        change_tensors(lambda tensors: tensors.update({"a.weight_packed": torch.zeros(2, dtype=torch.uint8)})),
+        change_tensors(lambda tensors: tensors.update({"a.weight_global_scale": torch.zeros(1)})),
         "the folder is in NVFP4: .*or dequantise it with the tool that wrote it",
     ),
     "another method": (
         change_config(quantization_config={"quant_method": "awq"}),
         "quantization_config is set, by awq: only FP8 is read .*dequantise it",
+    ),
+    "no method but a text": (
+        lambda folder: (with_scales(torch.ones(4))(folder), change_config(quantization_config="x")(folder)),
+        "quantization_config is set, by x",
     ),
     "rotated": (
         change_config(quantization_config={"quant_method": "compressed-tensors", "transform_config": {"a": 1}}),
