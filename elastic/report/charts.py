@@ -63,7 +63,7 @@ class Chart:
             if low <= level <= high:
                 _, y = place(first, level)
                 found.append(f'<line class="level" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        for step in ticks(first, last):
+        for step in (step for step in ticks(first, last) if step == int(step)):
             x, _ = place(step, low)
             found.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{step:,.0f}</text>')
         for step, name in self.phases:

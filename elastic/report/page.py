@@ -79,8 +79,8 @@ def charts(rows: Sequence[Row]) -> Iterator[Chart]:
     yield Chart("what each budget uses of its target", of(r"router/([^/]+)/cost_ratio"), phases, levels=(1.0,))
     yield Chart("the router's loss per budget", of(r"router/([^/]+)/budget_loss"), phases)
     for axis in Axis:
-        title = "layers kept" if axis is Axis.DEPTH else f"{axis.replace('_', ' ')}: width, a mean over its layers"
-        yield Chart(f"the router's choice of {title}", of(rf"router/([^/]+)/width/{axis}"), phases)
+        over = ", mean over layers" if axis is not Axis.DEPTH and AXES[axis].own else ""
+        yield Chart(f"the router's choice: {axis.replace('_', ' ')}{over}", of(rf"router/([^/]+)/width/{axis}"), phases)
     for key in (
         "learning_rate",
         "router_learning_rate",

@@ -113,7 +113,7 @@ def test_a_run_ends_with_a_page_of_its_members(start, family):
     for part in (
         "held-out loss",
         "what each budget uses of its target",
-        "the router&#x27;s choice of ",
+        "the router&#x27;s choice: ",
         "learning rate",
     ):
         assert part in text, part

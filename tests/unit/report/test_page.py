@@ -58,7 +58,7 @@ def test_a_page_shows_what_was_logged_and_needs_nothing_else(tmp_path: Path) -> 
         "training: KL to the parent, nats per token",
         "held-out loss, nats per token",
         "held-out loss by source",
-        "the router's choice of hidden: width, a mean over its layers",
+        "the router's choice: hidden",
         "learning rate",
         "skipped steps",
     ]
