@@ -22,7 +22,7 @@ Step = tuple[Axis, int, int]  # axis, slot, and by how many choices
 
 
 def smallest_subnet(space: Space) -> Subnet:
-    """Return the subnet of all smallest choices, the cheapest in every metric; the dearest is the parent."""
+    """Return the subnet of all smallest choices, the cheapest in every counted metric; the dearest is the parent."""
     return space.subnet({axis: (len(space.axes[axis].choices) - 1,) * space.num_slots(axis) for axis in Axis})
 
 
@@ -34,13 +34,14 @@ def out_of_reach(
     With `as_ratio` that is also said as the share of the parent that a budget may name instead.
     """
     extremes = (smallest_subnet(space), Subnet.full(space.parent))
-    low, high = (float(subnet_cost(space.parent, subnet, deployment)[budget.metric]) for subnet in extremes)
+    costs = [float(subnet_cost(space.parent, subnet, deployment)[budget.metric]) for subnet in extremes]
+    low, high = sorted(costs)  # measured times of two that are almost alike may stand the other way round
     if low * 0.999 <= budget.limit <= high * 1.001:
         return None
     nearest = low if budget.limit < low else high
     least, asked, most, near = (in_figures(budget.metric, value) for value in (low, budget.limit, high, nearest))
     rule = f"target {asked} {budget.metric} lies outside what the choices can reach, {least} to {most}"
-    ratio = f", a ratio of {math.ceil(1000 * nearest / high) / 1000}" if as_ratio else ""
+    ratio = f", a ratio of {math.ceil(1000 * nearest / costs[1]) / 1000}" if as_ratio else ""
     return rule, f"nearest reachable is {near}{ratio}"
 
 

@@ -10,8 +10,9 @@ from elastic.router.budget_loss import budget_loss
 from elastic.space.axes import AXES, Axis, LayerKind
 from elastic.space.cost import Budget, Deployment, Metric, Widths, cost, subnet_cost
 from elastic.space.latency import part_axes, part_of
-from elastic.space.reach import out_of_reach, sample_subnet
+from elastic.space.reach import out_of_reach, sample_subnet, smallest_subnet
 from elastic.space.shape import Subnet
+from elastic.space.space import Space
 from tests.shapes import random_choice, random_table
 from tests.unit.space.test_expected_cost import SPACE, probabilities_of
 
@@ -112,6 +113,17 @@ def test_budgets_in_time_are_sampled_and_trained_like_others() -> None:
     }
     whole = Budget("full", Metric.LATENCY_MS, ratio=1.0).absolute(SPACE.parent, DECODE)
     assert budget_loss(SPACE, [whole], full, DECODE).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_parent_that_was_measured_faster_than_its_smallest_subnet_is_within_reach() -> None:
+    """Two models that are almost alike, and the noise of a clock."""
+    turned = {part: times[::-1] for part, times in TABLE.measured[0].layer_ms.items()}
+    noisy = replace(DECODE, latency=replace(TABLE, measured=(replace(TABLE.measured[0], layer_ms=turned),)))
+    alike = Space(SPACE.parent, {Axis.HIDDEN: SPACE.axes[Axis.HIDDEN]})
+    whole = Budget("full", Metric.LATENCY_MS, ratio=1.0).absolute(SPACE.parent, noisy)
+    assert subnet_cost(SPACE.parent, smallest_subnet(alike), noisy)[Metric.LATENCY_MS] > 1.01 * whole.limit
+    assert out_of_reach(alike, whole, noisy) is None
+    assert out_of_reach(alike, replace(whole, target=whole.limit / 2), noisy) is not None
 
 
 def test_a_table_of_another_parent_or_with_holes_says_so() -> None:
