@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from elastic.world.groups import Layout, world
-from recipes.benchmarks import conversion, execution, full_size, gpu, kl, preparation, serving
+from recipes.benchmarks import batches, conversion, execution, full_size, gpu, kl, preparation, serving
 from recipes.benchmarks._precisions import timed_precisions
 
 DATA_ROUNDS = 2
-PARTS = ("execution", "kl", "conversion", "serving", "data")
+PARTS = ("execution", "kl", "conversion", "serving", "batches", "data")
 
 
 def execution_table(rows: list[dict[str, Any]]) -> Table:
@@ -77,6 +77,16 @@ def serving_table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         goal = "<= 1.05" if row["what"] == "family" else "-"
         table.add_row(names[row["what"]], f"{row['gib']:.2f}", f"{row['ratio']:.2f}", goal)
+    return table
+
+
+def batches_table(rows: list[dict[str, Any]]) -> Table:
+    """Render the throughput of writing in batches, against one text after another."""
+    table = Table(title="writing 16 texts of 32 tokens, 25M fp32, greedy")
+    for heading in ("budget", "at once", "tokens/s", "against one by one"):
+        table.add_column(heading, justify="left" if heading == "budget" else "right")
+    for row in rows:
+        table.add_row(row["what"], str(row["batch"]), f"{row['tokens_per_s']:,.0f}", f"{row['ratio']:.2f}")
     return table
 
 
@@ -151,6 +161,9 @@ def main() -> None:
         console.print(conversion_table(conversion.run()))
     if "serving" in parts:
         console.print(serving_table(serving.run()))
+    if "batches" in parts:
+        with world(Layout()):
+            console.print(batches_table(batches.run(rounds)))
     if "data" in parts:
         console.print(data_table(preparation.run(min(rounds, DATA_ROUNDS))))
     if "full_size" in parts:

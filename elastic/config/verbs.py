@@ -190,9 +190,10 @@ class GenerateConfig(ComputedConfig):
     The weights come from init_from.checkpoint or from `folder`, a Hugging Face folder. `budget`, `think` and `answer`
     name budgets or entries of `subnets`; without any, the whole model writes. In `prompts`, \\n and \\t are a line
     break and a tab; `prompt_file` holds one more, which is taken as it is. `chat_file` is a .jsonl of conversations to
-    answer, put into the tokenizer's chat template. `tokenizer` null takes the folder's own,
-    or that of the data the checkpoint was trained on. Thinking has a limit of its own beside max_new_tokens.
-    Temperature 0 is greedy. Text is printed; `output` names a JSON file that gets it, too, with tokens and speeds.
+    answer, put into the tokenizer's chat template. `tokenizer` null takes the folder's own, or that of the data the
+    checkpoint was trained on. Thinking has a limit of its own beside max_new_tokens.
+    Temperature 0 is greedy. `batch_size` texts of like lengths are written at once, each as if alone, and printed when
+    all are there (1: as they come). `output` names a JSON file that gets them, too, with tokens and speeds.
     """
 
     init_from: ServedInput = field(default_factory=ServedInput)
@@ -211,6 +212,7 @@ class GenerateConfig(ComputedConfig):
     temperature: ranges.TemperatureOrZero = 0.0
     top_k: ranges.Vocab | None = None
     top_p: ranges.Share | None = None
+    batch_size: ranges.Size = 8
     output: str | None = None
     overwrite: bool = False
 

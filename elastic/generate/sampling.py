@@ -1,6 +1,7 @@
 """Choose the next token from logits [V]: greedy, or drawn; a pure function of (seed, text, position)."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,4 +53,14 @@ class Sampling:
     def _allowed(self, logits: Tensor) -> Tensor:
         if not self.suppressed:
             return logits
-        return logits.index_fill(0, torch.tensor(self.suppressed, device=logits.device), float("-inf"))
+        return logits.index_fill(-1, torch.tensor(self.suppressed, device=logits.device), float("-inf"))
+
+
+def choose_each(samplings: Sequence[Sampling], logits: Tensor, positions: Sequence[int]) -> list[int]:
+    """Return each text's token of logits [B, V], as its own `choose` would; the device is waited for once."""
+    first = samplings[0]
+    if all(own.temperature == 0 and own.suppressed == first.suppressed for own in samplings):
+        tokens: list[int] = first._allowed(logits).argmax(-1).tolist()
+        return tokens
+    each = zip(samplings, logits.cpu(), positions, strict=True)
+    return [own.choose(row, position) for own, row, position in each]

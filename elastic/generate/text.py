@@ -1,74 +1,24 @@
-"""Write one text with one subnet, or think with one and answer with another.
+"""Write texts with one subnet, or think with one and answer with another: several texts at once, each as if alone.
 
 The weights stay where they are: a decoder holds caches only, so decoders of several budgets share one model. A layer
-that is cut along its rows copies what it keeps for the length of its own call, one layer at a time. Texts are written
-one after another: a batch of prompts is a loop around this.
-
-Shapes: B batch (one), d kept width, V vocab, v this rank's.
+that is cut along its rows copies what it keeps for the length of its own call, one layer at a time. Texts of a batch
+share every product with the weights and nothing else: caches, positions and draws are each text's own.
 """
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
+from elastic.generate.batch import Batch, End, Part, Text
 from elastic.generate.sampling import Sampling
-from elastic.model.cache import empty_cache
-from elastic.model.forward import gathered_logits
 from elastic.model.model import ElasticModel
-from elastic.space.gates import Gates
 from elastic.space.shape import Subnet
 
 # A decoder of tokens may drop white space where a text begins, so a little more than the marker is decoded.
 _MARGIN_TOKENS = 4
 
 
-class Decoder:
-    """Reads one sequence piece by piece in slice execution and remembers it in caches.
-
-    The model may be split over tensor-parallel ranks, all of which feed the same tokens and get the same logits;
-    pipeline stages, context and sequence parallelism have no place here.
-    """
-
-    def __init__(self, model: ElasticModel, subnet: Subnet, capacity_tokens: int) -> None:
-        groups, config = model.pg_collection, model.config
-        assert groups.pp.size() == groups.cp.size() == 1 and not config.sequence_parallel
-        self.subnet = subnet
-        self._model, self._gates = model, Gates.slice(subnet)
-        self._device = next(model.parameters()).device
-        self.cache = empty_cache(
-            model.decoder.masks.space.parent,
-            subnet,
-            capacity_tokens,
-            tensor_parallel=groups.tp.size(),
-            dtype=config.params_dtype,
-            device=self._device,
-        )
-
-    @torch.no_grad()
-    def feed(self, tokens: Sequence[int]) -> Tensor:
-        """Append `tokens` to the sequence; returns the logits of the token after them, fp32 [V].
-
-        Any number of tokens may come at any time: a prompt, one token, or what another subnet wrote meanwhile.
-        """
-        ids = torch.tensor([list(tokens)], device=self._device)
-        last = self._model(ids, self._gates, cache=self.cache)[-1]  # [B, d]
-        head = self._model.head_weight(self._gates)  # [v, d]
-        return gathered_logits(last, head, self._model.pg_collection.tp)[0].float()
-
-
 class GenerateError(ValueError):
     """A prompt that cannot be gone on from."""
-
-
-class End(StrEnum):
-    """Why a text ended."""
-
-    EOS = "end of text"
-    LENGTH = "max_new_tokens"
 
 
 @dataclass(frozen=True)
@@ -106,18 +56,6 @@ class ThinkPlan:
     max_think_tokens: int
 
 
-@dataclass
-class Part:
-    """What one subnet did: tokens it read at once and tokens it wrote; steps are the single tokens it was fed."""
-
-    subnet: Subnet
-    read_tokens: int = 0
-    read_s: float = 0.0
-    new_tokens: int = 0
-    steps: int = 0
-    step_s: float = 0.0
-
-
 @dataclass(frozen=True)
 class Generation:
     """One text: the tokens after the prompt, who wrote them, and why it ended.
@@ -141,80 +79,56 @@ def generate(
     eos_ids: frozenset[int] = frozenset(),
     on_token: Callable[[int], None] | None = None,
 ) -> Generation:
-    """Write on from `prompt` to one of `eos_ids`, at most `max_new_tokens`; thinking has a limit of its own.
+    """Write on from one prompt: a batch of one."""
+    shown = None if on_token is None else [on_token]
+    return generate_batch(model, plan, [prompt], [sampling], max_new_tokens, eos_ids, shown)[0]
 
-    `on_token` receives every token, a forced marker's too, as soon as it is there.
-    Every tensor-parallel rank calls this alike and gets the same text. Raises GenerateError for an empty prompt.
+
+def generate_batch(
+    model: ElasticModel,
+    plan: Subnet | ThinkPlan,
+    prompts: Sequence[Sequence[int]],
+    samplings: Sequence[Sampling],
+    max_new_tokens: int,
+    eos_ids: frozenset[int] = frozenset(),
+    on_token: Sequence[Callable[[int], None]] | None = None,
+    stop: Callable[[Sequence[int]], bool] | None = None,
+) -> list[Generation]:
+    """Write on from each prompt to one of `eos_ids`, at most `max_new_tokens`; thinking has a limit of its own.
+
+    Each text gets the tokens it would get alone, but for what another order of additions rounds differently. Its
+    `on_token` receives every token, a forced marker's too, as soon as it is there; it ends where `stop` says so of its
+    new tokens, the last of which has just come (of an answer, where there is thinking). Every tensor-parallel rank
+    calls this alike and gets the same texts. Raises GenerateError for an empty prompt.
     """
-    if not prompt:
+    if not all(prompts):
         raise GenerateError("the prompt has no tokens; give a text to go on from")
-    text = _Text(model, prompt, sampling, eos_ids, len(prompt) + max_new_tokens, on_token)
+    shown = [None] * len(prompts) if on_token is None else on_token
+    texts = [Text(*each) for each in zip(prompts, samplings, shown, strict=True)]
+    batch = Batch(model, texts, eos_ids, max(map(len, prompts)) + max_new_tokens)
     if isinstance(plan, Subnet):
-        part = text.write(plan, max_new_tokens)
-        return Generation(tuple(text.new), (part,), text.end)
-    text.capacity_tokens += plan.max_think_tokens + len(plan.marker.ids)
+        parts = batch.write(plan, max_new_tokens, stop)
+        batch.finish(stop)
+        return [Generation(tuple(text.new), (part,), text.ended) for text, part in zip(texts, parts, strict=True)]
+    batch.capacity_tokens += plan.max_think_tokens + len(plan.marker.ids)
     # 1. Think.
-    thinking = text.write(plan.think, plan.max_think_tokens, plan.marker)
-    if text.end is End.EOS:
-        return Generation(tuple(text.new), (thinking,), text.end)
+    thinking = batch.write(plan.think, plan.max_think_tokens, plan.marker.has_come, plan.think == plan.answer)
     # 2. Put the marker there if it has not come.
-    forced = not plan.marker.has_come(text.new)
-    for token in plan.marker.ids if forced else ():
-        text.append(token)
+    for text in batch.unfinished():
+        text.forced = not plan.marker.has_come(text.new)
+        for token in plan.marker.ids if text.forced else ():
+            text.append(token)
+        text.switch = len(text.new)
     # 3. Answer.
-    switch = len(text.new)
-    answering = text.write(plan.answer, max_new_tokens)
-    return Generation(tuple(text.new), (thinking, answering), text.end, switch, forced)
+    answering = batch.write(plan.answer, max_new_tokens, stop)
+    batch.finish(stop)
+    return [
+        Generation(tuple(text.new), parts[: 1 if text.switch is None else 2], text.ended, text.switch, text.forced)
+        for text, parts in zip(texts, zip(thinking, answering, strict=True), strict=True)
+    ]
 
 
-@dataclass
-class _Text:
-    """A text in the making: its new tokens, and a decoder that has read all but the `unread` ones."""
-
-    model: ElasticModel
-    prompt: Sequence[int]
-    sampling: Sampling
-    eos_ids: frozenset[int]
-    capacity_tokens: int
-    on_token: Callable[[int], None] | None
-    new: list[int] = field(default_factory=list)
-    unread: list[int] = field(default_factory=list)
-    decoder: Decoder | None = None
-    end: End = End.LENGTH
-
-    def append(self, token: int) -> None:
-        """Take one more token."""
-        self.new.append(token)
-        self.unread.append(token)
-        if self.on_token is not None:
-            self.on_token(token)
-
-    def write(self, subnet: Subnet, max_tokens: int, marker: Marker | None = None) -> Part:
-        """Let `subnet` write at most `max_tokens`, to the end of the text or until the marker has come."""
-        decoder, part = self._decoder_of(subnet), Part(subnet)
-        while part.new_tokens < max_tokens and self.end is not End.EOS:
-            start_s = time.perf_counter()
-            fed, self.unread = self.unread, []
-            logits = decoder.feed(fed)
-            # The choice waits for the device, so the clock is right.
-            token = self.sampling.choose(logits, len(self.prompt) + len(self.new))
-            elapsed_s = time.perf_counter() - start_s
-            if len(fed) == 1:
-                part.steps, part.step_s = part.steps + 1, part.step_s + elapsed_s
-            else:
-                part.read_tokens, part.read_s = part.read_tokens + len(fed), part.read_s + elapsed_s
-            self.append(token)
-            part.new_tokens += 1
-            if token in self.eos_ids:
-                self.end = End.EOS
-            elif marker is not None and marker.has_come(self.new):
-                break
-        return part
-
-    def _decoder_of(self, subnet: Subnet) -> Decoder:
-        """Return the decoder at work if it runs `subnet`, else a new one that has read nothing yet."""
-        if self.decoder is None or self.decoder.subnet != subnet:
-            self.decoder = None  # its caches go before the next ones come
-            self.decoder = Decoder(self.model, subnet, self.capacity_tokens)
-            self.unread = [*self.prompt, *self.new]
-        return self.decoder
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Deal numbers 0, 1, ... of texts to batches of like lengths, longest first: what fits then fits to the end."""
+    order = sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
+    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from elastic.model.cache import AttentionCache
+from elastic.model.cache import AttentionCache, LayerMemory
 from elastic.model.documents import Documents, context_spans
 from elastic.model.gated_linear import gated_linear
 from elastic.model.masks import ElasticLayer, LayerGates
@@ -61,12 +61,12 @@ class SdpaCoreAttention(MegatronModule):
         return torch.cat([_attended(own, keys[:, :, :end], values[:, :, :end]) for own, (_, end) in chunks])
 
 
-def cached_attention(query: Tensor, key: Tensor, value: Tensor, cache: AttentionCache) -> Tensor:
+def cached_attention(query: Tensor, key: Tensor, value: Tensor, memory: LayerMemory[AttentionCache]) -> Tensor:
     """Attend the next tokens' queries [S, B, h, A] over their own and all cached keys; returns [S, B, h*A].
 
     torch's scaled_dot_product_attention on every device: the training kernel of a GPU takes no cache of ours.
     """
-    return _attended(query, *cache.append(key, value))
+    return _attended(query, *memory.cache.append(key, value, memory.tokens), memory.tokens.seen)
 
 
 def _whole_sequences(tokens: Tensor, cp_group: Any) -> Tensor:
@@ -122,13 +122,15 @@ def _attended_packed(query: Tensor, keys: Tensor, values: Tensor, documents: Doc
     return context
 
 
-def _attended(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attend the last S of T tokens [S, B, h, A] causally over [B, kv, T, A]; returns [S, B, h*A]."""
+def _attended(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attend the last S of T tokens [S, B, h, A] causally over [B, kv, T, A], or as `mask` says; returns [S, B, h*A].
+
+    `mask` [B, 1, S, T] tells what a query sees.
+    """
     q, (length, num_keys) = query.permute(1, 2, 0, 3), (query.shape[0], keys.shape[2])
-    mask = None
-    if 1 < length < num_keys:
+    if mask is None and 1 < length < num_keys:
         mask = torch.ones(length, num_keys, dtype=torch.bool, device=q.device).tril(num_keys - length)
-    grouped, whole = q.shape[1] != keys.shape[1], length == num_keys
+    grouped, whole = q.shape[1] != keys.shape[1], mask is None and length == num_keys
     context = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=whole, enable_gqa=grouped)
     return context.permute(2, 0, 1, 3).flatten(2)
 
@@ -141,18 +143,18 @@ class ElasticSelfAttention(SelfAttention):
         x: Tensor,
         gates: LayerGates,
         observer: LayerObserver | None = None,
-        cache: AttentionCache | None = None,
+        memory: LayerMemory[AttentionCache] | None = None,
         documents: Documents | None = None,
     ) -> Tensor:
-        """Map [S, B, D] to [S, B, D] under the layer's head gate and the stream's; x goes on where a cache ends."""
+        """Map [S, B, D] to [S, B, D] under the layer's head gate and the stream's; x goes on where the memory ends."""
         kv, a = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         qkv = self.linear_qkv.forward_cut(x, gates.cut)
         qkv = qkv.view(*qkv.shape[:2], kv, -1, a)  # [S, B, kv, h/kv + 2, A]
         query, key, value = (t.flatten(2, 3) for t in qkv.split([qkv.shape[3] - 2, 1, 1], dim=3))
         if observer is not None:
             observer.query(query)
-        if cache is not None:
-            context = cached_attention(query, key, value, cache)
+        if memory is not None:
+            context = cached_attention(query, key, value, memory)
         elif documents is not None:
             context = self._by_documents(query, key, value, documents)
         else:

@@ -16,7 +16,7 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from elastic.model.cache import MambaCache
+from elastic.model.cache import LayerMemory, MambaCache
 from elastic.model.documents import Documents
 from elastic.model.elementwise import TorchElementwise
 from elastic.model.masks import ElasticLayer, LayerGates
@@ -123,17 +123,22 @@ class PortableMambaMixer(MambaMixer):
         self,
         zxBCdt: Tensor,
         cp: MambaContextParallel,
-        cache: MambaCache | None = None,
+        memory: LayerMemory[MambaCache] | None = None,
         documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Convolve and scan whole sequences [S, B, z x B C dt], from where a cache ends; returns y and z [S, B, i].
+        """Convolve and scan whole sequences [S, B, z x B C dt], from where a memory ends; returns y and z [S, B, i].
 
-        Both begin anew at the start of each document.
+        Both begin anew at the start of each document. A filler takes no time, so that the state stays what it was.
         """
         state = cp.ngroups_local_tpcp * cp.d_state
         inner, heads = cp.d_inner_local_tpcp, cp.nheads_local_tpcp
         z, conv_in, dt = zxBCdt.transpose(0, 1).split([inner, inner + 2 * state, heads], dim=-1)
-        before, last_state = (None, None) if cache is None else (cache.conv_inputs, cache.state)
+        before, last_state, inputs_after = None, None, None
+        if memory is not None:
+            before, last_state = memory.cache.conv_inputs, memory.cache.state
+            if memory.tokens.have_fillers:
+                inputs_after = memory.cache.inputs_after(conv_in, memory.tokens)
+                dt = dt.masked_fill(memory.tokens.fillers.unsqueeze(-1), float("-inf"))  # its softplus is 0
         positions, numbers = (None, None) if documents is None else (documents.positions, documents.numbers)
         conv_weight, conv_bias = cp.get_conv1d_weight().squeeze(1), cp.get_conv1d_bias()
         a_log = cp.get_A_log()
@@ -154,6 +159,8 @@ class PortableMambaMixer(MambaMixer):
 
         xbc = partial(self.elementwise.causal_conv, conv_in, conv_weight, conv_bias, before, positions)
         y = between_products(self.config, xbc, scan)
+        if before is not None and inputs_after is not None:
+            before.copy_(inputs_after)
         return y.flatten(-2).transpose(0, 1), z.transpose(0, 1)
 
 
@@ -165,10 +172,10 @@ class ElasticMambaMixer(PortableMambaMixer):
         x: Tensor,
         gates: LayerGates,
         observer: LayerObserver | None = None,
-        cache: MambaCache | None = None,
+        memory: LayerMemory[MambaCache] | None = None,
         documents: Documents | None = None,
     ) -> Tensor:
-        """Map [S, B, D] to [S, B, D] under the layer's head and channel gates; x goes on where a cache ends."""
+        """Map [S, B, D] to [S, B, D] under the layer's head and channel gates; x goes on where the memory ends."""
         cut = gates.cut
         inner = cut.grid(DimKind.INNER)
         cp = self.cp if cut.grid(DimKind.IN_PROJ).is_whole else self._context_parallel(cut)
@@ -176,7 +183,7 @@ class ElasticMambaMixer(PortableMambaMixer):
         if observer is not None:
             x_rows = zxbcdt.narrow(-1, inner.kept_size, inner.kept_size)
             observer.mamba_inner(x_rows.unflatten(-1, (cp.nheads_local_tp, -1)))
-        y, z = self._state_space(cp.pre_conv_ssm(zxbcdt), cp, cache, documents)
+        y, z = self._state_space(cp.pre_conv_ssm(zxbcdt), cp, memory, documents)
         if cp.cp_size > 1:  # back to this rank's tokens, whose own z never left
             y, z = cp.post_conv_ssm(y.contiguous()), zxbcdt[..., : inner.kept_size]
         heads, channels = gates[Axis.MAMBA_HEAD], gates[Axis.MAMBA_CHANNEL]

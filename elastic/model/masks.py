@@ -12,7 +12,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from elastic.model.cache import LayerCache
+from elastic.model.cache import LayerMemory
 from elastic.model.documents import Documents
 from elastic.model.elementwise import TorchElementwise
 from elastic.model.observe import LayerObserver
@@ -73,16 +73,16 @@ class ElasticLayer(nn.Module):
         x: Tensor,
         gates: LayerGates,
         observer: LayerObserver | None = None,
-        cache: LayerCache | None = None,
+        memory: LayerMemory | None = None,
         documents: Documents | None = None,
     ) -> Tensor:
-        """Map the stream [S, B, D] to the stream; `cache` is this layer's own."""
+        """Map the stream [S, B, D] to the stream; `memory` is this layer's own."""
         norm, function = (getattr(self, name) for name in self.norm_and_function)
 
         def run(normalised: Tensor) -> Tensor:
             if observer is not None:
                 observer.normalised(normalised)
-            return function.forward_gated(normalised, gates, observer, cache, documents)
+            return function.forward_gated(normalised, gates, observer, memory, documents)
 
         y = between_products(self.config, partial(norm, x, gates.hidden), run)
         return self.add(x, y, gates)

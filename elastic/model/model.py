@@ -1,6 +1,6 @@
 """The elastic model: embedding, elastic stack, head. Shapes: S sequence, B batch, D hidden, V vocab, d kept width."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from elastic.model.backends import Kernels
-from elastic.model.cache import ModelCache
+from elastic.model.cache import CallMemory, ModelCache
 from elastic.model.cpu_backend import use_cpu_backend
 from elastic.model.documents import Documents
 from elastic.model.initialize import initialize_parameters
@@ -36,19 +36,28 @@ class ElasticModel(HybridModel):
         observer: Observer | None = None,
         cache: ModelCache | None = None,
         positions: Tensor | None = None,
+        counts: Sequence[int] | None = None,
     ) -> Tensor:
         """Map tokens [B, S] to final hidden states [S(/tp), B, d] on the last stage, to the stream before it.
 
         `gates` None runs the whole parent. `positions`, int32 on the CPU, is each token's place in its own document, of
         the whole sequences on every context-parallel rank: documents do not see each other (None: a sequence is one).
         `observer` sees what the layers compute. With a `cache` the tokens are the next ones of its sequences, which are
-        one document each (without gradients, on one pipeline stage).
+        one document each (without gradients, on one pipeline stage): of row b the first `counts[b]` (None: all), and
+        what the others give is nothing.
         """
-        assert cache is None or positions is None, "a decoded sequence is one document"
+        assert positions is None or cache is None, "a decoded sequence is one document"
+        assert counts is None or cache is not None, "rows of whole sequences are equally long"
         embedded = self.embedding(input_ids=tokens, position_ids=None) if self.pre_process else None
         cp, device = self.pg_collection.cp, next(self.parameters()).device
         documents = Documents.of(positions, device, cp.rank(), cp.size())
-        return self.decoder(embedded, gates, observer, cache, documents)
+        if cache is None:
+            return self.decoder(embedded, gates, observer, None, documents)
+        assert tokens is not None, "a cache wants the tokens, on the one stage there is"
+        memory = CallMemory(cache.layers, cache.next_tokens(tokens, counts))
+        hidden = self.decoder(embedded, gates, observer, memory)
+        cache.lengths = memory.tokens.ends
+        return hidden
 
     def head_weight(self, gates: Gates | None = None) -> Tensor:
         """Return this rank's rows of the head, cut to the stream's width: [v, d]; uncut, the parameter."""

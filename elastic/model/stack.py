@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from elastic.model.cache import ModelCache
+from elastic.model.cache import CallMemory
 from elastic.model.documents import Documents
 from elastic.model.elementwise import TorchElementwise
 from elastic.model.masks import LayerGates, Masks
@@ -75,15 +75,16 @@ class ElasticStack(HybridStack):
         x: Tensor | None,
         gates: Gates | None,
         observer: Observer | None = None,
-        cache: ModelCache | None = None,
+        memory: CallMemory | None = None,
         documents: Documents | None = None,
     ) -> Tensor:
         """Run this stage's layers under `gates` (None: the whole parent).
 
         Takes the embeddings [S, B, D] on the first stage, else what `set_input_tensor` was given. Returns the
         normalised [S, B, d] on the last stage; between stages the stream is padded to D, the size the pipeline
-        schedule exchanges. `observer` sees what the layers compute. With a `cache`, made for the subnet that `gates`
-        run, the S tokens are the next ones of its sequences, and it is moved on. `documents` do not see each other.
+        schedule exchanges. `observer` sees what the layers compute. With a `memory`, made for the subnet that `gates`
+        run, the S tokens are the next ones of its sequences, and its caches are moved on. `documents` do not see each
+        other.
         """
         layers = self.masks.layers(gates)
         hidden, width = layers[0].hidden, layers[0].cut.kept(Axis.HIDDEN)
@@ -92,7 +93,7 @@ class ElasticStack(HybridStack):
         x = x[..., :width]
         if self.pre_process:
             x = hidden.apply(x)
-        x = self._run_layers(x, layers, observer, cache, documents)
+        x = self._run_layers(x, layers, observer, memory, documents)
         if self.post_process:
             return self.final_norm(x, hidden)
         return F.pad(x, (0, self.config.hidden_size - width))
@@ -102,18 +103,18 @@ class ElasticStack(HybridStack):
         x: Tensor,
         gates: tuple[LayerGates, ...],
         observer: Observer | None,
-        cache: ModelCache | None,
+        memory: CallMemory | None,
         documents: Documents | None,
     ) -> Tensor:
         recompute = self.config.recompute_granularity == "full" and self.training and x.requires_grad
         assert observer is None or not recompute, "a recomputed layer would be observed twice"
-        assert cache is None or not torch.is_grad_enabled(), "a cache is moved on in place and has no gradients"
+        assert memory is None or not torch.is_grad_enabled(), "a cache is moved on in place and has no gradients"
         for layer, own, layer_index in zip(self.layers, gates, self.masks.layer_indices, strict=True):
             if own.skipped:
                 continue
             seen_by = None if observer is None else observer(layer_index)
-            if cache is not None:
-                x = layer(x, own, seen_by, cache.get(layer_index))
+            if memory is not None:
+                x = layer(x, own, seen_by, memory.of(layer_index))
             elif recompute:
                 # The gates travel inside the call, so the recomputed forward sees its own micro-batch's choice.
                 arguments = (x, own, None, None, documents)

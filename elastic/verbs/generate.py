@@ -1,7 +1,7 @@
 """The verb generate: text from one resident copy of the weights, at any budget, or with one budget to think and another
 to answer.
 
-Prompts are answered one after another.
+Prompts are answered in batches of like lengths.
 """
 
 import difflib
@@ -21,8 +21,9 @@ from elastic.config.rules_layout import layout_problems
 from elastic.config.verbs import GenerateConfig
 from elastic.data.manifest import DataError
 from elastic.data.tokenizer import LoadedTokenizer, load_tokenizer
+from elastic.generate.batch import End, Part
 from elastic.generate.sampling import Sampling
-from elastic.generate.text import End, Generation, Marker, Part, ThinkPlan, generate
+from elastic.generate.text import Generation, Marker, ThinkPlan, batches_by_length, generate_batch
 from elastic.hf.export_settings import ExportSettingsError, HfSettings, read_export_settings
 from elastic.hf.folder import HfFolder, HfFolderError, open_hf_folder
 from elastic.hf.names import from_hf
@@ -69,30 +70,55 @@ class Served:
 
 
 def run_generate(config: GenerateConfig, console: Console) -> list[dict[str, Any]]:
-    """Write on from every prompt, to the console as it comes; returns what `output` holds of each text, if it is given.
+    """Write on from every prompt, to the console; returns what `output` holds of each text, if it is given.
 
-    Nothing but that file is written, so a call needs no name of its own. Raises OutputError if it exists.
+    A text that is alone in its batch is shown as it comes, those of a larger one when all of them are there. Nothing
+    but that file is written, so a call needs no name of its own. Raises OutputError if it exists.
     """
     check_output(config)
     with run_world(config) as here:
         served = open_served(config, here, console)
-        rows, prompts = [], read_prompts(config, served.tokenizer, served.tokenizer_folder)
-        for number, prompt in enumerate(prompts):
-            drawn = (config.temperature, config.top_k, config.top_p, config.seed, number)
-            sampling = Sampling(*drawn, suppressed=served.suppressed)
-            if here.is_main:
-                console.rule(f"prompt {number + 1} of {len(prompts)}, {len(prompt.tokens)} tokens", align="left")
-                console.out(prompt.text, style="bold", end="", highlight=False)
-            show = _shown(served, console) if here.is_main else None
-            plan, ends = _plan(config, served), served.eos_ids
-            text = generate(served.model, plan, prompt.tokens, sampling, config.max_new_tokens, ends, show)
-            rows.append(_row(config, served, prompt, text))
-            if here.is_main:
-                console.out("")
-                console.print(_summary(rows[-1]), style="dim", markup=False, highlight=False)
+        prompts = read_prompts(config, served.tokenizer, served.tokenizer_folder)
+        rows: dict[int, dict[str, Any]] = {}
+        for numbers in batches_by_length([len(prompt.tokens) for prompt in prompts], config.batch_size):
+            for number, text in _written(config, served, prompts, numbers, console if here.is_main else None):
+                rows[number] = _row(config, served, prompts[number], text)
+                if here.is_main:
+                    console.print(_summary(rows[number]), style="dim", markup=False, highlight=False)
+        texts = [rows[number] for number in range(len(prompts))]
         if here.is_main:
-            write_output(config, {"config": asdict(config), "source": served.source, "texts": rows}, console)
-    return rows
+            write_output(config, {"config": asdict(config), "source": served.source, "texts": texts}, console)
+    return texts
+
+
+def _written(
+    config: GenerateConfig, served: Served, prompts: Sequence[Prompt], numbers: Sequence[int], console: Console | None
+) -> Iterator[tuple[int, Generation]]:
+    """Write the texts of one batch and yield each, by the prompt's number, once the console has shown it."""
+
+    def heading(number: int) -> None:
+        if console is not None:
+            tokens = len(prompts[number].tokens)
+            console.rule(f"prompt {number + 1} of {len(prompts)}, {tokens} tokens", align="left")
+            console.out(prompts[number].text, style="bold", end="", highlight=False)
+
+    drawn = (config.temperature, config.top_k, config.top_p, config.seed)
+    samplings = [Sampling(*drawn, number, suppressed=served.suppressed) for number in numbers]
+    given = [prompts[number].tokens for number in numbers]
+    is_alone, shown = len(numbers) == 1, [] if console is None else [_shown(served, console) for _ in numbers]
+    if is_alone:
+        heading(numbers[0])
+    live = shown if is_alone and shown else None
+    plan, ends = _plan(config, served), served.eos_ids
+    texts = generate_batch(served.model, plan, given, samplings, config.max_new_tokens, ends, live)
+    for index, (number, text) in enumerate(zip(numbers, texts, strict=True)):
+        if console is not None:
+            if not is_alone:
+                heading(number)
+                for token in text.tokens:
+                    shown[index](token)
+            console.out("")
+        yield number, text
 
 
 def open_served(config: GenerateConfig, here: World, console: Console) -> Served:
@@ -105,7 +131,7 @@ def open_served(config: GenerateConfig, here: World, console: Console) -> Served
         opened = open_checkpoint(config.init_from, _budgets(config), config.subnets, world=here, say=console.print)
         model, source = opened.load_model(here.layout), str(opened.checkpoint)
         named = {member.name: member.subnet for member in opened.members}
-        text = _own_text(config, opened.checkpoint, opened.record)
+        text = own_text(config.tokenizer, opened.checkpoint, opened.record)
     settings, path = text[0], config.tokenizer or text[1]
     assert path is not None, "generate_problems lets nothing without a tokenizer through"
     tokenizer = load_tokenizer(Path(path), parse_special_tokens=True)
@@ -115,9 +141,9 @@ def open_served(config: GenerateConfig, here: World, console: Console) -> Served
     return Served(source, model.eval(), {WHOLE: whole, **named}, tokenizer, Path(path), ends, suppressed)
 
 
-def _own_text(config: GenerateConfig, checkpoint: Path, record: Record) -> tuple[HfSettings, Path | None]:
+def own_text(tokenizer: str | None, checkpoint: Path, record: Record) -> tuple[HfSettings, Path | None]:
     """Return settings and tokenizer folder of a checkpoint; a tokenizer that is given keeps only what it carries."""
-    if config.tokenizer is None:
+    if tokenizer is None:
         return text_settings(checkpoint, record)
     carried = read_export_settings(checkpoint)
     return HfSettings(eos_token_id=None) if carried is None else carried.settings, None
@@ -163,14 +189,17 @@ def generate_problems(config: GenerateConfig) -> Iterator[Problem]:
         record = Record.read(checkpoint)
         shape, lanes, field = record.shape, record.lanes, "init_from.checkpoint"
         try:
-            own = _own_text(config, checkpoint, record)[1]
+            own = own_text(config.tokenizer, checkpoint, record)[1]
         except (DataError, ExportSettingsError) as error:
             yield Problem("tokenizer", None, str(error), TOKENIZER_REMEDY)
             return
     yield from layout_problems(shape, config.parallel, lanes if lanes > 1 else None)
     if folder is None:
         yield from _writer_problems(config)
-    yield from _tokenizer_problems(config, own, field, shape)
+    if found := tuple(served_tokenizer_problems(config.tokenizer, own, field, shape)):
+        yield from found
+    else:
+        yield from prompt_problems(config, Path(str(config.tokenizer or own)))
 
 
 def _writer_problems(config: GenerateConfig) -> Iterator[Problem]:
@@ -189,23 +218,21 @@ def _writer_problems(config: GenerateConfig) -> Iterator[Problem]:
     yield from members_problems(source, [name for name in _budgets(config) if name in budgets], config.subnets)
 
 
-def _tokenizer_problems(config: GenerateConfig, own: Path | None, field: str, shape: ModelShape) -> Iterator[Problem]:
-    """There must be a tokenizer, with no more tokens than the model has rows."""
-    path = config.tokenizer or own
+def served_tokenizer_problems(given: str | None, own: Path | None, field: str, shape: ModelShape) -> Iterator[Problem]:
+    """There must be a tokenizer, with no more tokens than the model of `field` has rows."""
+    path = given or own
     if path is None:
-        rule = f"{config.init_from.checkpoint} neither carries a tokenizer nor says what data it was trained on"
+        rule = f"{field} neither carries a tokenizer nor says what data it was trained on"
         yield Problem("tokenizer", None, rule, TOKENIZER_REMEDY)
         return
     try:
         tokens = load_tokenizer(Path(path)).vocab_size
     except DataError as error:
-        yield Problem("tokenizer", config.tokenizer, str(error), TOKENIZER_REMEDY)
+        yield Problem("tokenizer", given, str(error), TOKENIZER_REMEDY)
         return
     if tokens > shape.vocab:
         rule = f"has {tokens} tokens, the model of {field} has {shape.vocab} rows"
         yield Problem("tokenizer", str(path), rule, "give the tokenizer the model was trained with")
-        return
-    yield from prompt_problems(config, Path(path))
 
 
 def _plan(config: GenerateConfig, served: Served) -> Subnet | ThinkPlan:

@@ -104,7 +104,7 @@ def test_caches_hold_what_the_cost_table_counts(name: str) -> None:
         cost = subnet_cost(space.parent, subnet, conditions)
         cache = empty_cache(space.parent, subnet, LENGTH, batch=3, dtype=torch.bfloat16)
         taps = space.parent.conv_kernel
-        num_bytes = sum(t.nbytes for layer in cache.values() for t in vars(layer).values() if isinstance(t, Tensor))
+        num_bytes = sum(t.nbytes for layer in cache.layers.values() for t in vars(layer).values())
         assert num_bytes == cost.kv_bytes + cost.ssm_bytes + cost.conv_bytes * (taps - 1) / taps
 
 

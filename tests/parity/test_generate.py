@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from elastic.generate.batch import Decoder, End
 from elastic.generate.sampling import Sampling
-from elastic.generate.text import Decoder, End, GenerateError, Generation, Marker, ThinkPlan, generate
+from elastic.generate.text import GenerateError, Generation, Marker, ThinkPlan, generate
 from elastic.hf.card import CardInfo
 from elastic.hf.export import export_folder
 from elastic.hf.export_settings import DtypeRule, ExportSettings
@@ -149,7 +150,7 @@ def test_requests_switch_budgets_on_one_copy(served: Served) -> None:
     texts: dict[str, list[int]] = {name: [] for name in decoders}
     for step in range(10):
         for name, decoder in decoders.items():
-            logits = decoder.feed(PROMPTS[1] if step == 0 else texts[name][-1:])
+            logits = decoder.feed([PROMPTS[1] if step == 0 else texts[name][-1:]])
             texts[name].append(int(logits.argmax()))
     for name in texts:
         assert texts[name] == stock_tokens(served.stock[name], PROMPTS[1], 10, use_cache=True)

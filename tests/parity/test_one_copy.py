@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from elastic.generate.batch import Decoder
 from elastic.generate.sampling import Sampling
-from elastic.generate.text import Decoder, generate
+from elastic.generate.text import generate
 from elastic.space.shape import Subnet
 from elastic.space.space import Space
 from tests.parity.model_factory import A, C, build_lively, one_process, shape_of, smallest_choice
@@ -77,7 +78,7 @@ def test_a_step_of_decoding_copies_no_weight() -> None:
     model = build_lively(SPACE).eval()
     decoder = Decoder(model, SPACE.subnet(smallest_choice(SPACE)), 40)
     layer = min(parameter.nbytes for parameter in model.parameters() if parameter.dim() == 2)
-    reading = allocations(lambda: decoder.feed(PROMPT))
-    step = allocations(lambda: decoder.feed([1]))
+    reading = allocations(lambda: decoder.feed([PROMPT]))
+    step = allocations(lambda: decoder.feed([[1]]))
     assert max(reading) > 2 * layer, "a copy would be seen"
     assert max(step) < layer

@@ -42,7 +42,7 @@ def axis() -> None:
     probabilities = {axis: values.softmax(-1) for axis, values in logits.items()}
     loss = budget_loss(space, [budget], probabilities, Deployment()).sum()
     assert all(gradient.abs().sum() > 0 for gradient in torch.autograd.grad(loss, list(logits.values())))
-    cache = empty_cache(space.parent, by_hand, 4)[0]
+    cache = empty_cache(space.parent, by_hand, 4).layers[0]
     assert isinstance(cache, MambaCache) and cache.state.shape[-1] == 5
     executions.SPACES["extended"] = space
     with one_process():
