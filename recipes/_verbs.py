@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from elastic.config.latency import LatencyConfig
+from elastic.config.tasks import EvaluateTasksConfig
 from elastic.config.verbs import (
     CostConfig,
     ElasticConfig,
@@ -22,6 +23,7 @@ from elastic.plan.run_plan import run_plan
 from elastic.verbs.cost import run_cost
 from elastic.verbs.estimate_importance import run_importance
 from elastic.verbs.evaluate import run_evaluate
+from elastic.verbs.evaluate_tasks import run_evaluate_tasks
 from elastic.verbs.extract import run_extract
 from elastic.verbs.generate import run_generate
 from elastic.verbs.import_hf import run_import
@@ -55,6 +57,7 @@ VERBS = {
     "train_elastic": Verb(ElasticConfig, run_training),
     "evaluate": Verb(EvaluateConfig, run_evaluate),
     "search": Verb(SearchConfig, run_search),
+    "evaluate_tasks": Verb(EvaluateTasksConfig, run_evaluate_tasks),
     "extract": Verb(ExtractConfig, run_extract),
     "generate": Verb(GenerateConfig, run_generate),
 }

@@ -15,6 +15,7 @@ from elastic.config.export import ExportConfig
 from elastic.config.load import Problem, Problems
 from elastic.config.rules_elastic import fp8_problems, unique_names
 from elastic.config.rules_layout import Cluster, model_layout_problems, sequence_problems
+from elastic.config.tasks import EvaluateTasksConfig, check_tasks_package, check_tasks_source
 from elastic.space.ranges import LEAST_SHARE
 
 Subnets = tuple[inputs.SubnetConfig, ...]
@@ -76,6 +77,15 @@ def check_source(
     init_from: inputs.ServedInput, folder: str | None, budget: str | None, think: str | None, answer: str | None
 ) -> Problems:
     """Weights come from one place, and a Hugging Face folder is one model without budgets."""
+    yield from check_place(init_from, folder)
+    for name, value in {"budget": budget, "think": think, "answer": answer}.items():
+        if folder is not None and value is not None:
+            rule = "names a part of a nested checkpoint, and folder holds one model"
+            yield Problem(name, value, rule, f"set {name}=null or give init_from.checkpoint")
+
+
+def check_place(init_from: inputs.ServedInput, folder: str | None) -> Problems:
+    """Weights are a checkpoint's or a Hugging Face folder's, which no router chooses in."""
     if (init_from.checkpoint is None) == (folder is None):
         rule = "exactly one of init_from.checkpoint and folder must be given"
         remedy = "set init_from.checkpoint=RUN or folder=FOLDER" if folder is None else "set folder=null"
@@ -83,10 +93,6 @@ def check_source(
     if folder is not None and init_from.router is not None:
         rule = "chooses inside a nested checkpoint, and folder holds one model"
         yield Problem("init_from.router", init_from.router, rule, "set init_from.router=null")
-    for name, value in {"budget": budget, "think": think, "answer": answer}.items():
-        if folder is not None and value is not None:
-            rule = "names a part of a nested checkpoint, and folder holds one model"
-            yield Problem(name, value, rule, f"set {name}=null or give init_from.checkpoint")
 
 
 def check_writers(budget: str | None, think: str | None, answer: str | None, subnets: Subnets) -> Problems:
@@ -172,8 +178,9 @@ def _named(problem: Problem, where: str) -> Problem:
 
 PRETRAIN, ELASTIC, FAMILY = verbs.PretrainConfig, verbs.ElasticConfig, verbs.ElasticRunConfig
 TRAINING = (PRETRAIN, ELASTIC)
-EVALUATE, GENERATE, HELD_OUT = verbs.EvaluateConfig, verbs.GenerateConfig, verbs.HeldOutConfig
-COMPUTED = (*TRAINING, verbs.ImportanceConfig, HELD_OUT, GENERATE)
+EVALUATE, GENERATE, TASKS = verbs.EvaluateConfig, verbs.GenerateConfig, EvaluateTasksConfig
+HELD_OUT = verbs.HeldOutConfig
+COMPUTED = (*TRAINING, verbs.ImportanceConfig, HELD_OUT, GENERATE, TASKS)
 # CostConfig describes a run it does not start: only rules of the model, the space and the budgets concern it.
 RULES = (
     Rule(COMPUTED, rules_layout.check_world),
@@ -207,7 +214,7 @@ RULES = (
     Rule(ELASTIC, lambda distill, cluster: fp8_problems("distill.", distill.teacher_precision, cluster)),
     Rule(EVALUATE, lambda teacher_precision, cluster: fp8_problems("", teacher_precision, cluster)),
     Rule(ELASTIC, rules_elastic.check_fp8_sizes),
-    Rule(verbs.MembersConfig, check_subnets),
+    Rule((verbs.MembersConfig, TASKS), check_subnets),
     Rule(verbs.SearchConfig, check_numbers),
     Rule(FAMILY, check_starts),
     Rule(verbs.ExtractConfig, check_export),
@@ -215,7 +222,10 @@ RULES = (
     Rule(GENERATE, check_writers),
     Rule(GENERATE, check_prompts),
     Rule(GENERATE, check_sampling),
-    Rule(GENERATE, check_ranks),
+    Rule((GENERATE, TASKS), check_ranks),
+    Rule(TASKS, check_place),
+    Rule(TASKS, check_tasks_source),
+    Rule(TASKS, check_tasks_package),
 )
 
 

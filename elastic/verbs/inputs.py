@@ -16,6 +16,7 @@ from elastic.config.load import ConfigError, Problem, load_with_problems
 from elastic.config.rules import rule_problems
 from elastic.config.rules_layout import Cluster, layout_problems, nearest_divisor
 from elastic.config.sections import ImportanceSection
+from elastic.config.tasks import EvaluateTasksConfig
 from elastic.config.verbs import (
     CostConfig,
     ElasticConfig,
@@ -36,6 +37,7 @@ from elastic.data.manifest import DataError
 from elastic.run.folder import is_left_over
 from elastic.space.gates import Execution
 from elastic.space.shape import ModelShape
+from elastic.verbs.evaluate_tasks import tasks_problems
 from elastic.verbs.fp8_loss import fp8_reader_problems
 from elastic.verbs.generate import generate_problems
 from elastic.verbs.going_on import start_problems
@@ -47,7 +49,8 @@ from elastic.verbs.subnet_file import fill_subnets
 from elastic.verbs.text import length_problems, tokenizer_problems, vocab_problems
 from elastic.world.files import nearest_existing
 
-FROM_CHECKPOINTS = (ImportanceConfig, ElasticConfig, CostConfig, HeldOutConfig, ExtractConfig, GenerateConfig)
+SERVED = (GenerateConfig, EvaluateTasksConfig)
+FROM_CHECKPOINTS = (ImportanceConfig, ElasticConfig, CostConfig, HeldOutConfig, ExtractConfig, *SERVED)
 
 
 def load_run[T](kind: type[T], values: Mapping[str, Any], cluster: Cluster, *, is_main: bool) -> T:
@@ -115,6 +118,8 @@ def input_paths(config: object) -> Iterator[tuple[str, str | None]]:
         yield "source", config.source
     if isinstance(config, GenerateConfig):
         yield from ((name, getattr(config, name)) for name in ("folder", "tokenizer", "prompt_file", "chat_file"))
+    if isinstance(config, EvaluateTasksConfig):
+        yield from ((name, getattr(config, name)) for name in ("folder", "tokenizer", "include_path"))
     if isinstance(config, FROM_CHECKPOINTS):
         yield from sources(config.init_from)
 
@@ -137,6 +142,8 @@ def checkpoint_problems(config: object) -> Iterator[Problem]:
         yield from broken
     elif isinstance(config, GenerateConfig):
         yield from generate_problems(config)
+    elif isinstance(config, EvaluateTasksConfig):
+        yield from tasks_problems(config)
     elif found := sources(config.init_from):
         name, path = found[0]
         checkpoint = resolve_checkpoint(path)

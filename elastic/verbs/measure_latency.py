@@ -20,7 +20,7 @@ from torch import Tensor
 
 from elastic.config.latency import LatencyConfig
 from elastic.config.load import config_dict
-from elastic.model.cache import AttentionCache, empty_cache
+from elastic.model.cache import CallMemory, ModelCache, empty_cache
 from elastic.model.forward import gathered_logits
 from elastic.model.model import build_model
 from elastic.space.axes import AXES, Axis, LayerKind
@@ -69,7 +69,7 @@ class Conditions:
 
 
 class Deployed:
-    """A model of its own weights, all full, whose passes a Decoder's would be (elastic/generate/text.py)."""
+    """A model of its own weights, all full, whose passes a Decoder's would be (elastic/generate/batch.py)."""
 
     def __init__(self, shape: ModelShape, dtype: torch.dtype) -> None:
         self.shape, self.dtype = shape, dtype
@@ -80,15 +80,16 @@ class Deployed:
 
     def layers(self, at: Conditions) -> Work:
         """Return the pass through the layers alone."""
-        decoder, fill = self.model.decoder, self._caches(at)
+        decoder, fill, ids = self.model.decoder, self._caches(at), self._ids(at)
         stream = torch.randn(at.num_new, at.batch, self.shape.hidden, device=self.device).to(self.dtype)
 
         def work() -> Tensor:
             x, cache = stream, fill()
+            memory = CallMemory(cache.layers, cache.next_tokens(ids, None))
             for layer, own, index in zip(
                 decoder.layers, decoder.masks.layers(self.gates), decoder.masks.layer_indices, strict=True
             ):
-                x = layer(x, own, None, cache.get(index))
+                x = layer(x, own, None, memory.of(index))
             return x
 
         return work
@@ -115,15 +116,14 @@ class Deployed:
     def _ids(self, at: Conditions) -> Tensor:
         return torch.zeros(at.batch, at.num_new, dtype=torch.int64, device=self.device)
 
-    def _caches(self, at: Conditions) -> Callable[[], Mapping[int, object]]:
+    def _caches(self, at: Conditions) -> Callable[[], ModelCache]:
         """Return what gives the caches as they are before a pass: full up to the tokens that are there already."""
         capacity, full = at.length_tokens + 1, Subnet.full(self.shape)
         cache = empty_cache(self.shape, full, capacity, batch=at.batch, dtype=self.dtype, device=self.device)
-        attention = [entry for entry in cache.values() if isinstance(entry, AttentionCache)]
+        before = (at.length_tokens if at.timed == "decode" else 0,) * at.batch
 
-        def fill() -> Mapping[int, object]:
-            for entry in attention:
-                entry.num_tokens = at.length_tokens if at.timed == "decode" else 0
+        def fill() -> ModelCache:
+            cache.lengths = before
             return cache
 
         return fill

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic.config.load import Problem
+from elastic.config.tasks import EvaluateTasksConfig
 from elastic.config.verbs import ElasticRunConfig, GenerateConfig, MembersConfig
 from elastic.hf.safe_files import UnsafeFileError, read_json
 from elastic.space.shape import Subnet
@@ -32,7 +33,7 @@ def fill_subnets(kind: type, values: Mapping[str, Any]) -> tuple[dict[str, Any],
         section = filled.get("init_from")
         given = section.get(SUBNETS) if isinstance(section, Mapping) else None
     else:
-        given = filled.get(SUBNETS) if issubclass(kind, MembersConfig | GenerateConfig) else None
+        given = filled.get(SUBNETS) if issubclass(kind, MembersConfig | EvaluateTasksConfig | GenerateConfig) else None
     if not isinstance(given, str):
         return filled, ()
     entries, problems = _entries(given, f"init_from.{SUBNETS}" if of_family else SUBNETS)
@@ -42,7 +43,7 @@ def fill_subnets(kind: type, values: Mapping[str, Any]) -> tuple[dict[str, Any],
         filled["init_from"] = {**filled["init_from"], SUBNETS: taken}
         return filled, problems
     filled[SUBNETS] = taken
-    if wanted is not None and issubclass(kind, MembersConfig):
+    if wanted is not None and issubclass(kind, MembersConfig | EvaluateTasksConfig):
         names = {str(entry["name"]) for entry in taken}
         filled["budget_names"] = [name for name in filled["budget_names"] if str(name) not in names]
     return filled, problems

@@ -9,6 +9,7 @@ from rich.console import Console
 from elastic.config.latency import LatencyConfig
 from elastic.config.load import load
 from elastic.config.sections import ExpManagerConfig
+from elastic.config.tasks import EvaluateTasksConfig
 from elastic.config.verbs import (
     CostConfig,
     ElasticConfig,
@@ -29,6 +30,7 @@ from elastic.run.folder import RunFolderError, prepare_run_folder
 from elastic.verbs.cost import run_cost
 from elastic.verbs.estimate_importance import run_importance
 from elastic.verbs.evaluate import run_evaluate
+from elastic.verbs.evaluate_tasks import run_evaluate_tasks
 from elastic.verbs.extract import run_extract
 from elastic.verbs.generate import run_generate
 from elastic.verbs.import_hf import run_import
@@ -36,6 +38,7 @@ from elastic.verbs.measure_latency import run_measure_latency
 from elastic.verbs.report_file import OutputError
 from elastic.verbs.training import run_training
 from tests.distributed.harness import DistributedRunError, run_distributed
+from tests.distributed.made_tasks import write_tasks
 from tests.distributed.training import BUDGETS, MODEL, SPACE, elastic_values
 from tests.parity.hf_models import tiny
 from tests.parity.import_extract import stock_folder
@@ -56,6 +59,9 @@ def values_of(start, verb, target):
         "train_elastic": {**elastic_values(start, "unused"), "exp_manager": {}},
         "estimate_importance": dict(init_from=dict(parent=parent), data=data),
         "evaluate": dict(init_from=dict(checkpoint=permuted), data=data, sequence_length=32),
+        "evaluate_tasks": dict(
+            init_from=dict(checkpoint=permuted), tasks=["made_choices"], include_path=str(write_tasks(start / "tasks"))
+        ),
         "generate": dict(init_from=dict(checkpoint=permuted), prompts=["the"]),
         "extract": dict(init_from=dict(checkpoint=permuted)),
         "import_hf": dict(source=str(start / "stock")),
@@ -75,6 +81,7 @@ VERBS = {
     "train_elastic": (ElasticConfig, run_training, RunFolderError),
     "estimate_importance": (ImportanceConfig, run_importance, RunFolderError),
     "evaluate": (EvaluateConfig, run_evaluate, RunFolderError),
+    "evaluate_tasks": (EvaluateTasksConfig, run_evaluate_tasks, RunFolderError),
     "generate": (GenerateConfig, run_generate, OutputError),
     "extract": (ExtractConfig, run_extract, RunFolderError),
     "import_hf": (ImportConfig, run_import, RunFolderError),

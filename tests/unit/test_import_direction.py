@@ -27,6 +27,7 @@ ROOMS = (
     "train",
     "generate",
     "report",
+    "tasks",
     "verbs",
     "preflight",
     "plan",
@@ -43,6 +44,7 @@ NARROWER = {  # rooms that import less than all below them: each can be read wit
     "search": {"space", "router", "config"},
     "generate": {"space", "model"},
     "report": {"space"},
+    "tasks": {"space", "model", "hf", "config", "generate"},
 }
 FOR_ALL = "elastic.world.files"  # it imports no room itself
 RECIPES_ONLY = {"hydra", "nemo", "omegaconf", "lightning", "pytorch_lightning", "recipes", "tests"}

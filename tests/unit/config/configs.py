@@ -15,6 +15,7 @@ from elastic.config.load import ConfigError, Problem, load_with_problems
 from elastic.config.rules import rule_problems
 from elastic.config.rules_layout import Cluster
 from elastic.config.sections import ModelConfig
+from elastic.config.tasks import EvaluateTasksConfig
 from elastic.config.verbs import (
     CostConfig,
     ElasticConfig,
@@ -37,6 +38,7 @@ VERBS = (
     CostConfig,
     EvaluateConfig,
     SearchConfig,
+    EvaluateTasksConfig,
     ExtractConfig,
     GenerateConfig,
     ImportConfig,
@@ -49,6 +51,7 @@ INPUTS: dict[type, dict[str, Any]] = {
     CostConfig: {"data.path": "text", "model.pattern": "M-M*-"},
     EvaluateConfig: {"data.path": "text", "init_from.checkpoint": "family"},
     SearchConfig: {"data.path": "text", "init_from.checkpoint": "family"},
+    EvaluateTasksConfig: {"init_from.checkpoint": "family", "tasks": ["mine"]},
     ExtractConfig: {"init_from.checkpoint": "family"},
     GenerateConfig: {"init_from.checkpoint": "family", "prompts": ["once"]},
     ImportConfig: {"source": "folder"},

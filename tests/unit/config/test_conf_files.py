@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from elastic.config.load import ConfigError, load
 from elastic.config.rules import rule_problems
 from elastic.config.rules_layout import Cluster
+from elastic.config.tasks import EvaluateTasksConfig
 from elastic.config.verbs import (
     ElasticConfig,
     EvaluateConfig,
@@ -45,6 +46,7 @@ WHOLE_RUNS: dict[str, type] = {
     "importance_12b": ImportanceConfig,
     "evaluate": EvaluateConfig,
     "evaluate_12b": EvaluateConfig,
+    "evaluate_tasks": EvaluateTasksConfig,
     "extract": ExtractConfig,
     "search": SearchConfig,
     "import_hf": ImportConfig,
@@ -57,13 +59,17 @@ STARTED_ON = {
     "importance_12b": Cluster(num_processes=8, has_gpu=True),
     "evaluate_12b": Cluster(num_processes=8, has_gpu=True),
     "import_hf": ONE_PROCESS,
+    "evaluate_tasks": ONE_PROCESS,
     "extract": ONE_PROCESS,
     "generate": ONE_PROCESS,
     "plan": ONE_PROCESS,
 }
 TWO_CORES = Cluster(num_processes=2)
 # What a user must say where a file cannot leave ???: one of two fields, or a list.
-SAID_BY_USER = {"generate": ("init_from.checkpoint=run", "prompts=[once]")}
+SAID_BY_USER = {
+    "generate": ("init_from.checkpoint=run", "prompts=[once]"),
+    "evaluate_tasks": ("init_from.checkpoint=run", "tasks=[mine]"),
+}
 SMOKE_VOCAB = 2048
 TINY = dict(
     pattern="M-|M*-", vocab_multiple=32, hidden=64, ffn=128, mamba_heads=8, head_channels=8, mamba_groups=4,

@@ -1,5 +1,6 @@
-"""A bad config of text generation."""
+"""Bad configs of what runs a checkpoint or a folder: text generation, evaluation by tasks."""
 
+from elastic.config.tasks import EvaluateTasksConfig
 from elastic.config.verbs import GenerateConfig
 from tests.unit.config.configs import BadConfig
 
@@ -109,5 +110,45 @@ BAD: tuple[BadConfig, ...] = (
         4,
         "parallel.tensor = 2: must be the number of processes = 4: there is one copy of the model; start 2 processes "
         "or set parallel.tensor",
+    ),
+    # tasks
+    (
+        EvaluateTasksConfig,
+        {"tasks": []},
+        1,
+        "tasks = null: missing, it has no default; set tasks=..., names of tasks, as in tasks=[arc_easy]",
+    ),
+    (
+        EvaluateTasksConfig,
+        {"init_from.checkpoint": None},
+        1,
+        "init_from.checkpoint = null: exactly one of init_from.checkpoint and folder must be given; set "
+        "init_from.checkpoint=RUN or folder=FOLDER",
+    ),
+    (
+        EvaluateTasksConfig,
+        {"init_from.checkpoint": None, "folder": "export", "budget_names": ["9b"]},
+        1,
+        'budget_names = ["9b"]: names parts of a nested checkpoint, and folder holds one model; leave budget_names '
+        "out, or give init_from.checkpoint",
+    ),
+    (
+        EvaluateTasksConfig,
+        {"init_from.checkpoint": None, "folder": "export", "parallel.tensor": 2},
+        2,
+        "parallel.tensor = 2: lm-eval's own hf runs a folder, in one process; nearest legal value is 1",
+    ),
+    (
+        EvaluateTasksConfig,
+        {"latency_ms.small": 0.0},
+        1,
+        "latency_ms.small = 0.0: must be above 0; it has no default",
+    ),
+    (
+        EvaluateTasksConfig,
+        {"parallel.pipeline": 2},
+        2,
+        "parallel.pipeline = 2: text is written token by token, which cannot be split this way; nearest legal value "
+        "is 1; split with parallel.tensor",
     ),
 )
