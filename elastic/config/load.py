@@ -160,7 +160,8 @@ class _Loader:
             value = self._value(arguments[0], given, path, remedy)
             for extra in arguments[1:]:
                 if isinstance(extra, Range):
-                    _check_range(extra, given if isinstance(value, tuple) else value, path, remedy)
+                    entries = [given] if isinstance(given, str) else given
+                    _check_range(extra, entries if isinstance(value, tuple) else value, path, remedy)
                 elif isinstance(extra, FolderName) and re.fullmatch(extra.pattern, value) is None:
                     nearest = re.sub(r"^\W+|[^\w.+-]", "", value)[:100] or "member"
                     raise _illegal(path, value, extra.rule, f"nearest legal value is {nearest}")
@@ -170,6 +171,8 @@ class _Loader:
         if origin is Literal:
             return _one_of(arguments, given, path)
         if origin in (tuple, list):
+            if isinstance(given, str) and typing.get_origin(arguments[0]) is Literal:
+                given = [given]  # one of a few known words needs no brackets
             return origin(self._list(arguments if origin is tuple else (*arguments, ...), given, path, remedy))
         if origin is Mapping:
             return self._mapping(arguments, given, path, remedy)

@@ -61,16 +61,30 @@ def check_data(data: sections.PreparedData) -> Problems:
 
 
 def check_export(export: ExportConfig) -> Problems:
-    """Extract must have something to write; what FP8 does not quantise is bf16."""
-    if not export.hugging_face and not export.megatron:
+    """Extract must have something to write, one way to check it, and what engines read; what FP8 leaves is bf16."""
+    gguf = export.format == "gguf"
+    if not export.hugging_face and not export.megatron and not gguf:
         rule = "export.hugging_face and export.megatron must not both be false"
         yield Problem("export.hugging_face", False, rule, "nearest legal value is true")
-    elif not export.hugging_face and export.format != "hf":
+    elif not export.hugging_face and export.format == "fp8":
         rule = "is the format of a Hugging Face folder, and export.hugging_face is false"
         yield Problem("export.format", export.format, rule, "set export.hugging_face=true")
     if export.in_fp8 and export.precision == "fp32":
         rule = "is not what export.format=fp8 leaves beside the matrices"
         yield Problem("export.precision", "fp32", rule, "nearest legal value is bf16")
+    for field, given in {"check": export.check, "gguf_types": export.gguf_types}.items():
+        if len(set(given)) < len(given):
+            yield Problem(f"export.{field}", list(given), "names one twice", f"write {list(dict.fromkeys(given))}")
+    if len(set(export.own_checks)) > 1:
+        rule = f"{' and '.join(export.own_checks)} exclude each other"
+        yield Problem("export.check", list(export.check), rule, f"leave {export.own_checks[-1]} out")
+    for name in export.engines:
+        if name == "llama_cpp" and not gguf:
+            rule = "llama_cpp reads GGUF, which is not written"
+            yield Problem("export.check", list(export.check), rule, "set export.format=gguf, or leave llama_cpp out")
+        elif name != "llama_cpp" and (not export.hugging_face or export.in_fp8):
+            rule = f"{name} is compared on a Hugging Face folder in fp32 or bf16, which is not written"
+            yield Problem("export.check", list(export.check), rule, f"leave {name} out")
 
 
 def check_source(

@@ -1,6 +1,6 @@
 """Render the README.md of an exported folder: what was cut, what it costs, where it comes from, how it was checked."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from elastic.hf.config import STOCK_VERSIONS, export_shape, export_warnings, stock_notes
@@ -26,26 +26,59 @@ class CardInfo:
 
 
 def model_card(info: CardInfo, shape: ModelShape, exports: ExportSettings, verification: str) -> str:
-    """Return the card as Markdown with front matter."""
-    tags = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- nemotron_h", "- elastic"]
-    front = ["---", *(f"{key}: {value}" for key, value in exports.settings.license.items()), *tags, "---"]
+    """Return the card of a Hugging Face folder as Markdown with front matter."""
     notes = "".join(f" {note[0].upper()}{note[1:]}." for note in stock_notes(shape))
     warnings = export_warnings(shape)
-    number_format = DTYPE_NAMES[exports.dtypes.main] + ("" if info.fp8 is None else ", matrices of the layers in FP8")
-    sections = [
-        "\n".join(front),
-        f"# {info.title}\n\nA hybrid of Mamba-2, attention and MLP layers, loadable with stock transformers.",
-        "## Sizes\n\n" + _table(_size_rows(info, shape, number_format)),
-        "## Cost\n\n" + _table(_cost_rows(info, shape)),
+    stored = [
         _padding(shape),
         "" if info.fp8 is None else f"## FP8\n\n{info.fp8}",
         "\n- ".join(["## Kernel notes\n", *warnings]) if warnings else "",
-        "## Provenance\n\n" + (_table(list(info.provenance.items())) if info.provenance else "Not given."),
-        f"## Verification\n\n{verification}",
-        f"## Use\n\n{STOCK_VERSIONS}{notes}\n\n"
+    ]
+    use = (
+        f"{STOCK_VERSIONS}{notes}\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")\n'
-        'tokenizer = AutoTokenizer.from_pretrained(".")\n```',
+        'tokenizer = AutoTokenizer.from_pretrained(".")\n```'
+    )
+    number_format = DTYPE_NAMES[exports.dtypes.main] + ("" if info.fp8 is None else ", matrices of the layers in FP8")
+    return _card(info, shape, exports, ("transformers", "stock transformers"), number_format, stored, verification, use)
+
+
+def gguf_card(
+    info: CardInfo, shape: ModelShape, exports: ExportSettings, files: Mapping[str, str], verification: str
+) -> str:
+    """Return the card of a folder of GGUF files: name of each file, and the format of its matrices."""
+    use = (
+        "Matrices have the format in a file's name (rows that Q8_0 cannot cut into blocks of 32 have f16), vectors, "
+        "norms, convolutions, A and D have f32. Nothing is padded: FFN widths stand layer by layer.\n\n"
+        f"```text\nllama-cli -m {next(iter(files))} -p TEXT\n```"
+    )
+    number_format = ", ".join(f"{kind} ({name})" for name, kind in files.items())
+    return _card(info, shape, exports, ("gguf", "llama.cpp"), number_format, [], verification, use)
+
+
+def _card(
+    info: CardInfo,
+    shape: ModelShape,
+    exports: ExportSettings,
+    reader: tuple[str, str],
+    number_format: str,
+    stored: Sequence[str],
+    verification: str,
+    use: str,
+) -> str:
+    """Return the card: what all formats share, and between it what a format's reader (tag, name) must know."""
+    tags = [f"library_name: {reader[0]}", "pipeline_tag: text-generation", "tags:", "- nemotron_h", "- elastic"]
+    front = ["---", *(f"{key}: {value}" for key, value in exports.settings.license.items()), *tags, "---"]
+    sections = [
+        "\n".join(front),
+        f"# {info.title}\n\nA hybrid of Mamba-2, attention and MLP layers, loadable with {reader[1]}.",
+        "## Sizes\n\n" + _table(_size_rows(info, shape, number_format)),
+        "## Cost\n\n" + _table(_cost_rows(info, shape)),
+        *stored,
+        "## Provenance\n\n" + (_table(list(info.provenance.items())) if info.provenance else "Not given."),
+        f"## Verification\n\n{verification}",
+        f"## Use\n\n{use}",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 

@@ -60,12 +60,13 @@ def hf_names(name: str) -> tuple[str, ...]:
     return tuple(f"{PREFIX}layers.{layer_index}.{hf_rest}" for hf_rest in LAYER_NAMES[rest])
 
 
-def hf_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+def hf_sizes(shape: ModelShape, *, padding: bool = True) -> dict[str, tuple[int, ...]]:
     """Return the size of every tensor of the Hugging Face file of `shape`, in file order, padding included.
 
-    Raises ExportError if the shape has no stock form.
+    Without `padding`, which a stock config asks for, layers keep their widths. Raises ExportError if the shape has no
+    stock form.
     """
-    padded = export_shape(shape)
+    padded = export_shape(shape) if padding else shape
     key = padded.kv_heads * padded.attention_channels
     sizes: dict[str, tuple[int, ...]] = {}
     for name in parameter_names(padded):
@@ -75,14 +76,14 @@ def hf_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return sizes | {HF_HEAD: (shape.vocab, shape.hidden)}
 
 
-def to_hf(source: TensorSource, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
+def to_hf(source: TensorSource, shape: ModelShape, *, padding: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, tensor) for a model given under Megatron-Core names, one tensor at a time.
 
-    Layers narrower than the widest of their kind are zero-padded: exact for FFN neurons, since relu(0)^2 = 0, and
-    for query heads, since their output columns are 0. Raises ExportError if Mamba widths differ, ValueError if a
-    tensor has the wrong size.
+    With `padding`, layers narrower than the widest of their kind are zero-padded: exact for FFN neurons, since
+    relu(0)^2 = 0, and for query heads, since their output columns are 0. Raises ExportError if Mamba widths differ,
+    ValueError if a tensor has the wrong size.
     """
-    padded, read = export_shape(shape), reader(source)
+    padded, read = export_shape(shape) if padding else shape, reader(source)
     written = [(name, hf_names(name)) for name in parameter_names(shape)]
     written += [(_EMBEDDING, (HF_HEAD,))] if shape.tied_embeddings else []
 

@@ -32,6 +32,15 @@ class Origin:
     rows: Tensor
     columns: Tensor | None = None
 
+    def values(self, parent: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return the values [rows, columns] of rows start to stop, from the parent's parameter; padding is 0."""
+        values, rows = parent.reshape(parent.shape[0], -1), self.rows[start:stop]
+        columns = torch.arange(values.shape[1]) if self.columns is None else self.columns
+        found = values[rows.clamp(min=0)][:, columns.clamp(min=0)]
+        found[rows < 0] = 0
+        found[:, columns < 0] = 0
+        return found
+
 
 def value_check(parent_tensors: TensorSource, parent: ModelShape, subnet: Subnet, lanes: int) -> FolderCheck:
     """Return the check that compares every value with the parent's, converted to the exported number format.
@@ -42,7 +51,7 @@ def value_check(parent_tensors: TensorSource, parent: ModelShape, subnet: Subnet
 
     def check(written: HfFolder, shape: ModelShape) -> CheckOutcome:
         count = 0
-        for name, origin in _nested_origins(parent, subnet, lanes, export_shape(shape)):
+        for name, origin in nested_origins(parent, subnet, lanes, export_shape(shape)):
             tensor = written.tensors[name]
             _check_tensor(name, tensor, read(origin.parameter), origin)
             count += tensor.numel()
@@ -57,17 +66,13 @@ def value_check(parent_tensors: TensorSource, parent: ModelShape, subnet: Subnet
 
 def _check_tensor(name: str, tensor: Tensor, parent: Tensor, origin: Origin) -> None:
     rows = tensor.reshape(tensor.shape[0], -1)
-    values = parent.reshape(parent.shape[0], -1)
-    columns = torch.arange(values.shape[1]) if origin.columns is None else origin.columns
-    if tuple(rows.shape) != (origin.rows.numel(), columns.numel()):
-        kept = f"{origin.rows.numel()} x {columns.numel()}; nothing was written"
+    num_columns = parent[0].numel() if origin.columns is None else origin.columns.numel()
+    if tuple(rows.shape) != (origin.rows.numel(), num_columns):
+        kept = f"{origin.rows.numel()} x {num_columns}; nothing was written"
         raise ExportError(f"{name} is {tuple(rows.shape)}, the subnet keeps {kept}")
     for start in range(0, rows.shape[0], _ROWS_AT_ONCE):
-        from_rows = origin.rows[start : start + _ROWS_AT_ONCE]
-        expected = values[from_rows.clamp(min=0)][:, columns.clamp(min=0)].to(tensor.dtype)
-        expected[from_rows < 0] = 0
-        expected[:, columns < 0] = 0
-        differs = (rows[start : start + _ROWS_AT_ONCE] != expected).any(dim=1).nonzero()
+        stop = start + _ROWS_AT_ONCE
+        differs = (rows[start:stop] != origin.values(parent, start, stop).to(tensor.dtype)).any(dim=1).nonzero()
         if differs.numel():
             row = start + int(differs[0])
             raise ExportError(
@@ -75,7 +80,7 @@ def _check_tensor(name: str, tensor: Tensor, parent: Tensor, origin: Origin) -> 
             )
 
 
-def _nested_origins(parent: ModelShape, subnet: Subnet, lanes: int, stored: ModelShape) -> Iterator[tuple[str, Origin]]:
+def nested_origins(parent: ModelShape, subnet: Subnet, lanes: int, stored: ModelShape) -> Iterator[tuple[str, Origin]]:
     """Yield (Hugging Face name, origin) of every tensor of the subnet's file; `stored` is its shape with padding."""
     hidden, vocab = torch.arange(subnet.hidden), torch.arange(stored.vocab)
     yield "backbone.embeddings.weight", Origin("embedding.word_embeddings.weight", vocab, hidden)

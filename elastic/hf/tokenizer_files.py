@@ -19,9 +19,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_TOKENIZER, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER_JSON, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
 # The largest published ones have some thirty megabytes.
-_MAX_BYTES = 128_000_000
+MAX_BYTES = 128_000_000
 
 
 def find_tokenizer(folder: Path) -> tuple[Path, ...]:
@@ -37,8 +37,8 @@ def tokenizer_problems(files: Iterable[Path], vocab: int | None) -> list[str]:
             if path.suffix != ".json":
                 open_regular(path).close()
                 continue
-            content = read_json(path, _MAX_BYTES)
-            largest = _largest_token(content) if path.name == _TOKENIZER else -1
+            content = read_json(path, MAX_BYTES)
+            largest = _largest_token(content) if path.name == TOKENIZER_JSON else -1
             if vocab is not None and largest >= vocab:
                 problems.append(f"tokenizer {path.parent} has token {largest}, the model's vocabulary is {vocab}")
         except UnsafeFileError as error:
@@ -51,7 +51,7 @@ def tokenizer_problems(files: Iterable[Path], vocab: int | None) -> list[str]:
 def copy_tokenizer_files(files: Iterable[Path], folder: Path) -> None:
     """Copy sound files byte for byte, but without `auto_map`, which asks users of the copy to run code."""
     for path in files:
-        settings = read_json(path, _MAX_BYTES) if path.name == _SETTINGS else {}
+        settings = read_json(path, MAX_BYTES) if path.name == _SETTINGS else {}
         if "auto_map" in settings:
             del settings["auto_map"]
             (folder / path.name).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -80,7 +80,7 @@ def special_tokens(folder: Path) -> dict[str, int | None]:
     """
     names = {path.name for path in find_tokenizer(folder)}
     settings, tokenizer = (
-        read_json(folder / name, _MAX_BYTES) if name in names else {} for name in (_SETTINGS, _TOKENIZER)
+        read_json(folder / name, MAX_BYTES) if name in names else {} for name in (_SETTINGS, TOKENIZER_JSON)
     )
     numbers = _entries(tokenizer) | {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
     named = {name: settings.get(f"{name}_token") for name in ("bos", "eos", "pad")}

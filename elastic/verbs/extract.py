@@ -1,4 +1,4 @@
-"""The verb extract: cut budgets out of a nested checkpoint, to Hugging Face folders and Megatron-Core checkpoints.
+"""The verb extract: cut budgets out of a nested checkpoint, to Hugging Face folders, GGUF files and checkpoints.
 
 Everything streams from the checkpoint's files to the exported ones, one tensor in memory, whatever layout trained it.
 Run as a program, it computes the logits that an export is compared with, in a process that sees no GPU.
@@ -6,7 +6,7 @@ Run as a program, it computes the logits that an export is compared with, in a p
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,8 @@ from elastic.run.folder import open_run_folder
 from elastic.space.cost import shape_cost
 from elastic.space.gates import Gates
 from elastic.space.layers import parameter_names
-from elastic.space.shape import ModelShape, Subnet
+from elastic.space.shape import Subnet
+from elastic.verbs.extract_gguf import also_in_engines, export_member_gguf
 from elastic.verbs.fp8_loss import Fp8Loss, card_text, exported_values, fp8_losses, load_as_exported, loss_table
 from elastic.verbs.import_hf import transfer_progress
 from elastic.verbs.members import Member, OpenCheckpoint, open_checkpoint, subnet_summary
@@ -61,8 +62,7 @@ def run_extract(config: ExtractConfig, console: Console) -> Path:
     nested checkpoint before this returns, or, where memory does not allow it, every stored value with the parent's.
     """
     opened = open_checkpoint(config.init_from, config.budget_names, config.subnets, say=console.print)
-    carried = _carried(opened, config)
-    rows = []
+    carried, dtypes, rows = _carried(opened, config), _stored_formats(opened), []
     with open_run_folder(config.exp_manager, asdict(config), None) as folder:
         fp8 = _fp8_of_family(opened, carried, config, console) if config.export.in_fp8 else None
         for member in opened.members:
@@ -78,7 +78,16 @@ def run_extract(config: ExtractConfig, console: Console) -> Path:
                 }
                 if fp8 is not None and member.name in fp8.losses:
                     row["loss"], row["loss_fp8"] = fp8.losses[member.name].plain, fp8.losses[member.name].fp8
-                console.print(_line(member, member.subnet.shape(opened.space.parent), report))
+                row["engines"] = list(report.outcome.engines)
+                notes = stock_notes(member.subnet.shape(opened.space.parent))
+                console.print("\nnote: ".join([_line(member, report), *notes]))
+            if config.export.format == "gguf":
+                card, reference = _card(opened, member, config, None), subnet_logits(opened, member, dtypes)
+                place = folder / f"{member.name}_gguf"
+                report = export_member_gguf(opened, member, place, card, carried, config.export, reference, console)
+                row |= {"gguf": str(report.folder), "params": report.params}
+                row["engines"] = [*row.get("engines", []), *report.outcome.engines]
+                console.print(_line(member, report))
             if config.export.megatron:
                 row["megatron"] = str(_export_megatron(opened, member, folder / f"{member.name}_megatron", carried))
             if member.untrained is not None:
@@ -139,9 +148,28 @@ def _export_hugging_face(
     console: Console,
 ) -> ExportReport:
     parent, lanes = opened.space.parent, opened.space.lanes
-    card = CardInfo(
+    check = choose_check(opened, member, carried.dtypes, config.export)
+    with transfer_progress(console) as bar:
+        task = bar.add_task(f"writing {member.name}", total=None)
+        return export_folder(
+            submodel_source(opened.tensors(), parent, member.subnet, lanes),
+            member.subnet.shape(parent),
+            folder,
+            _card(opened, member, config, fp8),
+            carried,
+            check,
+            config.export.shard_bytes,
+            lambda num_bytes, total: bar.update(task, advance=num_bytes, total=total),
+            None
+            if fp8 is None
+            else hf_scales(cut_scales(fp8.calibrated, parent, member.subnet, lanes), member.subnet.shape(parent)),
+        )
+
+
+def _card(opened: OpenCheckpoint, member: Member, config: ExtractConfig, fp8: _Fp8Family | None) -> CardInfo:
+    return CardInfo(
         title=f"{config.exp_manager.name} {member.name}",
-        parent=parent,
+        parent=opened.space.parent,
         subnet=member.subnet,
         budget=member.budget,
         deployment=opened.deployment,
@@ -152,22 +180,6 @@ def _export_hugging_face(
         },
         fp8=None if fp8 is None else card_text(fp8.losses.get(member.name), member.subnet.shape(parent)),
     )
-    check = choose_check(opened, member, carried.dtypes, config.export)
-    with transfer_progress(console) as bar:
-        task = bar.add_task(f"writing {member.name}", total=None)
-        return export_folder(
-            submodel_source(opened.tensors(), parent, member.subnet, lanes),
-            member.subnet.shape(parent),
-            folder,
-            card,
-            carried,
-            check,
-            config.export.shard_bytes,
-            lambda num_bytes, total: bar.update(task, advance=num_bytes, total=total),
-            None
-            if fp8 is None
-            else hf_scales(cut_scales(fp8.calibrated, parent, member.subnet, lanes), member.subnet.shape(parent)),
-        )
 
 
 def _export_megatron(opened: OpenCheckpoint, member: Member, run_folder: Path, carried: ExportSettings) -> Path:
@@ -186,17 +198,17 @@ def _export_megatron(opened: OpenCheckpoint, member: Member, run_folder: Path, c
     return run_folder
 
 
-def _line(member: Member, shape: ModelShape, report: ExportReport) -> str:
+def _line(member: Member, report: ExportReport) -> str:
     difference = (
         f"{report.outcome.num_values:,} values"
         if report.outcome.max_abs_logit_diff is None
         else f"largest logit difference {report.outcome.max_abs_logit_diff:.1e}"
     )
     stored = f" ({report.stored_params:,} stored)" if report.stored_params != report.params else ""
-    notes = "".join(f"\nnote: {note}" for note in stock_notes(shape))
+    engines = "".join(f"\n  {sentence}" for sentence in report.outcome.engines)
     return (
         f"{member.name}: {report.params:,} parameters{stored} -> {report.folder} ({report.outcome.verification}; "
-        f"{difference}){notes}"
+        f"{difference}){engines}"
     )
 
 
@@ -204,7 +216,8 @@ def choose_check(opened: OpenCheckpoint, member: Member, dtypes: DtypeRule, expo
     """Return the check of one member's folder; `auto` decides by the memory that is free now: logits where the nested
     parent and the reloaded submodel fit, both in fp32, with headroom.
     """
-    parent, wanted, in_fp8 = opened.space.parent, export.check, export.in_fp8
+    parent, wanted, in_fp8 = opened.space.parent, export.own_checks[0], export.in_fp8
+    reference = subnet_logits(opened, member, dtypes, in_fp8)
     if wanted == "auto" and in_fp8 and not reads_fp8():
         wanted = "values"
     if wanted == "auto":
@@ -212,12 +225,21 @@ def choose_check(opened: OpenCheckpoint, member: Member, dtypes: DtypeRule, expo
         wanted = "logits" if params * _FP32_BYTES * _HEADROOM <= available_memory_bytes() else "values"
     if wanted == "values":
         stored = opened.tensors()
-        return value_check(
+        check = value_check(
             lambda name: exported_values(stored[name], name, dtypes, in_fp8), parent, member.subnet, opened.space.lanes
         )
+    else:
+        check = logit_check(reference, export.max_logit_difference)
+    return also_in_engines(check, export, reference)
+
+
+def subnet_logits(
+    opened: OpenCheckpoint, member: Member, dtypes: DtypeRule, in_fp8: bool = False
+) -> Callable[[Tensor], Tensor]:
+    """Return the function from tokens to the logits of a member's subnet, its weights rounded as an export's."""
     # A GPU's matrix units round fp32 to TF32 and a right export would be refused: a child process computes there.
     computed = logits_in_child if torch.cuda.is_available() else nested_logits
-    return logit_check(partial(computed, opened.checkpoint, member.subnet, dtypes, in_fp8), export.max_logit_difference)
+    return partial(computed, opened.checkpoint, member.subnet, dtypes, in_fp8)
 
 
 def available_memory_bytes() -> int:

@@ -34,6 +34,7 @@ from elastic.config.verbs import (
 )
 from elastic.corpus.config import PrepareConfig
 from elastic.data.manifest import DataError
+from elastic.engines.check import missing_environment
 from elastic.run.folder import is_left_over
 from elastic.space.gates import Execution
 from elastic.space.shape import ModelShape
@@ -125,7 +126,11 @@ def input_paths(config: object) -> Iterator[tuple[str, str | None]]:
 
 
 def input_problems(config: object) -> Iterator[Problem]:
-    """Yield a problem for every input that is not there."""
+    """Yield a problem for every input, and every engine's environment, that is not there."""
+    for name in config.export.engines if isinstance(config, ExtractConfig) else ():
+        if (place := missing_environment(name)) is not None:
+            rule = f"{name} has no environment in {place}"
+            yield Problem("export.check", list(config.export.check), rule, f"make it with `make engine-{name}`")
     for name, path in input_paths(config):
         if path is not None and not Path(path).exists() and not foreign_prefixes(Path(path)):
             remedy = f"the nearest folder that exists is {nearest_existing(Path(path))}"

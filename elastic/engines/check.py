@@ -1,0 +1,126 @@
+"""Run an export in an engine, in a child process of the engine's own environment, and compare it with the subnet.
+
+Every engine gets the same three prompts and answers with greedy tokens and, where it shows them, the logits along the
+first prompt. The prompts are longer than two scan chunks of 128, so states carried over a whole chunk are compared too.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elastic.hf.config import ExportError
+from elastic.hf.reload import logit_difference
+
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 300, 64
+# Of the largest logit: what fp32 products in another order, and engines that keep keys and values in f16, come to.
+LOGIT_BOUND = 1e-3
+SCRIPT = Path(__file__).with_name("run_engine.py")
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "CUDA_VISIBLE_DEVICES": "",  # a GPU's matrix units round fp32, and the subnet is computed on the CPU
+}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What an engine is called in a card, which export it reads, and whether it has an environment of its own."""
+
+    title: str
+    reads: Literal["hf", "gguf"] = "hf"
+    own_environment: bool = True
+
+    def python(self, name: str) -> Path:
+        """Return the interpreter that runs it; `make engine-NAME` makes the environment beside this one."""
+        return Path(sys.prefix) / "engines" / name / "bin" / "python" if self.own_environment else Path(sys.executable)
+
+
+ENGINES = {
+    "transformers": Engine("transformers", own_environment=False),
+    "mlx": Engine("mlx-lm"),
+    "llama_cpp": Engine("llama.cpp (llama-cpp-python)", reads="gguf"),
+}
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """What an engine of a version said: how many greedy tokens were the subnet's, and the relative difference of logits
+    (None: it does not show them).
+    """
+
+    engine: str
+    version: str
+    num_tokens: int
+    equal_tokens: int
+    relative: float | None
+
+    @property
+    def sentence(self) -> str:
+        """Return it for a card."""
+        agrees = "Loads and agrees in" if self.equal_tokens == self.num_tokens else "Loads in"
+        logits = "" if self.relative is None else f", logits within {self.relative:.1e} of the largest"
+        return (
+            f"{agrees} {ENGINES[self.engine].title} {self.version}: {self.equal_tokens} of {self.num_tokens} greedy "
+            f"tokens behind {PROMPTS} prompts of {PROMPT_TOKENS} are the subnet's{logits}."
+        )
+
+
+def missing_environment(name: str) -> Path | None:
+    """Return where the environment of an engine should be if it is not there."""
+    python = ENGINES[name].python(name)
+    return None if python.exists() else python.parents[1]
+
+
+def check_in_engine(
+    name: str, model: Path, vocab: int, reference: Callable[[Tensor], Tensor], bound: float | None = LOGIT_BOUND
+) -> EngineReport:
+    """Run `model`, a folder or file, in an engine and compare it with `reference`: tokens [B, S] -> logits [B, S, V].
+
+    Raises ExportError if it does not run, or if a greedy token or a logit beyond `bound` differs; with `bound` None,
+    for formats whose rounding the reference does not do, they are counted only.
+    """
+    prompts = torch.randint(vocab, (PROMPTS, PROMPT_TOKENS), generator=torch.Generator().manual_seed(4321))
+    version, tokens, logits = _answer(name, model, prompts)
+    expected = reference(torch.cat([prompts, tokens], dim=1))[..., :vocab].float().cpu()
+    # The subnet reads what the engine wrote: if it would have written each token itself, the two texts are one.
+    own = expected[:, PROMPT_TOKENS - 1 : -1].argmax(dim=-1)
+    equal = int((own == tokens).sum())
+    relative = None
+    if logits is not None:
+        _, relative = logit_difference(logits[None, :, :vocab], expected[:1, :PROMPT_TOKENS])
+    report = EngineReport(name, version, tokens.numel(), equal, relative)
+    differ = equal < tokens.numel() or not (relative is None or relative <= bound) if bound is not None else False
+    if differ:
+        bounded = "" if relative is None else f", logits differ by {relative:.1e} of the largest (bound {bound:.0e})"
+        raise ExportError(
+            f"{ENGINES[name].title} {version} computes another model: {equal} of {tokens.numel()} greedy tokens are "
+            f"the subnet's{bounded}; nothing was written"
+        )
+    return report
+
+
+def _answer(name: str, model: Path, prompts: Tensor) -> tuple[str, Tensor, Tensor | None]:
+    """Return the engine's version, its greedy tokens [B, NEW_TOKENS], and logits [PROMPT_TOKENS, V] of one prompt."""
+    with tempfile.TemporaryDirectory() as scratch:
+        told, answer = Path(scratch) / "told.json", Path(scratch) / "answer.npz"
+        told.write_text(json.dumps({"prompts": prompts.tolist(), "new_tokens": NEW_TOKENS}))
+        # Isolated (-I): it must see its own packages and none of this project's.
+        command = [str(ENGINES[name].python(name)), "-I", str(SCRIPT), name, str(model), str(told), str(answer)]
+        inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+        done = subprocess.run(command, env={**inherited, **_ENVIRONMENT}, capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = (done.stderr.strip() or done.stdout.strip())[-2000:]
+            raise ExportError(f"{ENGINES[name].title} does not run {model.name} (code {done.returncode}): {said}")
+        with np.load(answer) as content:
+            logits = torch.from_numpy(content["logits"]) if "logits" in content else None
+            return str(content["version"]), torch.from_numpy(content["tokens"]), logits
