@@ -25,6 +25,8 @@ benchmark gpu: export KINETO_LOG_LEVEL := 99
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
+	@echo "  make engine-mlx, make engine-llama_cpp: an environment for an engine that runs exports (docs/serving.md)"
+	@echo
 	@echo "  VENV=DIR      use or make the environment DIR, to share 5 GB between clones (default .venv)"
 	@echo "  PYTHON=FILE   make the environment with this Python 3.12 or 3.13 (default: the first that runs)"
 	@echo "  PY=FILE       run with this interpreter as it is and set up nothing (containers)"
@@ -52,6 +54,10 @@ check: setup ## run the quick tests: units, and parity with stock models
 
 test: setup ## run the tests that need no GPU
 	$(PYTEST) $(TESTS)
+
+# An environment for an engine that runs exports, beside this one: what `extract export.check=[NAME]` uses.
+engine-%: setup
+	@launch/engine.sh $*
 
 lint: setup ## check style (ruff), types (mypy) and, where it is installed, shell scripts (shellcheck)
 	"$(PY)" -m ruff check .

@@ -51,7 +51,7 @@ def mlx(model: str, prompts: Prompts, new_tokens: int) -> Answer:
         cache = make_prompt_cache(loaded)
         logits = read(prompt, cache)
         along_first = logits if along_first is None else along_first
-        written.append(_greedy(logits[-1], new_tokens, lambda token, cache=cache: read([token], cache)[-1]))
+        written.append(_greedy(logits[-1], new_tokens, lambda token, kept: read([token], kept)[-1], cache))
     return "mlx-lm", written, along_first
 
 
@@ -72,15 +72,15 @@ def llama_cpp(model: str, prompts: Prompts, new_tokens: int) -> Answer:
         loaded._ctx.kv_cache_clear()  # what a sequence leaves in the recurrent layers
         logits = read(prompt)
         along_first = logits.copy() if along_first is None else along_first
-        written.append(_greedy(logits[-1], new_tokens, lambda token: read([token])[-1]))
+        written.append(_greedy(logits[-1], new_tokens, lambda token, _: read([token])[-1]))
     return "llama-cpp-python", written, along_first
 
 
-def _greedy(logits: Any, new_tokens: int, read: Callable[[int], Any]) -> list[int]:
+def _greedy(logits: Any, new_tokens: int, read: Callable[[int, Any], Any], cache: Any = None) -> list[int]:
     """Return the likeliest token after `logits`, and each after reading the one before."""
     tokens = [int(logits.argmax())]
     while len(tokens) < new_tokens:
-        tokens.append(int(read(tokens[-1]).argmax()))
+        tokens.append(int(read(tokens[-1], cache).argmax()))
     return tokens
 
 

@@ -127,10 +127,11 @@ def input_paths(config: object) -> Iterator[tuple[str, str | None]]:
 
 def input_problems(config: object) -> Iterator[Problem]:
     """Yield a problem for every input, and every engine's environment, that is not there."""
-    for name in config.export.engines if isinstance(config, ExtractConfig) else ():
-        if (place := missing_environment(name)) is not None:
-            rule = f"{name} has no environment in {place}"
-            yield Problem("export.check", list(config.export.check), rule, f"make it with `make engine-{name}`")
+    if isinstance(config, ExtractConfig):
+        for name in config.export.engines:
+            if (place := missing_environment(name)) is not None:
+                rule = f"{name} has no environment in {place}"
+                yield Problem("export.check", list(config.export.check), rule, f"make it with `make engine-{name}`")
     for name, path in input_paths(config):
         if path is not None and not Path(path).exists() and not foreign_prefixes(Path(path)):
             remedy = f"the nearest folder that exists is {nearest_existing(Path(path))}"
@@ -169,7 +170,7 @@ def checkpoint_problems(config: object) -> Iterator[Problem]:
                 masked = isinstance(config, EvaluateConfig) and config.execution is Execution.MASK
                 broken = tuple(members_problems(config.init_from, config.budget_names, config.subnets, masked=masked))
                 yield from broken
-                if isinstance(config, ExtractConfig) and config.export.in_fp8 and config.export.check == "logits":
+                if isinstance(config, ExtractConfig) and config.export.in_fp8 and "logits" in config.export.check:
                     yield from fp8_reader_problems()
                 if isinstance(config, HeldOutConfig):
                     lanes = record.lanes if record.lanes > 1 else None

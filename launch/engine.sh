@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Makes the environment of an engine that runs exports, beside this project's: `make engine-mlx`, `make engine-llama_cpp`.
+#
+#   VENV=.venv launch/engine.sh mlx        # seconds
+#   VENV=.venv launch/engine.sh llama_cpp  # compiles llama.cpp: ten minutes on two free cores, a C++ compiler
+#
+# `extract export.check=[...]` looks for VENV/engines/NAME. An environment that is there is left as it is.
+set -euo pipefail
+VENV=${VENV:-.venv}
+declare -A PACKAGES=(
+  [mlx]="mlx[cpu]==0.32.4 mlx-lm==0.32.2"
+  [llama_cpp]="llama-cpp-python==0.3.36"
+)
+name=${1:-}
+[ -n "$name" ] && [ -n "${PACKAGES[$name]:-}" ] || {
+  echo "elastic: no engine '$name'; there are: ${!PACKAGES[*]}" >&2
+  exit 1
+}
+target=$VENV/engines/$name
+[ ! -e "$target/.done" ] || exit 0
+"$VENV/bin/python" -m venv "$target"
+read -ra packages <<<"${PACKAGES[$name]}"
+"$target/bin/python" -m pip install --quiet --disable-pip-version-check "${packages[@]}"
+touch "$target/.done" # last, so that an interrupted installation is taken up again
+echo "elastic: $target is ready"
