@@ -14,12 +14,12 @@ export TOKENIZERS_PARALLELISM := false
 ifeq ($(wildcard /dev/nvidia0),)
 export TORCHDYNAMO_DISABLE := 1
 endif
-smoke smoke-chat check test gpu: export HF_HUB_OFFLINE := 1
-check test: export OMP_NUM_THREADS := 1
+smoke smoke-chat check test test-engines gpu: export HF_HUB_OFFLINE := 1
+check test test-engines: export OMP_NUM_THREADS := 1
 benchmark gpu: export PYTHONWARNINGS := ignore
 benchmark gpu: export KINETO_LOG_LEVEL := 99
 
-.PHONY: help setup smoke smoke-chat check test lint benchmark gpu docker clean
+.PHONY: help setup smoke smoke-chat check test test-engines lint benchmark gpu docker clean
 .DEFAULT_GOAL := help
 
 help: ## list these commands
@@ -58,6 +58,9 @@ test: setup ## run the tests that need no GPU
 # An environment for an engine that runs exports, beside this one: what `extract export.check=[NAME]` uses.
 engine-%: setup
 	@launch/engine.sh $*
+
+test-engines: engine-mlx engine-llama_cpp ## run exports in mlx-lm and llama.cpp (compiled the first time: ten minutes)
+	"$(PY)" -m pytest tests/programs/test_engines.py tests/parity/test_gguf.py
 
 lint: setup ## check style (ruff), types (mypy) and, where it is installed, shell scripts (shellcheck)
 	"$(PY)" -m ruff check .

@@ -74,7 +74,9 @@ def check_export(export: ExportConfig) -> Problems:
         yield Problem("export.precision", "fp32", rule, "nearest legal value is bf16")
     for field, given in {"check": export.check, "gguf_types": export.gguf_types}.items():
         if len(set(given)) < len(given):
-            yield Problem(f"export.{field}", list(given), "names one twice", f"write {list(dict.fromkeys(given))}")
+            yield Problem(
+                f"export.{field}", list(given), "names one twice", f"write [{', '.join(dict.fromkeys(given))}]"
+            )
     if len(set(export.own_checks)) > 1:
         rule = f"{' and '.join(export.own_checks)} exclude each other"
         yield Problem("export.check", list(export.check), rule, f"leave {export.own_checks[-1]} out")

@@ -107,7 +107,7 @@ def test_all_problems_of_an_export_and_of_a_preparation_come_in_one_error(proble
         "subnets.1.name",
         "export.precision",
         "export.shard_bytes",
-        "export.check",
+        "export.check.0",
     ]
     preparation: dict[str, object] = {"document_format": "csv", "vocab_size": 1, "suffixes": [], "output_dir": ""}
     assert [line.partition(" = ")[0] for line in problems_of(PrepareConfig, preparation)] == [

@@ -24,7 +24,7 @@ BAD: tuple[BadConfig, ...] = (
         ExtractConfig,
         {"export.format": "fp16"},
         1,
-        'export.format = "fp16": must be one of hf, fp8; nearest legal value is fp8',
+        'export.format = "fp16": must be one of hf, fp8, gguf; nearest legal value is fp8',
     ),
     (
         ExtractConfig,
@@ -44,7 +44,34 @@ BAD: tuple[BadConfig, ...] = (
         ExtractConfig,
         {"export.check": "logit"},
         1,
-        'export.check = "logit": must be one of auto, logits, values; nearest legal value is logits',
+        'export.check.0 = "logit": must be one of auto, logits, values, transformers, mlx, llama_cpp; nearest legal '
+        "value is logits",
+    ),
+    (
+        ExtractConfig,
+        {"export.check": ["values", "logits"]},
+        1,
+        'export.check = ["values", "logits"]: values and logits exclude each other; leave logits out',
+    ),
+    (
+        ExtractConfig,
+        {"export.check": "llama_cpp"},
+        1,
+        'export.check = ["llama_cpp"]: llama_cpp reads GGUF, which is not written; set export.format=gguf, or leave '
+        "llama_cpp out",
+    ),
+    (
+        ExtractConfig,
+        {"export.check": ["transformers"], "export.format": "gguf", "export.hugging_face": False},
+        1,
+        'export.check = ["transformers"]: transformers is compared on a Hugging Face folder in fp32 or bf16, which is '
+        "not written; leave transformers out",
+    ),
+    (
+        ExtractConfig,
+        {"export.format": "gguf", "export.gguf_types": ["f16", "f16"]},
+        1,
+        'export.gguf_types = ["f16", "f16"]: names one twice; write [f16]',
     ),
     (
         ExtractConfig,
