@@ -26,8 +26,11 @@ def transformers(model: str, prompts: Prompts, new_tokens: int) -> Answer:
     loaded = AutoModelForCausalLM.from_pretrained(model, local_files_only=True, dtype=torch.float32).eval()
     with torch.no_grad():
         logits = loaded(torch.tensor(prompts[:1])).logits[0].numpy()
-        settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": new_tokens, "eos_token_id": None}
-        written = loaded.generate(torch.tensor(prompts), suppress_tokens=None, **settings)
+        # Nothing may end a text or leave tokens out: the folder's own settings, where generate looks for what is None.
+        loaded.generation_config.eos_token_id = loaded.generation_config.suppress_tokens = None
+        tokens = torch.tensor(prompts)
+        settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": new_tokens}
+        written = loaded.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)
     return "transformers", written[:, len(prompts[0]) :].tolist(), logits
 
 
