@@ -252,7 +252,7 @@ def _same(values: Tensor, expected: Tensor, form: GGMLQuantizationType) -> bool:
 
 
 def _add_sizes(writer: GGUFWriter, shape: ModelShape) -> None:
-    """Say every size: what differs between layers as a list over all layers, 0 where a layer has none of it."""
+    """Say every size: what differs between layers as a list over all layers."""
     heads = dict(zip(shape.pattern.layers_of(LayerKind.ATTENTION), shape.attention_heads, strict=True))
     ffn = dict(zip(shape.pattern.layers_of(LayerKind.MLP), shape.ffn, strict=True))
     layers = range(len(shape.pattern))
@@ -261,7 +261,8 @@ def _add_sizes(writer: GGUFWriter, shape: ModelShape) -> None:
     writer.add_vocab_size(shape.vocab)
     writer.add_embedding_length(shape.hidden)
     writer.add_feed_forward_length([ffn.get(layer, 0) for layer in layers])
-    writer.add_head_count([heads.get(layer, 0) for layer in layers])
+    # llama.cpp takes key_length only where layer 0 has heads: layers without attention say what the widest has.
+    writer.add_head_count([heads.get(layer, max(shape.attention_heads, default=shape.kv_heads)) for layer in layers])
     writer.add_head_count_kv([shape.kv_heads * (layer in heads) for layer in layers])
     writer.add_key_length(shape.attention_channels)
     writer.add_value_length(shape.attention_channels)
