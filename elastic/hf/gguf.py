@@ -4,6 +4,7 @@ llama.cpp takes FFN widths and query heads layer by layer, so nothing is padded,
 Matrices have the format that is asked for, what acts element by element has fp32.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -173,6 +174,7 @@ def write_gguf(
     """
     plan = gguf_plan(shape, kind)
     total = gguf_bytes(shape, [kind])
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # it announces every file and its byte order
     writer = GGUFWriter(path, ARCHITECTURE)
     try:
         _add_sizes(writer, shape)
