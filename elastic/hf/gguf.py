@@ -150,7 +150,8 @@ def export_gguf(
             outcomes.append(check(aside / file, kind, exported))
         sentence = " ".join(outcome.sentence for outcome in outcomes)
         (aside / CARD_FILE).write_text(gguf_card(card, exported, exports, files, sentence))
-        return replace(outcomes[0], sentence=sentence)
+        engines = tuple(said for outcome in outcomes for said in outcome.engines)
+        return replace(outcomes[0], sentence=sentence, engines=engines)
 
     with export_errors(folder):
         outcome = written_and_checked(folder, gguf_bytes(exported, kinds), exports, exported.vocab, write)
