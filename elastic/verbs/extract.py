@@ -178,7 +178,7 @@ def _card(opened: OpenCheckpoint, member: Member, config: ExtractConfig, fp8: _F
             **{k: str(v) for k, v in opened.record.provenance.items()},
             **({} if member.untrained is None else {"training": member.untrained}),
         },
-        fp8=None if fp8 is None else card_text(fp8.losses.get(member.name), member.subnet.shape(parent)),
+        fp8=None if fp8 is None else card_text(fp8.losses.get(member.name), member.subnet.shape(opened.space.parent)),
     )
 
 
