@@ -139,7 +139,9 @@ def quantisation_problem(config: Mapping[str, Any]) -> str | None:
     method = told.get("quant_method") if isinstance(told, dict) else told
     if not isinstance(told, dict) or method not in _METHODS:
         return f"quantization_config is set, by {shown(method)}: only FP8 is read ({listed(_METHODS)}); dequantise it"
-    if told.get("transform_config") or told.get("sparsity_config"):
+    thinned = told.get("sparsity_config")
+    is_dense = isinstance(thinned, dict) and thinned.get("format") == "dense"  # counts zeros, and stores them
+    if told.get("transform_config") or (thinned and not is_dense):
         return "quantization_config transforms or thins out the weights: dequantise the folder to bf16 first"
     return None
 

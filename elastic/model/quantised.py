@@ -54,31 +54,41 @@ def quantise(rows: Tensor, scales: Tensor) -> Codes:
 
 @dataclass(frozen=True)
 class QuantisedWeight:
-    """A linear's weight [R, C]; `group` holds the other columns of its rows (None: they are all here)."""
+    """A linear's weight [R, C]; `group` holds the other columns of its rows (None: they are all here).
+
+    `multiplied`: by a GPU's FP8 products; if not, products of the numbers that codes stand for imitate them.
+    """
 
     codes: Codes
     group: ProcessGroup | None
+    multiplied: bool
 
     @classmethod
     def of(
         cls, name: str, weight: Tensor, group: ProcessGroup | None, scales: Tensor | None = None
     ) -> "QuantisedWeight":
-        """Quantise a weight, its scales given or its own; raises QuantisationError where a GPU cannot multiply it."""
-        if weight.is_cuda:
-            if not multiplies_fp8():
+        """Quantise a weight, its scales given or its own.
+
+        Raises QuantisationError for a teacher's (its own scales) where a GPU cannot multiply it; those that are given
+        are an export's, which other machines serve.
+        """
+        odd, taken = any(size % FP8_MULTIPLE for size in weight.shape), multiplies_fp8()
+        if weight.is_cuda and scales is None:
+            if not taken:
                 raise QuantisationError("distill.teacher_precision = fp8: this GPU multiplies no FP8; set bf16")
-            if any(size % FP8_MULTIPLE for size in weight.shape):
+            if odd:
                 sizes = f"{weight.shape[0]} x {weight.shape[1]}"
                 rule = f"{name} has {sizes} weights on a rank, no multiples of {FP8_MULTIPLE}"
                 raise QuantisationError(f"distill.teacher_precision = fp8: {rule}; set bf16, or lower parallel.tensor")
         rows = weight.detach()
-        return cls(quantise(rows, row_scales(rows, group) if scales is None else scales.to(rows.device)), group)
+        codes = quantise(rows, row_scales(rows, group) if scales is None else scales.to(rows.device))
+        return cls(codes, group, weight.is_cuda and taken and not odd)
 
     def product(self, x: Tensor) -> Tensor:
         """Map [S, B, C] to [S, B, R] in its dtype: what these columns give."""
         rows = x.flatten(0, 1)
         tokens = quantise(rows, row_scales(rows, self.group))
-        if x.is_cuda:
+        if self.multiplied:
             y = torch._scaled_mm(
                 tokens.values,
                 self.codes.values.t(),

@@ -10,7 +10,7 @@ from typing import Any
 
 from elastic.report.charts import Chart, Points, number_text, table_html
 from elastic.space.axes import AXES, Axis
-from elastic.space.cost import Budget, Deployment, subnet_cost
+from elastic.space.cost import Budget, Deployment, in_figures, subnet_cost
 from elastic.space.shape import ModelShape, Subnet
 
 Row = Mapping[str, Any]
@@ -106,7 +106,7 @@ def member_table(
     for name, subnet, budget in members:
         cost = subnet_cost(parent, subnet, deployment)
         used = "-" if budget is None else f"{float(cost[budget.metric]) / budget.limit:.1%}"
-        target = "-" if budget is None else f"{budget.limit:,.0f} {budget.metric}"
+        target = "-" if budget is None else f"{in_figures(budget.metric, budget.limit)} {budget.metric}"
         loss = f"{losses[name]:.4f}" if name in losses else "-"
         widths = [_widths(getattr(subnet, size)) for size in sizes]
         deployed = f"{float(cost.deploy_bytes) / 2**20:,.1f}"
@@ -138,7 +138,9 @@ def event_table(events: Sequence[Row]) -> str:
 
 
 def _short(value: Any) -> str:
-    return number_text(value) if type(value) in (int, float) and math.isfinite(value) else str(value)[:80]
+    if type(value) is int:
+        return f"{value:,}"
+    return number_text(value) if type(value) is float and math.isfinite(value) else str(value)[:80]
 
 
 def phase_table(config: Mapping[str, Any]) -> str:

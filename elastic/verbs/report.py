@@ -9,6 +9,7 @@ from elastic.config.load import ConfigError, Problem
 from elastic.config.verbs import MembersInput
 from elastic.hf.safe_files import UnsafeFileError, read_json
 from elastic.report.page import event_table, last_losses, member_table, page, phase_table, read_rows
+from elastic.router.decide import RouterError
 from elastic.run.folder import CONFIG_FILE, FINISHED_FILE
 from elastic.train.log import EVENTS_FILE, METRICS_FILE
 from elastic.verbs.members import MembersError, open_checkpoint
@@ -25,9 +26,14 @@ class ReportError(ConfigError):
 def write_report(run: Path) -> Path:
     """Write report.html into a run's folder, also while it trains, and return its path.
 
-    Raises ReportError for a folder without a log, or where the page cannot be written.
+    Raises ReportError for a folder without a log, or where that cannot be read or the page not be written.
     """
-    rows = read_rows(run / METRICS_FILE)
+    path = run / REPORT_FILE
+    try:
+        rows, events = read_rows(run / METRICS_FILE), read_rows(run / EVENTS_FILE)
+    except OSError as error:
+        rule, remedy = f"cannot be read: {error.strerror}", "look after the folder, or give another"
+        raise ReportError([Problem("run", str(run), rule, remedy)]) from error
     if not rows:
         rule = f"holds no {METRICS_FILE} with a row of a training run"
         raise ReportError([Problem("run", str(run), rule, "give the folder of a run, as in runs/family/version_0")])
@@ -38,9 +44,8 @@ def write_report(run: Path) -> Path:
     sections = {
         "Members": _members(run, losses),
         "Phases": phase_table(config),
-        "Events": event_table(read_rows(run / EVENTS_FILE)),
+        "Events": event_table(events),
     }
-    path = run / REPORT_FILE
     try:
         with written_aside(path) as aside:
             aside.write_text(page("/".join(run.resolve().parts[-2:]), state, rows, sections), encoding="utf-8")
@@ -59,10 +64,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _members(run: Path, losses: dict[str, float]) -> str:
-    """Return the table of members as the newest whole checkpoint has them; before the first, nothing."""
+    """Return the table of members as the newest whole checkpoint has them; before the first, or of damage, nothing."""
     try:
         opened = open_checkpoint(MembersInput(checkpoint=str(run)), None, (), full=False)
-    except (CheckpointError, RecordError, MembersError):
+    except (CheckpointError, RecordError, MembersError, RouterError):
         return ""
     members = [(member.name, member.subnet, member.budget) for member in opened.members]
     return member_table(opened.space.parent, members, opened.deployment, losses)

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from elastic.model.model import Layout
-from elastic.model.quantised import QuantisedWeight
+from elastic.model.quantised import QuantisationError, QuantisedWeight
 from elastic.space.gates import Gates
 from tests.parity.model_factory import SPACES, build_lively, logits_of, one_process, relative_error, tokens_for
 
@@ -50,6 +51,17 @@ def test_products_are_those_of_the_rounded_numbers(dtype: torch.dtype) -> None:
     assert ((found.flatten(0, 1).double() - expected).abs() <= bound).all()
     plain = x.flatten(0, 1).double() @ weight.double().t()
     assert 0.005 < relative_error(found.flatten(0, 1)[:, 5:][:6].double(), plain[:, 5:][:6]) < 0.1
+
+
+def test_an_export_whose_sizes_a_gpu_does_not_multiply_is_imitated_there() -> None:
+    """On a device of sizes alone: a teacher of such sizes is refused, an export is for other machines."""
+    with FakeTensorMode():
+        x, even, odd = (torch.empty(size, device="cuda") for size in ((5, 3, 160), (768, 160), (748, 160)))
+        with pytest.raises(QuantisationError, match="in_proj has 748 x 160 weights on a rank"):
+            QuantisedWeight.of("in_proj", odd, None)
+        served = [QuantisedWeight.of("in_proj", one, None, torch.ones(len(one), 1)) for one in (even, odd)]
+        assert [one.multiplied for one in served] == [True, False]
+        assert served[1].product(x).shape == (5, 3, 748)
 
 
 def test_a_quantised_model_keeps_a_byte_for_each_weight_of_its_projections() -> None:

@@ -38,7 +38,11 @@ def block(rows: int, columns: int) -> tuple[Tensor, Tensor]:
 # Who writes so: config, name of the scales, the scales and what they multiply.
 WRITERS: dict[str, tuple[dict, str, Callable[[int, int], tuple[Tensor, Tensor]]]] = {
     "compressed-tensors": ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "_scale", row),
-    "rows in bf16": ({"quant_method": "compressed-tensors"}, "_scale", flat_row),
+    "rows in bf16": (
+        {"quant_method": "compressed-tensors", "sparsity_config": {"format": "dense", "global_sparsity": 0.1}},
+        "_scale",
+        flat_row,
+    ),
     "modelopt": ({"quant_method": "modelopt", "quant_algo": "FP8"}, "_scale", matrix),
     "fine-grained": ({"quant_method": "fp8", "weight_block_size": [3, 5]}, "_scale_inv", block),
 }
@@ -107,6 +111,15 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no method but a text": (
         lambda folder: (with_scales(torch.ones(4))(folder), change_config(quantization_config="x")(folder)),
         "quantization_config is set, by x",
+    ),
+    "thinned out": (
+        change_config(
+            quantization_config={
+                "quant_method": "compressed-tensors",
+                "sparsity_config": {"format": "sparse-24-bitmask"},
+            }
+        ),
+        "transforms or thins out the weights: dequantise",
     ),
     "rotated": (
         change_config(quantization_config={"quant_method": "compressed-tensors", "transform_config": {"a": 1}}),

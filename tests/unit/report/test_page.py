@@ -6,9 +6,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 from elastic.report.charts import Chart, number_text, thin, ticks
+from elastic.report.page import member_table
+from elastic.router.decide import RouterError
+from elastic.space.cost import Budget, Deployment, Metric, subnet_cost
+from elastic.space.shape import Subnet
+from elastic.space.space import Space
 from elastic.verbs.report import ReportError, write_report
+from tests.shapes import UNEVEN, random_table
 
 EVIL = "<img onerror=alert(1)>"
 WIDTH = "router/a/width/hidden"
@@ -20,7 +27,7 @@ ROWS = [
     {"step": 30, "validation/a/loss": 3.125, "validation/a/loss/b/c": 3.0},
 ]
 CONFIG = {"curriculum": [{"name": "short", "steps": 20, "sequence_length": 4096}, {"name": "long", "tokens": 10_000}]}
-EVENT = {"event": "skipped_step", "step": 13, "why": EVIL}
+EVENT = {"event": "skipped_step", "step": 13, "why": EVIL, "first_step": 1_234_567}
 
 
 class Page(HTMLParser):
@@ -62,7 +69,13 @@ def test_a_page_shows_what_was_logged_and_needs_nothing_else(tmp_path: Path) -> 
         "learning rate",
         "skipped steps",
     ]
-    assert "step 30, not finished" in text and "skipped_step" in text and "4,096" in text and "10,000" in text
+    assert (
+        "step 30, not finished" in text
+        and "skipped_step" in text
+        and "first_step 1,234,567" in text
+        and "4,096" in text
+        and "10,000" in text
+    )
     hovers = [part for part in page.text if ", step " in part]
     assert {
         "a, step 10: 2",
@@ -77,6 +90,25 @@ def test_a_page_shows_what_was_logged_and_needs_nothing_else(tmp_path: Path) -> 
     assert not re.search(r"https?:|url\(|@import|\bsrc=|\bhref=", html)
     (tmp_path / "finished.json").write_text(json.dumps({"step": 30, "reason": "the curriculum's end"}))
     assert "step 30, ended: the curriculum's end" in " ".join(written(tmp_path, lines(ROWS)).text)
+
+
+def test_a_limit_in_milliseconds_keeps_its_digits() -> None:
+    table = random_table(Space(UNEVEN, {}, lanes=1), torch.Generator().manual_seed(0))
+    deployment = Deployment(length_tokens=8192, latency=table)
+    whole = subnet_cost(UNEVEN, Subnet.full(UNEVEN), deployment).latency_ms
+    budget = Budget("fast", Metric.LATENCY_MS, target=0.4321)
+    html = member_table(UNEVEN, [("fast", Subnet.full(UNEVEN), budget)], deployment, {})
+    assert f"<td>fast</td><td>0.4321 latency_ms</td><td>{whole / 0.4321:.1%}</td>" in html
+
+
+def test_a_router_that_chooses_nothing_leaves_the_members_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a run's end nothing of it may fail for its page."""
+
+    def damaged(*arguments: object, **options: object) -> None:
+        raise RouterError("its logits are NaN")
+
+    monkeypatch.setattr("elastic.verbs.report.open_checkpoint", damaged)
+    assert "step 30, not finished" in " ".join(written(tmp_path, lines(ROWS)).text)
 
 
 def test_values_stand_where_the_axis_says() -> None:
@@ -124,3 +156,5 @@ def test_a_folder_that_is_no_runs_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "report.html").exists()
     with pytest.raises(ReportError, match=r"run = .*nowhere.*: holds no metrics\.jsonl"):
         write_report(tmp_path / "nowhere")
+    with pytest.raises(ReportError, match="cannot be read: File name too long"):
+        write_report(tmp_path / ("x" * 300))
