@@ -118,8 +118,8 @@ def raised(start, tmp_path_factory):
     return run_distributed(refusals, 1, start, tmp_path_factory.mktemp("existing"))[0]
 
 
-# They keep to folders of their own, write nothing, or only the page that they wrote before; search needs a family, so its
-# refusal is in test_search.py.
+# They keep to folders of their own, write nothing, or only the page that they wrote before; search needs a family, so
+# its refusal stands in test_search.py.
 NO_VERBS = ("smoke", "smoke_chat", "benchmark", "chaos", "preflight", "report", "search")
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("[!_]*.py") if path.stem not in NO_VERBS)
 
