@@ -31,7 +31,7 @@ def test_an_engine_without_an_environment_is_refused_with_the_command(monkeypatc
     assert problem.remedy == "make it with `make engine-mlx`"
 
 
-@pytest.mark.parametrize("engine", ["mlx", "llama_cpp"])
+@pytest.mark.parametrize("engine", ["mlx", pytest.param("llama_cpp", marks=pytest.mark.slow)])
 def test_a_subnet_with_ffn_widths_of_its_own_runs_in_an_engine(engine: str, tmp_path: Path) -> None:
     needs(engine)
     model = stock_folder(tmp_path / "stock", SHAPE, "fp32")
