@@ -41,6 +41,9 @@ def check_starts(init_from: inputs.OptionalParentInput, elastic: sections.Elasti
         if given.name not in names:
             rule = f"is none of elastic.budgets ({', '.join(names)})"
             yield Problem(f"init_from.subnets.{index}.name", given.name, rule, "add a budget of that name")
+        if given.params is not None:
+            rule, remedy = "is a size, and a start has widths", "give widths, or what recipes/search.py wrote"
+            yield Problem(f"init_from.subnets.{index}.params", given.params, rule, remedy)
 
 
 def check_data(data: sections.PreparedData) -> Problems:

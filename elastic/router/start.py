@@ -27,8 +27,8 @@ def start_at(router: Router, budget: int, chosen: Mapping[Axis, Sequence[int]]) 
         assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
         wanted = torch.tensor(indices)
         others = torch.nn.functional.one_hot(wanted, router.sizes[axis][1]) == 0  # [slots, K]
-        column = first.weight.detach()[:, budget].double().clone().requires_grad_()
-        fixed = [values.detach().double() for values in (first.bias, last.weight, last.bias)]
+        column = first.weight.detach()[:, budget].double().cpu().clone().requires_grad_()
+        fixed = [values.detach().double().cpu() for values in (first.bias, last.weight, last.bias)]
         optimizer = torch.optim.Adam([column], lr=RATE)
         for _ in range(MOST_ROUNDS):
             logits = _logits(column, fixed, activation, router, axis)

@@ -32,7 +32,8 @@ def family_checkpoint(config: ElasticConfig, here: World, say: Callable[[str], o
 def begin_router(router: Router, config: ElasticConfig, space: Space, family: Path | None) -> None:
     """Load the family's router, by the names of its budgets, and start new budgets with their subnets.
 
-    All ranks call this and leave with rank 0's values. Raises RouterError for a subnet it cannot hold.
+    All ranks call this, with the router on the device that their groups exchange, and leave with rank 0's values.
+    Raises RouterError for a subnet it cannot hold.
     """
     names = [budget.name for budget in config.elastic.budgets]
     if family is not None:
@@ -73,11 +74,13 @@ def start_problems(config: ElasticConfig | CostConfig, parent: Record) -> Iterat
                 field, given.name, str(error), "give widths among the choices, or what recipes/search.py wrote"
             )
             continue
-        used = float(subnet_cost(space.parent, subnet, deployment)[budget.metric])
-        if abs(used / budget.limit - 1.0) > TOLERANCE:
+        cost = subnet_cost(space.parent, subnet, deployment)
+        if abs(float(cost[budget.metric]) / budget.limit - 1.0) > TOLERANCE:
             number = [one.name for one in config.elastic.budgets].index(given.name)
-            rule = f"its subnet uses {used:.10g} {budget.metric}, and the router would move it to {budget.limit:.10g}"
-            yield Problem(f"elastic.budgets.{number}.target", budget.limit, rule, f"set target={used:.10g}, ratio=null")
+            asked = config.elastic.budgets[number]  # a rate is a time by now, but not where it is written
+            used, limit = float(cost[asked.metric]), budget.limit if asked.target is None else asked.target
+            rule = f"its subnet uses {used:.10g} {asked.metric}, and the router would move it to {limit:.10g}"
+            yield Problem(f"elastic.budgets.{number}.target", limit, rule, f"set target={used:.10g}, ratio=null")
 
 
 def _family_problems(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,10 @@ def run_search(config: SearchConfig, console: Console) -> Path:
         metric = search_metric(config)
         candidates, num_met, picked = find(config, opened, metric)
         subnets = {one.name: (one.subnet, GIVEN if one.budget is None else TRAINED) for one in opened.members}
-        subnets |= {
-            f"s{number:02d}": (candidates.subnet(row), candidates.origins[row])
-            for number, row in enumerate(picked, start=1)
-        }
+        # An earlier search's may be scored again, or be budgets by now.
+        free = (name for number in count(1) if (name := f"s{number:02d}") not in subnets)
+        for row, name in zip(picked, free, strict=False):
+            subnets[name] = candidates.subnet(row), candidates.origins[row]
         with open_run_folder(config.exp_manager, asdict(config), here) as folder:
             data = open_held_out(config.data, held_out, config.sequence_length)
             gates = {name: Gates.slice(subnet) for name, (subnet, _) in subnets.items()}
@@ -91,9 +92,13 @@ def _leave(
 
 
 def search_metric(config: SearchConfig) -> Metric:
-    """Return what sizes are compared by: the metric of the first limit, else parameters."""
+    """Return what sizes are compared by: the metric of the first limit, of a rate its time, else parameters.
+
+    So a smaller number is cheaper, whatever the metric.
+    """
     limits = read_constraint(config.constraint)
-    return limits[0].metric if limits else Metric.PARAMS
+    metric = limits[0].metric if limits else Metric.PARAMS
+    return Metric.LATENCY_MS if metric is Metric.TOKENS_PER_S else metric
 
 
 def find(config: SearchConfig, opened: OpenCheckpoint, metric: Metric) -> tuple[Candidates, int, list[int]]:

@@ -1,6 +1,6 @@
 """Subnets in a file, as recipes/search.py writes them: one reader for every verb that takes subnets."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +65,10 @@ def _asked_for(kind: type, values: Mapping[str, Any]) -> set[str] | None:
     if issubclass(kind, ElasticRunConfig):
         section = values.get("elastic")
         asked = section.get("budgets") if isinstance(section, Mapping) else None
-        asked = [budget.get("name") for budget in asked or () if isinstance(budget, Mapping)]
+        budgets = asked if isinstance(asked, list | tuple) else ()
+        asked = [budget.get("name") for budget in budgets if isinstance(budget, Mapping)]
     elif issubclass(kind, GenerateConfig):
         asked = [values.get(name) for name in ("budget", "think", "answer")]
     else:
         asked = values.get("budget_names")
-    return set(map(str, asked)) if isinstance(asked, Iterable) and not isinstance(asked, str) else None
+    return set(map(str, asked)) if isinstance(asked, list | tuple) else None

@@ -203,10 +203,9 @@ def _trainer(config: TrainConfig, here: World, data: TrainingData, record: Recor
     chooser = router_optimizer = None
     if isinstance(config, ElasticConfig) and (family := record.family) is not None:
         space = record.space()
-        router = Router(space, len(family.budgets), family.router_width, seed=config.seed)
+        router = Router(space, len(family.budgets), family.router_width, seed=config.seed).to(here.device)
         if opened.checkpoint is None:
             begin_router(router, config, space, opened.family)
-        router = router.to(here.device)
         chooser = Chooser(router, space, family.budgets, family.deployment, config.elastic.router, config.seed)
         router_optimizer = build_router_optimizer(router, config.optim)
     if opened.checkpoint is not None:

@@ -107,12 +107,13 @@ def test_constraints_and_a_score_of_ones_own(start, found):
     rows = {row["name"]: row for row in json.loads(found[0]["search.json"])["members"]}
     most = rows["full"]["flops_per_token"] * 0.8
     more = dict(constraint=f"flops_per_token<={most},params>={rows['half']['params']}", score=f"{__name__}.kept_layers")
-    values = values_of(start, "own", num_priced=200, subnets=[dict(name="mine", hidden=40)], **more)
+    values = values_of(start, "own", num_priced=200, subnets=[dict(name="s01", hidden=40)], **more)
     ((files, screen),) = run_distributed(searched, 1, values)
     report = json.loads(files["search.json"])
     assert report["metric"] == "flops_per_token" and report["num_met"] < report["num_priced"] == 200
     origins = {row["name"]: row["origin"] for row in report["members"]}
-    assert origins["mine"] == "given" and [entry["name"] for entry in json.loads(files["subnets.json"])["subnets"]]
+    found = [entry["name"] for entry in json.loads(files["subnets.json"])["subnets"]]
+    assert origins["s01"] == "given" and sorted(found) == ["s02", "s03", "s04", "s05"]  # s01 stays the user's
     for row in report["members"]:
         assert row["score"] == -len(row["subnet"]["kept_layers"])
         if row["origin"] not in ("trained", "given"):

@@ -17,6 +17,7 @@ from elastic.hf.export_settings import DtypeRule, ExportSettings
 from elastic.space.cost import subnet_cost
 from elastic.space.latency import Check, LatencyTable, Machine
 from elastic.space.reach import sample_subnet
+from elastic.verbs.going_on import start_problems
 from tests.shapes import random_table
 from tests.unit.config.configs import FAMILY, found, legal, put, values_of
 
@@ -96,6 +97,17 @@ def test_a_file_that_is_no_table_is_refused(content: str | None, rule: str, tmp_
 def test_what_a_table_does_not_cover_is_refused(table: LatencyTable, changes: dict[str, Any], message: str) -> None:
     _, problems = found(CostConfig, config(table, **changes))
     assert len(problems) >= 1 and any(message in str(problem) for problem in problems), list(map(str, problems))
+
+
+def test_a_start_that_misses_its_rate_is_told_the_rate(table: LatencyTable) -> None:
+    read = legal(CostConfig, config(table))
+    rate = 1e3 / (0.7 * read.budgets()[0].limit)
+    budgets = [BUDGETS[0], {"name": "fast", "metric": "tokens_per_s", "target": rate}]
+    start = config(table, elastic__budgets=budgets, init_from__subnets=[{"name": "fast"}])  # all full
+    (problem,) = start_problems(legal(CostConfig, start), Record("permuted_parent", read.space().parent, 8))
+    assert (problem.field, problem.value) == ("elastic.budgets.1.target", rate)
+    assert f"uses {0.7 * rate:.10g}" in problem.rule and "tokens_per_s" in problem.rule
+    assert f"target={0.7 * rate:.10g}" in problem.remedy
 
 
 def test_a_checkpoint_and_a_card_carry_the_times(table: LatencyTable, tmp_path: Path) -> None:

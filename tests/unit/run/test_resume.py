@@ -165,6 +165,11 @@ def test_other_content_under_the_same_path_is_noticed(tmp_path):
     same = values(tmp_path)
     other = {**INPUTS, "data.path (train split)": "c" * 64}
     assert verdicts(compare(same, same, inputs=(INPUTS, other))) == {"data.path (train split)": False}
+    # A family is where a run begins: one that comes later would say nothing.
+    family = INPUTS | {"init_from.family": "d" * 64}
+    assert compare(same, same, inputs=(family, family)) == {}
+    found = compare(same, same, inputs=(INPUTS, family))
+    assert verdicts(found) == {"init_from.family": False} and "did not begin" in str(found["init_from.family"])
     ranked = compare(same, same, rankings=((0, 1, 2, 3, 4), (4, 3, 2, 1, 0)))
     assert verdicts(ranked) == {"init_from.permuted_parent (depth ranking)": False}
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from elastic.config.verbs import SearchConfig
 from elastic.router.decide import likeliest
 from elastic.router.router import Router
 from elastic.search.candidates import Candidates, joined, likelihood, pick, propose, running, split
@@ -17,6 +18,7 @@ from elastic.space.cost import Cost, Metric, subnet_cost
 from elastic.space.reach import choice_indices, sample_subnet, smallest_subnet
 from elastic.space.shape import Subnet
 from elastic.space.space import AxisChoices, Space
+from elastic.verbs.search import search_metric
 from tests.unit.space.test_reach import DEPLOYMENT, PARENT, SPACE, budget
 
 TRAINED_SUBNETS = {
@@ -127,6 +129,18 @@ def test_the_likeliest_of_each_band_of_cost_is_picked_and_empty_bands_are_filled
 def test_a_constraint_that_cannot_be_read_is_named(text: str, line: str) -> None:
     with pytest.raises(ConstraintError, match=rf"constraint = .*: {line}"):
         read_constraint(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "metric"),
+    [
+        (None, Metric.PARAMS),
+        ("flops_per_token<=1e6,params<=2e6", Metric.FLOPS_PER_TOKEN),
+        ("tokens_per_s>=20,params<=2e6", Metric.LATENCY_MS),  # the fastest is the cheapest
+    ],
+)
+def test_sizes_are_compared_by_what_a_cheaper_one_has_less_of(text: str | None, metric: Metric) -> None:
+    assert search_metric(SearchConfig(constraint=text)) is metric
 
 
 def test_what_is_out_of_reach_is_told_the_nearest_possible(candidates: Candidates) -> None:

@@ -43,6 +43,9 @@ def test_writers_and_budgets_to_train_take_what_bears_their_name(path: str) -> N
         }
         filled, _ = fill_subnets(kind, values)
         assert names(filled["init_from"]["subnets"]) == ["s02"] and filled["init_from"]["family"] == "run"
+    for budgets in (None, 5, "s02", ["s02"]):  # what a rule of the config names later
+        filled, problems = fill_subnets(ElasticConfig, values | {"elastic": {"budgets": budgets}})
+        assert (filled["init_from"]["subnets"], problems) == ([], ())
     lists = {"subnets": [{"name": "mine"}], "budget_names": ["small"]}
     assert fill_subnets(EvaluateConfig, lists) == (lists, ()) and fill_subnets(ImportConfig, {"subnets": "x"})[1] == ()
 

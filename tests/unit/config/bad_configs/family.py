@@ -254,6 +254,13 @@ BAD: tuple[BadConfig, ...] = (
         'init_from.subnets.0.name = "between": is none of elastic.budgets (full, small); add a budget of that name',
     ),
     (
+        ElasticConfig,
+        {"init_from.subnets": [{"name": "small", "params": 10**6}]},
+        1,
+        "init_from.subnets.0.params = 1000000: is a size, and a start has widths; give widths, or what "
+        "recipes/search.py wrote",
+    ),
+    (
         PretrainConfig,
         {"model.vocab": 299},
         1,
