@@ -21,7 +21,6 @@ from elastic.space.axes import Axis
 ABSENT = "absent"
 REPLICAS = "replicas"  # of the first phase; what a checkpoint says of its run beside the checksums of its inputs
 PACKING = "packing"  # how sequences are made of documents, in the provenance of a record; absent: concatenated
-FAMILY = "init_from.family"
 TRAINED = "this phase has been trained"
 
 
@@ -142,14 +141,10 @@ def differences(
     if any(packed[name] != packed_now[name] for name in packed.keys() & packed_now.keys()):
         why = "sequences are made otherwise from here on: in this epoch documents may be read twice, or not at all"
         yield Difference("data.packing", before, now, why, True)
-    begun = state.origin.get("inputs", {})
-    if FAMILY in origin["inputs"] and FAMILY not in begun:
-        why = "the run did not begin with a family, and its weights and router are its own by now"
-        yield Difference(FAMILY, ABSENT, origin["inputs"][FAMILY][:12], why, False, "leave it out, or start a new run")
     for name, checksum in sorted(origin["inputs"].items()):
-        before = begun.get(name, checksum)
+        before = state.origin.get("inputs", {}).get(name, ABSENT if name == "init_from.family" else checksum)
         if before != checksum:
-            why = "the same path holds other content, or it is another path: the checksum differs"
+            why = "the same path holds other content, or it is another path, or new: the checksum differs"
             yield Difference(name, before[:12], checksum[:12], why, False, "give what the run started with")
 
 

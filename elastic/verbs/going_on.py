@@ -60,7 +60,7 @@ def start_problems(config: ElasticConfig | CostConfig, parent: Record) -> Iterat
     deployment, budgets = config.elastic.deployment, {budget.name: budget for budget in config.budgets()}
     for index, given in enumerate(source.subnets):
         field, budget = f"init_from.subnets.{index}", budgets.get(given.name)
-        if budget is None or budget.target is None:
+        if budget is None or budget.target is None or given.params is not None:
             continue  # likewise
         if given.name in trained:
             rule = "the family was trained for this budget, and goes on with its own choice"
