@@ -31,7 +31,7 @@ def start(verb: str) -> None:
     def main(cfg: DictConfig) -> None:
         with leave_on_user_error():  # in here: Hydra would print a line of its own before it
             config: Any = load_config(cfg, entry.config)
-            entry.body(config, Console(width=max(entry.columns, Console().width) if entry.columns else None))
+            entry.body(config, Console())
 
     run(main)
 

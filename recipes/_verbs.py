@@ -35,15 +35,11 @@ from elastic.verbs.training import run_training
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb: called with a checked `config` and the console to speak to; `run_name` is the file of conf/ it takes.
-
-    `columns` is what its tables need: a narrower terminal, or a job's log, wraps instead of losing digits.
-    """
+    """A verb: called with a checked `config` and the console to speak to; `run_name` is the file of conf/ it takes."""
 
     config: type
     body: Callable[..., Any]
     run_name: str | None = None
-    columns: int = 0
 
 
 VERBS = {
@@ -51,9 +47,9 @@ VERBS = {
     "pretrain_parent": Verb(PretrainConfig, run_training),
     "import_hf": Verb(ImportConfig, run_import),
     "estimate_importance": Verb(ImportanceConfig, run_importance),
-    "cost": Verb(CostConfig, run_cost, "elastic_12b", columns=100),
+    "cost": Verb(CostConfig, run_cost, "elastic_12b"),
     "measure_latency": Verb(LatencyConfig, run_measure_latency, "elastic_12b"),
-    "plan": Verb(PlanConfig, run_plan, columns=118),
+    "plan": Verb(PlanConfig, run_plan),
     "train_elastic": Verb(ElasticConfig, run_training),
     "evaluate": Verb(EvaluateConfig, run_evaluate),
     "search": Verb(SearchConfig, run_search),

@@ -28,7 +28,7 @@ from elastic.plan.search import (
 from elastic.plan.timing import CAUSES, PASSES, StepTime
 from elastic.space.latency import Machine
 from elastic.verbs.parent import nested_parent
-from elastic.verbs.report_file import check_output, table, write_output
+from elastic.verbs.report_file import check_output, print_table, table, write_output
 
 MEMORY = ("parameters", "gradients", "optimizer", "teacher", "teacher_hidden", "activations", "working_set", "logits")
 SECONDS_PER_DAY = 86400.0
@@ -62,7 +62,7 @@ def run_plan(config: PlanConfig, console: Console) -> dict[str, Any]:
         found = search(config, samples)
         report["found"] = [candidate_summary(one) for one in found.fitting]
         report["rejected"] = [asdict(one) for one in found.rejected]
-        console.print(ranking_table(found.fitting, config))
+        print_table(ranking_table(found.fitting, config), console)
         for line in [*alone_lines(found), *rejection_lines(found.rejected)]:
             console.print(line, highlight=False)
     # 3. The rehearsal.
@@ -70,7 +70,7 @@ def run_plan(config: PlanConfig, console: Console) -> dict[str, Any]:
         from elastic.plan.dry_run import rehearse
 
         report["rehearsal"] = rehearse(config, space, own)
-        console.print(rehearsal_table(report["rehearsal"]))
+        print_table(rehearsal_table(report["rehearsal"]), console)
     write_output(config, report, console)
     return report
 
@@ -84,10 +84,10 @@ def _print_chosen(console: Console, config: PlanConfig, name: str, report: dict[
         f"{values['spare']:.0%} to spare",
         highlight=False,
     )
-    console.print(memory_table(values))
-    console.print(work_table(values))
+    print_table(memory_table(values), console)
+    print_table(work_table(values), console)
     for phase in values["phases"]:
-        console.print(time_table(phase))
+        print_table(time_table(phase), console)
     lines = [*figure_lines(report["figures"]), *bill_lines(values, config)]
     for line in [*lines, *(f"warning: {text}" for text in report["warnings"])]:
         console.print(line, highlight=False)

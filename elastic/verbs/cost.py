@@ -19,7 +19,7 @@ from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import Space
 from elastic.verbs.members import subnet_summary
 from elastic.verbs.parent import nested_parent
-from elastic.verbs.report_file import check_output, table, write_output
+from elastic.verbs.report_file import check_output, print_table, table, write_output
 
 TENSOR_PARALLEL = (1, 2, 4, 8)  # sizes a submodel is served at
 COSTS = ("params", "weight_bytes", "kv_bytes", "ssm_bytes", "conv_bytes", "deploy_bytes", "flops_per_token")
@@ -42,12 +42,12 @@ def run_cost(config: CostConfig, console: Console) -> dict[str, Any]:
         "smallest": cost_values(subnet_cost(space.parent, smallest_subnet(space), deployment)),
         "budgets": [budget_row(budget, sample, space) for budget, sample in zip(budgets, samples, strict=True)],
     }
-    console.print(cost_table(report))
+    print_table(cost_table(report), console)
     if Metric.LATENCY_MS in report["parent"]:
-        console.print(time_table(report))
+        print_table(time_table(report), console)
     console.print(conditions(deployment), highlight=False, style="dim")
     console.print()
-    console.print(sample_table(report, space.parent))
+    print_table(sample_table(report, space.parent), console)
     for note in [*notes(report, config), *latency_notes(deployment, space, Machine.here())]:
         console.print(note, highlight=False)
     write_output(config, report, console)

@@ -23,7 +23,7 @@ from elastic.space.cost import subnet_cost
 from elastic.space.shape import Subnet
 from elastic.verbs.generate import TOKENIZER_REMEDY, own_text, served_tokenizer_problems
 from elastic.verbs.members import members_problems, open_checkpoint, subnet_summary
-from elastic.verbs.report_file import table
+from elastic.verbs.report_file import print_table, table
 from elastic.world.files import write_json
 from elastic.world.groups import World
 
@@ -56,7 +56,7 @@ def run_evaluate_tasks(config: EvaluateTasksConfig, console: Console) -> Path:
             source, higher = config.folder or config.init_from.checkpoint, evaluator.higher_is_better
             write_json(folder / TASKS_FILE, {"source": source, "higher_is_better": higher, "members": rows})
             draw_scores(rows, folder / PICTURE_FILE)
-            console.print(scores_table(rows))
+            print_table(scores_table(rows), console)
     return folder
 
 

@@ -44,6 +44,7 @@ from elastic.verbs.extract_gguf import also_in_engines, export_member_gguf
 from elastic.verbs.fp8_loss import Fp8Loss, card_text, exported_values, fp8_losses, load_as_exported, loss_table
 from elastic.verbs.import_hf import transfer_progress
 from elastic.verbs.members import Member, OpenCheckpoint, open_checkpoint, subnet_summary
+from elastic.verbs.report_file import print_table
 from elastic.verbs.text import text_settings
 from elastic.world.files import write_json
 from elastic.world.groups import DTYPES, Layout, world
@@ -134,7 +135,10 @@ def _fp8_of_family(
         why = "no held-out tokens: name prepared data of this tokenizer in data.path"
     else:
         why = "the nested parent does not fit in this machine's memory in fp32"
-    console.print(loss_table(losses) if losses else f"note: what FP8 costs in loss was not measured, {why}")
+    if losses:
+        print_table(loss_table(losses), console)
+    else:
+        console.print(f"note: what FP8 costs in loss was not measured, {why}")
     return _Fp8Family(calibrated, losses)
 
 
