@@ -69,8 +69,9 @@ _SIZES: dict[str, Callable[[ModelShape, tuple[int, ...]], tuple[int, ...]]] = {
     "mixer.norm.weight": lambda shape, size: (shape.mamba_groups, size[0] // shape.mamba_groups),
 }
 _ROWS_AT_ONCE = 4096
-# Of the largest value of a block: half a step of 1/127, and the rounding of the step to f16.
-_Q8_0_ERROR = 0.5 / 127 + 2**-11
+# Of the largest value of a block: half a step of 1/127, and the rounding of the step to f16; that of a step below
+# f16's smallest normal number is half of 2^-24, up to 127 times, however small the values are.
+_Q8_0_ERROR, _Q8_0_LEAST = 0.5 / 127 + 2**-11, 127 * 2**-25
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,7 @@ def _same(values: Tensor, expected: Tensor, form: GGMLQuantizationType) -> bool:
     if form == GGMLQuantizationType.Q8_0:
         blocks = expected.reshape(-1, GGML_QUANT_SIZES[form][0])
         error = (values.reshape(blocks.shape) - blocks).abs()
-        return bool((error <= _Q8_0_ERROR * blocks.abs().amax(dim=1, keepdim=True)).all())
+        return bool((error <= _Q8_0_ERROR * blocks.abs().amax(dim=1, keepdim=True) + _Q8_0_LEAST).all())
     rounded = {GGMLQuantizationType.F16: torch.float16, GGMLQuantizationType.BF16: torch.bfloat16}
     return torch.equal(values, expected.to(rounded.get(form, torch.float32)).float())
 

@@ -15,8 +15,11 @@ from elastic.config.load import ConfigError, Problem
 from elastic.config.rules_layout import layout_problems
 from elastic.config.tasks import EvaluateTasksConfig
 from elastic.data.manifest import DataError
+from elastic.data.tokenizer import CHAT_TEMPLATE, TOKENIZER_CONFIG
 from elastic.hf.export_settings import ExportSettingsError
 from elastic.hf.folder import HfFolderError, open_hf_folder
+from elastic.hf.safe_files import UnsafeFileError, read_json
+from elastic.hf.tokenizer_files import MAX_BYTES
 from elastic.run.folder import open_run_folder
 from elastic.run.world import run_world
 from elastic.space.cost import subnet_cost
@@ -32,13 +35,14 @@ Scores = dict[str, dict[str, Any]]  # of each task its metrics by name, and what
 
 
 class TasksError(ConfigError):
-    """Tasks that nobody knows."""
+    """Tasks, or members with a time, that nobody knows."""
 
 
 def run_evaluate_tasks(config: EvaluateTasksConfig, console: Console) -> Path:
     """Score every member on every task, write tasks.json and tasks.png; returns the run folder.
 
-    Raises TasksError for a task that neither lm-eval nor `include_path` has, before any weight is read.
+    Raises TasksError for a task that neither lm-eval nor `include_path` has, and for a time of no member, before any
+    weight is read.
     """
     with run_world(config) as here, open_run_folder(config.exp_manager, asdict(config), here) as folder:
         from elastic.tasks import scoring  # it imports lm-eval, which not everybody has, and takes seconds
@@ -63,6 +67,7 @@ def run_evaluate_tasks(config: EvaluateTasksConfig, console: Console) -> Path:
 def _of_members(config: EvaluateTasksConfig, evaluator: Any, here: World, console: Console) -> Iterator[dict[str, Any]]:
     """Score members of the nested checkpoint, one after another, from one copy of its weights."""
     opened = open_checkpoint(config.init_from, config.budget_names, config.subnets, world=here, say=console.print)
+    _check_times(config, [member.name for member in opened.members])
     settings, path = own_text(config.tokenizer, opened.checkpoint, opened.record)
     model = opened.load_model(here.layout).eval()
     for member in opened.members:
@@ -76,6 +81,7 @@ def _of_folder(config: EvaluateTasksConfig, evaluator: Any, here: World, console
     """Score an exported folder with lm-eval's own hf."""
     folder = Path(str(config.folder))
     shape = open_hf_folder(folder).shape
+    _check_times(config, [folder.resolve().name])
     params = subnet_cost(shape, Subnet.full(shape)).params
     told = {"name": folder.resolve().name, "params": params, "latency_ms": None, "subnet": None}
     yield {**told, "tasks": evaluator.exported(folder, here.device)}
@@ -87,6 +93,13 @@ def _unknown_tasks(wanted: Sequence[str], known: Sequence[str]) -> Iterator[Prob
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             remedy = f"nearest is {near[0]}" if near else "name a task of lm-eval, or set include_path"
             yield Problem(f"tasks.{index}", name, "is no task of lm-eval or of include_path", remedy)
+
+
+def _check_times(config: EvaluateTasksConfig, names: Sequence[str]) -> None:
+    unknown = [name for name in config.latency_ms if name not in names]
+    if unknown:
+        rule, remedy = "names none of the members", f"they are {', '.join(names)}"
+        raise TasksError([Problem(f"latency_ms.{name}", config.latency_ms[name], rule, remedy) for name in unknown])
 
 
 def tasks_problems(config: EvaluateTasksConfig) -> Iterator[Problem]:
@@ -103,6 +116,7 @@ def tasks_problems(config: EvaluateTasksConfig) -> Iterator[Problem]:
             yield Problem("folder", folder, str(error), "give a folder that recipes/extract.py wrote")
             return
         yield from served_tokenizer_problems(config.tokenizer, Path(folder), "folder", shape)
+        yield from _template_problems(config, Path(config.tokenizer or folder))
         return
     checkpoint = resolve_checkpoint(str(source.checkpoint))
     record = Record.read(checkpoint)
@@ -114,6 +128,23 @@ def tasks_problems(config: EvaluateTasksConfig) -> Iterator[Problem]:
         yield Problem("tokenizer", None, str(error), TOKENIZER_REMEDY)
         return
     yield from served_tokenizer_problems(config.tokenizer, own, str(source.checkpoint), record.shape)
+    if config.tokenizer is not None or own is not None:
+        yield from _template_problems(config, Path(str(config.tokenizer or own)))
+
+
+def _template_problems(config: EvaluateTasksConfig, tokenizer: Path) -> Iterator[Problem]:
+    """Yield a problem for questions that are to be put into a chat template which the tokenizer does not have."""
+    settings = tokenizer / TOKENIZER_CONFIG
+    if not config.chat_template or (tokenizer / CHAT_TEMPLATE).is_file():
+        return
+    try:
+        has_own = settings.is_file() and bool(read_json(settings, MAX_BYTES).get("chat_template"))
+    except UnsafeFileError as error:
+        yield Problem("tokenizer", str(tokenizer), str(error), TOKENIZER_REMEDY)
+        return
+    if not has_own:
+        rule = f"tokenizer {tokenizer} has no chat template"
+        yield Problem("chat_template", True, rule, "set chat_template=false, or tokenizer=FOLDER with one")
 
 
 def headline(metrics: Mapping[str, Any]) -> tuple[str, float, float | None]:

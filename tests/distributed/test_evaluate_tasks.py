@@ -111,6 +111,10 @@ def _on_one_process(start: Path) -> dict[str, Any]:
     with pytest.raises(TasksError) as unknown:
         evaluated(start, "unknown", **source, tasks=["made_choice"])
     assert [path.name for path in (start / "run" / "unknown").iterdir()] == ["config.json"], "the next start goes on"
+    with pytest.raises(TasksError, match=r"latency_ms\.haf = 2\.5: names none of the members; they are full, half"):
+        evaluated(start, "no_member", **source, latency_ms={"haf": 2.5})
+    with pytest.raises(ConfigError, match=r"chat_template = true: tokenizer .*data has no chat template"):
+        evaluated(start, "no_template", **source, chat_template=True)
     return {
         "nested": evaluated(start, "nested", **source, latency_ms={"half": 2.5}, batch_size=5),
         "folder": evaluated(start, "folder", folder=folder, batch_size=3),
