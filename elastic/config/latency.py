@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from elastic.config.load import Problem, Problems, load_with_problems
+from elastic.config.rules_layout import Cluster
 from elastic.config.sections import ElasticSection, ModelConfig
 from elastic.config.verbs import CostConfig
 from elastic.space import ranges
@@ -70,6 +71,13 @@ def with_table(kind: type, values: Mapping[str, Any]) -> tuple[dict[str, Any], t
         problems = [Problem(FIELD, path, f"is not JSON: {error}", MEASURE)]
     table = {"latency": None if problems else content}
     return {**values, "elastic": {**elastic, "deployment": {**deployment, **table}}}, tuple(problems)
+
+
+def check_alone(cluster: Cluster) -> Problems:
+    """Times are taken by one process: others beside it would be timed, too, and write the same file."""
+    if cluster.num_processes > 1:
+        rule, remedy = "others beside it would slow down what is timed", "nearest legal value is 1: leave torchrun out"
+        yield Problem("number of processes", cluster.num_processes, rule, remedy)
 
 
 def check_latency(model: ModelConfig, elastic: ElasticSection) -> Problems:

@@ -204,6 +204,7 @@ COMPUTED = (*TRAINING, verbs.ImportanceConfig, HELD_OUT, GENERATE, TASKS)
 RULES = (
     Rule(COMPUTED, rules_layout.check_world),
     Rule((verbs.ImportConfig, verbs.ExtractConfig), rules_layout.check_one_process),
+    Rule(latency.LatencyConfig, latency.check_alone),
     Rule((*TRAINING, verbs.CostConfig), rules_layout.check_model, later_rules_need_it=True),
     Rule(PRETRAIN, lambda model, parallel: model_layout_problems(model, parallel, None)),
     Rule(ELASTIC, lambda model, elastic, parallel: model_layout_problems(model, parallel, elastic.space.lanes)),

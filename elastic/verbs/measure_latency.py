@@ -139,7 +139,7 @@ def run_measure_latency(config: LatencyConfig, console: Console) -> LatencyTable
     space, given, deployment = nested_parent(config)[1], config.measure, config.elastic.deployment
     passes: list[Timed] = ["decode", "prefill"]
     batches, lengths = given.batches or (deployment.batch,), given.lengths or (deployment.length_tokens,)
-    conditions = [Conditions(*one) for one in itertools.product(passes, batches, lengths)]
+    conditions = [Conditions(*one) for one in dict.fromkeys(itertools.product(passes, batches, lengths))]
     with world(Layout(dtype=DTYPES[config.trainer.precision])), torch.no_grad():
         try:
             table = measured_table(space, conditions, config.trainer.precision, given.rounds, console)

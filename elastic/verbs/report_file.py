@@ -9,7 +9,7 @@ from rich.table import Table
 
 from elastic.config.load import ConfigError, Problem
 from elastic.config.verbs import CostConfig, GenerateConfig
-from elastic.world.files import write_json
+from elastic.world.files import nearest_existing, write_json
 
 WIDEST_COLUMNS = 10_000
 
@@ -19,9 +19,16 @@ class OutputError(ConfigError):
 
 
 def output_file_problems(config: CostConfig | GenerateConfig) -> Iterator[Problem]:
-    """Yield a problem if `output` exists and may not be replaced."""
+    """Yield a problem if `output` exists and may not be replaced, or cannot be a file."""
+    if config.output is None:
+        return
     section, prefix = (config, "") if isinstance(config, GenerateConfig) else (config.exp_manager, "exp_manager.")
-    if config.output is not None and Path(config.output).exists() and not section.overwrite:
+    path = Path(config.output)
+    above = nearest_existing(path.absolute().parent)
+    if path.is_dir() or not above.is_dir():
+        rule = "is a folder" if path.is_dir() else f"{above} is no folder"
+        yield Problem("output", config.output, rule, "name a file in a folder")
+    elif path.exists() and not section.overwrite:
         remedy = f"choose another file, or set {prefix}overwrite=true"
         yield Problem("output", config.output, "exists already", remedy)
 

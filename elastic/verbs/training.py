@@ -63,8 +63,9 @@ def run_training(config: TrainConfig, console: Console, callbacks: Sequence[Call
     sequences = [f"{phase.name}: {it}" for phase, it in zip(config.curriculum, data.samples(), strict=True)]
     with run_world(config.of(config.curriculum[0])) as here:
         packed = {PACKING: data.in_words, "sequences": "; ".join(sequences)}
-        start, record = _started_from(config, here, console, packed)
         family = family_checkpoint(config, here, console.print) if isinstance(config, ElasticConfig) else None
+        goes_on = {} if family is None else {"family": str(family)}
+        start, record = _started_from(config, here, console, goes_on | packed)
         with open_training_run(config, data, record, here, console.print, start, family) as opened:
             trainer, folder = _trainer(config, here, data, record, opened), opened.folder
             wandb_run = None
@@ -119,8 +120,7 @@ def _started_from(
     start, space = nested_parent(config, here, console.print)
     section = config.elastic
     family = Family(space.axes, config.budgets(), section.deployment, section.router.hidden_width, space.keep_at_least)
-    goes_on = {} if config.init_from.family is None else {"family": config.init_from.family}
-    provenance = {"permuted parent": str(start), **goes_on, "data": data, **provenance}
+    provenance = {"permuted parent": str(start), "data": data, **provenance}
     return start, Record("elastic", space.parent, space.lanes, space.depth_ranking, data, family, provenance)
 
 

@@ -42,7 +42,7 @@ def measured_and_priced(folder: Path) -> tuple[dict[str, Any], str, dict[str, An
     screen, file = Console(file=io.StringIO(), width=150), str(folder / "table.json")
     deployment = dict(batch=2, length_tokens=16)
     elastic: dict[str, Any] = dict(space=SPACE, deployment=deployment)
-    values = dict(model=SIZES, elastic=elastic, output=file, measure=dict(rounds=3, lengths=[16, 8]))
+    values = dict(model=SIZES, elastic=elastic, output=file, measure=dict(rounds=3, lengths=[16, 8, 16]))
     run_measure_latency(load(LatencyConfig, values), screen)
     budgets = [dict(name="full", metric="latency_ms", ratio=1.0)]
     asked = dict(model=SIZES, elastic=elastic | {"budgets": budgets, "deployment": deployment | {"latency": file}})

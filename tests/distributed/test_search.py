@@ -154,9 +154,19 @@ def going_on(start, version, found, **changes):
 
 
 def _trained_further(values):
-    """Train as the recipe does; return what the router chooses for every budget before the run and behind it."""
+    """Train as the recipe does, at once and in two parts; return what the router chooses before and behind it.
+
+    Beside it the family that the record names, and by files whether both ways end with the same bytes.
+    """
     config = load_run(ElasticConfig, values, Cluster(), is_main=True)
-    train(dict(values, init_from={**values["init_from"], "subnets": [vars(one) for one in config.init_from.subnets]}))
+    values = dict(values, init_from={**values["init_from"], "subnets": [vars(one) for one in config.init_from.subnets]})
+    train(values)
+    parts = dict(values, exp_manager=dict(values["exp_manager"], version="in_parts"))
+    train(dict(parts, trainer=dict(values["trainer"], max_steps=1)))
+    train(parts)
+    whole, resumed = (resolve_checkpoint(load(ElasticConfig, one).exp_manager.run_dir) for one in (values, parts))
+    same = {name: (whole / name).read_bytes() == (resumed / name).read_bytes()
+            for name in ("__0_0.distcp", "router.safetensors")}  # fmt: skip
     chosen = []
     for source in (config.init_from.family, config.exp_manager.run_dir):
         checkpoint = resolve_checkpoint(source)
@@ -165,13 +175,15 @@ def _trained_further(values):
         load_router(checkpoint, router)
         names = [budget.name for budget in record.family.budgets]
         chosen.append({name: subnet_summary(likeliest(router, record.space(), n)) for n, name in enumerate(names)})
-    return chosen
+    return chosen, Record.read(whole).provenance["family"], same
 
 
 def test_a_family_goes_on_with_a_size_that_was_found_as_a_budget_more(start, found):
     rows = {row["name"]: row for row in json.loads(found[0]["search.json"])["members"]}
     values = going_on(start, "further", found)
-    ((before, behind),) = run_distributed(_trained_further, 1, values)
+    (((before, behind), family, same),) = run_distributed(_trained_further, 1, values)
+    assert family == str(resolve_checkpoint(start / "run" / "searched"))
+    assert same == dict.fromkeys(same, True) and len(same) == 2
     assert {name: behind[name] for name in before} == before
     assert behind["s02"] == rows["s02"]["subnet"]
     more = values_of(start, "further_loss", init_from=dict(checkpoint=str(start / "run" / "further")))

@@ -11,6 +11,7 @@ import torch
 from elastic.checkpoint.record import Family, Record
 from elastic.config.latency import LatencyConfig, latency_notes, with_table
 from elastic.config.load import config_dict, load
+from elastic.config.rules_layout import Cluster
 from elastic.config.verbs import CostConfig
 from elastic.hf.card import CardInfo, model_card
 from elastic.hf.export_settings import DtypeRule, ExportSettings
@@ -54,7 +55,9 @@ def test_a_table_survives_its_file_and_the_config(table: LatencyTable, tmp_path:
     assert all(budget.limit > 0 for budget in read.budgets())
     again = config_dict(read)  # a resolved config holds the table, and needs the file no more
     assert load(CostConfig, again).elastic.deployment.latency == table
-    measuring = legal(LatencyConfig, with_table(LatencyConfig, config(None, elastic__deployment__latency="nowhere"))[0])
+    values, _ = with_table(LatencyConfig, config(None, elastic__deployment__latency="nowhere"))
+    measuring, (beside,) = found(LatencyConfig, values, Cluster(num_processes=2))
+    assert str(beside).startswith("number of processes = 2: others beside it would slow down what is timed")
     assert measuring.elastic.deployment.latency is None and [b.name for b in measuring.elastic.budgets] == ["full"]
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from elastic.config.load import ConfigError
 from elastic.config.rules_layout import Cluster
 from elastic.config.sections import ModelConfig
 from elastic.config.verbs import (
+    CostConfig,
     ElasticConfig,
     EvaluateConfig,
     ExtractConfig,
@@ -26,7 +28,8 @@ from elastic.config.verbs import (
 )
 from elastic.corpus.config import PrepareConfig
 from elastic.verbs.inputs import load_run
-from tests.unit.config.configs import DATA_TOKENS, put, values_of, written_manifest, written_record
+from elastic.verbs.report_file import output_file_problems
+from tests.unit.config.configs import DATA_TOKENS, legal, put, values_of, written_manifest, written_record
 
 
 def run_values(kind: type, folder: Path) -> dict[str, Any]:
@@ -101,6 +104,21 @@ def test_data_folder_without_manifest_is_named_when_the_vocabulary_depends_on_it
     values = values_of(PretrainConfig, {"data.path": str(tmp_path), "exp_manager.exp_dir": str(tmp_path)})
     with pytest.raises(ConfigError, match=r"model\.vocab = null: .*not a prepared data folder.*set model\.vocab"):
         load_run(PretrainConfig, values, Cluster(), is_main=True)
+
+
+@pytest.mark.parametrize(
+    ("output", "rule"),
+    [("", "is a folder"), ("there.json", "exists already"), ("there.json/in/it.json", "there.json is no folder")],
+)
+def test_a_file_that_cannot_be_written_is_named_before_anything_is_priced(
+    tmp_path: Path, output: str, rule: str
+) -> None:
+    (tmp_path / "there.json").touch()
+    config = legal(CostConfig, values_of(CostConfig, {"output": str(tmp_path / output)}))
+    (problem,) = output_file_problems(config)
+    assert problem.field == "output" and problem.rule.endswith(rule)
+    free = replace(config, output=str(tmp_path / "new" / "file.json"))
+    assert not [*output_file_problems(free), *output_file_problems(replace(config, output=None))]
 
 
 def test_prepare_data_rules_come_in_the_same_form(tmp_path: Path) -> None:
