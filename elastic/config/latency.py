@@ -1,5 +1,6 @@
 """Measured times in configs: what is measured, a table in the place of its file, what it must cover and leaves open."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,6 +72,17 @@ def with_table(kind: type, values: Mapping[str, Any]) -> tuple[dict[str, Any], t
         problems = [Problem(FIELD, path, f"is not JSON: {error}", MEASURE)]
     table = {"latency": None if problems else content}
     return {**values, "elastic": {**elastic, "deployment": {**deployment, **table}}}, tuple(problems)
+
+
+def with_digest(values: dict[str, Any]) -> dict[str, Any]:
+    """Put a digest in the place of the table in a config's values: between runs it differs, and is accepted, as one."""
+    elastic = values.get("elastic") or {}
+    deployment = elastic.get("deployment") or {}
+    if (table := deployment.get("latency")) is None:
+        return values
+    digest = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:12]
+    named = {**deployment, "latency": f"times of {table['machine']['name']}, sha256 {digest}"}
+    return {**values, "elastic": {**elastic, "deployment": named}}
 
 
 def check_alone(cluster: Cluster) -> Problems:

@@ -234,8 +234,9 @@ def check_budgets(model: ModelConfig, elastic: ElasticSection) -> Problems:
         is_one = (budget.target is None) != (budget.ratio is None)  # else check_budget_fields says so
         if not is_one or (budget.metric in MEASURED and deployment.measured is None):  # check_latency says that
             continue
-        absolute = budget.absolute(space.parent, deployment)
-        if why := out_of_reach(space, absolute, deployment, as_ratio=name == "ratio"):
+        # A rate that is a target is judged, and told, as the rate it is.
+        asked = budget if name == "target" else budget.absolute(space.parent, deployment)
+        if why := out_of_reach(space, asked, deployment, as_ratio=name == "ratio"):
             yield Problem(f"elastic.budgets.{index}.{name}", value, *why)
 
 

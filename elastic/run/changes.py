@@ -1,5 +1,4 @@
-"""What differs between a run and the checkpoint it goes on from, and what of it may: fields by one table of rules, the
-phases of the curriculum by where the run stands."""
+"""What differs between a run and the checkpoint it goes on from, and what may: fields by rules, phases by step."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +11,7 @@ from elastic.blend.shares import Mix
 from elastic.blend.sources import packings, run_mix
 from elastic.checkpoint.record import Record
 from elastic.checkpoint.state import TrainingState
+from elastic.config.latency import with_digest
 from elastic.config.load import config_dict, flatten, load_with_problems, show
 from elastic.config.verbs import ElasticConfig, TrainConfig
 from elastic.router.phases import ElasticPhase, Phase
@@ -149,7 +149,7 @@ def differences(
 
 
 def _field_differences(then: TrainConfig, now: TrainConfig) -> Iterator[Difference]:
-    old, new = flatten(config_dict(then)), flatten(config_dict(now))
+    old, new = (flatten(with_digest(config_dict(config))) for config in (then, now))
     for path in sorted(old.keys() | new.keys()):
         first, second = old.get(path, ABSENT), new.get(path, ABSENT)
         if path == "model.pattern":  # the bars only say where a pipeline is cut

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from elastic.checkpoint.record import Family, Record
+from elastic.checkpoint.state import TrainingState
 from elastic.config.latency import LatencyConfig, latency_notes, with_table
 from elastic.config.load import config_dict, load
 from elastic.config.rules_layout import Cluster
-from elastic.config.verbs import CostConfig
+from elastic.config.verbs import CostConfig, ElasticConfig
 from elastic.hf.card import CardInfo, model_card
 from elastic.hf.export_settings import DtypeRule, ExportSettings
+from elastic.run.changes import differences
 from elastic.space.cost import subnet_cost
 from elastic.space.latency import Check, LatencyTable, Machine
 from elastic.space.reach import sample_subnet
@@ -95,11 +97,29 @@ def test_a_file_that_is_no_table_is_refused(content: str | None, rule: str, tmp_
          "elastic.budgets.0.ratio = 0.5: every smaller model is faster"),
         ({"elastic__budgets": [{"name": "fast", "metric": "latency_ms", "target": 1e-4}]},
          "target 0.0001 latency_ms lies outside what the choices can reach"),
+        ({"elastic__budgets": [{"name": "fast", "metric": "tokens_per_s", "target": 0.01}]},
+         "elastic.budgets.0.target = 0.01: target 0.01 tokens_per_s lies outside what the choices can reach"),
     ],
 )  # fmt: skip
 def test_what_a_table_does_not_cover_is_refused(table: LatencyTable, changes: dict[str, Any], message: str) -> None:
     _, problems = found(CostConfig, config(table, **changes))
     assert len(problems) >= 1 and any(message in str(problem) for problem in problems), list(map(str, problems))
+
+
+def test_a_run_that_goes_on_with_times_measured_again_has_one_difference(table: LatencyTable) -> None:
+    again = replace(table, checks=(Check("parent", "decode of 1 x 8,192 tokens", 1.0, 1.0),))
+    configs = []
+    for one in (table, again):
+        values = values_of(ElasticConfig, SIZES | {"elastic.budgets": BUDGETS})
+        put(values, "elastic.deployment.latency", config_dict(one))
+        configs.append(load(ElasticConfig, values))
+    then, space = configs[0], configs[0].space()
+    family = Family(space.axes, then.budgets(), then.elastic.deployment, then.elastic.router.hidden_width)
+    record, origin = Record("elastic", space.parent, 8, family=family), {"inputs": {}, "replicas": 1}
+    state = TrainingState(3, 1234, config_dict(then), origin)
+    for now, fields in zip(configs, ([], ["elastic.deployment.latency"]), strict=True):
+        different = list(differences(state, record, now, record, origin))
+        assert [one.field for one in different] == fields and all(one.acceptable for one in different)
 
 
 def test_a_start_that_misses_its_rate_is_told_the_rate(table: LatencyTable) -> None:
