@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from elastic.router.decide import likeliest
+from elastic.router.decide import KEPT, likeliest
 from elastic.router.draw import Chooser
 from elastic.space.cost import Budget, subnet_cost
 from elastic.space.reach import TOLERANCE
@@ -35,13 +35,19 @@ def router_values(chooser: Chooser | None, result: StepResult) -> dict[str, floa
 
 
 def off_budget(chooser: Chooser) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield an event, its text and its values for each budget whose likeliest subnet is not within TOLERANCE of it."""
+    """Yield an event, its text and its values for each budget whose likeliest subnet is not within TOLERANCE of it.
+
+    `choice_moved`: another was taken for it. `budget_missed`: what was taken is off, too.
+    """
     for index, budget in enumerate(chooser.budgets):
         own, chosen = likeliest(chooser.router, chooser.space, index), chooser.decide(index)
         used = {"likeliest": _used(chooser, own, budget), "chosen": _used(chooser, chosen, budget)}
         missed = {name: abs(value / budget.limit - 1.0) for name, value in used.items()}
         values = {"budget": budget.name, "metric": budget.metric.value, "target": budget.limit, **used}
-        if missed["chosen"] > TOLERANCE:
+        if missed["chosen"] > TOLERANCE and own == chosen and missed["chosen"] <= KEPT:
+            text = f"budget {budget.name} is missed by {missed['chosen']:.1%}: the router's likeliest subnet is kept"
+            yield "budget_missed", f"{text}, as the weights were trained with it", values
+        elif missed["chosen"] > TOLERANCE:
             text = f"budget {budget.name} is missed by {missed['chosen']:.1%}; no subnet of the space comes within"
             yield "budget_missed", f"{text} {TOLERANCE:.0%}: give an axis more choices, or move the target", values
         elif missed["likeliest"] > TOLERANCE:

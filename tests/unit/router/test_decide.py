@@ -7,7 +7,7 @@ from math import inf
 import pytest
 import torch
 
-from elastic.router.decide import choose, decide, likeliest
+from elastic.router.decide import KEPT, choose, decide, likeliest
 from elastic.router.draw import Chooser, RouterSettings
 from elastic.router.phases import Curriculum, ElasticPhase, LearningRate
 from elastic.router.router import Router
@@ -89,6 +89,10 @@ def test_no_likelier_subnet_meets_the_budget(seed):
             best = max(best, likelihood)
     assert 1 < listed <= 20_000 and best > -inf
     found = choose(router, space, 0, budget, deployment)
+    argmax = {axis: tuple(values.argmax(-1).tolist()) for axis, values in logits.items()}
+    if miss(space, deployment, space.subnet(argmax), budget) <= KEPT:
+        assert found == argmax
+        return
     assert miss(space, deployment, space.subnet(found), budget) <= TOLERANCE
     likelihood = sum(float(logits[axis][range(len(own)), own].sum()) for axis, own in found.items())
     assert likelihood == pytest.approx(best, abs=1e-4)
@@ -157,15 +161,16 @@ def misses(seeds, steps):
 
 def test_routers_meet_their_budgets_in_coarse_spaces():
     found = misses(range(5), steps=30)
-    assert all(own <= TOLERANCE for _, own in found), found
-    assert any(argmax > TOLERANCE for argmax, _ in found), "a check that cannot fail"
+    assert all(own <= (KEPT if argmax == own else TOLERANCE) for argmax, own in found), found
+    assert any(argmax > KEPT for argmax, _ in found), "a check that cannot fail"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_routers_meet_their_budgets_in_200_random_spaces():
-    """At least 99% within 1%, where some subnet is within 0.5%."""
+    """At least 99% within 1%, or an argmax within 2% that is kept, where some subnet is within 0.5%."""
     found = misses(range(200), steps=300)
-    near = sum(own <= TOLERANCE for _, own in found)
-    print(f"{near} of 200 choices within 1%, {sum(a <= TOLERANCE for a, _ in found)} by the argmax alone")
+    near = sum(own <= (KEPT if argmax == own else TOLERANCE) for argmax, own in found)
+    within = [sum(value <= TOLERANCE for value in own) for own in zip(*found, strict=True)]
+    print(f"{near} of 200 met; within 1%: {within[1]} choices, {within[0]} by the argmax alone")
     assert near >= 198, sorted(own for _, own in found)[-8:]
