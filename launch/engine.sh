@@ -12,10 +12,10 @@ declare -A PACKAGES=(
   [llama_cpp]="llama-cpp-python==0.3.36"
 )
 name=${1:-}
-[ -n "$name" ] && [ -n "${PACKAGES[$name]:-}" ] || {
+if [ -z "$name" ] || [ -z "${PACKAGES[$name]:-}" ]; then
   echo "elastic: no engine '$name'; there are: ${!PACKAGES[*]}" >&2
   exit 1
-}
+fi
 target=$VENV/engines/$name
 [ ! -e "$target/.done" ] || exit 0
 "$VENV/bin/python" -m venv "$target"
