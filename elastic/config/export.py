@@ -30,6 +30,10 @@ class ExportConfig:
     check: Annotated[tuple[Check, ...], Range(low=1)] = ("auto",)
     max_logit_difference: ranges.Weight = 1e-4
 
+    def written_for(self, engine: str) -> bool:
+        """Tell whether what an engine reads is written."""
+        return self.format == "gguf" if engine == "llama_cpp" else self.hugging_face and not self.in_fp8
+
     @property
     def engines(self) -> tuple[str, ...]:
         """Return the engines among the checks."""

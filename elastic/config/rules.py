@@ -84,10 +84,12 @@ def check_export(export: ExportConfig) -> Problems:
         rule = f"{' and '.join(export.own_checks)} exclude each other"
         yield Problem("export.check", list(export.check), rule, f"leave {export.own_checks[-1]} out")
     for name in export.engines:
-        if name == "llama_cpp" and not gguf:
+        if export.written_for(name):
+            continue
+        if name == "llama_cpp":
             rule = "llama_cpp reads GGUF, which is not written"
             yield Problem("export.check", list(export.check), rule, "set export.format=gguf, or leave llama_cpp out")
-        elif name != "llama_cpp" and (not export.hugging_face or export.in_fp8):
+        else:
             rule = f"{name} is compared on a Hugging Face folder in fp32 or bf16, which is not written"
             yield Problem("export.check", list(export.check), rule, f"leave {name} out")
 

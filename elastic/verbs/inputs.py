@@ -129,7 +129,7 @@ def input_problems(config: object) -> Iterator[Problem]:
     """Yield a problem for every input, and every engine's environment, that is not there."""
     if isinstance(config, ExtractConfig):
         for name in config.export.engines:
-            if (place := missing_environment(name)) is not None:
+            if config.export.written_for(name) and (place := missing_environment(name)) is not None:
                 rule = f"{name} has no environment in {place}"
                 yield Problem("export.check", list(config.export.check), rule, f"make it with `make engine-{name}`")
     for name, path in input_paths(config):
