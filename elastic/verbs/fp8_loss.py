@@ -30,6 +30,7 @@ from elastic.train.evaluation import MeanLoss, evaluate_subnets
 from elastic.train.pipeline import PipelineRunner
 from elastic.verbs.members import OpenCheckpoint
 from elastic.verbs.report_file import table
+from elastic.verbs.text import tokenizer_problems
 from elastic.world.groups import Layout, World, world
 
 _LENGTH, _SEQUENCES = 256, 32  # ours: some 8,000 tokens, seconds for a small family
@@ -96,12 +97,13 @@ def load_as_exported(model: ElasticModel, read: Callable[[str], Tensor], dtypes:
 def fp8_losses(
     opened: OpenCheckpoint, dtypes: DtypeRule, calibrated: Mapping[str, Tensor], data: str | None
 ) -> dict[str, Fp8Loss]:
-    """Return the losses by member; none without prepared data that hold something out.
+    """Return the losses by member; none without prepared data that hold something out and are of the tokenizer.
 
     Every member is cut out and multiplies as engines with FP8 products do: codes of weights and of activations.
     """
     held_out, found = _held_out(data), dict[str, Fp8Loss]()
-    if held_out is None:
+    # Prepared anew where the checkpoint's data were: its tokens mean others.
+    if held_out is None or any(tokenizer_problems("data.path", data, opened.checkpoint, opened.record)):
         return found
     parent, lanes, tensors = opened.space.parent, opened.space.lanes, opened.tensors()
     with world(Layout()) as here:

@@ -41,9 +41,8 @@ def evaluate(start, version, checkpoint, processes=1, data="data", **more):
         **more,
     )
     run_distributed(_evaluate, processes, values)
-    return {
-        row["name"]: row for row in json.loads((start / "run" / version / "evaluation.json").read_text())["members"]
-    }
+    members = json.loads((start / "run" / version / "evaluation.json").read_text())["members"]
+    return {row["name"]: row for row in members}
 
 
 def _evaluate(values):
@@ -110,12 +109,8 @@ def test_a_run_ends_with_a_page_of_its_members(start, family):
     text = (family / "report.html").read_text()
     for name, row in evaluate(start, "for_the_page", family).items():
         assert f"<td>{name}</td>" in text and f"<td>{row['params']:,}</td>" in text
-    for part in (
-        "held-out loss",
-        "what each budget uses of its target",
-        "the router&#x27;s choice: ",
-        "learning rate",
-    ):
+    parts = ("held-out loss", "what each budget uses of its target", "the router&#x27;s choice: ", "learning rate")
+    for part in parts:
         assert part in text, part
 
 
@@ -126,6 +121,11 @@ def test_a_family_leaves_in_fp8_for_little_loss(start, family):
         assert 0 < abs(row["loss_fp8"] - row["loss"]) < 0.02 and f"{row['loss_fp8']:.4f}" in shown
         card = (start / "run" / "fp8" / row["name"] / "README.md").read_text()
         assert f"{row['loss']:.4f} before, {row['loss_fp8']:.4f} in FP8" in card
+    before = (manifest := start / "data" / "data.json").read_text()  # prepared anew, with other tokens
+    manifest.write_text(re.sub(r'"vocab_size": \d+', '"vocab_size": 5000', before))
+    (shown,) = run_distributed(_extract, 1, values | dict(exp_manager=place(start, "fp8_anew")))
+    manifest.write_text(before)
+    assert "what FP8 costs in loss was not measured, no held-out tokens" in shown
 
 
 def test_evaluation_is_the_same_masked_sliced_and_on_two_replicas(start, family):
