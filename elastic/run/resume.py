@@ -101,7 +101,12 @@ def carried_blend(state: TrainingState, config: TrainConfig, data: TrainingData)
     """Return where a run that goes on from `state` last changed the weights of its blend; None: never."""
     then, _ = load_with_problems(type(config), state.config)
     before = state.origin.get(BLEND)
-    carried = data.carried(then.data, then.curriculum, None if before is None else Carried(**before), state.step)
+    try:
+        start = None if before is None else Carried(**before)
+    except TypeError as error:
+        rule = f"the checkpoint's record of its blend is of another version ({error})"
+        raise ResumeError(f"{rule}; go on with the version that wrote it, or begin a new run") from error
+    carried = data.carried(then.data, then.curriculum, start, state.step)
     if problems := tuple(data.end_problems(config.trainer.max_steps or data.curriculum.total_steps, carried)):
         raise ConfigError(problems)
     return carried

@@ -1,10 +1,17 @@
 """Which source a sample comes from: within one sample of the weights at every place, and known at any place at once."""
 
 import random
+from pathlib import Path
 
 import pytest
 
 from elastic.blend.shares import BLOCK, Carried, Mix, Shares
+from elastic.blend.sources import TrainingData
+from elastic.checkpoint.state import TrainingState
+from elastic.config.load import config_dict, load
+from elastic.config.verbs import PretrainConfig
+from elastic.run.changes import ResumeError
+from elastic.run.resume import BLEND, carried_blend
 
 ODD = [0.37, 0.0213, 1.1, 0.2, 3 / 7, 17.0, 0.9]
 
@@ -90,3 +97,12 @@ def test_a_phase_reads_every_source_from_its_start_and_may_leave_one_out() -> No
     mix = Mix([dict(a=1.0, b=1.0), dict(a=1.0, b=0.0)])
     assert mix.consumed(1, 10) == dict(a=10)
     assert mix.epochs([dict(a=10, b=10)] * 2, [20, 20], 1, 10) == dict(a=2.0, b=1.0)
+
+
+def test_where_a_blend_stood_as_another_version_wrote_it_is_named(folder: Path) -> None:
+    phase = dict(name="one", sequence_length=16, global_batch=8, steps=100)
+    config = load(PretrainConfig, dict(data=dict(path=str(folder / "code")), curriculum=[phase]))
+    state = TrainingState(98, config.seed, config_dict(config), {BLEND: {"phase": 0, "epochs": {}}})
+    data = TrainingData(config.data, config.curriculum, config.seed)
+    with pytest.raises(ResumeError, match=r"its blend is of another version .*epochs.* new run"):
+        carried_blend(state, config, data)
