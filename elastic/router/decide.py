@@ -47,7 +47,7 @@ def choose(router: Router, space: Space, index: int, budget: Budget, deployment:
     Raises RouterError for logits that are NaN or Inf, whose argmax would be a subnet like any other.
     """
     logits = checked_logits(router, index)
-    chosen = {axis: tuple(values.argmax(-1).tolist()) for axis, values in logits.items()}
+    chosen = _widest_likeliest(logits)
     used = subnet_cost(space.parent, space.subnet(chosen), deployment)[budget.metric]
     missed, tolerance = abs(float(used) / budget.limit - 1.0), TOLERANCE
     if missed <= KEPT:
@@ -63,8 +63,12 @@ def choose(router: Router, space: Space, index: int, budget: Budget, deployment:
 
 def likeliest(router: Router, space: Space, index: int) -> Subnet:
     """Return the subnet of the argmax, on its budget or not: how far the router has come by itself."""
-    logits = checked_logits(router, index)
-    return space.subnet({axis: tuple(values.argmax(-1).tolist()) for axis, values in logits.items()})
+    return space.subnet(_widest_likeliest(checked_logits(router, index)))
+
+
+def _widest_likeliest(logits: Mapping[Axis, Tensor]) -> Chosen:
+    """Return the argmax of every slot; of equal ones the first, which is the widest choice."""
+    return {axis: tuple(values.argmax(-1).tolist()) for axis, values in logits.items()}
 
 
 @torch.no_grad()
