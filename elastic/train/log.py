@@ -199,10 +199,11 @@ class LogSteps(Callback):
         self._since, self._task = time.perf_counter(), TaskID(0)
         self._moments: list[Moment] = []  # of the steps since the last log point
         self._unlogged: StepResult | None = None  # the last of them
+        self._first_step = 0  # a run that had ended says nothing again
 
     def on_start(self, trainer: Trainer) -> None:
         """Open the progress bar on rank 0."""
-        self._since = time.perf_counter()
+        self._since, self._first_step = time.perf_counter(), trainer.step
         self.progress.start()
         self._task = self.progress.add_task("training", total=trainer.total_steps, completed=trainer.step, status="")
 
@@ -225,7 +226,7 @@ class LogSteps(Callback):
         """Write the steps since the last log point, of a run that was told to stop; close the bar."""
         if self._unlogged is not None:
             self._write(trainer, self._unlogged)
-        if trainer.chooser is not None and trainer.step == trainer.total_steps:
+        if trainer.chooser is not None and trainer.step == trainer.total_steps > self._first_step:
             for kind, text, values in off_budget(trainer.chooser):
                 self._say(trainer, kind, text, values)
         self.progress.stop()
