@@ -127,7 +127,6 @@ def _on_one_process(start: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
     start = tmp_path_factory.mktemp("tasks")
     (found,) = run_distributed(_on_one_process, 1, start)
     return found
