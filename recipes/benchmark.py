@@ -1,6 +1,6 @@
 """Print the ratios this project is held to, each measured in one run, alternating: `make benchmark`.
 
-Hardware: two CPU cores, 16 GiB memory, 25 GB of disk for conversion and serving. Time: about 8 minutes. `--only PART`
+Hardware: two CPU cores, 16 GiB memory, 25 GB of disk for conversion and serving. Time: about 12 minutes. `--only PART`
 runs one part, `--rounds` sets how often every case of the first two runs. `--only full_size --where FOLDER` imports
 the whole 12B and extracts a 6B: 75 GB of disk, about 10 minutes; it is no part of the others. `--only gpu` measures
 one GPU (`make gpu`) for about `--seconds`, all of it in `--json FILE`; its code is tried out on a CPU with
@@ -21,6 +21,7 @@ from recipes.benchmarks import batches, conversion, execution, full_size, gpu, k
 from recipes.benchmarks._precisions import timed_precisions
 
 DATA_ROUNDS = 2
+BATCH_ROUNDS = 2  # one by one takes a quarter of a minute a round
 PARTS = ("execution", "kl", "conversion", "serving", "batches", "data")
 
 
@@ -64,7 +65,7 @@ def conversion_table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         base = first.setdefault(row["what"], row["peak_gib"])
         cells = [f"{row['folder_gib']:.1f}", f"{row['peak_gib']:.2f}", f"{row['peak_gib'] / base:.2f}"]
-        table.add_row(row["what"], str(row["num_layers"]), *cells, "<= 1.10, < 6 GiB")
+        table.add_row(row["what"], str(row["num_layers"]), *cells, "<= 1.10, < 4 GiB")
     return table
 
 
@@ -163,7 +164,7 @@ def main() -> None:
         console.print(serving_table(serving.run()))
     if "batches" in parts:
         with world(Layout()):
-            console.print(batches_table(batches.run(rounds)))
+            console.print(batches_table(batches.run(min(rounds, BATCH_ROUNDS))))
     if "data" in parts:
         console.print(data_table(preparation.run(min(rounds, DATA_ROUNDS))))
     if "full_size" in parts:
