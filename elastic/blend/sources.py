@@ -80,7 +80,7 @@ def open_sources(data: PreparedData, split: str) -> dict[str, TokenStream]:
         return {data.path: open_split(data, split)}
     found: dict[str, TokenStream] = {}
     for name, source in sorted(zip(data.names, data.blend, strict=True), key=lambda pair: pair[0]):
-        path = source.path if split == "train" else source.validation
+        path = {"train": source.path, "validation": source.validation}.get(split)
         if is_foreign(source):
             if path:
                 tokenizer = tokenizer_record(Path(source.tokenizer or data.tokenizer or ""))
@@ -88,7 +88,8 @@ def open_sources(data: PreparedData, split: str) -> dict[str, TokenStream]:
         elif split in read_manifest(Path(source.path)).splits:
             found[name] = open_split(replace(data, path=source.path), split)
     if not found:
-        remedy = "prepare with a validation_ratio, or name data.blend.0.validation"
+        named = ", or name data.blend.0.validation" if split == "validation" else ""
+        remedy = f"prepare with a {split}_ratio{named}"
         raise DataError(f"data.blend: no source has a {split} split; {remedy}")
     return found
 

@@ -161,9 +161,19 @@ class SearchConfig(HeldOutConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluatedData(DataConfig):
+    """Prepared data, and which of what they hold out is read: what training looks at now and then, or what it never
+    does. `validation_sequences` counts those of either.
+    """
+
+    split: Literal["validation", "test"] = "validation"
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(HeldOutConfig):
     """recipes/evaluate.py: loss, perplexity and cost per budget (null: all) and per subnet given by hand."""
 
+    data: EvaluatedData = field(default_factory=EvaluatedData)
     execution: Execution = Execution.SLICE
     teacher_precision: Literal["bf16", "fp8"] = "bf16"  # fp8: the whole parent, as the teacher that distill makes of it
 

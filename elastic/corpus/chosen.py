@@ -7,7 +7,7 @@ from elastic.corpus.blocks import Block, Raw, read_blocks
 from elastic.corpus.config import PrepareConfig
 from elastic.corpus.documents import POSITIONS, sample_position, split_position
 from elastic.corpus.files import SkipReason, Tally
-from elastic.corpus.workers import CHANGED, SAMPLE_DOCUMENT_CHARACTERS, Scanned, Wanted
+from elastic.corpus.workers import CHANGED, SAMPLE_DOCUMENT_CHARACTERS, Borders, Scanned, Wanted
 from elastic.data.manifest import DataError, SkipRecord
 
 PROBED_CHATS = 32  # looked at for what the loss counts before the whole corpus has been read
@@ -22,7 +22,9 @@ class Chosen:
     def __init__(self, config: PrepareConfig, total_bytes: int, on_read: Callable[[int], object]) -> None:
         self.config, self.tally, self._total_bytes, self._on_read = config, Tally(), total_bytes, on_read
         self.lowest, self.highest = POSITIONS, -1  # of the split positions
-        self.nominal = int(config.validation_ratio * POSITIONS)
+        self.nearest: list[int] = []  # the two lowest that are not for validation
+        validation = int(config.validation_ratio * POSITIONS)
+        self.nominal = Borders(validation, validation + int(config.test_ratio * POSITIONS))
         # Sampled by content and not from the front, so that the tokenizer sees the whole corpus whatever its order.
         read_bytes = max(1, min(total_bytes, config.max_bytes or total_bytes))
         self._sampled_below = POSITIONS * config.tokenizer_sample_bytes // read_bytes
@@ -33,20 +35,20 @@ class Chosen:
 
     def first(self) -> Iterator[tuple[Block, int, tuple[int, int] | None]]:
         """Yield what there is to scan, until the corpus ends or `add` has found enough."""
-        sampled = (self.nominal, self._sampled_below) if self.config.tokenizer_path is None else None
+        sampled = (self.nominal.test, self._sampled_below) if self.config.tokenizer_path is None else None
         for number, block in enumerate(self._blocks()):
             if self.tally.stopped_at_max_bytes:
                 return
             yield block, PROBED_CHATS if number == 0 else 0, sampled
 
-    def again(self, threshold: int, dtype: str) -> Iterator[tuple[Block, Wanted, int, str]]:
+    def again(self, borders: Borders, dtype: str) -> Iterator[tuple[Block, Wanted, Borders, str]]:
         """Yield what there is to encode; raises DataError when there are more blocks than there were."""
         for number, block in enumerate(self._blocks()):
             if number == len(self.wanted) and self.tally.stopped_at_max_bytes:
                 return
             if number == len(self.wanted):
                 raise DataError(f"data: {', '.join(self.config.paths)} {CHANGED}")
-            yield block, self.wanted[number], threshold, dtype
+            yield block, self.wanted[number], borders, dtype
 
     def _blocks(self) -> Iterator[Block]:
         for block in read_blocks(self.config, self.config.part, self._total_bytes):
@@ -86,17 +88,19 @@ class Chosen:
         self.tally.digest.update(digest)
         position = split_position(digest)
         self.lowest = min(self.lowest, position)
+        if position >= self.nominal.validation:
+            self.nearest = sorted({*self.nearest, position})[:2]
         is_highest, self.highest = position > self.highest, max(self.highest, position)
         if text is None:
             return
         if is_highest:
             self._surely_training = text
-        is_sampled = position >= self.nominal and sample_position(digest) < self._sampled_below
+        is_sampled = position >= self.nominal.test and sample_position(digest) < self._sampled_below
         if is_sampled and self._sample_bytes < self.config.tokenizer_sample_bytes:
             self._sample.append(text)
             self._sample_bytes += min(num_bytes, 4 * SAMPLE_DOCUMENT_CHARACTERS)
 
     def sample(self) -> list[str]:
         """Return what the tokenizer is trained on."""
-        # Few large documents may all miss the sample; the tokenizer still needs one that is not validation.
+        # Few large documents may all miss the sample; the tokenizer still needs one that is not held out.
         return self._sample or [self._surely_training]

@@ -24,6 +24,8 @@ class PrepareConfig(Corpus):
     """Say what to read (see Corpus), how to tokenize and split it, and where the prepared folder goes.
 
     validation_ratio: share of the documents, chosen by a hash of their content, that goes to validation.
+    test_ratio: share that goes to a split that nothing reads but `recipes/evaluate.py data.split=test`; 0 makes none.
+        What is held out for validation does not depend on it.
     tokenizer_path: folder of a tokenizer to use; None trains one of at most `vocab_size` tokens on a sample of
         `tokenizer_sample_bytes` of the training documents, spread over the corpus.
     add_bos: put the tokenizer's begin-of-text token in front of every document; `auto` does as the tokenizer does.
@@ -41,6 +43,7 @@ class PrepareConfig(Corpus):
 
     output_dir: Annotated[str, Required("for example runs/data")] = "runs/data"
     validation_ratio: Annotated[float, Range(0, 0.5)] = 0.05
+    test_ratio: Annotated[float, Range(0, 0.4)] = 0.0
     tokenizer_path: str | None = None
     vocab_size: Annotated[int, Range(SMALLEST_VOCAB, MOST_TRAINED)] = 8192
     tokenizer_sample_bytes: Bytes = 128 << 20
@@ -143,6 +146,7 @@ class PrepareConfig(Corpus):
             "tokenizer_path",
             "workers",
             *(("shard",) if self.shard is None else ()),
+            *(() if self.test_ratio else ("test_ratio",)),  # as in folders from before there was one
         }  # paths stand in the description of the source
         if self.tokenizer_path is not None:
             elsewhere |= {"vocab_size", "tokenizer_sample_bytes"}

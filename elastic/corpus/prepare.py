@@ -20,7 +20,7 @@ from elastic.corpus.conversation import MESSAGE_FIELDS
 from elastic.corpus.files import SkipReason, Tally, describe_files
 from elastic.corpus.joined import JOINED, join_shards
 from elastic.corpus.splits import SUFFIXES, write_splits
-from elastic.corpus.workers import CHANGED, TRAIN, VALIDATION, Work, Workers
+from elastic.corpus.workers import CHANGED, TEST, TRAIN, VALIDATION, Borders, Work, Workers
 from elastic.data.manifest import (
     MANIFEST_NAME,
     DataError,
@@ -41,7 +41,7 @@ from elastic.data.tokenizer import (
 )
 from elastic.world.files import REMEDIES, first_few, remove, written_aside
 
-OURS = {MANIFEST_NAME, *TOKENIZER_FILES, *(name + suffix for name in (TRAIN, VALIDATION) for suffix in SUFFIXES)}
+OURS = {MANIFEST_NAME, *TOKENIZER_FILES, *(name + suffix for name in (TRAIN, VALIDATION, TEST) for suffix in SUFFIXES)}
 CANNOT_WRITE = {*REMEDIES, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY}
 
 
@@ -56,9 +56,9 @@ class Prepared:
 
 
 def prepare(config: PrepareConfig, on_read: Callable[[int, int], object] = lambda num_bytes, total: None) -> Prepared:
-    """Make the folder `config.output_dir` with train.{bin,idx}, validation.{bin,idx}, a tokenizer and data.json.
+    """Make the folder `config.output_dir` with a tokenizer, data.json, and .bin and .idx of train, validation and test.
 
-    Of chats of which the loss counts a part, also train.mask and validation.mask: a bit for every token.
+    Of chats of which the loss counts a part, also .mask of each split: a bit for every token.
     The same settings and source give the same bytes, whatever the number of `workers`. A folder already made from them
     is recognised and left alone. With `shard=3/64` it lies within `output_dir`, and all of them there are one, too.
     `on_read` hears how many bytes were read, of about how many: all is read twice.
@@ -151,13 +151,13 @@ def _build(
         (aside / CHAT_TEMPLATE).write_bytes(Path(config.chat_template).read_bytes())
     with Workers(config, aside, config.num_workers(source["total_bytes"])) as workers:
         chosen = Chosen(config, source["total_bytes"], lambda num_bytes: on_read(num_bytes, total))
-        threshold = _scan(chosen, workers)
+        borders = _scan(chosen, workers)
         if config.tokenizer_path is None:
             train_tokenizer(chosen.sample(), config.vocab_size, aside)
         tokenizer = load_tokenizer(aside, parse_special_tokens=config.parse_special_tokens, add_bos=config.add_bos)
         dtype: np.dtype = np.dtype(DType.optimal_dtype(tokenizer.vocab_size))  # 2 bytes below 65,500 ids, else 4
-        encoded = workers.run(Work.encode, chosen.again(threshold, str(dtype)))
-        digest, splits = write_splits(config, threshold, encoded, dtype, aside)
+        encoded = workers.run(Work.encode, chosen.again(borders, str(dtype)))
+        digest, splits = write_splits(config, borders, encoded, dtype, aside)
     tally, files = chosen.tally, tokenizer_files(aside)
     if digest != tally.digest.digest():
         raise DataError(f"data: {', '.join(config.paths)} {CHANGED}")
@@ -185,8 +185,8 @@ def _build(
     return manifest
 
 
-def _scan(chosen: Chosen, workers: Workers) -> int:
-    """Read everything once and choose; returns the split position below which documents go to validation."""
+def _scan(chosen: Chosen, workers: Workers) -> Borders:
+    """Read everything once and choose; returns where the splits lie."""
     for found in workers.run(Work.scan, chosen.first()):
         chosen.add(found)
     tally, config = chosen.tally, chosen.config
@@ -198,10 +198,23 @@ def _scan(chosen: Chosen, workers: Workers) -> int:
         raise DataError(f"data: no usable document in {what}")
     if config.part.of > 1:
         return chosen.nominal  # the same for every shard, whatever documents it has
-    return _split_threshold(chosen.nominal, chosen.lowest, chosen.highest)
+    validation = _validation_border(chosen.nominal.validation, chosen.lowest, chosen.highest)
+    return Borders(validation, _test_border(chosen, validation) if config.test_ratio else validation)
 
 
-def _split_threshold(nominal: int, lowest: int, highest: int) -> int:
+def _test_border(chosen: Chosen, validation: int) -> int:
+    """Return the position below which documents are no training data, moved just enough that no split is empty."""
+    first = next((position for position in chosen.nearest if position >= validation), chosen.highest)
+    if first == chosen.highest:
+        raise DataError(
+            f"test_ratio = {chosen.config.test_ratio}: the {chosen.tally.kept} documents of the corpus leave it none "
+            "beside training and validation, and documents are never cut; set test_ratio=0 or give more documents "
+            "(document_format=lines cuts at line ends)"
+        )
+    return min(max(chosen.nominal.test, first + 1), chosen.highest)
+
+
+def _validation_border(nominal: int, lowest: int, highest: int) -> int:
     """Return the position below which documents are validation, moved just enough that neither split is empty."""
     if nominal == 0:
         return 0

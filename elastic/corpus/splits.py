@@ -11,7 +11,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from elastic.corpus.config import PrepareConfig
-from elastic.corpus.workers import TRAIN, VALIDATION, Encoded
+from elastic.corpus.workers import Borders, Encoded
 from elastic.data.manifest import MASK_SUFFIX, SplitRecord, record_file
 
 SUFFIXES = (".bin", ".idx", MASK_SUFFIX)
@@ -45,7 +45,7 @@ class LossMask:
 
 def write_splits(
     config: PrepareConfig,
-    threshold: int,
+    borders: Borders,
     encoded: Iterable[tuple[bytes, Mapping[str, Encoded]]],
     dtype: np.dtype,
     aside: Path,
@@ -54,7 +54,7 @@ def write_splits(
 
     Writes Megatron indexed datasets, whose lengths are kept in memory until the end: about 150 bytes per document.
     """
-    names = (TRAIN, VALIDATION) if threshold else (TRAIN,)
+    names = borders.splits
     digest, text_bytes, sources = hashlib.sha256(), Counter[str](), {name: Counter[str]() for name in names}
     masked = names if config.counted_part != "all" else ()
     with ExitStack() as stack:

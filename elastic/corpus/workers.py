@@ -29,9 +29,29 @@ from elastic.data.tokenizer import LoadedTokenizer, load_tokenizer
 
 TRAIN = "train"
 VALIDATION = "validation"
+TEST = "test"
 CHANGED = "changed while it was read; start again when it is at rest"
 SERVE = "import sys; from elastic.corpus.workers import serve; serve(int(sys.argv[1]))"
 SAMPLE_DOCUMENT_CHARACTERS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Borders:
+    """Where the splits lie: positions below `validation` are that, others below `test` are that, the rest train."""
+
+    validation: int
+    test: int
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Return the names of the splits that are written."""
+        held_out = ((VALIDATION, self.validation), (TEST, self.test - self.validation))
+        return (TRAIN, *(name for name, size in held_out if size))
+
+    def split(self, digest: bytes) -> str:
+        """Return the split of a document."""
+        position = split_position(digest)
+        return VALIDATION if position < self.validation else TEST if position < self.test else TRAIN
 
 
 @dataclass
@@ -124,7 +144,7 @@ class Work:
         """Look at a block; encodes its first `num_probed` chats, to find out early what cannot be done.
 
         `sampled` = (split position, sample position): a tokenizer may be trained on documents that are not below the
-        first and below the second, or are the furthest from validation so far.
+        first and below the second, or are the furthest from what is held out so far.
         """
         found, highest = Scanned(), -1
         for document in parse_block(block, self.config, self.template):
@@ -149,7 +169,7 @@ class Work:
             found.places.append(document.place)
         return found
 
-    def encode(self, block: Block, wanted: Wanted, threshold: int, dtype: str) -> tuple[bytes, dict[str, Encoded]]:
+    def encode(self, block: Block, wanted: Wanted, borders: Borders, dtype: str) -> tuple[bytes, dict[str, Encoded]]:
         """Encode the wanted documents of a block; returns all their digests, and by split what is written.
 
         Raises DataError when the block holds other documents than it did.
@@ -158,9 +178,9 @@ class Work:
         if len(found) != wanted.num_documents:
             raise DataError(f"data: {', '.join(self.config.paths)} {CHANGED}")
         documents = [document for document, taken in zip(found, wanted.unpacked(), strict=True) if taken]
-        parts: dict[str, list[tuple[Document, np.ndarray, np.ndarray | None]]] = {TRAIN: [], VALIDATION: []}
+        parts: dict[str, list[tuple[Document, np.ndarray, np.ndarray | None]]] = {name: [] for name in borders.splits}
         for document, (ids, counted) in zip(documents, encode(documents, self.encoder), strict=True):
-            parts[VALIDATION if split_position(document.digest) < threshold else TRAIN].append((document, ids, counted))
+            parts[borders.split(document.digest)].append((document, ids, counted))
         encoded = {split: Encoded.of(of_split, dtype) for split, of_split in parts.items() if of_split}
         return b"".join(document.digest for document in documents), encoded
 

@@ -184,7 +184,7 @@ def checked_manifest(folder: Path, splits: Iterable[str] | None = None, *, verif
     for split in manifest.splits if splits is None else splits:
         if split not in manifest.splits:
             held = ", ".join(manifest.splits)
-            raise DataError(f"{folder}: no split {split!r}, it holds {held}; prepare with another validation_ratio")
+            raise DataError(f"{folder}: no split {split!r}, it holds {held}; prepare with a {split}_ratio")
         files = manifest.splits[split].files
         sizes = {name: record.size_bytes for name, record in files.items()}
         judge = partial(_content_problem, files, verify == "full") if contents else lambda name, path: None

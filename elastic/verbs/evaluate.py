@@ -28,7 +28,7 @@ EVALUATION_FILE = "evaluation.json"
 
 def run_evaluate(config: EvaluateConfig, console: Console) -> Path:
     """Evaluate and write evaluation.json; returns the run folder."""
-    held_out = open_sources(config.data, "validation")
+    held_out = open_sources(config.data, config.data.split)
     with run_world(config) as here:
         opened = open_checkpoint(config.init_from, config.budget_names, config.subnets, world=here, say=console.print)
         check_teacher(config, opened)
@@ -45,8 +45,9 @@ def run_evaluate(config: EvaluateConfig, console: Console) -> Path:
             losses = evaluate_subnets(runner, gates, data, config.data.validation_sequences, config.data.micro_batch)
             rows = [_row(opened, member, losses[member.name]) for member in opened.members]
             if here.is_main:
-                write_json(folder / EVALUATION_FILE, {"checkpoint": str(opened.checkpoint), "members": rows})
-                print_table(evaluation_table(rows), console)
+                origin = {"checkpoint": str(opened.checkpoint), "split": config.data.split}
+                write_json(folder / EVALUATION_FILE, origin | {"members": rows})
+                print_table(evaluation_table(rows, config.data.split), console)
     return folder
 
 
@@ -61,7 +62,7 @@ def check_teacher(config: EvaluateConfig, opened: OpenCheckpoint) -> None:
         raise QuantisationError(f"teacher_precision = fp8: {rule}, and {found}; {remedy}")
 
 
-def evaluation_table(rows: list[dict[str, Any]]) -> Table:
+def evaluation_table(rows: list[dict[str, Any]], split: str = "validation") -> Table:
     """Render the rows of evaluation.json."""
     sources = source_labels(rows[0]["loss_by_source"]) if len(rows[0]["loss_by_source"]) > 1 else {}
     headings = ("name", "target", "used", "params", "loss", "perplexity", "deployed")
@@ -78,7 +79,8 @@ def evaluation_table(rows: list[dict[str, Any]]) -> Table:
         )
         for row in rows
     ]
-    return table("held-out loss per budget", (*headings, *(f"on {label}" for label in sources.values())), lines)
+    kind = "test" if split == "test" else "held-out"
+    return table(f"{kind} loss per budget", (*headings, *(f"on {label}" for label in sources.values())), lines)
 
 
 def _target(metric: str, value: float) -> str:

@@ -9,7 +9,14 @@ from elastic.blend.sources import TrainingData, open_held_out, open_sources, tok
 from elastic.checkpoint.record import Record
 from elastic.config.load import Problem
 from elastic.config.sections import PreparedData
-from elastic.config.verbs import ElasticConfig, HeldOutConfig, ImportanceConfig, PretrainConfig, TrainConfig
+from elastic.config.verbs import (
+    ElasticConfig,
+    EvaluateConfig,
+    HeldOutConfig,
+    ImportanceConfig,
+    PretrainConfig,
+    TrainConfig,
+)
 from elastic.data.held_out import HeldOut
 from elastic.data.manifest import DataError, Manifest, TokenizerRecord, holds_chats, read_manifest
 from elastic.data.pieces import Pieces
@@ -100,17 +107,22 @@ def _blend_too_short(
                     f"data.blend.{index}.path", data.blend[index].path, f"{rule} {what}", f"{remedy}; or take it out"
                 )
     if not isinstance(config, ImportanceConfig):
-        held_out = open_sources(data, "validation")
+        held_out = open_sources(data, split := _held_out_split(config))
         for where, _, length in lengths:
             if not len(open_held_out(data, held_out, length)):
                 rule = f"{where}: no source has a held-out sequence of {length:,} tokens"
-                yield Problem("data.blend", list(held_out), rule, "prepare with a larger validation_ratio")
+                yield Problem("data.blend", list(held_out), rule, f"prepare with a larger {split}_ratio")
+
+
+def _held_out_split(config: object) -> str:
+    return config.data.split if isinstance(config, EvaluateConfig) else "validation"
 
 
 def _too_short(
     config: TrainConfig | HeldOutConfig | ImportanceConfig, lengths: Sequence[tuple[str, str, int]], manifest: Manifest
 ) -> Iterator[Problem]:
-    splits, isolated = manifest.splits, (config.data.packing or manifest.packing) == "isolated"
+    splits, held_out = manifest.splits, _held_out_split(config)
+    isolated = (config.data.packing or manifest.packing) == "isolated"
     if "train" in splits and not isinstance(config, HeldOutConfig):
         tokens = splits["train"].num_tokens
         for _, field, length in lengths:
@@ -123,15 +135,15 @@ def _too_short(
                 rule = f"the training split of {config.data.path} holds {tokens:,} tokens, and a sequence needs one "
                 remedy = f"nearest legal value is {max(1, tokens - 1)}"
                 yield Problem(field, length, f"{rule}more than its length", remedy)
-    if "validation" in splits and not isinstance(config, ImportanceConfig):
-        wanted = config.data.validation_sequences
+    if held_out in splits and not isinstance(config, ImportanceConfig):
+        wanted, what = config.data.validation_sequences, "held-out" if held_out == "validation" else held_out
         for where, _, length in lengths:
-            available = splits["validation"].num_sequences(length)
+            available = splits[held_out].num_sequences(length)
             if isolated:
-                available = len(HeldOut(open_split(_sampled(config.data), "validation"), length))
+                available = len(HeldOut(open_split(_sampled(config.data), held_out), length))
             if wanted > available:
-                rule = f"{where}: the held-out split has {available:,} sequences of {length:,} tokens"
-                larger = "prepare the data with a larger validation_ratio"
+                rule = f"{where}: the {what} split has {available:,} sequences of {length:,} tokens"
+                larger = f"prepare the data with a larger {held_out}_ratio"
                 remedy = f"nearest legal value is {available}" if available else larger
                 yield Problem("data.validation_sequences", wanted, rule, remedy)
                 return

@@ -31,7 +31,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = [f"{name} {number} is {number * number}, or {'more ' * (number % 5)}" for number in range(count)]
         (folder / f"{name}.txt").write_text("\n".join(lines))
         given = {"tokenizer_path": str(folder / "code")} if name in ("text", "tiny") else {"vocab_size": 300}
-        settings = dict(document_format="lines", validation_ratio=0.0 if name == "tiny" else 0.3, **given)
+        held_out = dict(validation_ratio=0.0 if name == "tiny" else 0.3, test_ratio=0.2 if name == "text" else 0.0)
+        settings = dict(document_format="lines", **held_out, **given)
         prepare(PrepareConfig(output_dir=str(folder / name), paths=[str(folder / f"{name}.txt")], **settings))
     (folder / "foreign").mkdir()
     draw = np.random.default_rng(0)

@@ -159,13 +159,15 @@ def test_every_source_is_validated_in_its_share_and_at_least_once(folder: Path) 
     batches = [list(validation_batches(held_out, 20, rank, 2, 2)) for rank in range(2)]
     seen = Counter(source for one in batches for source, batch in one for id_ in batch.sample_ids if id_ >= 0)
     assert seen == {"code": 6, "foreign": 11, "text": 3}
-    alone = open_held_out(
-        load(PreparedData, dict(path=str(folder / "code"))), {str(folder / "code"): streams["code"]}, S
-    )
+    only = load(PreparedData, dict(path=str(folder / "code")))
+    alone = open_held_out(only, {only.path: streams["code"]}, S)
     places = held_out.spread(20)["code"]
     assert [held_out.row(place).tokens.tolist() for place in places] == [
         alone.row(place).tokens.tolist() for place in alone.spread(6)[str(folder / "code.txt")]
     ]
+    assert [stream.prefix for stream in open_sources(data, "test").values()] == [folder / "text" / "test"]
+    with pytest.raises(DataError, match=r"no split 'test', it holds train, validation; prepare with a test_ratio"):
+        open_sources(only, "test")
 
 
 def problems(folder: Path, tmp_path: Path, **data: Any) -> list[str]:
@@ -185,10 +187,8 @@ def test_a_blend_is_legal_however_it_is_written(folder: Path, tmp_path: Path) ->
     assert problems(folder, tmp_path, **blend(folder)) == []
     flat = ["0.3", str(folder / "code"), 0.7, str(folder / "foreign" / "a"), 1, str(folder / "foreign" / "b.bin")]
     assert problems(folder, tmp_path, blend=flat, tokenizer=str(folder / "code")) == []
-    only = [
-        dict(path=str(folder / "foreign"), weight=3, tokenizer=str(folder / "code"), validation=str(folder / "held"))
-    ]
-    assert problems(folder, tmp_path, blend=only, phase=dict(blend_weights=dict(foreign=1))) == []
+    one = dict(path=str(folder / "foreign"), weight=3, tokenizer=str(folder / "code"), validation=str(folder / "held"))
+    assert problems(folder, tmp_path, blend=[one], phase=dict(blend_weights=dict(foreign=1))) == []
 
 
 @pytest.mark.parametrize(

@@ -86,16 +86,34 @@ def test_copies_of_a_document_never_stand_on_both_sides(source: Path, tmp_path: 
     assert not train & validation
 
 
-@pytest.mark.parametrize(("count", "ratio"), [(2, 1e-9), (2, 0.5), (3, 1e-9), (3, 0.5), (8, 1e-9)])
-def test_neither_split_is_ever_empty(source: Path, tmp_path: Path, count: int, ratio: float) -> None:
+def test_a_test_split_takes_from_training_alone_and_leaves_no_trace_where_there_is_none(
+    source: Path, tmp_path: Path
+) -> None:
+    without = prepare(config(source, tmp_path / "without", test_ratio=0)).manifest
+    assert "test_ratio" not in without.settings  # a folder from before there was such a setting is recognised
+    manifest = prepare(config(source, tmp_path / "data", test_ratio=0.2)).manifest
+    assert manifest.settings["test_ratio"] == 0.2 and list(manifest.splits) == ["train", "validation", "test"]
+    train, validation, test = (set(documents_of(tmp_path / "data", name)) for name in manifest.splits)
+    assert train | validation | test == set(texts())
+    assert len(train) + len(validation) + len(test) == NUM_DOCUMENTS and 0.1 < len(test) / NUM_DOCUMENTS < 0.3
+    assert validation == set(documents_of(tmp_path / "without", "validation"))
+    assert prepare(config(source, tmp_path / "data", test_ratio=0.2)).already_prepared
+
+
+@pytest.mark.parametrize(
+    ("count", "ratio", "test"),
+    [(2, 1e-9, 0), (2, 0.5, 0), (3, 1e-9, 0), (3, 0.5, 0), (8, 1e-9, 0), (3, 1e-9, 1e-9), (8, 1e-9, 0.4), (8, 0, 1e-9)],
+)
+def test_no_split_is_ever_empty(source: Path, tmp_path: Path, count: int, ratio: float, test: float) -> None:
     for start in range(0, 24, 8):
-        folder = tmp_path / f"{start}"
         write_jsonl(source, texts()[start : start + count])
-        splits = prepare(config(source, folder, validation_ratio=ratio)).manifest.splits
+        given = config(source, tmp_path / f"{start}", validation_ratio=ratio, test_ratio=test)
+        splits = prepare(given).manifest.splits
+        assert len(splits) == 1 + (ratio > 0) + (test > 0)
         assert all(record.num_documents > 0 for record in splits.values())
         assert sum(record.num_documents for record in splits.values()) == count
-        if ratio < 1e-6:
-            assert splits["validation"].num_documents == 1
+        for name, asked in (("validation", ratio), ("test", test)):
+            assert not 0 < asked < 1e-6 or splits[name].num_documents == 1
 
 
 def test_one_document_cannot_be_split_and_ratio_zero_makes_no_validation(source: Path, tmp_path: Path) -> None:
@@ -105,16 +123,18 @@ def test_one_document_cannot_be_split_and_ratio_zero_makes_no_validation(source:
     manifest = prepare(config(source, tmp_path / "data", validation_ratio=0)).manifest
     assert list(manifest.splits) == ["train"]
     assert not list((tmp_path / "data").glob("validation*"))
+    with pytest.raises(DataError, match=r"test_ratio = 0.3: the 3 documents .* leave it none .* set test_ratio=0"):
+        prepare(config(source, tmp_path / "tested", test_ratio=0.3, validation_ratio=0, skip_duplicates=False))
 
 
-def test_tokenizer_never_sees_validation_documents(source: Path, tmp_path: Path) -> None:
+def test_tokenizer_never_sees_held_out_documents(source: Path, tmp_path: Path) -> None:
     # Each document repeats a word of its own: a word the trainer counted becomes one token, others stay in pieces.
     generator = random.Random(0)
     words = ["".join(generator.choices("abcdefghijklmnopqrstuvwxyz", k=8)) for _ in range(40)]
     write_jsonl(source, [f" {word}" * 200 for word in words])
-    prepare(config(source, tmp_path / "data", vocab_size=2000, validation_ratio=0.3))
+    prepare(config(source, tmp_path / "data", vocab_size=2000, validation_ratio=0.3, test_ratio=0.2))
     tokenizer = load_tokenizer(tmp_path / "data").tokenizer
-    for split, whole in (("train", True), ("validation", False)):
+    for split, whole in (("train", True), ("validation", False), ("test", False)):
         for text in documents_of(tmp_path / "data", split):
             assert (len(tokenizer.encode(text[:9]).ids) == 1) == whole
 

@@ -148,14 +148,15 @@ def test_a_shard_without_a_usable_document_says_that_it_is_one_of_many(tmp_path:
 
 def test_a_shard_without_held_out_documents_is_one(settings: PrepareConfig, tmp_path: Path) -> None:
     """Few documents are held out, by the same hash everywhere, and not one in each shard."""
-    prepare_shards(replace(settings, validation_ratio=0.01), 7)
-    splits = [
-        json.loads((folder / "data.json").read_text())["splits"]["validation"]["num_documents"]
-        for folder in sorted((tmp_path / "data").glob("shard_*"))
-    ]
-    assert 0 in splits and sum(splits) >= 1
-    assert len(TokenStream(tmp_path / "data" / "validation").bounds()) == sum(splits) + 1
-    np.testing.assert_array_less(0, np.diff(TokenStream(tmp_path / "data" / "validation").bounds()))
+    prepare_shards(replace(settings, validation_ratio=0.01, test_ratio=0.02), 7)
+    for split in ("validation", "test"):
+        counts = [
+            json.loads((folder / "data.json").read_text())["splits"][split]["num_documents"]
+            for folder in sorted((tmp_path / "data").glob("shard_*"))
+        ]
+        assert 0 in counts and sum(counts) >= 1
+        assert len(TokenStream(tmp_path / "data" / split).bounds()) == sum(counts) + 1
+        np.testing.assert_array_less(0, np.diff(TokenStream(tmp_path / "data" / split).bounds()))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from elastic.checkpoint.record import Record, RecordError
 from elastic.config.load import ConfigError, load
 from elastic.config.rules_layout import Cluster, check_exp_manager
 from elastic.config.sections import ExpManagerConfig
-from elastic.config.verbs import ElasticConfig, ExtractConfig, ImportConfig
+from elastic.config.verbs import ElasticConfig, EvaluateConfig, ExtractConfig, ImportConfig
 from elastic.run import folder as folder_module
 from elastic.run.folder import RunFolderError, is_left_over, open_run_folder, prepare_run_folder
 from elastic.space.cost import Budget, Metric
@@ -119,7 +119,7 @@ def test_validation_sequences_must_be_there_at_every_length(tmp_path: Path) -> N
     from elastic.verbs.text import length_problems
 
     tokenizer = TokenizerRecord(vocab_size=300, eos_token="<end>", eos_id=0, trained=True, sha256="")
-    splits = {"validation": SplitRecord(1, 100 * 64 + 1, 1, {})}
+    splits = {"validation": SplitRecord(1, 100 * 64 + 1, 1, {}), "test": SplitRecord(1, 5 * 64 + 1, 1, {})}
     (tmp_path / "data").mkdir()
     Manifest({}, {}, 1, {}, False, "", tokenizer, "uint16", splits).write(tmp_path / "data")
     lengths = {"curriculum.0.sequence_length": 32, "curriculum.1.sequence_length": 64}
@@ -131,6 +131,10 @@ def test_validation_sequences_must_be_there_at_every_length(tmp_path: Path) -> N
         "data.validation_sequences = 104: phase long: the held-out split has 100 sequences of 64 tokens; nearest legal "
         "value is 100"
     )
+    tested = {"data.path": str(tmp_path / "data"), "sequence_length": 64, "data.validation_sequences": 6}
+    assert list(length_problems(load(EvaluateConfig, values_of(EvaluateConfig, tested)))) == []
+    (problem,) = length_problems(load(EvaluateConfig, values_of(EvaluateConfig, tested | {"data.split": "test"})))
+    assert "the test split has 5 sequences of 64 tokens; nearest legal value is 5" in str(problem)
 
 
 @pytest.mark.parametrize("version", ["../../x", "a\nb", "a/b", "/srv/x", ".."])
