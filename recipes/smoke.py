@@ -53,15 +53,22 @@ class Smoke:
             return target
         self.console.print(Rule(f"{verb} -> {target}"))
         ranks = [f"--nproc-per-node={self.processes}"] if distributed and self.processes > 1 else []
-        command = [sys.executable, str(ROOT / "recipes" / f"{verb}.py"), *ranks, *arguments, *self._shared(verb)]
         started = time.perf_counter()
+        code, used = self.start(verb, [*ranks, *arguments, *self._shared(verb)], threads, log)
+        if code:
+            raise SystemExit(f"{verb} failed with code {code}; mend the cause and run the same command")
+        done.write_text(f"{time.perf_counter() - started:.1f} {used:.1f}\n")
+        return target
+
+    def start(self, verb: str, arguments: Sequence[str], threads: int, log: Path | None) -> tuple[int, float]:
+        """Run one verb; returns its exit code and the seconds that cores worked for it and what it started."""
+        command = [sys.executable, str(ROOT / "recipes" / f"{verb}.py"), *arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
         with nullcontext() if log is None else log.open("w") as output:
-            finished = subprocess.run(command, env=environment, stdout=output, check=False)
-        if finished.returncode:
-            raise SystemExit(f"{verb} failed with code {finished.returncode}; mend the cause and run the same command")
-        done.write_text(f"{time.perf_counter() - started:.1f}\n")
-        return target
+            process = subprocess.Popen(command, env=environment, stdout=output)
+            _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        return process.returncode, used.ru_utime + used.ru_stime
 
     def into(self, version: str) -> list[str]:
         """Return the overrides that send a verb's output to its folder."""
@@ -71,9 +78,10 @@ class Smoke:
             f"exp_manager.version={version}",
         ]
 
-    def seconds(self) -> dict[str, float]:
-        """Return how long every finished verb took, whole process."""
-        return {path.name[1:-5]: float(path.read_text()) for path in sorted(self.folder.glob(".*.done"))}
+    def seconds(self, *, of_cores: bool = False) -> dict[str, float]:
+        """Return how long every finished verb took, whole process: by the clock, or what cores worked for it."""
+        times = {path.name[1:-5]: path.read_text().split() for path in sorted(self.folder.glob(".*.done"))}
+        return {version: float(time[of_cores]) for version, time in times.items()}
 
     def _shared(self, verb: str) -> list[str]:
         prefix = f"{verb}:"

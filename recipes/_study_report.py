@@ -1,0 +1,283 @@
+"""docs/results.md and its pictures, from the JSON files of recipes/study.py alone."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from math import exp, log
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from recipes._study_questions import Question
+
+SECONDS_PER_MINUTE = 60
+INTRODUCTION = """# Results: what the method is worth at laptop scale
+
+Every figure on this page comes from the small files in `docs/results/`, one for an arm, a corpus and a seed:
+
+```text
+$ python recipes/study.py run one_or_several     # questions of conf/study/, none: all; go on where they stopped
+$ python recipes/study.py report                 # this page and its pictures, from the files
+```
+
+`run` takes `--seeds 3`, `--processes 2` (arms at a time, one core each), `--corpora`, `--arms`, `--exp-dir`, `--name`
+(where steps are kept: data, parent and ranking are made once for all arms), and `--set train_elastic:trainer=gpu` for
+overrides of a verb; `--results FOLDER` before `run` or `report` keeps other files than these. An arm that fails is
+named and the others go on. A question of your own is one more file in `conf/study/`: arms, and what each changes in
+the chain of verbs that `conf/study/base.yaml` has, with sizes, corpora (the standard library's sources; Shakespeare's
+works, which `run` fetches as a package by name) and lengths.
+
+**How to read it.** Losses are nats per token on a test split by document that nothing was chosen by: learning rates
+({rates}) were searched for every arm alike, with one seed, on the validation split of the question's first corpus.
+One parent for each corpus, trained once; seeds are those of the family's run: order of data, budgets, router,
+noise. `±` is the standard deviation over seeds, `n` their number. **better** and **worse** stand where a difference
+to the arm compared with is larger than both deviations together, and both arms have two seeds or more.
+"""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What the seeds of one arm came to, for one corpus and one member."""
+
+    losses: Mapping[int, float]  # by seed
+    params: float
+    tokens: int
+    rate: float
+    seconds: float  # of one core, for the training that is tested
+
+    @property
+    def mean(self) -> float:
+        """Return the mean loss."""
+        return mean(self.losses.values())
+
+    @property
+    def deviation(self) -> float | None:
+        """Return the standard deviation over seeds; None of one seed."""
+        return stdev(self.losses.values()) if len(self.losses) > 1 else None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """All files of one question: `cells` by corpus, member and arm."""
+
+    files: Sequence[Mapping[str, Any]]
+    cells: Mapping[tuple[str, str], Mapping[str, Cell]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, question: Question, folder: Path) -> "Answers":
+        """Read a question's files, in the order of its arms; of arms that it no longer has, none."""
+        files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+        files = [file for file in files if file["arm"] in question.arms and file["corpus"] in question.corpora]
+        files.sort(key=lambda file: (list(question.arms).index(file["arm"]), file["corpus"], file["seed"]))
+        rows: dict[tuple[str, str, str], list[tuple[Any, Any]]] = defaultdict(list)
+        for file in files:
+            for member in file["members"]:
+                rows[file["corpus"], member["name"], file["arm"]].append((file, member))
+        cells: dict[tuple[str, str], dict[str, Cell]] = defaultdict(dict)
+        for (corpus, name, arm), found in rows.items():
+            cells[corpus, name][arm] = Cell(
+                {file["seed"]: member["loss"] for file, member in found},
+                mean(member["params"] for _, member in found),
+                found[0][0]["tokens"],
+                found[0][0]["rate"],
+                mean(file["cpu_seconds"][list(file["training"])[-1]] for file, _ in found),
+            )
+        return cls(files, cells)
+
+    def cpu_minutes(self) -> float:
+        """Return what cores worked for all of it, steps that arms share counted once, searches of rates not."""
+        steps = {name: seconds for file in self.files for name, seconds in file["cpu_seconds"].items()}
+        return sum(steps.values()) / SECONDS_PER_MINUTE
+
+
+def verdict(cell: Cell, other: Cell) -> str:
+    """Say whether one is better than the other by more than both spreads."""
+    if cell.deviation is None or other.deviation is None:
+        return ""
+    difference = cell.mean - other.mean
+    if abs(difference) <= cell.deviation + other.deviation:
+        return ""
+    return " **better**" if difference < 0 else " **worse**"
+
+
+def tokens_to_reach(loss: float, points: Iterable[tuple[int, float]]) -> tuple[float, str]:
+    """Return how many tokens reach a loss, between points (tokens, loss) on a line over log tokens.
+
+    Where no two points have it between them, the nearest end with the sign of the bound, `<` or `>`.
+    """
+    ordered = sorted(points)
+    for (tokens, before), (more, after) in pairwise(ordered):
+        if min(before, after) <= loss <= max(before, after):
+            share = 0.0 if before == after else (before - loss) / (before - after)
+            return exp(log(tokens) + share * (log(more) - log(tokens))), ""
+    return (ordered[-1][0], ">") if loss < min(point[1] for point in ordered) else (ordered[0][0], "<")
+
+
+def token_ratios(question: Question, answers: Answers) -> Iterator[tuple[str, int, float, str, dict[str, float]]]:
+    """Yield (corpus, seed, ratio, bound, tokens by member): what separate runs take to do as well as one family.
+
+    The ratio is the sum over members of the tokens that a run of its own takes to reach the family's loss, over the
+    family's tokens. Separate runs are the arms with that member alone.
+    """
+    alone = [file for file in answers.files if len(file["members"]) == 1 and file["tokens"]]
+    for family in (file for file in answers.files if file["arm"] == question.token_ratio):
+        corpus, seed = family["corpus"], family["seed"]
+        taken, bounds = {}, set()
+        for member in family["members"]:
+            points = [
+                (file["tokens"], file["members"][0]["loss"])
+                for file in alone
+                if (file["corpus"], file["seed"], file["members"][0]["name"]) == (corpus, seed, member["name"])
+            ]
+            if len(points) > 1:
+                taken[member["name"]], bound = tokens_to_reach(member["loss"], points)
+                bounds.add(bound)
+        if taken:
+            bound = "" if bounds == {""} else ">" if "<" not in bounds else "<" if ">" not in bounds else "?"
+            yield corpus, seed, sum(taken.values()) / family["tokens"], bound, taken
+
+
+def write_page(questions: Sequence[Question], results: Path, page: Path) -> None:
+    """Write the page and one picture for each question that has files; the others are listed."""
+    rates = ", ".join(f"{rate:g}" for rate in questions[0].rates)
+    parts, missing = [INTRODUCTION.format(rates=rates)], []
+    found = {question.name: Answers.read(question, results / question.name) for question in questions}
+    parts += parent_lines(file for answers in found.values() for file in answers.files)
+    for question in sorted(questions, key=lambda one: one.token_ratio is None):
+        answers = found[question.name]
+        if not answers.files:
+            missing.append(question)
+            continue
+        picture = results / f"{question.name}.png"
+        draw(question, answers, picture)
+        parts.append(section(question, answers, picture.relative_to(page.parent, walk_up=True)))
+    if missing:
+        lines = [f"- {question.text} (`python recipes/study.py run {question.name}`)" for question in missing]
+        parts.append("\n".join(["## Not run yet\n", *lines]) + "\n")
+    page.write_text("\n".join(parts), encoding="utf-8")
+
+
+def parent_lines(files: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Say how each corpus's parent was trained: the first of two trainings that an arm's chain has."""
+    told = set()
+    for file in files:
+        if len(file["training"]) > 1 and file["corpus"] not in told:
+            told.add(file["corpus"])
+            parent = next(iter(file["training"].values()))
+            losses = ", ".join(
+                f"{loss:.2f} at {point['tokens'] / 1e3:,.0f}k"
+                for point in parent["curve"]
+                for loss in point["loss"].values()
+            )
+            yield f"The parent of {file['corpus']}: validation loss {losses} tokens.\n"
+
+
+def section(question: Question, answers: Answers, picture: Path) -> str:
+    """Return a question's part of the page."""
+    lines = [f"## {question.text}", "", f"![{question.text}]({picture})", ""]
+    absent = [arm for arm in question.arms if arm not in {file["arm"] for file in answers.files}]
+    for corpus in dict.fromkeys(corpus for corpus, _ in answers.cells):
+        lines += [
+            f"Corpus {corpus}:",
+            "",
+            "| member | arm | parameters | tokens | core s | rate | test loss | n | against ",
+        ]
+        lines[-1] += f"{question.compare_with} |"
+        lines.append("|---|---|---|---|---|---|---|---|---|")
+        for (_, member), arms in (item for item in answers.cells.items() if item[0][0] == corpus):
+            lines += [_row(member, arm, cell, arms.get(question.compare_with), question) for arm, cell in arms.items()]
+        lines.append("")
+    if question.token_ratio is not None:
+        lines += [*_ratio_lines(question, answers), ""]
+    versions = answers.files[0]["versions"]
+    lines.append(f"`{answers.files[0]['command']}`: {answers.cpu_minutes():.0f} core minutes for the runs shown, ")
+    lines[-1] += f"learning-rate search not counted ({', '.join(f'{name} {is_}' for name, is_ in versions.items())})."
+    lines += [f"Not shown: {question.limits}"]
+    if absent:
+        lines.append(f"Arms not run yet: {', '.join(f'`{arm}`' for arm in absent)}.")
+    return "\n".join(lines) + "\n"
+
+
+def _row(member: str, arm: str, cell: Cell, other: Cell | None, question: Question) -> str:
+    spread = "" if cell.deviation is None else f" ± {cell.deviation:.4f}"
+    against = "" if other is None or arm == question.compare_with else f"{cell.mean - other.mean:+.4f}"
+    against += verdict(cell, other) if against and other is not None else ""
+    tokens, rate = (
+        f"{cell.tokens / 1e3:,.0f}k",
+        f"{cell.rate:g}" if question.arms[arm].has_rate and cell.tokens else "-",
+    )
+    figures = [f"{cell.params / 1e3:,.0f}k", tokens, f"{cell.seconds:.0f}" if cell.tokens else "-", rate]
+    figures += [f"{cell.mean:.4f}{spread}", str(len(cell.losses)), against]
+    return f"| {' | '.join((member, arm, *figures))} |"
+
+
+def _ratio_lines(question: Question, answers: Answers) -> Iterator[str]:
+    found = list(token_ratios(question, answers))
+    for corpus in dict.fromkeys(entry[0] for entry in found):
+        ratios = [(ratio, bound, taken) for name, _, ratio, bound, taken in found if name == corpus]
+        figures = ", ".join(f"{bound}{ratio:.2f}" for ratio, bound, _ in ratios)
+        spread = (
+            f", mean {mean(r for r, _, _ in ratios):.2f} ± {stdev(r for r, _, _ in ratios):.2f}" if ratios[1:] else ""
+        )
+        by_member = "; ".join(
+            f"{name} alone takes " + ", ".join(f"{taken[name] / 1e3:,.0f}k" for _, _, taken in ratios)
+            for name in ratios[0][2]
+        )
+        yield f"**Tokens on {corpus}: separate runs take {figures} times the family's to do as well as it{spread}** "
+        yield f"(by seed; > and <: the family lies beyond the longest or shortest separate run). {by_member}."
+
+
+def draw(question: Question, answers: Answers, path: Path) -> None:
+    """Draw test loss over parameters, and validation loss over tokens of the smallest member, for each corpus."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    corpora = list(dict.fromkeys(corpus for corpus, _ in answers.cells))
+    sizes = {name: cell.params for (_, name), arms in answers.cells.items() for cell in arms.values()}
+    smallest = min(sizes, key=sizes.__getitem__)
+    figure, axes = pyplot.subplots(len(corpora), 2, figsize=(11, 3.8 * len(corpora)), squeeze=False)
+    for (left, right), corpus in zip(axes, corpora, strict=True):
+        for number, arm in enumerate(question.arms):
+            color, marker = f"C{number % 10}", "osD^v"[number // 10]
+            cells = [arms[arm] for (name, _), arms in answers.cells.items() if name == corpus and arm in arms]
+            if not cells:
+                continue
+            cells.sort(key=lambda cell: cell.params)
+            spread = [cell.deviation or 0.0 for cell in cells]
+            left.errorbar(
+                [c.params / 1e3 for c in cells],
+                [c.mean for c in cells],
+                spread,
+                label=arm,
+                capsize=3,
+                color=color,
+                marker=marker,
+            )
+            points = _curve(answers, corpus, arm, smallest)
+            if cells[0].tokens and points:
+                right.plot([x / 1e3 for x, _ in points], [y for _, y in points], color=color)
+        left.set(xlabel="parameters (thousands)", ylabel="test loss", title=f"{corpus}: size and loss")
+        right.set(xlabel="tokens of the run (thousands)", ylabel="validation loss", title=f"{smallest}, on the way")
+        left.legend(fontsize=7)
+        left.grid(alpha=0.3)
+        right.grid(alpha=0.3)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def _curve(answers: Answers, corpus: str, arm: str, member: str) -> list[tuple[float, float]]:
+    """Return (tokens, mean loss over seeds) of a member at each validation of an arm's last training."""
+    by_tokens: dict[int, list[float]] = defaultdict(list)
+    for file in answers.files:
+        if (file["corpus"], file["arm"]) != (corpus, arm) or not file["training"]:
+            continue
+        for point in [*file["training"].values()][-1]["curve"]:
+            if member in point["loss"]:
+                by_tokens[point["tokens"]].append(point["loss"][member])
+    return sorted((tokens, mean(losses)) for tokens, losses in by_tokens.items())

@@ -1,0 +1,225 @@
+"""The study: questions are read or refused, steps shared, what is done is kept, and the page says what files say."""
+
+import json
+from copy import deepcopy
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from elastic.config.load import ConfigError, load
+from elastic.verbs.parent import fill_from_parent
+from recipes._common import CONF
+from recipes._study_questions import Question, question_names, read_question
+from recipes._study_report import Answers, tokens_to_reach, write_page
+from recipes._verbs import VERBS
+from recipes.smoke import Smoke
+from recipes.study import Study, run_questions
+
+STUDY = CONF / "study"
+VERSIONS = {"python": "3.12"}
+
+
+@cache
+def composed(verb: str, *groups: str) -> DictConfig:
+    """Compose a verb's run once, with other files of its groups."""
+    with initialize_config_dir(config_dir=str(CONF), version_base=None):
+        return compose(verb, list(groups))
+
+
+def test_every_step_of_every_question_is_a_config_of_its_verb() -> None:
+    """Keys and types, as the verb would load them; a file that is named as subnets is not there yet."""
+    steps, parser = {}, OverridesParser.create()
+    for name in question_names(STUDY):
+        question = read_question(name, STUDY)
+        for arm, corpus in product(question.arms.values(), question.corpora.values()):
+            steps |= {step.name: step for step in arm.steps(corpus, seed=1, rate=1e-3)}
+    for step in steps.values():
+        given = dict(override.split("=", 1) for override in step.arguments(Path("runs/study")))
+        config = deepcopy(composed(step.verb, *(f"{key}={given.pop(key)}" for key in ("budgets",) if key in given)))
+        for key, value in given.items():
+            value = f"'{value}'" if key == "constraint" else value  # as recipes/_arguments.py does
+            if not value.endswith("subnets.json"):
+                OmegaConf.update(config, key, parser.parse_override(f"{key}={value}").value(), force_add=True)
+        values: Any = OmegaConf.to_container(config, resolve=True)
+        kind = VERBS[step.verb].config
+        if step.verb == "train_elastic":
+            values["model"] = {"vocab": 512}
+        load(kind, fill_from_parent(kind, values)[0])
+
+
+@pytest.fixture
+def conf(tmp_path: Path) -> Path:
+    """Two arms that share a parent; the second of them takes half the rate."""
+    base = {
+        "chain": ["pretrain_parent", "train_elastic", "evaluate"],
+        "rates": [0.1, 0.2],
+        "corpora": {"text": {}},
+        "verbs": {
+            "pretrain_parent": {"seed": 1},
+            "train_elastic": {"lr": "{rate}", "seed": "{seed}", "parent": "{pretrain_parent}"},
+            "evaluate": {"init_from.checkpoint": "{train_elastic}"},
+        },
+    }
+    own = {
+        "question": "Which?", "compare_with": "one", "limits": "Much.", "corpora": ["text"], "token_ratio": "one",
+        "arms": {"one": {}, "two": {"train_elastic": {"lr": "{rate*0.5}"}}},
+    }  # fmt: skip
+    folder = tmp_path / "conf"
+    folder.mkdir()
+    for name, content in (("base", base), ("which", own)):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"compare_with": "on"}, "did you mean one?"),
+        ({"corpora": ["texts"]}, "did you mean text?"),
+        ({"limit": "x"}, "did you mean limits?"),
+        ({"arms": {"one": {"train_elastik": {}}}}, "did you mean train_elastic?"),
+        ({"arms": {"one": {"pretrain_parent": {"x": "{evaluate}"}}}}, "which.arms.one.pretrain_parent"),
+    ],
+)
+def test_a_question_with_a_mistake_is_refused_by_name(conf: Path, change: dict[str, Any], says: str) -> None:
+    file = conf / "which.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | change))
+    with pytest.raises(ConfigError, match=says.replace("?", r"\?")):
+        read_question("which", conf)
+    with pytest.raises(ConfigError, match="nearest is which"):
+        read_question("wich", conf)
+
+
+class Verbs(Smoke):
+    """Takes the place of the verbs' programs: writes what they would, and remembers what was asked."""
+
+    def __init__(self, folder: Path, failing: str = "") -> None:
+        super().__init__(folder, 1, (), Console(quiet=True))
+        self.failing, self.ran = failing, list[str]()
+
+    def run(self, verb: str, version: str, arguments: Any = (), **kwargs: Any) -> Path:
+        target, values = self.folder / version, dict(a.split("=", 1) for a in arguments)
+        if (self.folder / f".{version}.done").exists():
+            return target
+        self.ran.append(verb)
+        if self.failing and values.get("lr") == self.failing:
+            raise SystemExit(f"{verb} failed with code 1")
+        target.mkdir()
+        (self.folder / f".{version}.done").write_text("2.0 60.0\n")
+        loss = 3.0 + float(values.get("lr", 0)) + float(values.get("seed", 0)) / 100
+        if verb == "evaluate":
+            read = values["init_from.checkpoint"]
+            loss = json.loads((Path(read) / "metrics.jsonl").read_text().splitlines()[-1])["validation/small/loss"]
+            rows = [{"name": "small", "params": 1000, "loss": loss, "subnet": {}}]
+            (target / "evaluation.json").write_text(json.dumps({"members": rows}))
+        else:
+            phases = [{"global_batch": 2, "sequence_length": 8, "steps": 4}]
+            (target / "config.json").write_text(json.dumps({"curriculum": phases}))
+            rows = [{"step": 4, "router/small/cost_ratio": 1.0}, {"step": 4, "validation/small/loss": loss}]
+            (target / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return target
+
+
+def asked(conf: Path, tmp_path: Path, failing: str = "") -> tuple[list[str], list[str]]:
+    """Ask the question with two seeds, one arm at a time; returns what ran and what failed."""
+    (tmp_path / "runs").mkdir(exist_ok=True)
+    verbs = Verbs(tmp_path / "runs", failing)
+    failed = run_questions(Study(verbs, tmp_path / "results"), [read_question("which", conf)], (1, 2), 1)
+    return verbs.ran, failed
+
+
+def test_steps_are_shared_rates_are_searched_and_what_is_done_is_skipped(conf: Path, tmp_path: Path) -> None:
+    ran, failed = asked(conf, tmp_path)
+    # One parent; two rates of two arms with one seed, the better rate with the other; half of 0.2 is 0.1 of the other.
+    assert (ran.count("pretrain_parent"), ran.count("train_elastic"), failed) == (1, 3 + 2, [])
+    found = json.loads((tmp_path / "results" / "which" / "two.text.2.json").read_text())
+    assert (found["rate"], found["rates_tried"]) == (0.1, pytest.approx({"0.1": 3.06, "0.2": 3.11}))
+    assert (found["tokens"], found["members"][0]["loss"]) == (64, pytest.approx(3.07))
+    training = [entry for name, entry in found["training"].items() if name.startswith("train_elastic")]
+    assert training[0]["curve"][0]["tokens"] == 64 and training[0]["curve"][0]["router"] == {"small/cost_ratio": 1.0}
+    assert sum(found["cpu_seconds"].values()) == 180.0
+    assert asked(conf, tmp_path) == ([], [])
+
+
+def test_an_arm_that_fails_is_named_and_the_others_go_on(conf: Path, tmp_path: Path) -> None:
+    _, failed = asked(conf, tmp_path, failing="0.05")
+    assert len(failed) == 2 and all("which, two, text" in text and "train_elastic failed" in text for text in failed)
+    assert sorted(file.name for file in (tmp_path / "results" / "which").iterdir()) == [
+        "one.text.1.json",
+        "one.text.2.json",
+    ]
+    assert len(asked(conf, tmp_path)[0]) > 0  # and tried again by the next call
+
+
+def test_tokens_are_read_off_between_two_runs_and_bounded_beyond_them() -> None:
+    points = [(400, 2.0), (100, 4.0)]
+    assert tokens_to_reach(3.0, points) == (pytest.approx(200.0), "")
+    assert tokens_to_reach(1.9, points) == (400, ">") and tokens_to_reach(4.1, points) == (100, "<")
+
+
+def made_up(arm: str, seed: int, tokens: int, losses: dict[str, float]) -> dict[str, Any]:
+    """Return a result as recipes/study.py writes it."""
+    members = [{"name": n, "params": 500 if n == "small" else 900, "loss": v, "subnet": {}} for n, v in losses.items()]
+    told = {"question": "which", "arm": arm, "corpus": "text", "seed": seed, "rate": 0.1, "command": "the command"}
+    curve = [{"tokens": tokens, "loss": losses}]
+    return told | {
+        "tokens": tokens, "members": members, "versions": VERSIONS,
+        "training": {
+            "pretrain_parent-1": {"tokens": 900, "curve": [{"tokens": 900, "loss": {"parent": 2.125}}]},
+            f"train_elastic-{arm}{seed}": {"tokens": tokens, "curve": curve},
+        },
+        "cpu_seconds": {f"train_elastic-{arm}{seed}": 60.0, "pretrain_parent-1": 120.0},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def question(conf: Path) -> Question:
+    """A family, and three runs of small alone."""
+    file = conf / "which.yaml"
+    arms = {"one": {}, **{f"alone_{tokens}": {} for tokens in (100, 300, 600)}, "later": {}}
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"arms": arms}))
+    return read_question("which", conf)
+
+
+def test_the_page_has_means_spreads_differences_ratios_and_what_has_not_run(question: Question, tmp_path: Path) -> None:
+    folder = tmp_path / "docs" / "results" / "which"
+    folder.mkdir(parents=True)
+    for seed, off in ((1, 0.0), (2, 0.02)):
+        files = [made_up("one", seed, 300, {"full": 2.0, "small": 3.0 + off})]
+        files += [
+            made_up(f"alone_{tokens}", seed, tokens, {"small": loss + off})
+            for tokens, loss in ((100, 4.0), (300, 3.5), (600, 2.5))
+        ]
+        for file in files:
+            (folder / f"{file['arm']}.text.{seed}.json").write_text(json.dumps(file))
+    page = tmp_path / "docs" / "results.md"
+    other = Question("other", "And else?", "a", "", {}, (0.1,), None, {}, {}, {})
+    write_page([other, question], tmp_path / "docs" / "results", page)
+    text = page.read_text()
+    assert "| small | one | 0k | 0k | 60 | 0.1 | 3.0100 ± 0.0141 | 2 |  |" in text
+    assert "The parent of text: validation loss 2.12 at 1k tokens." in text
+    assert "3.5100 ± 0.0141 | 2 | +0.5000 **worse** |" in text and "-0.5000 **better** |" in text
+    # Half-way between 300 and 600 tokens on a logarithmic line: 424 of 300.
+    assert "separate runs take 1.41, 1.41 times the family's to do as well as it, mean 1.41 ± 0.00" in text
+    assert "Arms not run yet: `later`." in text and "And else? (`python recipes/study.py run other`)" in text
+    assert "10 core minutes" in text and "](results/which.png)" in text
+    assert (page.parent / "results" / "which.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_seed_says_nothing_of_better_or_worse(question: Question, tmp_path: Path) -> None:
+    folder = tmp_path / "which"
+    folder.mkdir()
+    for arm, loss in (("one", 3.0), ("alone_100", 4.0)):
+        (folder / f"{arm}.text.1.json").write_text(json.dumps(made_up(arm, 1, 100, {"small": loss})))
+    answers = Answers.read(question, folder)
+    assert answers.cells["text", "small"]["one"].deviation is None and answers.cpu_minutes() == 4.0
+    write_page([question], tmp_path, tmp_path / "page.md")
+    assert "better" not in (tmp_path / "page.md").read_text().split("## Which?")[1]
