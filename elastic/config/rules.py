@@ -28,6 +28,12 @@ def check_subnets(budget_names: tuple[str, ...] | None, subnets: Subnets) -> Pro
     yield from unique_names("subnets", subnets)
 
 
+def check_buckets(position_buckets: int, sequence_length: int) -> Problems:
+    """Every part of the sequence has a token."""
+    rule = f"sequence_length = {sequence_length}"
+    yield from rules_layout.at_most_problem("position_buckets", position_buckets, sequence_length, rule)
+
+
 def check_numbers(num_priced: int, num_scored: int) -> Problems:
     """No more subnets are scored than are priced."""
     yield from rules_layout.at_most_problem("num_scored", num_scored, num_priced, f"num_priced = {num_priced}")
@@ -234,6 +240,7 @@ RULES = (
     Rule(FAMILY, rules_elastic.check_budgets),
     Rule(ELASTIC, rules_elastic.check_distill),
     Rule(ELASTIC, lambda distill, cluster: fp8_problems("distill.", distill.teacher_precision, cluster)),
+    Rule(EVALUATE, check_buckets),
     Rule(EVALUATE, lambda teacher_precision, cluster: fp8_problems("", teacher_precision, cluster)),
     Rule(ELASTIC, rules_elastic.check_fp8_sizes),
     Rule((verbs.MembersConfig, TASKS), check_subnets),

@@ -241,10 +241,13 @@ def check_budgets(model: ModelConfig, elastic: ElasticSection) -> Problems:
 
 
 def check_distill(distill: sections.DistillConfig) -> Problems:
-    """The loss needs a term."""
+    """The loss needs a term; a teacher that learns has no copy to quantise."""
     if distill.kl_weight == 0 and distill.cross_entropy_weight == 0:
         rule = "distill.kl_weight and distill.cross_entropy_weight must not both be 0"
         yield Problem("distill.kl_weight", 0.0, rule, "nearest legal value is 1.0")
+    if distill.teacher == "trained" and distill.teacher_precision == "fp8":
+        rule = "is for a frozen teacher, and distill.teacher = trained learns in the student's own weights"
+        yield Problem("distill.teacher_precision", "fp8", rule, "nearest legal value is bf16")
 
 
 def fp8_problems(section: str, precision: str, cluster: Cluster) -> Problems:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from elastic.config import sections
 from elastic.config.load import Problem, Problems, field_paths, plain_number
 from elastic.config.sections import ModelConfig, ParallelConfig
+from elastic.config.verbs import ImportanceSection
 from elastic.space.axes import LayerKind
 from elastic.space.ranges import MOST_LAYERS
 from elastic.space.shape import LayerPattern, ModelShape, PatternError
@@ -165,7 +166,7 @@ def check_validation(data: sections.DataConfig, parallel: ParallelConfig, cluste
     return batch_problems(path, data.validation_sequences, "data", size, parallel, cluster)
 
 
-def check_importance(importance: sections.ImportanceSection, parallel: ParallelConfig, cluster: Cluster) -> Problems:
+def check_importance(importance: ImportanceSection, parallel: ParallelConfig, cluster: Cluster) -> Problems:
     """Calibration sequences fill whole micro-batches; the layers are scored on some of them."""
     scored, used, size = importance.num_sequences, importance.depth_sequences, importance.micro_batch
     for name, sequences in (("num_sequences", scored), ("depth_sequences", used)):

@@ -101,25 +101,19 @@ class ElasticSection:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """Weights of the loss; `chunk_tokens` have logits at a time; fp8: the teacher's projections multiply E4M3 codes."""
+    """Weights of the loss; `chunk_tokens` have logits at a time; fp8: the teacher's projections multiply E4M3 codes.
+
+    `teacher`: the frozen permuted parent; or trained, the whole model in the weights that are trained, which learns the
+    text with `teacher_cross_entropy_weight` (docs/method.md 1.4, eq. 15).
+    """
 
     kl_weight: ranges.Weight = 1.0
     cross_entropy_weight: ranges.Weight = 0.0
     temperature: ranges.Temperature = 1.0
     chunk_tokens: ranges.Tokens = 2048
+    teacher: Literal["frozen", "trained"] = "frozen"
+    teacher_cross_entropy_weight: ranges.Weight = 1.0
     teacher_precision: Literal["bf16", "fp8"] = "bf16"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImportanceSection:
-    """Size of the calibration, and how layers are scored on `depth_sequences` of it (docs/method.md 1.1)."""
-
-    num_sequences: ranges.Sequences = 64
-    sequence_length: ranges.TrainedLength = 256
-    micro_batch: ranges.Sequences = 4
-    depth: Literal["iterative", "one_shot", "none"] = "iterative"
-    depth_sequences: ranges.Sequences = 16
-    max_removed_layers: Annotated[int, Range(1, ranges.MOST_LAYERS)] | None = None
 
 
 def _is_number(value: Any) -> bool:

@@ -80,12 +80,25 @@ class PretrainConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImportanceSection:
+    """How widths are scored, layers on `depth_sequences`, and the size of the calibration (docs/method.md 1.1)."""
+
+    method: Literal["activations", "magnitude", "random"] = "activations"
+    num_sequences: ranges.Sequences = 64
+    sequence_length: ranges.TrainedLength = 256
+    micro_batch: ranges.Sequences = 4
+    depth: Literal["iterative", "one_shot", "cosine", "last_first", "none"] = "iterative"
+    depth_sequences: ranges.Sequences = 16
+    max_removed_layers: Annotated[int, Range(1, ranges.MOST_LAYERS)] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImportanceConfig(RunConfig):
     """recipes/estimate_importance.py: scores on training data, rankings, permuted parent; `lanes` deals FFN neurons."""
 
     init_from: ParentInput = field(default_factory=ParentInput)
     data: PreparedData = field(default_factory=PreparedData)
-    importance: sections.ImportanceSection = field(default_factory=sections.ImportanceSection)
+    importance: ImportanceSection = field(default_factory=ImportanceSection)
     lanes: ranges.Size = 8
 
 
@@ -171,9 +184,13 @@ class EvaluatedData(DataConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(HeldOutConfig):
-    """recipes/evaluate.py: loss, perplexity and cost per budget (null: all) and per subnet given by hand."""
+    """recipes/evaluate.py: loss, perplexity and cost per budget (null: all) and per subnet given by hand.
+
+    Several `position_buckets` say the loss of so many equal parts of the sequence, too, from the front.
+    """
 
     data: EvaluatedData = field(default_factory=EvaluatedData)
+    position_buckets: Annotated[int, Range(1, 64)] = 1
     execution: Execution = Execution.SLICE
     teacher_precision: Literal["bf16", "fp8"] = "bf16"  # fp8: the whole parent, as the teacher that distill makes of it
 

@@ -2,12 +2,14 @@
 
 import hashlib
 import math
+from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch import Tensor, nn
 
-from elastic.model.sharding import shard_tensor
+from elastic.model.sharding import shard_tensor, unshard_tensors
 from elastic.space.layers import LAYER_PREFIX, DimKind, parameter_dims, split_parameter_name
 from elastic.space.nesting import parameter_size
 from elastic.space.shape import ModelShape
@@ -64,3 +66,18 @@ def named_global_parameters(model: HybridModel) -> list[tuple[str, nn.Parameter]
             name = "embedding.word_embeddings.weight"
         named.append((name, parameter))
     return named
+
+
+@torch.no_grad()
+def gathered_parameters(model: HybridModel, shape: ModelShape) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+    """Yield this stage's parameters one by one, by their global names: this rank's shard, and the whole.
+
+    The ranks of a tensor-parallel group go through it together.
+    """
+    tp = model.pg_collection.tp
+    for name, parameter in named_global_parameters(model):
+        shards = [parameter.detach()]
+        if tp.size() > 1:
+            shards = [torch.empty_like(parameter) for _ in range(tp.size())]
+            dist.all_gather(shards, parameter.detach().contiguous(), group=tp)
+        yield name, parameter, unshard_tensors(shards, name, shape)

@@ -5,13 +5,17 @@ case = this tensor-parallel rank's shard. S is the context-parallel rank's part 
 """
 
 from collections.abc import Callable
-from typing import Protocol
 
 from torch import Tensor
 
 
-class LayerObserver(Protocol):
-    """Receives what one layer computes; the tensors belong to the layer and must not be changed."""
+class LayerObserver:
+    """Receives what one layer computes, and looks away unless told otherwise; the tensors belong to the layer and must
+    not be changed.
+    """
+
+    def stream(self, before: Tensor, after: Tensor) -> None:
+        """Receive the residual stream in front of the layer and behind it [S(/tp), B, D]."""
 
     def normalised(self, x: Tensor) -> None:
         """Receive the layer's normalised input [S(/tp), B, D]; under sequence parallelism this rank's tokens only."""

@@ -119,6 +119,9 @@ class ElasticStack(HybridStack):
                 # The gates travel inside the call, so the recomputed forward sees its own micro-batch's choice.
                 arguments = (x, own, None, None, documents)
                 x = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+            elif seen_by is not None:
+                before, x = x, layer(x, own, seen_by, None, documents)
+                seen_by.stream(before, x)
             else:
-                x = layer(x, own, seen_by, None, documents)
+                x = layer(x, own, None, None, documents)
         return x

@@ -84,8 +84,14 @@ def chosen(config: PlanConfig, samples: dict[str, Sample]) -> Candidate:
 
 
 def run_problems(config: PlanConfig) -> tuple[Problem, ...]:
-    """List everything the run's own verb would refuse of the config on this cluster, inputs apart."""
-    return rule_problems(config.run_config(config.parallel, config.data.micro_batch), _cluster(config))
+    """List everything the run's own verb would refuse of the config on this cluster, inputs apart, and what no plan
+    counts yet.
+    """
+    problems = rule_problems(config.run_config(config.parallel, config.data.micro_batch), _cluster(config))
+    if config.distill.teacher == "trained":
+        rule = "trains the whole model beside each student, which no plan counts yet"
+        problems += (Problem("distill.teacher", "trained", rule, "plan with frozen, and expect more time and memory"),)
+    return problems
 
 
 def layout_rule_problems(config: PlanConfig, parallel: ParallelConfig, micro_batch: int) -> list[Problem]:

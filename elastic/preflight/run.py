@@ -110,7 +110,7 @@ def state_bytes_per_rank(config: TrainConfig, cluster: Cluster) -> float:
     replicas = data_parallel(parallel, cluster) * parallel.context
     shards = replicas if config.optim.use_distributed_optimizer else 1
     weights = WEIGHT_BYTES[precision]
-    if isinstance(config, ElasticConfig):
+    if isinstance(config, ElasticConfig) and config.distill.teacher == "frozen":
         weights += WEIGHT_BYTES[precision] if config.distill.teacher_precision == "bf16" else 1
     per_parameter = weights + GRADIENT_BYTES + OPTIMIZER_BYTES[precision] / shards
     # Context-parallel ranks repeat the weights of their replica.

@@ -1,4 +1,4 @@
-"""Score the layers of the parent by what their absence does to the logits (docs/method.md 1.1, eq. 5).
+"""Score the layers of the parent by what their absence does to the logits (docs/method.md 1.1, eq. 5), or otherwise.
 
 Shapes: B batch, S sequence, D hidden, V vocab, L layers; lower case = this tensor-parallel rank's shard.
 """
@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from elastic.model.forward import Sequences, forward_hidden, sees_own_tokens, sum_over_world
 from elastic.model.model import ElasticModel
+from elastic.model.observe import LayerObserver
 from elastic.rank.permutation import RankingError
 from elastic.space.axes import Axis
 from elastic.space.gates import Gates
@@ -29,7 +31,7 @@ class DepthScores:
     """Layers in order, best first, and why: the same on every rank.
 
     `scores[j]` is layer j's eq. 5 when it was removed, or when last scored. `history` holds one entry per round: the
-    score of every layer that was still there; the worst of them goes.
+    score of every layer that was still there; the worst of them goes. Other methods have other scores, and no rounds.
     """
 
     order: tuple[int, ...]
@@ -38,11 +40,9 @@ class DepthScores:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return `depth` [L] and `depth_history` [rounds, L] for the ranking file, fp64, NaN where a layer was gone."""
+        found = {"depth": torch.tensor(self.scores, dtype=torch.float64)}
         rounds = [[scores.get(index, math.nan) for index in range(len(self.order))] for scores in self.history]
-        return {
-            "depth": torch.tensor(self.scores, dtype=torch.float64),
-            "depth_history": torch.tensor(rounds, dtype=torch.float64),
-        }
+        return found | ({"depth_history": torch.tensor(rounds, dtype=torch.float64)} if rounds else {})
 
 
 def rank_layers(
@@ -89,6 +89,41 @@ def rank_layers(
     best = sorted(present, key=lambda layer_index: -last[layer_index])  # stable: ties by index
     scores = tuple(last[layer_index] for layer_index in range(num_layers))
     return DepthScores((*best, *reversed(removed_first)), scores, tuple(history))
+
+
+def rank_by_cosine(model: ElasticModel, batches: Iterable[Sequences]) -> DepthScores:
+    """Rank all layers by the mean over tokens of 1 - cosine(x, x'), x the stream in front of a layer, x' behind it.
+
+    The public Minitron-SSM code's score; one pass. Of equal scores the later layer counts as the less important. Raises
+    RankingError without tokens or if a score is not finite.
+    """
+    layer_indices = model.decoder.masks.layer_indices
+    num_layers = len(model.decoder.masks.space.parent.pattern)
+    totals = torch.zeros(num_layers, 2, dtype=torch.float64, device=next(model.parameters()).device)
+    counts = sees_own_tokens(model)
+    for batch in batches:
+        turns = {index: _Turn(totals[index]) if counts else LayerObserver() for index in layer_indices}
+        forward_hidden(model, batch.tokens, observer=turns.__getitem__, positions=batch.positions)
+    sum_over_world(totals)
+    scores = (totals[:, 0] / totals[:, 1]).tolist()
+    if not all(map(math.isfinite, scores)):
+        raise RankingError(
+            "depth: the parent's stream is not finite, or there are no calibration tokens; score in fp32"
+        )
+    return DepthScores(tuple(sorted(range(num_layers), key=lambda index: -scores[index])), tuple(scores), ())
+
+
+class _Turn(LayerObserver):
+    """Adds to `total` [2], fp64, how far a layer turns the stream, and its tokens."""
+
+    def __init__(self, total: Tensor) -> None:
+        self._total = total
+
+    def stream(self, before: Tensor, after: Tensor) -> None:
+        """Add 1 - cosine of every token."""
+        wide = torch.promote_types(before.dtype, torch.float32)
+        turned = 1.0 - F.cosine_similarity(before.to(wide), after.to(wide), dim=-1)
+        self._total += torch.stack([turned.sum(dtype=torch.float64), turned.new_full((), turned.numel()).double()])
 
 
 class _LogitMeter:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from elastic.model.forward import Sequences, forward_hidden, sees_own_tokens, sum_over_world
 from elastic.model.model import ElasticModel
+from elastic.model.observe import LayerObserver
 from elastic.rank.depth import DepthScores
 from elastic.rank.permutation import Order, Ranking, RankingError
 from elastic.space.axes import Axis, LayerKind
@@ -26,7 +27,8 @@ from elastic.space.space import Space
 class Scores:
     """Width scores of the whole parent, fp64 on the CPU, larger is better, the same on every rank.
 
-    One entry per layer of the kind, in layer order, except `hidden`: one residual stream serves all layers.
+    Of activations here; `without_data.py` makes others. One entry per layer of the kind, in layer order, except
+    `hidden`: one residual stream serves all layers.
     """
 
     hidden: Tensor  # [D], eq. 1
@@ -61,7 +63,7 @@ def best_first(score: Tensor) -> Order:
     return tuple(torch.argsort(score, descending=True, stable=True).tolist())
 
 
-class _LayerTotals:
+class _LayerTotals(LayerObserver):
     """Adds what one layer shows to this rank's part of the scores; `hidden` None: another rank counts these tokens."""
 
     def __init__(self, hidden: Tensor | None, inner: Tensor) -> None:

@@ -72,28 +72,43 @@ class LossMeter:
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """The loss of one subnet over all held-out sequences, and over those of each source."""
+    """The loss of one subnet over all held-out sequences, over those of each source, and by parts of the sequence."""
 
     mean: MeanLoss
     by_source: dict[str, MeanLoss]
+    by_position: tuple[MeanLoss, ...] = ()
 
 
 def evaluate_subnets(
-    runner: PipelineRunner, gates: Mapping[str, Gates | None], data: HeldOut, num_sequences: int, micro_batch_size: int
+    runner: PipelineRunner,
+    gates: Mapping[str, Gates | None],
+    data: HeldOut,
+    num_sequences: int,
+    micro_batch_size: int,
+    position_buckets: int = 1,
 ) -> dict[str, HeldOutLoss]:
     """Return the mean cross-entropy of each named choice (None: the whole parent) over the same held-out sequences.
 
-    Every rank must call it; all ranks return the same numbers, whatever the layout.
+    With several `position_buckets` also that of so many equal parts of the sequences, from the front. Every rank must
+    call it; all ranks return the same numbers, whatever the layout.
     """
     world = runner.world
     batches = list(validation_batches(data, num_sequences, world.data_rank, world.data_size, micro_batch_size))
     sources = list(dict(batches))
-    num_rows = 1 + len(sources)  # of each choice: all sequences, then those of each source
+    of_parts = position_buckets if position_buckets > 1 else 0
+    num_rows = 1 + len(sources) + of_parts  # of each choice: all sequences, those of each source, parts of all
     meter = LossMeter(len(gates) * num_rows, world.device)
     for number, choice in enumerate(gates.values()):
         for source, batch in batches:
-            loss = runner.evaluate([runner.share(batch, choice)])
+            loss = runner.evaluate([runner.share(batch, choice)], position_buckets)
             meter.add(loss, row=number * num_rows)
             meter.add(loss, row=number * num_rows + 1 + sources.index(source))
+            for part, of_part in enumerate(loss if of_parts else ()):
+                meter.add([of_part], row=number * num_rows + 1 + len(sources) + part)
     means = iter(meter.read(world))
-    return {name: HeldOutLoss(next(means), {source: next(means) for source in sources}) for name in gates}
+
+    def next_one() -> HeldOutLoss:
+        whole, by_source = next(means), {source: next(means) for source in sources}
+        return HeldOutLoss(whole, by_source, tuple(next(means) for _ in range(of_parts)))
+
+    return {name: next_one() for name in gates}

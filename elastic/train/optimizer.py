@@ -8,6 +8,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.optim import AdamW, Optimizer
 
 from elastic.checkpoint.optimizer_state import count_in_order
@@ -77,6 +78,36 @@ def reduced_at_once(wrapped: DistributedDataParallel) -> Iterator[None]:
             yield
     finally:
         config.no_sync_func, config.finalize_model_grads_func = no_sync, finalize
+
+
+def overlaps(student: nn.Module) -> bool:
+    """Tell whether gradients are reduced bucket by bucket beside the backward pass."""
+    return isinstance(student, DistributedDataParallel) and student.ddp_config.overlap_grad_reduce
+
+
+def say_added(parameter: Tensor) -> None:
+    """Leave Megatron-Core's hook nothing to add; it insists on a gradient, so zeros that take no memory."""
+    parameter.grad = parameter.new_zeros(()).expand_as(parameter)
+    parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # the wrapper's
+
+
+class AllReady(torch.autograd.Function):
+    """Passes a copy on (the schedule frees what a stage hands on, so no view) and has no gradient for the parameters.
+
+    Autograd then calls the wrapper's hooks on them all the same.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = parameters
+        return hidden.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        for parameter in ctx.parameters:
+            say_added(parameter)
+        return grad, *(None for _ in ctx.parameters)
 
 
 def build_router_optimizer(router: nn.Module, optim: OptimConfig) -> Optimizer:

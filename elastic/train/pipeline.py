@@ -5,7 +5,7 @@ Shapes: B sequences, S sequence, s this context-parallel rank's share, D hidden,
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from elastic.config.sections import DistillConfig
 from elastic.data.stream import Batch
@@ -22,7 +21,7 @@ from elastic.model.documents import copied
 from elastic.model.forward import context_parallel_slice, parallel_hidden
 from elastic.model.model import ElasticModel
 from elastic.space.gates import Gates
-from elastic.train.optimizer import reduced_at_once
+from elastic.train.optimizer import AllReady, overlaps, reduced_at_once, say_added
 from elastic.world.groups import World
 
 
@@ -65,7 +64,10 @@ class PipelineRunner:
     def __init__(
         self, world: World, student: nn.Module, loss: DistillConfig, teacher: ElasticModel | None = None
     ) -> None:
-        """Take the student as the schedule runs it (wrapped or bare) and an optional frozen teacher."""
+        """Take the student as the schedule runs it (wrapped or bare) and an optional frozen teacher.
+
+        With `loss.teacher` trained it is the student's own whole model, which learns the text (eq. 15).
+        """
         self.world, self.student, self.teacher, self.loss = world, student, teacher, loss
         bare = student.module if isinstance(student, DistributedDataParallel) else student
         assert isinstance(bare, ElasticModel)
@@ -119,13 +121,38 @@ class PipelineRunner:
         wrapped = self.student
         hidden_behind = ends_alike or not isinstance(wrapped, DistributedDataParallel)
         with nullcontext() if hidden_behind else reduced_at_once(wrapped):
-            return self._schedule(wrapped, micro_batches, self._student_loss, forward_only=False)
+            if self.loss.teacher == "frozen":
+                return self._schedule(wrapped, micro_batches, self._student_loss, forward_only=False)
+            in_turns = [one for batch in micro_batches for one in (replace(batch, gates=None), batch)]
+            return self._schedule(wrapped, in_turns, self._loss_in_turns(), forward_only=False)[1::2]
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatchLoss]:
-        """Run the student forward only and report the loss: without a teacher's states, the cross-entropy."""
+    def evaluate(self, micro_batches: Sequence[MicroBatch], position_buckets: int = 1) -> list[MicroBatchLoss]:
+        """Run the student forward only and report the loss: without a teacher's states, the cross-entropy.
+
+        With several `position_buckets` each micro-batch has so many reports, one behind the other: of equal parts of
+        its sequences, from the front.
+        """
         self.finish_gather()
-        return self._schedule(self.student_model, micro_batches, self._student_loss, forward_only=True)
+        loss = partial(self._losses_by_position, position_buckets) if position_buckets > 1 else self._student_loss
+        reports = self._schedule(self.student_model, micro_batches, loss, forward_only=True)
+        return reports if position_buckets == 1 else [one for of_batch in reports for one in of_batch]
+
+    def _losses_by_position(
+        self, position_buckets: int, batch: MicroBatch, hidden: Tensor
+    ) -> tuple[Tensor, Tensor, list[MicroBatchLoss]]:
+        """Do what `_student_loss` does, part by part of the sequence; this rank may have tokens of some parts only."""
+        cp, (num_sequences, length) = self.world.groups.cp, batch.labels.shape
+        places = torch.arange(length * cp.size())[None]
+        parts = context_parallel_slice(places, cp.rank(), cp.size())[0] * position_buckets // places.numel()
+        tokens, found = self._tokens(hidden).unflatten(0, (length, num_sequences)), []
+        for part in range(position_buckets):
+            mine = (parts == part).nonzero()[:, 0].to(hidden.device)
+            weights = None if batch.token_weights is None else batch.token_weights[:, mine]
+            own = replace(batch, labels=batch.labels[:, mine], token_weights=weights)
+            found.append(self._loss_of(own, tokens[mine].flatten(0, 1)))
+        totals, counted, reports = zip(*found, strict=True)
+        return torch.stack(totals).sum(), torch.stack(counted).sum(), list(reports)
 
     def _schedule(
         self, model: nn.Module, micro_batches: Sequence[MicroBatch], loss: Callable[..., Any], *, forward_only: bool
@@ -161,45 +188,71 @@ class PipelineRunner:
 
         A bucket is reduced once all its gradients are ready, which those of a skipped layer would never be.
         """
-        if not _overlaps(self.student) or gates is None or gates.subnet is None:
+        if not overlaps(self.student) or gates is None or gates.subnet is None:
             return hidden
         layers, kept = self.student_model.decoder.layers, gates.subnet.kept_layers
         idle = [p for layer in layers if layer.layer_number - 1 not in kept for p in layer.parameters()]
-        return _Ready.apply(hidden, *idle) if idle else hidden
+        return AllReady.apply(hidden, *idle) if idle else hidden
+
+    def _loss_in_turns(self) -> Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor, MicroBatchLoss]]:
+        """Return the loss of passes in turns, a micro-batch's whole model and then its student: eq. 15.
+
+        The first learns the text, and its states, detached, are the teacher's of the second. They go through the last
+        stage in this order in every schedule. Tokens count once, with the student.
+        """
+        left, whole = list[Tensor](), self.loss.teacher_cross_entropy_weight
+
+        def loss(batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, MicroBatchLoss]:
+            if left:
+                return self._student_loss(replace(batch, teacher_hidden=left.pop()), hidden)
+            left.append(hidden.detach())
+            total, counted, report = self._loss_of(batch, self._tokens(hidden), whole)
+            return total, torch.zeros_like(counted), report
+
+        return loss
 
     def _student_loss(self, batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, MicroBatchLoss]:
         """Return (sum of the loss over this rank's tokens, their number, report) as the schedule wants it."""
+        return self._loss_of(batch, self._tokens(hidden))
+
+    def _loss_of(
+        self, batch: MicroBatch, tokens: Tensor, cross_entropy_weight: float | None = None
+    ) -> tuple[Tensor, Tensor, MicroBatchLoss]:
+        """Return that of the states [N, d] of a micro-batch; `cross_entropy_weight` None is the student's."""
         weights = None if batch.token_weights is None else batch.token_weights.t().reshape(-1)
-        teacher_hidden, teacher_head, settings = None, None, replace(self.loss, kl_weight=0.0)
+        teacher_hidden, teacher_head = None, None
         if batch.teacher_hidden is not None:
-            assert self.teacher is not None
-            teacher_hidden, teacher_head = self._tokens(batch.teacher_hidden), self.teacher.head_weight()
-            settings = self.loss
+            of_teacher = self.teacher or self.student_model
+            teacher_hidden, teacher_head = self._tokens(batch.teacher_hidden), of_teacher.head_weight().detach()
+        given = self.loss.cross_entropy_weight if cross_entropy_weight is None else cross_entropy_weight
         head = self.student_model.head_weight(batch.gates)
         terms = distillation_loss(
-            self._tokens(hidden),
+            tokens,
             head,
             teacher_hidden,
             teacher_head,
             batch.labels.t().reshape(-1),
             weights,
-            **{name: value for name, value in asdict(settings).items() if name != "teacher_precision"},
+            kl_weight=0.0 if teacher_hidden is None else self.loss.kl_weight,
+            cross_entropy_weight=given,
+            temperature=self.loss.temperature,
+            chunk_tokens=self.loss.chunk_tokens,
             tp_group=self.world.groups.tp,
             report_cross_entropy=True,
             head_gradient=self._head_gradient(head),
             num_rows=max(1, len(batch.sources)),
         )
-        counted = torch.full((), batch.labels.numel(), dtype=torch.int, device=hidden.device)  # no copy to wait for
+        counted = torch.full((), batch.labels.numel(), dtype=torch.int, device=tokens.device)  # no copy to wait for
         if weights is not None:
             counted = weights.sum().int()
         budget = None if batch.gates is None else batch.gates.budget
         report = MicroBatchLoss(budget, counted, terms.kl, terms.cross_entropy)
         if batch.sources:
-            tokens = torch.full_like(terms.by_row[0], batch.labels.shape[1])
+            of_row = torch.full_like(terms.by_row[0], batch.labels.shape[1])
             if batch.token_weights is not None:
-                tokens = batch.token_weights.sum(1, dtype=torch.double)
-            kl_tokens = torch.zeros_like(tokens) if terms.kl is None else tokens
-            rows = torch.stack([*terms.by_row, kl_tokens, tokens])
+                of_row = batch.token_weights.sum(1, dtype=torch.double)
+            of_kl = torch.zeros_like(of_row) if terms.kl is None else of_row
+            rows = torch.stack([*terms.by_row, of_kl, of_row])
             report = replace(report, rows=rows, sources=batch.sources)
         return terms.total, counted, report
 
@@ -209,42 +262,13 @@ class PipelineRunner:
         if not trains or not isinstance(self.student, DistributedDataParallel):
             return None
         model, parameter = self.student_model, self.student_model.head_weight()
-        if _overlaps(self.student) and not (model.share_embeddings_and_output_weights and model.pre_process):
-            _say_added(parameter)  # where it embeds too, that gradient comes through autograd
+        if overlaps(self.student) and not (model.share_embeddings_and_output_weights and model.pre_process):
+            say_added(parameter)  # where it embeds too, that gradient comes through autograd
         columns: Tensor = parameter.main_grad[:, : head.shape[1]]  # type: ignore[attr-defined]  # the wrapper's
         return columns
 
     def _tokens(self, hidden: Tensor) -> Tensor:
         return parallel_hidden(hidden, self.world.layout.sequence, self.world.groups.tp)
-
-
-def _overlaps(student: nn.Module) -> bool:
-    return isinstance(student, DistributedDataParallel) and student.ddp_config.overlap_grad_reduce
-
-
-def _say_added(parameter: Tensor) -> None:
-    """Leave Megatron-Core's hook nothing to add; it insists on a gradient, so zeros that take no memory."""
-    parameter.grad = parameter.new_zeros(()).expand_as(parameter)
-    parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # the wrapper's
-
-
-class _Ready(torch.autograd.Function):
-    """Passes a copy on (the schedule frees what a stage hands on, so no view) and has no gradient for the parameters.
-
-    Autograd then calls the wrapper's hooks on them all the same.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.parameters = parameters
-        return hidden.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        for parameter in ctx.parameters:
-            _say_added(parameter)
-        return grad, *(None for _ in ctx.parameters)
 
 
 def _keep_hidden(batch: MicroBatch, hidden: Tensor, non_loss_data: bool = True) -> Tensor:

@@ -17,12 +17,13 @@ from elastic.config.verbs import ImportanceConfig
 from elastic.data.stream import Samples, read_batch
 from elastic.hf.reload import logit_difference, probe_tokens
 from elastic.model.forward import Sequences, forward_hidden
-from elastic.model.initialize import named_global_parameters
+from elastic.model.initialize import gathered_parameters
 from elastic.model.model import ElasticModel, build_model
-from elastic.model.sharding import shard_tensor, unshard_tensors
-from elastic.rank.depth import DepthScores, rank_layers
-from elastic.rank.importance import collect_scores, make_ranking
+from elastic.model.sharding import shard_tensor
+from elastic.rank.depth import DepthScores, rank_by_cosine, rank_layers
+from elastic.rank.importance import Scores, collect_scores, make_ranking
 from elastic.rank.permutation import Ranking, permute_parameter, save_ranking
+from elastic.rank.without_data import magnitude_scores, random_scores
 from elastic.router.phases import Phase
 from elastic.run.folder import open_run_folder
 from elastic.run.world import run_world
@@ -58,16 +59,17 @@ def run_importance(config: ImportanceConfig, console: Console) -> Path:
             model = build_model(space, here.layout, seed=None)
             load_checkpoint(start, Trainable(model))
             model.eval()
-            scores = collect_scores(model, space, _calibration(config, samples, here, config.importance.num_sequences))
+            scores = _score_widths(config, model, space, samples, here)
             depth = _rank_layers(config, model, space, samples, here, console)
             ranking = make_ranking(scores, space, depth)
             before = _probe_logits(model, record, here)
             _permute_in_place(model, ranking, space, here)
             _check_unmoved(before, _probe_logits(model, record, here), here)
+            methods = {"method": config.importance.method, "depth_method": config.importance.depth}
             origin = {"parent": str(start), "data": data, "tokens": str(scores.num_tokens)}
             if here.is_main:
                 tensors = scores.tensors() | ({} if depth is None else depth.tensors())
-                save_ranking(folder / RANKING_FILE, ranking, tensors, origin)
+                save_ranking(folder / RANKING_FILE, ranking, tensors, origin | methods)
             known = origin | {key: value for key, value in record.provenance.items() if key == LONGEST}
             told = ("permuted_parent", record.shape, config.lanes, ranking.depth, data)
             permuted = Record(*told, provenance=known)
@@ -87,13 +89,25 @@ def _calibration(config: ImportanceConfig, samples: Samples, here: World, num_se
         yield Sequences(batch.tokens, batch.positions)
 
 
+def _score_widths(config: ImportanceConfig, model: ElasticModel, space: Space, samples: Samples, here: World) -> Scores:
+    match config.importance.method:
+        case "magnitude":
+            return magnitude_scores(model, space.parent)
+        case "random":
+            return random_scores(space.parent, config.seed)
+        case _:
+            return collect_scores(model, space, _calibration(config, samples, here, config.importance.num_sequences))
+
+
 def _rank_layers(
     config: ImportanceConfig, model: ElasticModel, space: Space, samples: Samples, here: World, console: Console
 ) -> DepthScores | None:
     method = config.importance.depth
-    if method == "none":
-        return None
+    if method == "none" or method == "last_first":  # for the type checker
+        return None  # layers stay in their order, and a depth keeps the first of them
     batches = list(_calibration(config, samples, here, config.importance.depth_sequences))
+    if method == "cosine":
+        return rank_by_cosine(model, batches)
     with Progress(console=console, disable=not here.is_main) as bar:
         task = bar.add_task("ranking layers", total=None)
         return rank_layers(
@@ -109,13 +123,9 @@ def _rank_layers(
 @torch.no_grad()
 def _permute_in_place(model: ElasticModel, ranking: Ranking, space: Space, here: World) -> None:
     """Permute the parameters of this pipeline stage: gather a tensor's shards, reorder, keep this rank's shard."""
-    own, shape, tp = dict(named_global_parameters(model)), space.parent, here.groups.tp
-    for name, parameter in own.items():
-        shards = [parameter.detach() for _ in range(tp.size())]
-        if tp.size() > 1:
-            shards = [torch.empty_like(shard) for shard in shards]
-            torch.distributed.all_gather(shards, parameter.contiguous(), group=tp)
-        permuted = permute_parameter(unshard_tensors(shards, name, shape), name, shape, ranking, space.lanes)
+    shape, tp = space.parent, here.groups.tp
+    for name, parameter, whole in gathered_parameters(model, shape):
+        permuted = permute_parameter(whole, name, shape, ranking, space.lanes)
         parameter.copy_(shard_tensor(permuted, name, shape, tp.rank(), tp.size()))
 
 

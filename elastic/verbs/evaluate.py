@@ -42,12 +42,15 @@ def run_evaluate(config: EvaluateConfig, console: Console) -> Path:
                 model.quantise()
             runner = PipelineRunner(here, model, DistillConfig(kl_weight=0.0))
             data = open_held_out(config.data, held_out, config.sequence_length)
-            losses = evaluate_subnets(runner, gates, data, config.data.validation_sequences, config.data.micro_batch)
+            size = config.data.validation_sequences, config.data.micro_batch
+            losses = evaluate_subnets(runner, gates, data, *size, config.position_buckets)
             rows = [_row(opened, member, losses[member.name]) for member in opened.members]
             if here.is_main:
                 origin = {"checkpoint": str(opened.checkpoint), "split": config.data.split}
                 write_json(folder / EVALUATION_FILE, origin | {"members": rows})
                 print_table(evaluation_table(rows, config.data.split), console)
+                if config.position_buckets > 1:
+                    print_table(position_table(rows, config.sequence_length), console)
     return folder
 
 
@@ -83,6 +86,14 @@ def evaluation_table(rows: list[dict[str, Any]], split: str = "validation") -> T
     return table(f"{kind} loss per budget", (*headings, *(f"on {label}" for label in sources.values())), lines)
 
 
+def position_table(rows: list[dict[str, Any]], sequence_length: int) -> Table:
+    """Render the loss by parts of the sequence; a heading is where a part begins."""
+    count = len(rows[0]["loss_by_position"])
+    headings = (f"from {-(-part * sequence_length // count)}" for part in range(count))
+    lines = [(row["name"], *(_number(loss, 4) for loss in row["loss_by_position"])) for row in rows]
+    return table("loss by position in the sequence", ("name", *headings), lines)
+
+
 def _target(metric: str, value: float) -> str:
     return f"{value:.4g} ms" if metric == Metric.LATENCY_MS else f"{value / 1e6:,.3f}M"
 
@@ -106,6 +117,7 @@ def _row(opened: OpenCheckpoint, member: Member, loss: HeldOutLoss) -> dict[str,
         "latency_ms": cost.latency_ms,
         "loss": loss.mean.cross_entropy,
         "loss_by_source": {source: mean.cross_entropy for source, mean in loss.by_source.items()},
+        **({"loss_by_position": [part.cross_entropy for part in loss.by_position]} if loss.by_position else {}),
         "perplexity": loss.mean.perplexity,
         "num_tokens": loss.mean.num_tokens,
         "subnet": subnet_summary(member.subnet),

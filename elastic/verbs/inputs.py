@@ -15,7 +15,6 @@ from elastic.config.latency import with_table
 from elastic.config.load import ConfigError, Problem, load_with_problems
 from elastic.config.rules import rule_problems
 from elastic.config.rules_layout import Cluster, layout_problems, nearest_divisor
-from elastic.config.sections import ImportanceSection
 from elastic.config.tasks import EvaluateTasksConfig
 from elastic.config.verbs import (
     CostConfig,
@@ -26,6 +25,7 @@ from elastic.config.verbs import (
     GenerateConfig,
     HeldOutConfig,
     ImportanceConfig,
+    ImportanceSection,
     ImportConfig,
     SearchConfig,
     TrainConfig,
@@ -181,7 +181,7 @@ def checkpoint_problems(config: object) -> Iterator[Problem]:
 
 def _removal_problems(section: ImportanceSection, num_layers: int) -> Iterator[Problem]:
     """Scoring layers leaves at least one."""
-    if section.depth != "none" and num_layers == 1:
+    if section.depth in ("iterative", "one_shot") and num_layers == 1:
         rule = "the parent has one layer, and none to remove"
         yield Problem("importance.depth", section.depth, rule, "nearest legal value is none")
     elif section.depth == "iterative" and (section.max_removed_layers or 1) >= num_layers:

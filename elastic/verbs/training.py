@@ -55,7 +55,7 @@ GO_ON = "set exp_manager.resume_if_exists=true and exp_manager.overwrite=false"
 
 def run_training(config: TrainConfig, console: Console, callbacks: Sequence[Callback] = ()) -> Path:
     """Train a parent from scratch with cross-entropy; of an ElasticConfig, the family from the permuted parent, which
-    is also the frozen teacher. Returns the run folder, at the end or when it is stopped.
+    is also the teacher. Returns the run folder, at the end or when it is stopped.
 
     `callbacks` of the caller run after the run's own.
     """
@@ -165,13 +165,14 @@ class _Places:
         seed = config.seed if start is None and checkpoint is None else None  # a checkpoint has all weights
         self.progress.enter(step, "building the student")
         student, teacher = build_model(space, layout, seed=seed, init_std=config.model.init_std), None
-        if start is not None:
+        if start is not None and checkpoint is None:
+            self.progress.enter(step, "loading the parent")
+            load_checkpoint(self.opened.family or start, Trainable(student))
+        if start is not None and loss.teacher == "frozen":
             self.progress.enter(step, "building the teacher")
             teacher = build_model(space, layout, seed=None)
-            begun = () if checkpoint else ((student, self.opened.family or start),)
-            for model, source in (*begun, (teacher, start)):
-                self.progress.enter(step, "loading the parent")
-                load_checkpoint(source, Trainable(model))
+            self.progress.enter(step, "loading the teacher")
+            load_checkpoint(start, Trainable(teacher))
             teacher.requires_grad_(False)
             if loss.teacher_precision == "fp8":
                 teacher.quantise()

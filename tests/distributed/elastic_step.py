@@ -26,14 +26,21 @@ SEQUENCE, MICRO_BATCH, GLOBAL_BATCH = 32, 1, 4
 PACKED = {2: (5, 14, 1, 12), 3: (8, 3, 21)}
 
 
+FROZEN = DistillConfig(cross_entropy_weight=0.3, temperature=1.5, chunk_tokens=11)
+
+
 @dataclass(frozen=True)
 class LayoutCase:
-    """A parallel layout and the number of processes it needs; `counted` says which micro-batches have which mask."""
+    """A parallel layout and the number of processes it needs; `counted` says which micro-batches have which mask.
+
+    `loss` without a teacher of its own (`trained`) takes the student's whole model.
+    """
 
     name: str
     layout: Layout
     data: int = 1
     counted: Mapping[int, Tensor] = field(default_factory=dict)
+    loss: DistillConfig = FROZEN
 
     @property
     def world_size(self) -> int:
@@ -91,9 +98,7 @@ def elastic_step(case: LayoutCase) -> dict[str, Any]:
     teacher.requires_grad_(False)
     wrapped = wrap_for_training(student, OptimConfig())
     optimizer = build_optimizer(wrapped, OptimConfig(clip_grad=1.0), here)
-    runner = PipelineRunner(
-        here, wrapped, DistillConfig(cross_entropy_weight=0.3, temperature=1.5, chunk_tokens=11), teacher
-    )
+    runner = PipelineRunner(here, wrapped, case.loss, teacher if case.loss.teacher == "frozen" else None)
     local = range(GLOBAL_BATCH // (MICRO_BATCH * here.data_size))
     numbers = [index * here.data_size + here.data_rank for index in local]
     gates_dtype = torch.promote_types(case.layout.dtype, torch.float32)

@@ -9,13 +9,16 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from elastic.checkpoint.find import resolve_checkpoint
+from elastic.checkpoint.record import Record
 from elastic.config.load import load
 from elastic.config.verbs import ImportanceConfig
 from elastic.model.cpu_backend import use_cpu_backend
 from elastic.model.forward import SequenceLengthError, Sequences, context_parallel_slice, forward_hidden
 from elastic.model.model import build_model
-from elastic.rank.depth import rank_layers
+from elastic.rank.depth import rank_by_cosine, rank_layers
 from elastic.rank.importance import collect_scores, make_ranking
+from elastic.rank.without_data import magnitude_scores
 from elastic.space.axes import Axis
 from elastic.space.gates import Gates
 from elastic.space.space import AxisChoices, Space
@@ -50,13 +53,15 @@ def _estimate(layout: Layout) -> dict[str, Any]:
     own = batches[groups.dp.rank() :: groups.dp.size()]
     scores = collect_scores(model, SPACE, own)
     iterative, one_shot = (rank_layers(model, SPACE, own, method) for method in ("iterative", "one_shot"))
+    magnitude, cosine = magnitude_scores(model, SHAPE), rank_by_cosine(model, own)
     subnet = Gates.slice(SPACE.subnet({Axis.HIDDEN: (1,), Axis.MAMBA_CHANNEL: (1,), Axis.DEPTH: (1,)}))
     tensors = scores.tensors() | {f"iterative.{name}": score for name, score in iterative.tensors().items()}
     tensors |= {f"one_shot.{name}": score for name, score in one_shot.tensors().items()}
+    tensors |= {f"magnitude.{name}": score for name, score in magnitude.tensors().items()}
     return {
-        "tensors": tensors,
+        "tensors": tensors | {"cosine": cosine.tensors()["depth"]},
         "num_tokens": scores.num_tokens,
-        "rankings": [make_ranking(scores, SPACE, depth) for depth in (iterative, one_shot)],
+        "rankings": [make_ranking(*of) for of in ((scores, SPACE, iterative), (magnitude, SPACE, one_shot))],
         "hidden": forward_hidden(model, batches[0].tokens, subnet, positions=batches[0].positions),
         "place": (groups.tp.rank(), groups.pp.rank(), groups.cp.rank()),
     }
@@ -112,6 +117,22 @@ def test_context_parallel_ranks_share_the_sequence_evenly_under_a_causal_mask() 
     assert context_parallel_slice(tokens, 0, 1) is tokens
     with pytest.raises(SequenceLengthError, match=r"multiple of 2 x parallel\.context = 8, nearest legal is 16"):
         context_parallel_slice(tokens, 0, 4)
+
+
+def _permute(values: dict[str, Any]) -> None:
+    run_importance(load(ImportanceConfig, values), Console(quiet=True))
+
+
+@pytest.mark.parametrize(("method", "depth"), [("magnitude", "cosine"), ("random", "last_first")])
+def test_rankings_to_compare_with_permute_the_parent_without_moving_it(start: Path, method: str, depth: str) -> None:
+    """The verb itself compares the logits before it writes."""
+    importance = dict(num_sequences=4, sequence_length=32, micro_batch=4, depth_sequences=4, method=method, depth=depth)
+    parent, data = dict(parent=str(start / "run" / "parent")), dict(path=str(start / "data"))
+    values = dict(init_from=parent, data=data, importance=importance, exp_manager=place(start, method))
+    run_distributed(_permute, 1, values)
+    record = Record.read(resolve_checkpoint(str(start / "run" / method)))
+    ranked = tuple(range(len(record.depth_ranking)))
+    assert record.kind == "permuted_parent" and (record.depth_ranking == ranked) == (depth == "last_first")
 
 
 def _permute_wrongly(values: dict[str, Any]) -> None:

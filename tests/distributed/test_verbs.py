@@ -17,36 +17,18 @@ from elastic.corpus.prepare import PrepareConfig, prepare
 from elastic.model.quantised import QuantisationError
 from elastic.run.folder import RunFolderError
 from elastic.space.axes import Axis
-from elastic.verbs.evaluate import run_evaluate
 from elastic.verbs.extract import run_extract
 from elastic.verbs.import_hf import run_import
 from elastic.verbs.inputs import load_run
 from elastic.verbs.members import MembersError
 from tests.distributed.harness import run_distributed
-from tests.distributed.training import elastic_values, place, train
+from tests.distributed.training import elastic_values, evaluate, place, train
 
 
 @pytest.fixture(scope="module")
 def family(start):
     run_distributed(train, 1, elastic_values(start, "family"))
     return start / "run" / "family"
-
-
-def evaluate(start, version, checkpoint, processes=1, data="data", **more):
-    values = dict(
-        init_from=dict(checkpoint=str(checkpoint), **more.pop("init_from", {})),
-        data=dict(path=str(start / data), micro_batch=2, validation_sequences=7),
-        sequence_length=32,
-        exp_manager=place(start, version),
-        **more,
-    )
-    run_distributed(_evaluate, processes, values)
-    members = json.loads((start / "run" / version / "evaluation.json").read_text())["members"]
-    return {row["name"]: row for row in members}
-
-
-def _evaluate(values):
-    run_evaluate(load(EvaluateConfig, values), Console(quiet=True))
 
 
 def _extract(values):

@@ -17,11 +17,13 @@ from rich.console import Console
 
 from elastic.config.load import load
 from elastic.config.sections import ModelConfig, SpaceConfig
-from elastic.config.verbs import ElasticConfig, ImportanceConfig, PretrainConfig
+from elastic.config.verbs import ElasticConfig, EvaluateConfig, ImportanceConfig, PretrainConfig
 from elastic.space.space import Space
 from elastic.verbs.estimate_importance import run_importance
+from elastic.verbs.evaluate import run_evaluate
 from elastic.verbs.training import run_training
 from recipes._tiny_family import prepare_corpus
+from tests.distributed.harness import run_distributed
 
 MODEL = dict(
     pattern="M-M*-", vocab=320, hidden=64, ffn=128, mamba_heads=8, head_channels=8, mamba_groups=4,
@@ -120,6 +122,28 @@ def tiny_run_space() -> Space:
 def train(values: dict[str, Any]) -> None:
     """Run the main job in the calling process, rank or not."""
     run_training(load(ElasticConfig, values), Console(quiet=True))
+
+
+def evaluate(
+    start: Path, version: str, checkpoint: Path, processes: int = 1, data: str = "data", split: str = "validation",
+    **more: Any,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Evaluate members and return their rows by name."""
+    values = dict(
+        init_from=dict(checkpoint=str(checkpoint), **more.pop("init_from", {})),
+        data=dict(path=str(start / data), micro_batch=2, validation_sequences=7, split=split),
+        sequence_length=32,
+        exp_manager=place(start, version),
+        **more,
+    )
+    run_distributed(_evaluate, processes, values)
+    written = json.loads((start / "run" / version / "evaluation.json").read_text())
+    assert written["split"] == split
+    return {row["name"]: row for row in written["members"]}
+
+
+def _evaluate(values: dict[str, Any]) -> None:
+    run_evaluate(load(EvaluateConfig, values), Console(quiet=True))
 
 
 class GroupAdam(torch.optim.Optimizer):

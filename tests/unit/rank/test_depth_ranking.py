@@ -8,7 +8,7 @@ from torch import Tensor
 
 from elastic.model.forward import Sequences
 from elastic.model.model import ElasticModel, build_model
-from elastic.rank.depth import rank_layers
+from elastic.rank.depth import rank_by_cosine, rank_layers
 from elastic.space.axes import Axis
 from elastic.space.gates import Gates
 from elastic.space.shape import ModelShape, Subnet
@@ -57,6 +57,25 @@ def test_layer_that_adds_nothing_is_ranked_last(
     assert depth.scores[layer_index] == 0.0
     assert depth.order[-1] == layer_index
     assert min(score for index, score in enumerate(depth.scores) if index != layer_index) > 0.0
+
+
+def test_cosine_scores_are_the_mean_turn_of_the_stream(model: ElasticModel, batches: list[Tensor]) -> None:
+    turned = torch.zeros(5, dtype=torch.float64)
+    with torch.no_grad():
+        model.get_parameter("decoder.layers.3.mixer.out_proj.weight").zero_()  # adds nothing
+        for tokens in batches:
+            x = model.embedding.word_embeddings.weight[tokens].transpose(0, 1)  # [S, B, D]
+            for index, (layer, gate) in enumerate(
+                zip(model.decoder.layers, model.decoder.masks.layers(None), strict=True)
+            ):
+                before, x = x.double(), layer(x, gate)
+                cosine = (before * x.double()).sum(-1) / (before.norm(dim=-1) * x.double().norm(dim=-1))
+                turned[index] += (1 - cosine).sum() / 80
+    depth = rank_by_cosine(model, map(Sequences, batches))
+    assert depth.scores == pytest.approx(turned.tolist(), rel=1e-5, abs=1e-7)
+    assert list(depth.order) == top_of(turned, 5) and depth.order[-1] == 3
+    with pytest.raises(ValueError, match="no calibration tokens"):
+        rank_by_cosine(model, [])
 
 
 def test_removal_stops_at_the_smallest_depth(model: ElasticModel, batches: list[Tensor]) -> None:

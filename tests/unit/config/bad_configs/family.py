@@ -181,7 +181,14 @@ BAD: tuple[BadConfig, ...] = (
         {"distill.num_chunks": 4},
         1,
         "distill.num_chunks = 4: unknown key; known here: kl_weight, cross_entropy_weight, temperature, chunk_tokens, "
-        "teacher_precision",
+        "teacher, teacher_cross_entropy_weight, teacher_precision",
+    ),
+    (
+        ElasticConfig,
+        {"distill.teacher": "trained", "distill.teacher_precision": "fp8"},
+        1,
+        'distill.teacher_precision = "fp8": is for a frozen teacher, and distill.teacher = trained learns in the '
+        "student's own weights; nearest legal value is bf16",
     ),
     (
         ElasticConfig,
