@@ -1,6 +1,7 @@
 """A teacher that learns (eq. 15): its gradients are those of the formula at any layout, and a run resumes exactly."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from tests.distributed.elastic_step import (
     tiny_space,
 )
 from tests.distributed.harness import run_distributed
+from tests.distributed.training import CURRICULUM, elastic_values, rows, train
 from tests.parity.model_factory import relative_error
 
 LOSS = DistillConfig(
@@ -81,3 +83,18 @@ def test_the_teacher_learns_the_text_and_the_students_learn_from_it(case: Layout
     for g, axes in expected["gate_gradients"].items():
         for axis, gradient in axes.items():
             assert relative_error(found["gate_gradients"][g][axis], gradient) <= 1e-10, (g, axis)
+
+
+def test_a_run_with_a_teacher_that_learns_resumes_exactly_and_its_whole_model_agrees_with_itself(start: Path) -> None:
+    """Beside the text the whole model has nothing to learn: it is its own teacher, and its KL is 0."""
+    curriculum = [dict(CURRICULUM[0], steps=3), dict(CURRICULUM[1], steps=2)]
+    taught = dict(distill=dict(teacher="trained"), init_from=dict(subnets=[dict(name="full")]), curriculum=curriculum)
+    for version, stops in (("taught", (None,)), ("taught_in_two", (2, None))):
+        for max_steps in stops:
+            trainer = dict(max_steps=max_steps, checkpoint_every_n_steps=2)
+            run_distributed(train, 1, elastic_values(start, version, trainer=trainer, **taught))
+    whole, in_two = rows(start, "taught"), rows(start, "taught_in_two")
+    for name in [name for name in in_two[2] if name.startswith("validation/")]:
+        del in_two[2][name]  # a run that stops looks once more
+    assert whole == in_two and len(whole) == 5
+    assert [row["train/full/kl"] for step, row in whole.items() if step > 3 and "train/full/kl" in row] == [0.0, 0.0]

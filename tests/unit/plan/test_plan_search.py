@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from elastic.config.load import ConfigError
 from elastic.config.sections import ParallelConfig
 from elastic.plan.phases import budget_samples, phase_plans
 from elastic.plan.run_plan import run_plan, seconds_by_cause
-from elastic.plan.search import chosen, largest_micro_batch, layout_name, layout_rule_problems, search
+from elastic.plan.search import chosen, largest_micro_batch, layout_name, layout_rule_problems, run_problems, search
 from elastic.plan.timing import PASSES
 from elastic.space.gates import Execution
 from tests.unit.plan.test_plan import parallel, values
@@ -21,6 +22,8 @@ def test_rules_of_the_run_refuse_a_layout() -> None:
     config = values("plan")
     fields = {problem.field for problem in layout_rule_problems(config, parallel(config, tensor=3), 1)}
     assert "parallel.tensor" in fields
+    (taught,) = run_problems(replace(config, distill=replace(config.distill, teacher="trained")))
+    assert str(taught).startswith('distill.teacher = "trained": trains the whole model beside each student')
     for tensor, replicas in ((2, 256), (4, 128), (8, 64)):
         many_replicas = parallel(config, tensor=tensor, pipeline=1, context=1)
         assert config.cluster.num_gpus // many_replicas.model_size == replicas
