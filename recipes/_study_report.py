@@ -188,7 +188,7 @@ def section(question: Question, answers: Answers, picture: Path) -> str:
         lines.append("|---|---|---|---|---|---|---|---|---|")
         for (_, member), arms in (item for item in answers.cells.items() if item[0][0] == corpus):
             lines += [_row(member, arm, cell, arms.get(question.compare_with), question) for arm, cell in arms.items()]
-        lines.append("")
+        lines += ["", *_position_lines(answers, corpus)]
     if question.token_ratio is not None:
         lines += [*_ratio_lines(question, answers), ""]
     versions = answers.files[0]["versions"]
@@ -198,6 +198,18 @@ def section(question: Question, answers: Answers, picture: Path) -> str:
     if absent:
         lines.append(f"Arms not run yet: {', '.join(f'`{arm}`' for arm in absent)}.")
     return "\n".join(lines) + "\n"
+
+
+def _position_lines(answers: Answers, corpus: str) -> Iterator[str]:
+    """Say the loss by place in the sequence, where an arm's test has it: means over seeds, first part first."""
+    parts: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
+    for file in (file for file in answers.files if file["corpus"] == corpus):
+        for member in (member for member in file["members"] if "loss_by_position" in member):
+            parts[member["name"], file["arm"]].append(member["loss_by_position"])
+    for (member, arm), losses in parts.items():
+        means = ", ".join(f"{mean(at):.3f}" for at in zip(*losses, strict=True))
+        yield f"- {member}, {arm}, by place in the sequence: {means}"
+    yield from [""] if parts else []
 
 
 def _row(member: str, arm: str, cell: Cell, other: Cell | None, question: Question) -> str:

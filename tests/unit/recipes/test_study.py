@@ -198,6 +198,7 @@ def test_the_page_has_means_spreads_differences_ratios_and_what_has_not_run(ques
             made_up(f"alone_{tokens}", seed, tokens, {"small": loss + off})
             for tokens, loss in ((100, 4.0), (300, 3.5), (600, 2.5))
         ]
+        files[0]["members"][1]["loss_by_position"] = [3.5 + off, 2.5]
         for file in files:
             (folder / f"{file['arm']}.text.{seed}.json").write_text(json.dumps(file))
     page = tmp_path / "docs" / "results.md"
@@ -205,6 +206,7 @@ def test_the_page_has_means_spreads_differences_ratios_and_what_has_not_run(ques
     write_page([other, question], tmp_path / "docs" / "results", page)
     text = page.read_text()
     assert "| small | one | 0k | 0k | 60 | 0.1 | 3.0100 ± 0.0141 | 2 |  |" in text
+    assert "- small, one, by place in the sequence: 3.510, 2.500" in text
     assert "The parent of text: validation loss 2.12 at 1k tokens." in text
     assert "3.5100 ± 0.0141 | 2 | +0.5000 **worse** |" in text and "-0.5000 **better** |" in text
     # Half-way between 300 and 600 tokens on a logarithmic line: 424 of 300.
