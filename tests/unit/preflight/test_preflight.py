@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from elastic.checkpoint.contents import write_contents
+from elastic.checkpoint.record import Record
 from elastic.config.load import Problem, load
 from elastic.config.rules_layout import Cluster
+from elastic.config.sections import ModelConfig
 from elastic.config.verbs import ElasticConfig
 from elastic.preflight.node import Gpu, Node, node_problems, package_problems, probe, probe_packages
 from elastic.preflight.run import (
@@ -23,8 +26,10 @@ from elastic.preflight.run import (
     state_bytes_per_rank,
 )
 from elastic.verbs.parent import fill_from_parent
+from recipes._tiny_family import prepare_corpus
 from recipes.preflight import check_run, compose_run, requirements
 from tests.cluster.overrides import tiny_overrides
+from tests.distributed.training import MODEL, write_corpus
 
 H100 = Gpu("H100", total_bytes=80 << 30, free_bytes=79 << 30)
 GOOD = Node({}, {}, (H100,) * 8, "13.0", has_nccl=True)
@@ -121,6 +126,20 @@ def test_taken_port() -> None:
 
 
 # The run
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepare data, and make a folder look like a permuted parent of it: nobody reads weights here."""
+    folder = tmp_path_factory.mktemp("start")
+    write_corpus(folder / "corpus")
+    prepare_corpus(folder)
+    permuted = folder / "run" / "permuted"
+    permuted.mkdir(parents=True)
+    shape = load(ModelConfig, MODEL).shape()
+    Record("permuted_parent", shape, 8, tuple(range(len(shape.pattern))), str(folder / "data")).write(permuted)
+    write_contents(permuted, {})
+    return folder
 
 
 def test_a_legal_run_has_no_problem_and_leaves_its_plan(start: Path, tmp_path: Path) -> None:
