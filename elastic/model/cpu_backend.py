@@ -2,7 +2,7 @@
 and pipeline schedules run on gloo.
 
 Megatron-Core asks `torch.cuda` for the current device and stream even where no kernel needs them. Each
-adaptation below names who asks; `tests/unit/model/test_cpu_backend.py` takes them away one at a time and shows that
+adaptation below names who asks; `tests/distributed/test_cpu_backend.py` takes them away one at a time and shows that
 something breaks. `torch.cuda.is_available()` is never touched.
 """
 
