@@ -1,28 +1,42 @@
 """Settings that every test shares: one thread, fixed seeds, no compiler, GPU tests only where there is a GPU."""
 
+import gc
 import os
 import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy
 import pytest
-import torch
 
 from tests.disks import mounted_disk
 
-if not torch.cuda.is_available():
-    # Megatron-Core's fused functions otherwise compile C++ at their first call.
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    # Triton's kernels run in its interpreter; it looks when it is first imported.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-torch.set_num_threads(1)
+
+def pytest_collectstart() -> None:
+    """Set torch up before any test module, in the processes that run tests: the one that deals them out needs none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        # Megatron-Core's fused functions otherwise compile C++ at their first call.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        # Triton's kernels run in its interpreter; it looks when it is first imported.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    torch.set_num_threads(1)
+    gc.disable()  # a collection looks at all that the test modules import, ever more
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of later collections."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:
     """Start each test from the same random state, whichever tests ran before."""
+    import numpy
+    import torch
+
     random.seed(1)
     numpy.random.seed(1)
     torch.manual_seed(1)
@@ -44,6 +58,8 @@ def in_time(request: pytest.FixtureRequest, started_s: float) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` where there is no CUDA device."""
+    import torch
+
     if torch.cuda.is_available():
         return
     for item in items:

@@ -50,9 +50,15 @@ def packed_logits(model: ElasticModel, tokens: Tensor, gates: Gates | None, rows
 
 
 def logits_alone(model: ElasticModel, tokens: Tensor, gates: Gates | None, rows: tuple[list[int], ...]) -> Tensor:
-    """Return the same, of documents that are run one by one."""
-    pieces = (row.split(lengths) for row, lengths in zip(tokens, rows, strict=True))
-    return torch.stack([torch.cat([logits_of(model, piece[None], gates)[0] for piece in row]) for row in pieces])
+    """Return the same, of documents that stand alone in their rows; those of one length are rows of one batch."""
+    pieces = [piece for row, lengths in zip(tokens, rows, strict=True) for piece in row.split(lengths)]
+    found: list[Tensor] = [torch.empty(0)] * len(pieces)
+    for length in {len(piece) for piece in pieces}:
+        alike = [number for number, piece in enumerate(pieces) if len(piece) == length]
+        batch = logits_of(model, torch.stack([pieces[number] for number in alike]), gates)
+        for number, logits in zip(alike, batch, strict=True):
+            found[number] = logits
+    return torch.cat(found).unflatten(0, tokens.shape)
 
 
 def executions(model: ElasticModel) -> Iterator[tuple[Gates | None, Mapping[str, Tensor]]]:

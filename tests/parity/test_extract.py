@@ -17,6 +17,7 @@ from elastic.config.verbs import ImportConfig
 from elastic.hf.config import hf_config
 from elastic.hf.export_settings import HfSettings
 from elastic.space.cost import shape_cost
+from elastic.space.shape import ModelShape
 from elastic.verbs.extract import EXTRACTION_FILE
 from elastic.verbs.import_hf import run_import
 from tests.parity.hf_models import SHAPES
@@ -34,11 +35,17 @@ from tests.parity.import_extract import (
 )
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_there_and_back_no_bit_changes(name: str, tmp_path: Path) -> None:
-    shape = shape_of_case(name)
-    stock_folder(tmp_path / "stock", shape, CASES[name])
-    run = imported(tmp_path, tmp_path / "stock")
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelShape, Path, Path]:
+    """Return a case's shape, its stock folder, and the run that imported it: once for the tests that read them."""
+    folder = tmp_path_factory.mktemp("case")
+    shape = shape_of_case(request.param)
+    stock_folder(folder / "stock", shape, CASES[request.param])
+    return shape, folder / "stock", imported(folder, folder / "stock")
+
+
+def test_there_and_back_no_bit_changes(case: tuple[ModelShape, Path, Path], tmp_path: Path) -> None:
+    shape, stock, run = case
     checkpoint = resolve_checkpoint(run)
     assert Record.read(checkpoint).shape == shape
     tensors = StoredTensors(checkpoint, shape)
@@ -46,14 +53,14 @@ def test_there_and_back_no_bit_changes(name: str, tmp_path: Path) -> None:
     screen = io.StringIO()
     back = extracted(tmp_path, run, console=Console(file=screen, width=500), export={"shard_bytes": 30_000}) / "parent"
     assert ("note: it keeps no attention layer" in screen.getvalue()) == (not shape.attention_heads)
-    original, returned = weights(tmp_path / "stock"), weights(back)
+    original, returned = weights(stock), weights(back)
     assert returned.keys() == original.keys()
     for key, tensor in original.items():
         assert returned[key].dtype == tensor.dtype and torch.equal(returned[key], tensor), key
-    assert (back / "tokenizer.json").read_bytes() == (tmp_path / "stock" / "tokenizer.json").read_bytes()
+    assert (back / "tokenizer.json").read_bytes() == (stock / "tokenizer.json").read_bytes()
     generation = json.loads((back / "generation_config.json").read_text())
     assert generation["top_p"] == 0.9 and generation["eos_token_id"] == [2, 3]
-    ours, theirs = (AutoConfig.from_pretrained(folder).to_dict() for folder in (back, tmp_path / "stock"))
+    ours, theirs = (AutoConfig.from_pretrained(folder).to_dict() for folder in (back, stock))
     fixed_by_the_rules = {"time_step_min", "time_step_limit", "_name_or_path", "transformers_version"}
     fixed_by_the_rules |= set() if shape.attention_heads else {"use_cache"}
     different = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
@@ -85,7 +92,7 @@ def test_a_subnet_leaves_checked_by_logits_or_by_values(tmp_path: Path) -> None:
     rows = {}
     for check in ("logits", "values", "auto"):
         export = {"check": check, "shard_bytes": 10_000, "megatron": check == "auto"}
-        folder = extracted(tmp_path, run, check, subnets=[by_hand], export=export)
+        folder = extracted(tmp_path, run, check, budget_names=[], subnets=[by_hand], export=export)
         rows[check] = {row["name"]: row for row in json.loads((folder / EXTRACTION_FILE).read_text())["members"]}
         card = (folder / "small" / "README.md").read_text()
         assert ("logits were not compared" in card) == (check == "values")
@@ -100,11 +107,10 @@ def test_a_subnet_leaves_checked_by_logits_or_by_values(tmp_path: Path) -> None:
     assert all(torch.equal(first[key], tensor) for key, tensor in weights(cut_again).items())
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_exported_submodels_load_without_a_complaint_and_generate(name: str, tmp_path: Path) -> None:
-    shape = shape_of_case(name)
-    stock_folder(tmp_path / "stock", shape, CASES[name])
-    run = imported(tmp_path, tmp_path / "stock")
+def test_exported_submodels_load_without_a_complaint_and_generate(
+    case: tuple[ModelShape, Path, Path], tmp_path: Path
+) -> None:
+    shape, _, run = case
     folder = extracted(tmp_path, run, "cut", budget_names=[], subnets=[narrowed(shape)]) / "narrow"
     rows = json.loads((tmp_path / "cut" / "v" / EXTRACTION_FILE).read_text())["members"]
     assert [row["name"] for row in rows] == ["narrow"] and rows[0]["max_abs_logit_diff"] < 1e-3

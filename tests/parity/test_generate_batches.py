@@ -27,7 +27,7 @@ PROMPTS: tuple[list[int], ...] = (
     [1, 2, 3, 4, 5, 6],
     [50, 3, 12, 17],
 )
-NEW_TOKENS = 9
+NEW_TOKENS = 7
 DRAWN = dict(temperature=1.3, top_k=30, top_p=0.95, seed=4)
 NAMES = ("four groups, five queries per KV head, depth 10", "Mamba heads per layer", "no attention", "no Mamba")
 

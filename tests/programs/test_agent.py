@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 WORKER = "import time; from elastic.world.agent import end_with_agent; end_with_agent(); print('up'); time.sleep(60)"
 # The worker keeps this process's stdout, which so ends with the last of the two.
 AGENT = "import subprocess, sys; subprocess.run([sys.executable, '-u', '-c', sys.argv[1]])"

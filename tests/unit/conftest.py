@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
 if TYPE_CHECKING:  # else inside the fixtures: it needs Hydra, and the kernels' tests run on machines without
     from tests.unit.config.configs import ProblemsOf
@@ -28,6 +27,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def in_folders(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand where the folders of INPUTS are, on one process without GPU; nothing is written there."""
+    import torch
+
     monkeypatch.chdir(folders)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("RANK", "WORLD_SIZE"):

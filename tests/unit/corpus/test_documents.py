@@ -101,10 +101,10 @@ def test_lines_keep_their_content_and_lose_only_the_line_end(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("document_format", ["text", "lines", "jsonl"])
-def test_document_of_200_mb_is_skipped_in_little_memory(tmp_path: Path, document_format: str) -> None:
+def test_document_of_50_mb_is_skipped_in_little_memory(tmp_path: Path, document_format: str) -> None:
     with (tmp_path / "a.py").open("wb") as stream:
-        stream.truncate(200 * MIB)  # a hole: takes no disk
-        stream.seek(200 * MIB)
+        stream.truncate(50 * MIB)  # a hole: takes no disk
+        stream.seek(50 * MIB)
         stream.write(b'\n{"text": "after it"}\n')
     (tmp_path / "b.py").write_text('{"text": "next file"}')
     tracemalloc.start()
@@ -118,13 +118,13 @@ def test_document_of_200_mb_is_skipped_in_little_memory(tmp_path: Path, document
 
 def test_many_empty_documents_are_counted_in_little_memory(tmp_path: Path) -> None:
     path = tmp_path / "empty.txt"
-    path.write_bytes(b"\n" * 60_000 + b"the only one")
+    path.write_bytes(b"\n" * 20_000 + b"the only one")
     tracemalloc.start()
     texts, tally = read(path, "lines")
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert texts == ["the only one"]
-    assert counts(tally) == {SkipReason.EMPTY: 60_000}
+    assert counts(tally) == {SkipReason.EMPTY: 20_000}
     assert peak_bytes < MIB
 
 

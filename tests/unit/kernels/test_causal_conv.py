@@ -35,7 +35,7 @@ def positions(*rows: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("taps", [2, 3, 4])
-@pytest.mark.parametrize(("batch", "length", "channels"), [(1, 1, 1), (2, 7, 5), (1, 33, 130), (2, 35, 3)])
+@pytest.mark.parametrize(("batch", "length", "channels"), [(1, 1, 1), (2, 7, 5), (1, 33, 130)])
 def test_pitfall_06_convolution_of_any_width(taps: int, batch: int, length: int, channels: int) -> None:
     inputs = {"x": drawn(batch, length, channels, scale=2.0), "weight": drawn(channels, taps), "bias": drawn(channels)}
     assert_as_exact(causal_conv, twin, inputs)

@@ -32,7 +32,7 @@ def test_rules_of_the_run_refuse_a_layout() -> None:
 
 def test_search_ranks_what_fits_and_says_why_the_rest_is_out() -> None:
     budgets = ", ".join(f"{{name: {name}, ratio: {ratio}}}" for name, ratio in (("12b", 1), ("9b", 0.9), ("6b", 0.8)))
-    arguments = ("cluster.num_gpus=64", "cluster.memory_gb=40", "plan.max_micro_batch=1", "elastic.space.depth=null")
+    arguments = ("cluster.num_gpus=16", "cluster.memory_gb=40", "plan.max_micro_batch=1", "elastic.space.depth=null")
     config = values("plan", *arguments, "model.pattern=M-M*-M-M-", f"elastic.budgets=[{budgets}]")
     found = search(config, budget_samples(config, config.space()))
     times = [one.seconds for one in found.fitting]

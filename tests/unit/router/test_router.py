@@ -182,7 +182,7 @@ def test_slices_run_from_the_smallest_budget_to_the_largest_over_all_replicas(re
     masks.budgets = gates.budgets = gates.budgets[1:] + gates.budgets[:1]
     ratios = [0.7, 0.45, 1.0]
     seen = set()
-    for step in range(20):
+    for step in range(8):
         here, plain = moment(step=step, **SLICES), masks.draw(moment(step=step, frozen=True), 16, 0, 1).gates
         numbers = [gates.numbers(here, 16 // replicas, replica, replicas) for replica in range(replicas)]
         drawn = [gates.draw(here, 16 // replicas, replica, replicas).gates for replica in range(replicas)]

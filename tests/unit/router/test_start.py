@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from elastic.router import start
 from elastic.router.decide import RouterError, likeliest
 from elastic.router.router import Router
 from elastic.router.start import MARGIN, start_at
@@ -24,7 +25,8 @@ def test_a_budget_begins_with_its_subnet_and_the_others_keep_theirs_bit_for_bit(
         assert float((first - second).min()) > 0.4 * MARGIN
 
 
-def test_a_router_too_narrow_for_the_choices_is_refused() -> None:
+def test_a_router_too_narrow_for_the_choices_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "MOST_ROUNDS", 300)
     router = Router(SPACE, num_budgets=2, hidden_width=1)
     choices = {
         axis: [index % 2 for index in range(len(own))]

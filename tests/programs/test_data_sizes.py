@@ -35,12 +35,12 @@ def measured(kind: str, path: Path, limit_bytes: int) -> tuple[int, int, str]:
     return int(kept), int(grown_mib), " ".join(skipped)
 
 
-def test_a_million_empty_documents_are_counted_in_the_memory_of_one(tmp_path: Path) -> None:
+def test_many_empty_documents_are_counted_in_the_memory_of_one(tmp_path: Path) -> None:
     path = tmp_path / "empty.txt"
-    path.write_bytes(b"\n" * MILLION + b"the only one\n")
+    path.write_bytes(b"\n" * (MILLION // 4) + b"the only one\n")
     kept, grown_mib, skipped = measured("lines", path, MIB)
-    assert (kept, skipped) == (1, f"empty={MILLION}")
-    assert grown_mib < 16
+    assert (kept, skipped) == (1, f"empty={MILLION // 4}")
+    assert grown_mib < 4
 
 
 def test_a_real_document_of_200_mb_is_passed_over_in_little_memory(tmp_path: Path) -> None:
