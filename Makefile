@@ -25,7 +25,7 @@ benchmark gpu: export KINETO_LOG_LEVEL := 99
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "  make engine-mlx, make engine-llama_cpp: an environment for an engine that runs exports (docs/serving.md)"
+	@echo "  make engine-mlx, engine-llama_cpp: an environment for an engine that runs exports (docs/serving.md)"
 	@echo
 	@echo "  VENV=DIR      use or make the environment DIR, to share 5 GB between clones (default .venv)"
 	@echo "  PYTHON=FILE   make the environment with this Python 3.12 or 3.13 (default: the first that runs)"
@@ -52,12 +52,14 @@ check: JOBS = 2
 check: setup ## run the quick tests: units, and parity with stock models
 	$(PYTEST) tests/parity tests/unit
 
-test: setup ## run the tests that need no GPU
+test: setup engine-mlx ## run the tests that need no GPU
 	$(PYTEST) $(TESTS)
 
 # An environment for an engine that runs exports, beside this one: what `extract export.check=[NAME]` uses.
 engine-%: setup
+ifneq ($(origin PY),command line)
 	@launch/engine.sh $*
+endif
 
 test-engines: engine-mlx engine-llama_cpp ## run exports in mlx-lm and llama.cpp (compiled the first time: ten minutes)
 	"$(PY)" -m pytest tests/programs/test_engines.py tests/parity/test_gguf.py

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Makes the environment of an engine that runs exports, beside this project's: `make engine-mlx`, `make engine-llama_cpp`.
 #
-#   VENV=.venv launch/engine.sh mlx        # seconds
+#   VENV=.venv launch/engine.sh mlx        # seconds, 0.3 GB; `make test` makes it
 #   VENV=.venv launch/engine.sh llama_cpp  # compiles llama.cpp: ten minutes on two free cores, a C++ compiler
 #
-# `extract export.check=[...]` looks for VENV/engines/NAME. An environment that is there is left as it is.
+# `extract export.check=[...]` looks for VENV/engines/NAME. An environment that is there is left as it is, unless the
+# packages below are other ones than it was made from.
 set -euo pipefail
 VENV=${VENV:-.venv}
 declare -A PACKAGES=(
@@ -17,9 +18,15 @@ if [ -z "$name" ] || [ -z "${PACKAGES[$name]:-}" ]; then
   exit 1
 fi
 target=$VENV/engines/$name
-[ ! -e "$target/.done" ] || exit 0
-"$VENV/bin/python" -m venv "$target"
 read -ra packages <<<"${PACKAGES[$name]}"
+is_ready() { [ "$(cat "$target/.done" 2>/dev/null)" = "${packages[*]}" ]; }
+! is_ready || exit 0
+mkdir -p "$VENV/engines"
+exec 9>"$VENV/engines/.lock-$name" # one set-up at a time, as in bootstrap.sh
+if command -v flock >/dev/null; then flock 9; fi
+! is_ready || exit 0 # another call has just made it
+
+"$VENV/bin/python" -m venv "$target"
 "$target/bin/python" -m pip install --quiet --disable-pip-version-check "${packages[@]}"
-touch "$target/.done" # last, so that an interrupted installation is taken up again
+echo "${packages[*]}" >"$target/.done" # last, so that an interrupted installation is taken up again
 echo "elastic: $target is ready"

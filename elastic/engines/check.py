@@ -21,7 +21,7 @@ from torch import Tensor
 from elastic.hf.config import ExportError
 from elastic.hf.reload import logit_difference
 
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 300, 64
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 320, 64
 # Of the largest logit: what fp32 products in another order, and engines that keep keys and values in f16, come to.
 LOGIT_BOUND = 1e-3
 SCRIPT = Path(__file__).with_name("run_engine.py")
@@ -76,9 +76,10 @@ class EngineReport:
 
 
 def missing_environment(name: str) -> Path | None:
-    """Return where the environment of an engine should be if it is not there."""
+    """Return where the environment of an engine should be if it is not there, or not all of it."""
     python = ENGINES[name].python(name)
-    return None if python.exists() else python.parents[1]
+    ready = (python.parents[1] / ".done").exists() if ENGINES[name].own_environment else python.exists()
+    return None if ready else python.parents[1]
 
 
 def check_in_engine(

@@ -152,8 +152,15 @@ def hf_config(shape: ModelShape, settings: HfSettings, dtype: torch.dtype) -> di
         "rms_norm_eps": padded.norm_epsilon,
         "tie_word_embeddings": padded.tied_embeddings,
         **TIME_STEPS,
+        **_for_converters(padded),
         "torch_dtype": DTYPE_NAMES[dtype],
     }
+
+
+def _for_converters(shape: ModelShape) -> dict[str, int]:
+    """Return what llama.cpp's converter asks for where heads x channels is no multiple of 64, its default channels."""
+    d_inner = max(shape.mamba_heads, default=0) * shape.head_channels
+    return {"mamba_d_head": shape.head_channels} if d_inner % 64 else {}
 
 
 def _without_cache(shape: ModelShape) -> dict[str, bool]:

@@ -23,6 +23,7 @@ _ALIASES = {
     "mamba_chunk_size": "chunk_size",
     "mamba_conv_bias": "use_conv_bias",
     "mamba_d_conv": "conv_kernel",
+    "mamba_d_head": "mamba_head_dim",
     "mamba_dt_init_floor": "time_step_floor",
     "mamba_dt_limit": "time_step_limit",
     "mamba_dt_max": "time_step_max",

@@ -57,7 +57,8 @@ def export_member_gguf(
         for name in export.engines:
             if ENGINES[name].reads == "gguf":
                 bound = LOGIT_BOUND if kind == "f32" else None
-                outcome = _told(outcome, check_in_engine(name, path, shape.vocab, reference, bound).sentence)
+                said = check_in_engine(name, path, shape.vocab, reference, bound).sentence
+                outcome = _told(outcome, f"{path.name}: {said}")
         return outcome
 
     with transfer_progress(console) as bar:

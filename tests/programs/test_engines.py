@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import PreTrainedModel
 
 from elastic.config.load import load
 from elastic.config.verbs import ExtractConfig
@@ -15,6 +17,19 @@ from tests.parity.hf_models import SHAPES, logits
 from tests.parity.import_extract import extracted, imported, stock_folder
 
 SHAPE = SHAPES["groups 8, twelve layers"]
+FULL = SHAPE.ffn[0]
+# Widths of a layer's own, which a stock folder pads; SMALL is narrower on every axis, and 8 heads x 3 channels is no
+# multiple of 64.
+MEDIUM = {"name": "medium", "ffn": [FULL // 2, *[FULL] * (len(SHAPE.ffn) - 1)]}
+SMALL = {
+    "name": "small",
+    "hidden": 24,
+    "ffn": [16, FULL, 8, 24],
+    "mamba_heads": [8],
+    "head_channels": 3,
+    "attention_heads": [4],
+    "kept_layers": [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11],
+}
 ALL_EQUAL = f"{PROMPTS * NEW_TOKENS} of {PROMPTS * NEW_TOKENS} greedy tokens"
 
 
@@ -31,21 +46,52 @@ def test_an_engine_without_an_environment_is_refused_with_the_command(monkeypatc
     assert problem.remedy == "make it with `make engine-mlx`"
 
 
-@pytest.mark.parametrize("engine", ["mlx", pytest.param("llama_cpp", marks=pytest.mark.slow)])
-def test_a_subnet_with_ffn_widths_of_its_own_runs_in_an_engine(engine: str, tmp_path: Path) -> None:
-    needs(engine)
-    model = stock_folder(tmp_path / "stock", SHAPE, "fp32")
-    (tmp_path / "stock" / "tokenizer.json").unlink()
-    run = imported(tmp_path, tmp_path / "stock")
-    by_hand = {"name": "small", "ffn": [SHAPE.ffn[0] // 2, *[SHAPE.ffn[0]] * (len(SHAPE.ffn) - 1)]}
-    export = {"check": ["values", engine], "format": "gguf", "gguf_types": ["f32", "f16", "q8_0"]}
-    export |= {"hugging_face": engine == "mlx", "format": "hf"} if engine == "mlx" else {"hugging_face": False}
-    folder = extracted(tmp_path, run, "cut", subnets=[by_hand], budget_names=[], export=export)
-    row = json.loads((folder / EXTRACTION_FILE).read_text())["members"][0]
-    assert len(row["engines"]) == (1 if engine == "mlx" else 3)
-    assert "Loads and agrees in" in row["engines"][0] and ALL_EQUAL in row["engines"][0]
-    written = Path(row["hugging_face"] if engine == "mlx" else row["gguf"])
-    assert row["engines"][0] in (written / "README.md").read_text()
-    file = written if engine == "mlx" else written / "small-F32.gguf"
+def family(folder: Path) -> tuple[PreTrainedModel, Path]:
+    """Return a random parent of SHAPE without a tokenizer, and the run that holds it."""
+    model = stock_folder(folder / "stock", SHAPE, "fp32")
+    (folder / "stock" / "tokenizer.json").unlink()
+    return model, imported(folder, folder / "stock")
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / EXTRACTION_FILE).read_text())["members"]
+
+
+def test_a_subnet_with_ffn_widths_of_its_own_runs_in_mlx(tmp_path: Path) -> None:
+    needs("mlx")
+    model, run = family(tmp_path)
+    folder = extracted(tmp_path, run, subnets=[MEDIUM], budget_names=[], export={"check": ["values", "mlx"]})
+    (row,) = rows_of(folder)
+    (said,) = row["engines"]
+    assert said.startswith("Loads and agrees in mlx-lm") and ALL_EQUAL in said
+    written = Path(row["hugging_face"])
+    assert said in (written / "README.md").read_text()
     with pytest.raises(ExportError, match="computes another model"):  # the parent is not this subnet
-        check_in_engine(engine, file, SHAPE.vocab, lambda tokens: logits(model, tokens))
+        check_in_engine("mlx", written, SHAPE.vocab, lambda tokens: logits(model, tokens))
+
+
+@pytest.mark.slow
+def test_three_budgets_run_in_every_engine(tmp_path: Path) -> None:
+    engines = ["transformers", "mlx", "llama_cpp"]
+    for engine in engines:
+        needs(engine)
+    model, run = family(tmp_path)
+    kinds = ["f32", "f16", "q8_0"]
+    export = {"check": ["values", *engines], "format": "gguf", "gguf_types": kinds}
+    folder = extracted(tmp_path, run, subnets=[{"name": "full"}, MEDIUM, SMALL], budget_names=[], export=export)
+    rows = rows_of(folder)
+    assert [row["name"] for row in rows] == ["full", "medium", "small"]
+    titles = ["transformers", "mlx-lm", *["llama.cpp"] * len(kinds)]  # in the order in which files are written
+    for row in rows:
+        for number, (title, said) in enumerate(zip(titles, row["engines"], strict=True)):
+            assert f" in {title}" in said
+            rounded = number > titles.index("llama.cpp")  # its tokens are counted, not asked for
+            assert rounded or ("Loads and agrees in" in said and ALL_EQUAL in said)
+        place, padded = Path(row["gguf"]), row["name"] != "full"
+        sizes = [(place / f"{row['name']}-{kind.upper()}.gguf").stat().st_size for kind in kinds]
+        stored = (Path(row["hugging_face"]) / "model.safetensors").stat().st_size
+        assert sizes[0] > sizes[1] >= sizes[2]
+        assert (row["stored_params"] > row["params"]) == padded and (sizes[0] < stored or not padded)
+    small = Path(rows[2]["gguf"]) / "small-F32.gguf"
+    with pytest.raises(ExportError, match="computes another model"):  # the parent is not this subnet
+        check_in_engine("llama_cpp", small, SHAPE.vocab, lambda tokens: logits(model, tokens))

@@ -71,6 +71,9 @@ def test_the_config_keeps_every_export_rule() -> None:
     assert not [key for key in written if any(word in key for word in forbidden) and key != "n_groups"]
     assert written["layer_norm_epsilon"] == written["rms_norm_eps"] == 1e-5
     assert (written["torch_dtype"], written["residual_in_fp32"]) == ("bfloat16", False)
+    # llama.cpp's converter takes 64 channels for granted, and looks only whether they divide heads x channels.
+    assert "mamba_d_head" not in written
+    assert config(replace(NANO_12B, head_channels=79, mamba_heads=(8,) * 28))["mamba_d_head"] == 79
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -128,6 +131,7 @@ def test_layers_of_one_kind_share_the_widest_width() -> None:
         ({"hidden_size": -1}, "hidden_size is -1, it must be one integer of at least 1"),
         ({"vocab_size": "131072"}, "vocab_size is '131072', it must be one integer"),
         ({"mamba_d_conv": 3}, "mamba_d_conv = 3 and conv_kernel = 4 mean the same and disagree"),
+        ({"mamba_d_head": 64}, "mamba_d_head = 64 and mamba_head_dim = 80 mean the same and disagree"),
         ({"architectures": ["NemotronHForSequenceClassification"]}, "must be .'NemotronHForCausalLM'."),
         ({"chunk_size": 0}, "chunk_size = 0 must be one integer of at least 1"),
         ({"eos_token_id": 200000}, "eos_token_id = 200000 is outside the vocabulary of 131072"),
