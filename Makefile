@@ -16,6 +16,8 @@ export TORCHDYNAMO_DISABLE := 1
 endif
 smoke smoke-chat check test test-engines gpu: export HF_HUB_OFFLINE := 1
 check test test-engines: export OMP_NUM_THREADS := 1
+# Empty is unset: else each of the many processes that tests start would compile the project's files anew.
+check test test-engines: export PYTHONDONTWRITEBYTECODE :=
 benchmark gpu: export PYTHONWARNINGS := ignore
 benchmark gpu: export KINETO_LOG_LEVEL := 99
 

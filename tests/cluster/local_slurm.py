@@ -114,7 +114,7 @@ class LocalSlurm:
                 # credential was revoked it would fail.
                 self.command("scontrol", "update", f"JobId={number}", "StartTime=now+5seconds")
                 was_put_off = False
-            time.sleep(0.2)
+            time.sleep(0.5)  # each look is a process of Slurm's
         raise TimeoutError(
             f"job {number} is not {' or '.join(states)} after {timeout_s:.0f} s: {dict(self.job(number))}"
         )

@@ -1,6 +1,5 @@
 """A wheel, not a clone: conf/ is in it, and an installed recipe finds it from any folder."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +7,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.programs.test_start import started
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,22 +44,22 @@ def test_every_file_of_conf_is_installed(installed: Path) -> None:
     }
 
 
-def test_an_installed_recipe_finds_its_config_and_through_nemo_all_mistakes_are_one_message(
+def test_an_installed_recipe_finds_its_config_and_in_two_processes_all_mistakes_are_said_once(
     installed: Path, tmp_path: Path
 ) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(installed), "TORCHDYNAMO_DISABLE": "1"}
-    command = [sys.executable, str(installed / "recipes" / "evaluate.py"), "--config-name=evaluate"]
-    command += ["trainer.num_thread=1", "sequence_length=0"]
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    mistakes = ["trainer.num_thread=1", "sequence_length=0", "parallel.tensor=3"]
+    ended = started(tmp_path, "evaluate", "--nproc-per-node=2", "--config-name=evaluate", *mistakes, root=installed)
     assert ended.returncode == 2, ended.stderr
     assert ended.stdout == ""
     heading, *lines = ended.stderr.splitlines()
-    assert heading == "4 problems in the configuration:"
+    assert heading == "5 problems in the configuration:"
     assert [line.strip().partition(" = ")[0] for line in lines] == [
         "trainer.num_thread",
         "init_from.checkpoint",
         "sequence_length",
+        "parallel.tensor x pipeline x context",
         "data.path",
     ]
     assert "sequence_length = 0: must be at least 2" in ended.stderr and "init_from.checkpoint = null" in ended.stderr
+    assert "must divide the number of processes = 2" in lines[-2]
     assert list(tmp_path.iterdir()) == []
