@@ -1,4 +1,4 @@
-"""The router's losses: |cost of the expected widths / target - 1| from the one cost table, and entropy against it.
+"""The router's losses: |cost of the expected widths / target - 1| from the one cost table, entropy, and a pull.
 
 Shapes: ... any leading dimensions (noise draws, budgets), slots and K choices as in Space.
 """
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from elastic.router.decide import Chosen
 from elastic.space.axes import Axis
 from elastic.space.cost import Budget, Deployment, Widths, cost, subnet_cost
 from elastic.space.shape import Subnet
@@ -56,4 +57,19 @@ def choice_entropy(logits: Mapping[Axis, Tensor], scale: float, shares: Mapping[
         log_probabilities = torch.log_softmax(values.float() * scale, dim=-1)
         entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1)  # [budgets, slots]
         total = total + (shares[axis] * entropy.mean(dim=-1)).sum()
+    return total
+
+
+def pull(
+    logits: Mapping[Axis, Tensor], scale: float, shares: Mapping[Axis, Tensor], index: int, chosen: Chosen
+) -> Tensor:
+    """Return the cross-entropy in nats, fp32, of `chosen` under the noise-free choices of budget number `index`.
+
+    Mean over slots, each axis by its share of the cost, as `choice_entropy`: about what the budget loss could move.
+    """
+    total = torch.zeros((), device=next(iter(logits.values())).device)
+    for axis, indices in chosen.items():
+        wanted = torch.tensor(indices).to(total.device, non_blocking=True)
+        own = torch.nn.functional.cross_entropy(logits[axis][index].float() * scale, wanted)
+        total = total + shares[axis][index] * own
     return total

@@ -3,7 +3,8 @@
 The budget loss sees an expected cost, which is multilinear in the choices' probabilities. Where choices are coarse it
 has corners off the target that every single move makes worse, and a router can settle in one: 3 to 9% off in spaces of
 nine layers, though other subnets meet the budget. So the argmax stands where it is within KEPT of the target; else
-those choices change whose log-probabilities lose least until it is within TOLERANCE.
+those choices change whose log-probabilities lose least until it is within TOLERANCE. Late in a phase the router is
+pulled to them (draw.py), so that the argmax changes itself while the weights still follow.
 
 A axes with one choice, S slots of axes with a choice per layer, K choices, C combinations of the A axes' choices.
 """
@@ -23,8 +24,8 @@ from elastic.space.shape import Subnet
 from elastic.space.space import Space
 
 Chosen = dict[Axis, tuple[int, ...]]  # choice indices, one per slot
-# As far off, an argmax is kept: the weights were trained with it, and what changes when the router freezes costs more
-# than a hundredth of a budget is worth (make smoke-chat: 47% of small's answers right at 1.2% off; 15% once moved).
+# As far off, an argmax is kept and not pulled away: the weights were trained with it, and another costs more than a
+# hundredth of a budget is worth (make smoke-chat: 47% of small's answers right at 1.2% off; 15% once moved).
 KEPT = 0.02
 GRAINS = 32  # sums of costs closer than a tolerance by this are one to the search, which keeps the likelier
 
@@ -47,26 +48,32 @@ def choose(router: Router, space: Space, index: int, budget: Budget, deployment:
     Raises RouterError for logits that are NaN or Inf, whose argmax would be a subnet like any other.
     """
     logits = checked_logits(router, index)
-    chosen = _widest_likeliest(logits)
-    used = subnet_cost(space.parent, space.subnet(chosen), deployment)[budget.metric]
+    return in_place_of_argmax(logits, space, budget, deployment) or argmax(logits)
+
+
+def in_place_of_argmax(
+    logits: Mapping[Axis, Tensor], space: Space, budget: Budget, deployment: Deployment
+) -> Chosen | None:
+    """Return what `choose` takes for the argmax of one budget's logits [slots, K]; None where the argmax stands."""
+    used = subnet_cost(space.parent, space.subnet(argmax(logits)), deployment)[budget.metric]
     missed, tolerance = abs(float(used) / budget.limit - 1.0), TOLERANCE
     if missed <= KEPT:
-        return chosen
+        return None
     regrets = {axis: (values.amax(-1, keepdim=True) - values).double().cpu() for axis, values in logits.items()}
     while missed > tolerance:
         search = _Search(space, budget, deployment, regrets, tolerance)
         if (found := search.likeliest()) is not None:
             return found
         tolerance *= 2
-    return chosen
+    return None
 
 
 def likeliest(router: Router, space: Space, index: int) -> Subnet:
     """Return the subnet of the argmax, on its budget or not: how far the router has come by itself."""
-    return space.subnet(_widest_likeliest(checked_logits(router, index)))
+    return space.subnet(argmax(checked_logits(router, index)))
 
 
-def _widest_likeliest(logits: Mapping[Axis, Tensor]) -> Chosen:
+def argmax(logits: Mapping[Axis, Tensor]) -> Chosen:
     """Return the argmax of every slot; of equal ones the first, which is the widest choice."""
     return {axis: tuple(values.argmax(-1).tolist()) for axis, values in logits.items()}
 

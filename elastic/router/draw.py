@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from elastic.router.budget_loss import budget_loss, choice_entropy, cost_shares
-from elastic.router.decide import choose, decide
+from elastic.router.budget_loss import budget_loss, choice_entropy, cost_shares, pull
+from elastic.router.decide import choose, decide, in_place_of_argmax
 from elastic.router.phases import ElasticPhase, Moment
 from elastic.router.router import Router, choice_probabilities, gumbel_noise
 from elastic.router.sampler import budget_of, draw_budgets, in_turn
@@ -22,6 +22,9 @@ from elastic.space.shape import Subnet
 from elastic.space.space import Space
 
 NUM_COST_DRAWS = 16  # ours; with 8, about one toy run in forty misses a budget by more than 3%
+# Of a phase that trains the router; ours. Late, since until then many come to their budgets by themselves (make smoke's
+# small at four fifths), and early enough to move, which takes some 20 steps, and for weights to follow.
+PULLED_FROM = 5 / 6
 COST_STREAM = -1  # where a micro-batch's number stands in the noise streams of the gates
 
 
@@ -135,7 +138,10 @@ class Chooser:
         budget_losses = self._budget_losses(logits, cost_noise, moment)
         entropy = choice_entropy(logits, moment.logit_scale, self._shares)
         undecided = self.settings.entropy_weight * (1.0 - moment.progress) * entropy
-        router_loss = self.settings.budget_loss_weight * (budget_losses.sum() - undecided)
+        own_losses = budget_losses.sum() - undecided
+        if moment.progress >= PULLED_FROM:
+            own_losses = own_losses + self._pull(logits, moment)
+        router_loss = self.settings.budget_loss_weight * own_losses
         draw = Draw([], drawn, budget_losses=budget_losses, router_loss=router_loss)
         # All micro-batches at once, [micro-batches, slots, K], then cut apart.
         weights, leaves = {}, {}
@@ -191,6 +197,22 @@ class Chooser:
             for axis, own in logits.items()
         }
         return budget_loss(self.space, self.budgets, noisy, self.deployment).mean(dim=0)
+
+    def _pull(self, logits: Mapping[Axis, Tensor], moment: Moment) -> Tensor:
+        """Return the pull of every budget whose argmax misses it towards the subnet that would be decided: a scalar.
+
+        So that the argmax goes where the choice would be moved when the router freezes, while weights still follow.
+        Decided anew at every step, from the logits alone: the same on all ranks, and nothing for a checkpoint. Waits
+        for the device at the start of a step, when the last optimizer step is all that is under way.
+        """
+        total = torch.zeros((), device=next(iter(logits.values())).device)
+        on_host = {axis: values.detach().cpu() for axis, values in logits.items()}
+        for index, budget in enumerate(self.budgets):
+            own = {axis: values[index] for axis, values in on_host.items()}
+            chosen = in_place_of_argmax(own, self.space, budget, self.deployment)
+            if chosen is not None:
+                total = total + pull(logits, moment.logit_scale, self._shares, index, chosen)
+        return total
 
     def _weights(self, logits: Tensor, noise: Tensor, moment: Moment) -> Tensor:
         """Return weights [..., slots, K] over the choices: soft, or exactly one-hot with the soft gradient."""

@@ -51,7 +51,7 @@ class SkippedSteps:
     def nonfinite(
         self, losses: Iterable[MicroBatchLoss], norm: Tensor, router_gradients: Sequence[Tensor]
     ) -> list[str]:
-        """Name what is not finite on some rank, the same answer on each. The one wait for the device of a step."""
+        """Name what is not finite on some rank, alike on each: the one wait of a step for the device but Chooser's."""
         kinds: dict[str, Sequence[Tensor]] = {
             "losses": [value for loss in losses for value in (loss.kl, loss.cross_entropy) if value is not None],
             # The norm counts a weight that several ranks hold only once: it cannot speak for the gradients of copies.

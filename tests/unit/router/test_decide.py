@@ -159,18 +159,22 @@ def misses(seeds, steps):
     return found
 
 
-def test_routers_meet_their_budgets_in_coarse_spaces():
-    found = misses(range(5), steps=30)
-    assert all(own <= (KEPT if argmax == own else TOLERANCE) for argmax, own in found), found
-    assert any(argmax > KEPT for argmax, _ in found), "a check that cannot fail"
+def test_a_router_leaves_a_corner_by_itself():
+    """Where the budget loss alone leaves it 3.6% off."""
+    ((argmax, chosen),) = misses([128], steps=120)
+    assert argmax == chosen <= KEPT
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_routers_meet_their_budgets_in_200_random_spaces():
-    """At least 99% within 1%, or an argmax within 2% that is kept, where some subnet is within 0.5%."""
+    """At least 99% within 1%, or an argmax within 2% that is kept, where some subnet is within 0.5%.
+
+    And the argmaxes within 2% by themselves: pulled there before the router freezes.
+    """
     found = misses(range(200), steps=300)
     near = sum(own <= (KEPT if argmax == own else TOLERANCE) for argmax, own in found)
+    alone = sum(argmax <= KEPT for argmax, _ in found)
     within = [sum(value <= TOLERANCE for value in own) for own in zip(*found, strict=True)]
-    print(f"{near} of 200 met; within 1%: {within[1]} choices, {within[0]} by the argmax alone")
-    assert near >= 198, sorted(own for _, own in found)[-8:]
+    print(f"{near} of 200 met, {alone} by the argmax alone; within 1%: {within[1]} choices, {within[0]} argmaxes")
+    assert near >= 198 and alone >= 198, sorted(found)[-8:]
