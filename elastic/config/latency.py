@@ -10,11 +10,13 @@ from typing import Annotated, Any
 from elastic.config.load import Problem, Problems, load_with_problems
 from elastic.config.rules_layout import Cluster
 from elastic.config.sections import ElasticSection, ModelConfig
-from elastic.config.verbs import CostConfig
+from elastic.config.verbs import CostConfig, SearchConfig
 from elastic.space import ranges
+from elastic.space.axes import Axis
 from elastic.space.cost import MEASURED, Deployment, Metric
 from elastic.space.latency import LatencyTable, Machine, grid_of
-from elastic.space.space import Space
+from elastic.space.shape import ModelShape
+from elastic.space.space import AxisChoices, Space
 
 FIELD = "elastic.deployment.latency"
 TRUSTED = 0.1  # of a whole model's time: as near as the sum of its layers should come
@@ -26,13 +28,15 @@ class MeasureSection:
     """What is timed: every kind of layer at all choices of the space, `rounds` times in turn.
 
     `batches` and `lengths` empty take those of elastic.deployment. `whole`: the parent and the smallest subnet are
-    timed as one, too, beside what the table says of them.
+    timed as one, too, beside what the table says of them. With `folders`, exported Hugging Face folders, no table is
+    measured: they are timed so beside the parent and the table that elastic.deployment.latency names.
     """
 
     batches: tuple[ranges.Sequences, ...] = ()
     lengths: tuple[ranges.Length, ...] = ()
     rounds: Annotated[int, ranges.Range(3, 1000)] = 7
     whole: bool = True
+    folders: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,29 +53,37 @@ def with_table(kind: type, values: Mapping[str, Any]) -> tuple[dict[str, Any], t
     """Put the content of a named table into the config, which then needs the file no more; or say why it has none.
 
     So a run's resolved config and its checkpoints carry the times their budgets were met by. Where times are measured
-    first, budgets and table are left out.
+    first, budgets are left out, and the table unless exports are timed beside it.
     """
     elastic = values.get("elastic")
     deployment = elastic.get("deployment") if isinstance(elastic, Mapping) else None
     if issubclass(kind, LatencyConfig) and isinstance(elastic, Mapping):
-        kept = {name: value for name, value in elastic.items() if name != "budgets"}
-        if isinstance(deployment, Mapping):
-            kept["deployment"] = {name: value for name, value in deployment.items() if name != "latency"}
-        return {**values, "elastic": kept}, ()
+        elastic, given = {name: value for name, value in elastic.items() if name != "budgets"}, values.get("measure")
+        if isinstance(deployment, Mapping) and not (isinstance(given, Mapping) and given.get("folders")):
+            deployment = {name: value for name, value in deployment.items() if name != "latency"}
+            elastic |= {"deployment": deployment}
+        values = {**values, "elastic": elastic}
+    if issubclass(kind, SearchConfig) and isinstance(path := values.get("latency"), str):
+        content, problems = _read_table("latency", path)
+        return {**values, "latency": content}, problems
     path = deployment.get("latency") if isinstance(deployment, Mapping) else None
     if not isinstance(elastic, Mapping) or not isinstance(deployment, Mapping) or not isinstance(path, str):
         return dict(values), ()
-    problems, content = [], None
+    content, problems = _read_table(FIELD, path)
+    return {**values, "elastic": {**elastic, "deployment": {**deployment, "latency": content}}}, problems
+
+
+def _read_table(field: str, path: str) -> tuple[Any, tuple[Problem, ...]]:
+    """Return what a file holds, None with a problem where that is no table."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if wrong := load_with_problems(LatencyTable, content)[1]:
-            problems = [Problem(FIELD, path, f"is no table of times: {wrong[0]}", MEASURE)]
+        wrong = load_with_problems(LatencyTable, content)[1]
+        rule = f"is no table of times: {wrong[0]}" if wrong else None
     except OSError as error:
-        problems = [Problem(FIELD, path, f"cannot be read: {error.strerror or error}", MEASURE)]
+        rule = f"cannot be read: {error.strerror or error}"
     except (ValueError, RecursionError) as error:
-        problems = [Problem(FIELD, path, f"is not JSON: {error}", MEASURE)]
-    table = {"latency": None if problems else content}
-    return {**values, "elastic": {**elastic, "deployment": {**deployment, **table}}}, tuple(problems)
+        rule = f"is not JSON: {error}"
+    return (content, ()) if rule is None else (None, (Problem(field, path, rule, MEASURE),))
 
 
 def with_digest(values: dict[str, Any]) -> dict[str, Any]:
@@ -101,20 +113,25 @@ def check_latency(model: ModelConfig, elastic: ElasticSection) -> Problems:
             where = f"elastic.budgets.{elastic.budgets.index(budget)}.metric"
             yield Problem(where, budget.metric.value, f"needs measured times, and {FIELD} is null", MEASURE)
         return
-    if model.vocab is None:
+    if model.vocab is not None:
+        yield from table_problems(FIELD, table, deployment, model.shape(), elastic.space.axes())
+
+
+def table_problems(
+    field: str, table: LatencyTable, deployment: Deployment, parent: ModelShape, axes: Mapping[Axis, AxisChoices]
+) -> Problems:
+    """Yield why a table, given as `field`, says nothing of a parent, its choices, or this pass, batch and length."""
+    if rules := list(table.problems(parent)):
+        yield from (Problem(field, table.machine.name, f"the table {rule}", MEASURE) for rule in rules)
         return
-    found = False
-    for rule in table.problems(model.shape()):
-        found = True
-        yield Problem(FIELD, table.machine.name, f"the table {rule}", MEASURE)
-    if found:
-        return
-    yield from _condition_problems(deployment, table)
-    for axis, grid in grid_of(model.shape(), {a: own.choices for a, own in elastic.space.axes().items()}).items():
+    if deployment.measured is None:
+        yield _no_such_pass(field, deployment, table)
+    for axis, grid in grid_of(parent, {axis: own.choices for axis, own in axes.items()}).items():
         if beside := table.outside(axis, grid):
             low, high = table.widths[axis][0], table.widths[axis][-1]
             rule = f"times were measured for widths of {low} to {high}, and {_widths(beside)} may be chosen"
-            yield Problem(f"elastic.space.{axis.value}", list(grid), rule, f"leave them out, or {MEASURE}")
+            name = f"elastic.space.{axis.value}" if field == FIELD else field
+            yield Problem(name, list(grid), rule, f"leave them out, or {MEASURE}" if field == FIELD else MEASURE)
 
 
 def check_floors(elastic: ElasticSection) -> Problems:
@@ -126,26 +143,28 @@ def check_floors(elastic: ElasticSection) -> Problems:
             yield Problem(f"elastic.budgets.{index}.ratio", budget.ratio, rule, remedy)
 
 
-def _condition_problems(deployment: Deployment, table: LatencyTable) -> Problems:
-    """Yield a problem if nothing was measured for this pass, batch and length."""
-    if deployment.measured is None:
-        here = f"{deployment.timed} of {deployment.batch} x {deployment.length_tokens:,} tokens"
-        there = ", ".join(one.conditions for one in table.measured) or "nothing"
-        nearest = min(
-            table.measured,
-            key=lambda one: (
-                one.timed != deployment.timed,
-                one.batch != deployment.batch,
-                abs(one.length_tokens - deployment.length_tokens),
-            ),
-            default=None,
-        )
-        remedy = MEASURE
-        if nearest is not None:
-            wanted = {"timed": nearest.timed, "batch": nearest.batch, "length_tokens": nearest.length_tokens}
-            change = [f"{name}={value}" for name, value in wanted.items() if getattr(deployment, name) != value]
-            remedy = f"nearest legal is elastic.deployment.{', '.join(change)}, or {MEASURE}"
-        yield Problem(FIELD, table.machine.name, f"the deployment is {here}, and the table holds {there}", remedy)
+def _no_such_pass(field: str, deployment: Deployment, table: LatencyTable) -> Problem:
+    """Say that nothing was measured for this pass, batch and length, and what is nearest; a family's are settled."""
+    here = f"{deployment.timed} of {deployment.batch} x {deployment.length_tokens:,} tokens"
+    there = ", ".join(one.conditions for one in table.measured) or "nothing"
+    nearest = min(
+        table.measured,
+        key=lambda one: (
+            one.timed != deployment.timed,
+            one.batch != deployment.batch,
+            abs(one.length_tokens - deployment.length_tokens),
+        ),
+        default=None,
+    )
+    remedy = MEASURE
+    if field != FIELD:
+        where = f"measure.batches=[{deployment.batch}] measure.lengths=[{deployment.length_tokens}]"
+        remedy = f"{MEASURE}, with {where}"
+    elif nearest is not None:
+        wanted = {"timed": nearest.timed, "batch": nearest.batch, "length_tokens": nearest.length_tokens}
+        change = [f"{name}={value}" for name, value in wanted.items() if getattr(deployment, name) != value]
+        remedy = f"nearest legal is elastic.deployment.{', '.join(change)}, or {MEASURE}"
+    return Problem(field, table.machine.name, f"the deployment is {here}, and the table holds {there}", remedy)
 
 
 def latency_notes(deployment: Deployment, space: Space, here: Machine) -> Iterator[str]:

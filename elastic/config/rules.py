@@ -172,7 +172,8 @@ def check_ranks(parallel: sections.ParallelConfig, cluster: Cluster) -> Problems
 class Rule:
     """One rule: the verbs it applies to, its problems, and whether later rules on those sections need it to hold.
 
-    The parameters of `check` name the sections it reads; beside them it may take the `cluster` and the whole `config`.
+    The parameters of `check` name the sections it reads; beside them it may take the `cluster`, the whole `config`, and
+    the permuted parent's `depth_ranking`, empty where none is known.
     One that reads a training run's `parallel`, but not its phases, is applied to every layout the phases have.
     """
 
@@ -185,11 +186,11 @@ class Rule:
         """Return the names of what the rule reads."""
         return frozenset(signature(self.check).parameters)
 
-    def problems(self, config: Any, cluster: Cluster) -> Problems:
+    def problems(self, config: Any, cluster: Cluster, depth_ranking: tuple[int, ...] = ()) -> Problems:
         """Yield what is wrong with `config`, which is of one of the verbs, on `cluster`."""
         each = isinstance(config, verbs.TrainConfig) and "parallel" in self.sections
         for where, one in config.layouts().items() if each and "curriculum" not in self.sections else (("", config),):
-            given = vars(one) | {"config": one, "cluster": cluster}
+            given = vars(one) | {"config": one, "cluster": cluster, "depth_ranking": depth_ranking}
             for problem in self.check(**{name: given[name] for name in self.sections}):
                 yield _named(problem, where)
 
@@ -258,12 +259,14 @@ RULES = (
 )
 
 
-def rule_problems(config: Any, cluster: Cluster, unreliable: frozenset[str] = frozenset()) -> tuple[Problem, ...]:
+def rule_problems(
+    config: Any, cluster: Cluster, unreliable: frozenset[str] = frozenset(), depth_ranking: tuple[int, ...] = ()
+) -> tuple[Problem, ...]:
     """Apply every rule whose verb is `config`'s, leaving out rules that read a section in `unreliable`."""
     found: list[Problem] = []
     for rule in RULES:
         if isinstance(config, rule.verbs) and not unreliable & rule.sections:
-            problems = tuple(rule.problems(config, cluster))
+            problems = tuple(rule.problems(config, cluster, depth_ranking))
             found.extend(problems)
             if rule.later_rules_need_it:
                 unreliable |= {problem.section for problem in problems}

@@ -224,11 +224,13 @@ def check_budget_fields(elastic: ElasticSection) -> Problems:
         yield from one_of_two(f"elastic.budgets.{index}", target=budget.target, ratio=budget.ratio)
 
 
-def check_budgets(model: ModelConfig, elastic: ElasticSection) -> Problems:
-    """Every budget lies between the smallest subnet and the parent."""
+def check_budgets(model: ModelConfig, elastic: ElasticSection, depth_ranking: tuple[int, ...] = ()) -> Problems:
+    """Every budget lies between the smallest subnet, of the layers that rank best, and the parent."""
     if model.vocab is None:
         return
-    space, deployment = elastic.space.space(model.shape()), elastic.deployment
+    shape, deployment = model.shape(), elastic.deployment
+    of_these = len(depth_ranking) == len(shape.pattern)  # else model_problems says that the parent is another
+    space = elastic.space.space(shape, depth_ranking if of_these else ())
     for index, budget in enumerate(elastic.budgets):
         name, value = ("ratio", budget.ratio) if budget.target is None else ("target", budget.target)
         is_one = (budget.target is None) != (budget.ratio is None)  # else check_budget_fields says so

@@ -23,6 +23,7 @@ from elastic.router.phases import ElasticPhase, Phase
 from elastic.space import ranges
 from elastic.space.cost import Budget
 from elastic.space.gates import Execution
+from elastic.space.latency import LatencyTable
 from elastic.space.ranges import Range, Required
 from elastic.space.space import Space
 
@@ -163,13 +164,15 @@ class HeldOutConfig(MembersConfig, RunConfig):
 class SearchConfig(HeldOutConfig):
     """recipes/search.py: sizes between and around the trained budgets; subnets given by hand are scored beside them.
 
-    `constraint` has limits on any metrics, params<=7e9,flops_per_token>=1e9; null: none. `score` names a function of
-    yours, package.module.function, that takes the place of the held-out loss (docs/search.md).
+    `constraint` has limits on any metrics, params<=7e9,flops_per_token>=1e9; null: none. `latency` names a table of
+    recipes/measure_latency.py for limits on time; null: the family's, if it was trained with one. `score` names a
+    function of yours, package.module.function, that takes the place of the held-out loss (docs/search.md).
     """
 
     constraint: str | None = None
     num_priced: ranges.Proposals = 2000
     num_scored: ranges.Proposals = 20
+    latency: LatencyTable | None = None
     score: str | None = None
 
 

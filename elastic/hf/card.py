@@ -25,8 +25,8 @@ class CardInfo:
     fp8: str | None = None
 
 
-def model_card(info: CardInfo, shape: ModelShape, exports: ExportSettings, verification: str) -> str:
-    """Return the card of a Hugging Face folder as Markdown with front matter."""
+def model_card(info: CardInfo, shape: ModelShape, exports: ExportSettings, verification: str, num_bytes: int) -> str:
+    """Return the card of a Hugging Face folder, whose tensors have `num_bytes`, as Markdown with front matter."""
     notes = "".join(f" {note[0].upper()}{note[1:]}." for note in stock_notes(shape))
     warnings = export_warnings(shape)
     stored = [
@@ -41,20 +41,31 @@ def model_card(info: CardInfo, shape: ModelShape, exports: ExportSettings, verif
         'tokenizer = AutoTokenizer.from_pretrained(".")\n```'
     )
     number_format = DTYPE_NAMES[exports.dtypes.main] + ("" if info.fp8 is None else ", matrices of the layers in FP8")
-    return _card(info, shape, exports, ("transformers", "stock transformers"), number_format, stored, verification, use)
+    padded = "parameters stored, with zero padding and a tied head's copy (`stored_params`)"
+    sizes = [(padded, f"{shape_cost(shape).stored_params:,}"), *_stored_rows(info, shape, {number_format: num_bytes})]
+    reader = "transformers", "stock transformers"
+    return _card(info, shape, exports, reader, number_format, sizes, stored, verification, use)
 
 
 def gguf_card(
-    info: CardInfo, shape: ModelShape, exports: ExportSettings, files: Mapping[str, str], verification: str
+    info: CardInfo,
+    shape: ModelShape,
+    exports: ExportSettings,
+    files: Mapping[str, str],
+    verification: str,
+    num_bytes: Mapping[str, int],
 ) -> str:
-    """Return the card of a folder of GGUF files: name of each file, and the format of its matrices."""
+    """Return the card of a folder of GGUF files: name of each file, and the format of its matrices; the bytes of the
+    tensors in a file of each format.
+    """
     use = (
         "Matrices have the format in a file's name (rows that Q8_0 cannot cut into blocks of 32 have f16), vectors, "
         "norms, convolutions, A and D have f32. Nothing is padded: FFN widths stand layer by layer.\n\n"
         f"```text\nllama-cli -m {next(iter(files))} -p TEXT\n```"
     )
     number_format = ", ".join(f"{kind} ({name})" for name, kind in files.items())
-    return _card(info, shape, exports, ("gguf", "llama.cpp"), number_format, [], verification, use)
+    sizes = _stored_rows(info, shape, {f"{kind}, {name}": num_bytes[kind] for name, kind in files.items()})
+    return _card(info, shape, exports, ("gguf", "llama.cpp"), number_format, sizes, [], verification, use)
 
 
 def _card(
@@ -63,18 +74,21 @@ def _card(
     exports: ExportSettings,
     reader: tuple[str, str],
     number_format: str,
+    sizes: list[tuple[str, str]],
     stored: Sequence[str],
     verification: str,
     use: str,
 ) -> str:
-    """Return the card: what all formats share, and between it what a format's reader (tag, name) must know."""
+    """Return the card: what all formats share, and between it what a format's reader (tag, name) must know, and rows of
+    what is stored.
+    """
     tags = [f"library_name: {reader[0]}", "pipeline_tag: text-generation", "tags:", "- nemotron_h", "- elastic"]
     front = ["---", *(f"{key}: {value}" for key, value in exports.settings.license.items()), *tags, "---"]
     sections = [
         "\n".join(front),
         f"# {info.title}\n\nA hybrid of Mamba-2, attention and MLP layers, loadable with {reader[1]}.",
         "## Sizes\n\n" + _table(_size_rows(info, shape, number_format)),
-        "## Cost\n\n" + _table(_cost_rows(info, shape)),
+        "## Cost\n\n" + _table(_cost_rows(info, shape, sizes)),
         *stored,
         "## Provenance\n\n" + (_table(list(info.provenance.items())) if info.provenance else "Not given."),
         f"## Verification\n\n{verification}",
@@ -120,13 +134,33 @@ def _size_rows(info: CardInfo, shape: ModelShape, dtype: str) -> list[tuple[str,
     ]
 
 
-def _cost_rows(info: CardInfo, shape: ModelShape) -> list[tuple[str, str]]:
+def _stored_rows(info: CardInfo, shape: ModelShape, num_bytes: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Return what the weights take as they are stored, by format, and with the caches of the deployment."""
+    deployment = info.deployment
+    used = shape_cost(shape, deployment)
+    caches = float(used.kv_bytes + used.ssm_bytes + used.conv_bytes)
+    elements = f"{deployment.kv_bytes:g}, {deployment.ssm_bytes:g} and {deployment.conv_bytes:g} bytes a number"
+    where = f"{_where(deployment)}, KV, SSM and conv of {elements}"
+    rows = [(f"weights as stored ({name})", _size(own)) for name, own in num_bytes.items()]
+    return rows + [
+        (f"weights as stored ({n}) and caches ({where})", _size(own + caches)) for n, own in num_bytes.items()
+    ]
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.3f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.2f} MiB"
+
+
+def _where(deployment: Deployment) -> str:
+    return f"batch {deployment.batch}, {deployment.length_tokens} tokens"
+
+
+def _cost_rows(info: CardInfo, shape: ModelShape, sizes: list[tuple[str, str]]) -> list[tuple[str, str]]:
     cost, deployment = shape_cost(shape, info.deployment), info.deployment
-    where = f"batch {deployment.batch}, {deployment.length_tokens} tokens"
+    where = _where(deployment)
     rows = [
         ("parameters (what budgets in `params` count)", f"{cost.params:,}"),
-        ("parameters stored, with zero padding and a tied head's copy (`stored_params`)", f"{cost.stored_params:,}"),
-        (f"weights and caches ({where})", f"{cost.deploy_bytes / 2**30:.3f} GiB"),
+        *sizes,
         ("forward FLOPs per token", f"{cost.flops_per_token:.3e}"),
     ]
     if (table := deployment.latency) is not None and cost.latency_ms is not None:

@@ -79,7 +79,7 @@ def export_folder(
             (aside / name).write_text(json.dumps(content, indent=2) + "\n")
         copy_tokenizer_files(exports.tokenizer_files, aside)
         outcome = check(open_hf_folder(aside), exported)  # and the folder is held to the rules of any other
-        (aside / CARD_FILE).write_text(model_card(card, exported, exports, outcome.sentence))
+        (aside / CARD_FILE).write_text(model_card(card, exported, exports, outcome.sentence, num_bytes))
         return outcome
 
     with export_errors(folder):

@@ -139,7 +139,8 @@ def export_gguf(
 ) -> ExportReport:
     """Write a folder with `name`-KIND.gguf for each of `kinds` (keys of FORMATS) and a card.
 
-    Streams, checks, renames and fails as `export_folder` does. `progress` is told of each file anew.
+    Streams, checks, renames and fails as `export_folder` does. `progress` is told of each file anew, while it is
+    written.
     """
     without_fillers, exported = unfilled(source, shape, exports)
     files = {f"{name}-{kind.upper()}.gguf": kind for kind in kinds}
@@ -150,7 +151,8 @@ def export_gguf(
             write_gguf(without_fillers, exported, aside / file, kind, card.title, exports, progress)
             outcomes.append(check(aside / file, kind, exported))
         sentence = " ".join(outcome.sentence for outcome in outcomes)
-        (aside / CARD_FILE).write_text(gguf_card(card, exported, exports, files, sentence))
+        sizes = {kind: gguf_bytes(exported, [kind]) for kind in kinds}
+        (aside / CARD_FILE).write_text(gguf_card(card, exported, exports, files, sentence, sizes))
         engines = tuple(said for outcome in outcomes for said in outcome.engines)
         return replace(outcomes[0], sentence=sentence, engines=engines)
 
@@ -202,12 +204,19 @@ def write_gguf(
 
 
 def gguf_check(
-    path: Path, parent_tensors: TensorSource, parent: ModelShape, subnet: Subnet, lanes: int, shape: ModelShape
+    path: Path,
+    parent_tensors: TensorSource,
+    parent: ModelShape,
+    subnet: Subnet,
+    lanes: int,
+    shape: ModelShape,
+    progress: Callable[[int], None] = lambda num_bytes: None,
 ) -> CheckOutcome:
     """Read a file back and compare every value with the parent's at its nested index (nested_values.py).
 
     Values in fp32, f16 and bf16 must be the parent's, rounded; those in Q8_0 within half a step. One tensor of the
-    parent is in memory at a time. Raises ExportError naming the tensor.
+    parent is in memory at a time. `progress` is told the file's bytes that were compared. Raises ExportError naming the
+    tensor.
     """
     read, count, sizes = reader(parent_tensors), 0, gguf_plan(shape, "f32")
     stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
@@ -223,6 +232,7 @@ def gguf_check(
             rows = slice(start, start + _ROWS_AT_ONCE)
             if not _same(values[rows], expected[rows].float(), found.tensor_type):
                 raise ExportError(f"{path.name}: {gguf_name(name)} is not {origin.parameter}'s; nothing was written")
+        progress(found.data.nbytes)
         count += expected.numel()
     if stored:
         raise ExportError(f"{path.name} holds tensors of no parameter: {', '.join(list(stored)[:4])}")

@@ -1,6 +1,6 @@
 """What differs between a run and the checkpoint it goes on from, and what may: fields by rules, phases by step."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -45,28 +45,6 @@ class ResumeError(RunFolderError):
     """A checkpoint of another run, or changes that nobody accepted."""
 
 
-def check_accepted(where: object, step: int, found: Sequence[Difference], accepted: Collection[str]) -> None:
-    """Raise ResumeError listing all differences, and the one setting that accepts those that can be, unless all are.
-
-    A name without a difference is no mistake: the same command goes on after the next interruption.
-    """
-    fixed = [difference for difference in found if not difference.acceptable]
-    open_ = [difference for difference in found if difference.acceptable]
-    if not fixed and all(difference.field in accepted for difference in open_):
-        return
-    count = "1 difference" if len(found) == 1 else f"{len(found)} differences"
-    lines = [f"{where} (step {step}) is of another run, {count} from this configuration:"]
-    if fixed:
-        lines += ["  cannot change in a run:", *(f"    {difference}" for difference in fixed)]
-    if open_:
-        lines += ["  change the run from here on:", *(f"    {difference}" for difference in open_)]
-        names = ",".join(dict.fromkeys(difference.field for difference in open_))
-        lines.append(f"  to accept {'these' if fixed else 'them'}: 'exp_manager.accept_changes=[{names}]'")
-    start = "a new run may start from the same permuted parent"
-    lines.append(f"  to leave that run alone: choose another exp_manager.version; {start}")
-    raise ResumeError("\n".join(lines))
-
-
 class May(StrEnum):
     """How a field may differ."""
 
@@ -92,7 +70,7 @@ RULES: tuple[tuple[str, May, str], ...] = (
     ("model.*", May.NOT_CHANGE, "the stored weights have this shape"),
     ("seed", May.NOT_CHANGE, "the order of the samples and every draw follow from it"),
     ("data.*", May.CHANGE, "content and packing are compared, and the draws that follow from the micro-batch"),
-    ("init_from.*", May.CHANGE, "its weights are compared"),
+    ("init_from.*", May.CHANGE, "its weights are compared, and what budgets start with"),
     ("distill.chunk_tokens", May.CHANGE, "the same loss in other pieces"),
     ("distill.*", May.BE_ACCEPTED, "the loss is another from here on"),
     ("optim.use_distributed_optimizer", May.NOT_CHANGE, "the optimizer's state is stored in another form"),
@@ -130,6 +108,7 @@ def differences(
     if isinstance(then, ElasticConfig) and isinstance(config, ElasticConfig):
         names = [b.name for b in then.elastic.budgets], [b.name for b in config.elastic.budgets]
         yield from _budget_differences(saved, record, config, state.step)
+        yield from _start_differences(then, config)
         yield from _curriculum_differences(then.curriculum, config.curriculum, state.step, names)
         yield from _draw_differences((then, config), (state.origin.get(REPLICAS, 1), origin[REPLICAS]), state.step)
     else:
@@ -192,6 +171,17 @@ def _budget_differences(saved: Record, record: Record, config: ElasticConfig, st
     else:
         why = "no step is left in which the router could learn them"
         yield Difference("elastic.budgets", old, new, why, False, "add a phase with router_frozen=false, or start anew")
+
+
+def _start_differences(then: ElasticConfig, now: ElasticConfig) -> Iterator[Difference]:
+    """A budget starts with its subnet where a run begins; one that is left out has started."""
+    started = {given.name: given for given in then.init_from.subnets}
+    for index, given in enumerate(now.init_from.subnets):
+        if given != (before := started.get(given.name)):
+            why = "a budget starts with its subnet where a run begins, and this one goes on with its router as it is"
+            remedy = "leave it out, or start a run of its own with init_from.family"
+            old, new = (ABSENT if one is None else config_dict(one) for one in (before, given))
+            yield Difference(f"init_from.subnets.{index}", old, new, why, False, remedy)
 
 
 def _num_over(phases: Sequence[Phase], step: int) -> int:

@@ -5,7 +5,7 @@ may differ is in changes.py.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from elastic.checkpoint.state import Trainable, TrainingState, load_checkpoint, 
 from elastic.config.load import ConfigError, config_dict, load_with_problems
 from elastic.config.sections import TrainExpManagerConfig
 from elastic.config.verbs import TrainConfig
-from elastic.run.changes import REPLICAS, Difference, ResumeError, check_accepted, differences
+from elastic.run.changes import REPLICAS, Difference, ResumeError, differences
 from elastic.run.folder import prepare_run_folder, run_lock
 from elastic.world.groups import World, decided_by_rank_0
 
@@ -90,6 +90,28 @@ def open_training_run(
                 origin[BLEND] = asdict(carried)
         decided_by_rank_0(lambda: prepare_run_folder(manager, config_dict(config), resume=resume), here)
         yield RunStart(folder, checkpoint, permuted_parent, origin, tuple(accepted), family, carried)
+
+
+def check_accepted(where: object, step: int, found: Sequence[Difference], accepted: Collection[str]) -> None:
+    """Raise ResumeError listing all differences, and the one setting that accepts those that can be, unless all are.
+
+    A name without a difference is no mistake: the same command goes on after the next interruption.
+    """
+    fixed = [difference for difference in found if not difference.acceptable]
+    open_ = [difference for difference in found if difference.acceptable]
+    if not fixed and all(difference.field in accepted for difference in open_):
+        return
+    count = "1 difference" if len(found) == 1 else f"{len(found)} differences"
+    lines = [f"{where} (step {step}) is of another run, {count} from this configuration:"]
+    if fixed:
+        lines += ["  cannot change in a run:", *(f"    {difference}" for difference in fixed)]
+    if open_:
+        lines += ["  change the run from here on:", *(f"    {difference}" for difference in open_)]
+        names = ",".join(dict.fromkeys(difference.field for difference in open_))
+        lines.append(f"  to accept {'these' if fixed else 'them'}: 'exp_manager.accept_changes=[{names}]'")
+    start = "a new run may start from the same permuted parent"
+    lines.append(f"  to leave that run alone: choose another exp_manager.version; {start}")
+    raise ResumeError("\n".join(lines))
 
 
 def goes_on(manager: TrainExpManagerConfig) -> bool:

@@ -60,17 +60,23 @@ def joined(space: Space, subnet: Subnet) -> Tensor:
 
 
 def propose(
-    space: Space, trained: Mapping[str, Subnet], logits: Mapping[str, Logits], number: int, seed: int
+    space: Space,
+    trained: Mapping[str, Subnet],
+    logits: Mapping[str, Logits],
+    number: int,
+    seed: int,
+    others: Sequence[Subnet] = (),
 ) -> Candidates:
     """Propose `number` candidates, or what there is, a pure function of the arguments; four kinds take turns.
 
     mix: every slot takes the choice of one of two budgets. between: every slot takes a choice between theirs. router:
     drawn from the router's probabilities of a budget, or half-way to another's. drop: a budget with other layers kept,
-    by their ranking, and some slots one choice narrower, or wider. `logits` [slots, K] of every trained budget.
+    by their ranking, and some slots one choice narrower, or wider. `logits` [slots, K] of every trained budget. None of
+    them is proposed, nor one of `others`, which are subnets of the space, too.
     """
     ends = torch.stack([joined(space, subnet) for subnet in trained.values()])
-    known, seen = [tuple(row) for row in _told_apart(space, ends).tolist()], set[tuple[int, ...]]()
-    seen.update(known)
+    known = torch.stack([joined(space, subnet) for subnet in (*trained.values(), *others)])
+    seen = {tuple(row) for row in _told_apart(space, known).tolist()}
     if len(ends) == 1:
         ends = torch.cat([ends, joined(space, smallest_subnet(space))[None]])
     own = [{axis: values.double() for axis, values in logits[name].items()} for name in trained]

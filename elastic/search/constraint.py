@@ -94,7 +94,7 @@ def reach_problems(text: str | None, space: Space, deployment: Deployment) -> It
     for limit in read_constraint(text):
         if getattr(high, limit.metric.value) is None:
             rule = f"the deployment that the family was trained for says nothing of {limit.metric}"
-            yield Problem(FIELD, text, rule, "leave it out, or train with a table of measured times")
+            yield Problem(FIELD, text, rule, "leave it out, or set latency=FILE, what recipes/measure_latency.py wrote")
             continue
         ends = sorted((float(low[limit.metric]), float(high[limit.metric])))
         best = ends[0] if limit.is_upper else ends[1]

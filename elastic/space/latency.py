@@ -62,33 +62,48 @@ def _lines(file: Path) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Median times of one pass, and how far apart the middle half of its rounds lay, as a share of the median.
-
-    `timed` prefill: all `length_tokens` tokens of `batch` sequences at once; decode: the one token after them. A part
-    has one time for each combination of the grid's widths along its axes, in the order of AXES, the last the fastest.
-    """
+class Conditions:
+    """One pass. Prefill: all `length_tokens` tokens of `batch` sequences at once; decode: the one token after them."""
 
     timed: Timed
     batch: Sequences
     length_tokens: Length
-    layer_ms: Mapping[Part, tuple[Milliseconds, ...]]
-    spread: Mapping[Part, tuple[Spread, ...]]
+
+    @property
+    def num_new(self) -> int:
+        """Return the tokens of one sequence that the pass reads or writes."""
+        return self.length_tokens if self.timed == "prefill" else 1
 
     @property
     def conditions(self) -> str:
-        """Say what was measured."""
+        """Say what is measured."""
         return f"{self.timed} of {self.batch} x {self.length_tokens:,} tokens"
 
 
 @dataclass(frozen=True)
+class Measured(Conditions):
+    """Median times of one pass, and how far apart the middle half of its rounds lay, as a share of the median.
+
+    A part has one time for each combination of the grid's widths along its axes, in the order of AXES, the last the
+    fastest.
+    """
+
+    layer_ms: Mapping[Part, tuple[Milliseconds, ...]]
+    spread: Mapping[Part, tuple[Spread, ...]]
+
+
+@dataclass(frozen=True)
 class Check:
-    """A whole model: what the table says of one pass, and what the clock said."""
+    """A whole model: what the table says of one pass, and what the clock said; medians of the rounds.
+
+    `of_parent` is the clock's time over the parent's in the same round: what else the machine did met both.
+    """
 
     name: str
     conditions: str
     table_ms: Milliseconds
     clock_ms: Milliseconds
+    of_parent: Milliseconds | None = None
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,10 @@ from elastic.run.folder import open_run_folder
 from elastic.run.world import run_world
 from elastic.space.cost import subnet_cost
 from elastic.space.shape import Subnet
-from elastic.verbs.generate import TOKENIZER_REMEDY, own_text, served_tokenizer_problems
+from elastic.verbs.generate import own_text
 from elastic.verbs.members import members_problems, open_checkpoint, subnet_summary
 from elastic.verbs.report_file import print_table, table
+from elastic.verbs.text import TOKENIZER_REMEDY, served_tokenizer_problems
 from elastic.world.files import write_json
 from elastic.world.groups import World
 

@@ -13,7 +13,7 @@ from elastic.hf.card import CardInfo
 from elastic.hf.export import CheckOutcome, ExportReport, FolderCheck
 from elastic.hf.export_settings import ExportSettings
 from elastic.hf.folder import HfFolder
-from elastic.hf.gguf import export_gguf, gguf_check
+from elastic.hf.gguf import export_gguf, gguf_bytes, gguf_check
 from elastic.rank.slicing import submodel_source
 from elastic.space.shape import ModelShape
 from elastic.verbs.import_hf import transfer_progress
@@ -51,9 +51,17 @@ def export_member_gguf(
     otherwise, and llama.cpp computes with what they hold: there, tokens that differ are counted and not refused.
     """
     parent, lanes, stored = opened.space.parent, opened.space.lanes, opened.tensors()
+    bar, kinds = transfer_progress(console), export.gguf_types
+
+    def written(num_bytes: int, total: int) -> None:
+        bar.update(writing, advance=num_bytes, total=total * len(kinds))
 
     def check(path: Path, kind: str, shape: ModelShape) -> CheckOutcome:
-        outcome = gguf_check(path, stored, parent, member.subnet, lanes, shape)
+        """Compare a file; large ones take about as long to be read back as to be written."""
+        task = bar.add_task(f"comparing {path.name}", total=gguf_bytes(shape, [kind]))
+        outcome = gguf_check(
+            path, stored, parent, member.subnet, lanes, shape, lambda num_bytes: bar.advance(task, num_bytes)
+        )
         for name in export.engines:
             if ENGINES[name].reads == "gguf":
                 bound = LOGIT_BOUND if kind == "f32" else None
@@ -61,8 +69,8 @@ def export_member_gguf(
                 outcome = _told(outcome, f"{path.name}: {said}")
         return outcome
 
-    with transfer_progress(console) as bar:
-        task = bar.add_task(f"writing {member.name} as GGUF", total=None)
+    with bar:
+        writing = bar.add_task(f"writing {member.name} as GGUF", total=None)
         return export_gguf(
             submodel_source(stored, parent, member.subnet, lanes),
             member.subnet.shape(parent),
@@ -70,9 +78,9 @@ def export_member_gguf(
             card,
             carried,
             member.name,
-            export.gguf_types,
+            kinds,
             check,
-            lambda num_bytes, total: bar.update(task, advance=num_bytes, total=total * len(export.gguf_types)),
+            written,
         )
 
 

@@ -6,12 +6,14 @@ Prompts are answered in batches of like lengths.
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tokenizers.decoders import DecodeStream
 
 from elastic.checkpoint.find import resolve_checkpoint
@@ -37,10 +39,10 @@ from elastic.space.space import Space
 from elastic.verbs.members import members_problems, open_checkpoint, subnet_summary
 from elastic.verbs.prompts import Prompt, prompt_problems, read_prompts
 from elastic.verbs.report_file import check_output, write_output
-from elastic.verbs.text import text_settings
+from elastic.verbs.text import TOKENIZER_REMEDY, served_tokenizer_problems, text_settings
+from elastic.world.files import first_few
 from elastic.world.groups import Layout, World
 
-TOKENIZER_REMEDY = "set tokenizer=FOLDER, one with a tokenizer.json"
 WHOLE = "whole model"
 # A model may write anything; a terminal must not obey it. Taken away on the screen only.
 CONTROL_CODES = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
@@ -72,8 +74,9 @@ class Served:
 def run_generate(config: GenerateConfig, console: Console) -> list[dict[str, Any]]:
     """Write on from every prompt, to the console; returns what `output` holds of each text, if it is given.
 
-    A text that is alone in its batch is shown as it comes, those of a larger one when all of them are there. Nothing
-    but that file is written, so a call needs no name of its own. Raises OutputError if it exists.
+    A text that is alone in its batch is shown as it comes, those of a larger one when all of them are there, so that
+    they do not stand mixed; a bar counts their tokens meanwhile. Nothing but that file is written, so a call needs no
+    name of its own. Raises OutputError if it exists.
     """
     check_output(config)
     with run_world(config) as here:
@@ -108,9 +111,10 @@ def _written(
     is_alone, shown = len(numbers) == 1, [] if console is None else [_shown(served, console) for _ in numbers]
     if is_alone:
         heading(numbers[0])
-    live = shown if is_alone and shown else None
     plan, ends = _plan(config, served), served.eos_ids
-    texts = generate_batch(served.model, plan, given, samplings, config.max_new_tokens, ends, live)
+    with _counted(numbers, config, console) if not is_alone and console is not None else nullcontext() as count:
+        live = shown if is_alone and shown else None if count is None else [count] * len(numbers)
+        texts = generate_batch(served.model, plan, given, samplings, config.max_new_tokens, ends, live)
     for index, (number, text) in enumerate(zip(numbers, texts, strict=True)):
         if console is not None:
             if not is_alone:
@@ -119,6 +123,18 @@ def _written(
                     shown[index](token)
             console.out("")
         yield number, text
+
+
+@contextmanager
+def _counted(numbers: Sequence[int], config: GenerateConfig, console: Console) -> Iterator[Callable[[int], None]]:
+    """Say which prompts are answered together, and give what counts their tokens on a bar while they come."""
+    each = config.max_new_tokens + (0 if config.think is None else config.max_think_tokens)
+    named = ", ".join(first_few([str(number + 1) for number in sorted(numbers)], 8))
+    console.print(f"prompts {named} are answered together, and shown when all are there", style="dim", highlight=False)
+    columns = BarColumn(), TextColumn("{task.completed} tokens of at most {task.total}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("writing", total=each * len(numbers))
+        yield lambda token: bar.advance(task)
 
 
 def open_served(config: GenerateConfig, here: World, console: Console) -> Served:
@@ -216,23 +232,6 @@ def _writer_problems(config: GenerateConfig) -> Iterator[Problem]:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             yield Problem(field, name, f"must be one of {', '.join(known)}", f"nearest legal name is {near}")
     yield from members_problems(source, [name for name in _budgets(config) if name in budgets], config.subnets)
-
-
-def served_tokenizer_problems(given: str | None, own: Path | None, field: str, shape: ModelShape) -> Iterator[Problem]:
-    """There must be a tokenizer, with no more tokens than the model of `field` has rows."""
-    path = given or own
-    if path is None:
-        rule = f"{field} neither carries a tokenizer nor says what data it was trained on"
-        yield Problem("tokenizer", None, rule, TOKENIZER_REMEDY)
-        return
-    try:
-        tokens = load_tokenizer(Path(path)).vocab_size
-    except DataError as error:
-        yield Problem("tokenizer", given, str(error), TOKENIZER_REMEDY)
-        return
-    if tokens > shape.vocab:
-        rule = f"has {tokens} tokens, the model of {field} has {shape.vocab} rows"
-        yield Problem("tokenizer", str(path), rule, "give the tokenizer the model was trained with")
 
 
 def _plan(config: GenerateConfig, served: Served) -> Subnet | ThinkPlan:

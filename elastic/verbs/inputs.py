@@ -43,7 +43,7 @@ from elastic.verbs.fp8_loss import fp8_reader_problems
 from elastic.verbs.generate import generate_problems
 from elastic.verbs.going_on import start_problems
 from elastic.verbs.members import members_problems, source_problems, sources
-from elastic.verbs.parent import fill_from_parent, model_problems
+from elastic.verbs.parent import depth_ranking_of, fill_from_parent, model_problems
 from elastic.verbs.report_file import output_file_problems
 from elastic.verbs.search import search_problems
 from elastic.verbs.subnet_file import fill_subnets
@@ -75,7 +75,7 @@ def load_run[T](kind: type[T], values: Mapping[str, Any], cluster: Cluster, *, i
             config = filled_in(config)
         except DataError as error:
             files += (Problem("model.vocab", None, str(error), "or set model.vocab"),)
-    problems += rule_problems(config, cluster, unclear) + files
+    problems += rule_problems(config, cluster, unclear, depth_ranking_of(config)) + files
     if not unclear.intersection(("model", "data")) and not files:
         problems += tuple(vocab_problems(config))
     if not unreliable and not files:

@@ -10,8 +10,10 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
+from operator import truediv
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,15 +22,17 @@ from torch import Tensor
 
 from elastic.config.latency import LatencyConfig
 from elastic.config.load import config_dict
+from elastic.hf.folder import HfFolder, HfFolderError, open_hf_folder
 from elastic.model.cache import CallMemory, ModelCache, empty_cache
 from elastic.model.forward import gathered_logits
-from elastic.model.model import build_model
+from elastic.model.model import ElasticModel, build_model
 from elastic.space.axes import AXES, Axis, LayerKind
-from elastic.space.cost import Deployment, layer_cost, subnet_cost
+from elastic.space.cost import Deployment, layer_cost, shape_cost
 from elastic.space.gates import Gates
 from elastic.space.latency import (
     SIZES,
     Check,
+    Conditions,
     LatencyTable,
     Machine,
     Measured,
@@ -41,42 +45,37 @@ from elastic.space.latency import (
 from elastic.space.reach import smallest_subnet
 from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import Space
+from elastic.verbs.generate import load_hf_model
 from elastic.verbs.parent import nested_parent
 from elastic.verbs.report_file import check_output, write_output
 from elastic.world.groups import DTYPES, Layout, world
 
 COLD_BYTES = 2**28  # more than a cache holds: a model that is larger reads its weights from memory in every pass
+# A step of about 0.01, as trained models have: by larger ones the decay over a chunk of the scan becomes a denormal
+# number, which processors are slow with.
+DT_BIAS = -4.6
 LEAST_MS = 5.0  # of one reading of the clock: shorter passes are run several times
 Work = Callable[[], object]
 
 
 class MeasureError(ValueError):
-    """Layers that this device has no memory for."""
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """One pass: what is timed, of how many sequences, how long."""
-
-    timed: Timed
-    batch: int
-    length_tokens: int
-
-    @property
-    def num_new(self) -> int:
-        """Return the tokens of one sequence that the pass reads or writes."""
-        return self.length_tokens if self.timed == "prefill" else 1
+    """Layers that this device has no memory for, or exports that cannot be timed beside a table."""
 
 
 class Deployed:
     """A model of its own weights, all full, whose passes a Decoder's would be (elastic/generate/batch.py)."""
 
-    def __init__(self, shape: ModelShape, dtype: torch.dtype) -> None:
-        self.shape, self.dtype = shape, dtype
-        self.model = build_model(Space(shape, {}, lanes=1), Layout(dtype=dtype), seed=None).eval()
-        for parameter in self.model.parameters():  # numbers that stay numbers through any depth
-            parameter.data.fill_(0.01)
-        self.device, self.gates = next(self.model.parameters()).device, Gates.slice(Subnet.full(shape))
+    def __init__(self, model: ElasticModel) -> None:
+        self.model, self.shape, self.dtype = model.eval(), model.decoder.masks.space.parent, model.config.params_dtype
+        self.device, self.gates = next(model.parameters()).device, Gates.slice(Subnet.full(self.shape))
+
+    @classmethod
+    def of_sizes(cls, shape: ModelShape, dtype: torch.dtype) -> "Deployed":
+        """Make one of these sizes."""
+        model = build_model(Space(shape, {}, lanes=1), Layout(dtype=dtype), seed=None)
+        for name, parameter in model.named_parameters():  # numbers that stay numbers through any depth
+            parameter.data.fill_(DT_BIAS if name.endswith("dt_bias") else 0.01)
+        return cls(model)
 
     def layers(self, at: Conditions) -> Work:
         """Return the pass through the layers alone."""
@@ -132,11 +131,15 @@ class Deployed:
 def run_measure_latency(config: LatencyConfig, console: Console) -> LatencyTable:
     """Time every kind of layer at every choice; print a summary, write the table. Returns it.
 
-    Reads no data and no weights. Raises RecordError for a permuted parent of another model, OutputError for an output
-    that exists already, MeasureError where the device's memory is too small.
+    Reads no data, and no weights but those of `measure.folders`, which are timed instead: the given table has these
+    checks more. Raises RecordError for a permuted parent of another model, OutputError for an output that exists
+    already, MeasureError for a folder that the table says nothing of, and where the device's memory is too small.
     """
     check_output(config)
     space, given, deployment = nested_parent(config)[1], config.measure, config.elastic.deployment
+    if given.folders:
+        table = timed_exports(config, space.parent)
+        return _told(table, table.checks[-len(given.folders) - 1 :], config, console)
     passes: list[Timed] = ["decode", "prefill"]
     batches, lengths = given.batches or (deployment.batch,), given.lengths or (deployment.length_tokens,)
     conditions = [Conditions(*one) for one in dict.fromkeys(itertools.product(passes, batches, lengths))]
@@ -144,18 +147,57 @@ def run_measure_latency(config: LatencyConfig, console: Console) -> LatencyTable
         try:
             table = measured_table(space, conditions, config.trainer.precision, given.rounds, console)
             if given.whole:
-                whole = {"parent": Subnet.full(space.parent), "smallest": smallest_subnet(space)}
-                table = replace(table, checks=checks(table, space.parent, whole, conditions, given.rounds))
+                ends = {"parent": space.parent, "smallest": smallest_subnet(space).shape(space.parent)}
+                whole = {name: Deployed.of_sizes(shape, DTYPES[table.precision]) for name, shape in ends.items()}
+                table = replace(table, checks=checks(table, whole, conditions, given.rounds))
         except torch.OutOfMemoryError as error:
             rule = "the layers of all choices take turns, and are held at once"
             remedy = "give smaller measure.batches or measure.lengths, fewer choices, or measure.whole=false"
             raise MeasureError(f"out of memory: {rule}; {remedy}") from error
-    for one in table.checks:
-        ratio = one.table_ms / one.clock_ms - 1
-        line = (
-            f"{one.name} whole, {one.conditions}: {one.clock_ms:.4g} ms, by the table {one.table_ms:.4g} ({ratio:+.1%})"
+    return _told(table, table.checks, config, console)
+
+
+def timed_exports(config: LatencyConfig, parent: ModelShape) -> LatencyTable:
+    """Time the folders that `measure.folders` names, in turn with the parent; returns the table with these checks more.
+
+    What the table says is said of what is run: the padded widths of a folder. Raises MeasureError, before anything is
+    timed, where there is no table, and for a folder that it says nothing of.
+    """
+    given, deployment = config.measure, config.elastic.deployment
+    table, measured, opened = deployment.latency, deployment.measured, dict[str, HfFolder]()
+    if table is None or measured is None:
+        raise MeasureError(
+            f"measure.folders = {list(given.folders)}: needs a table; set elastic.deployment.latency=FILE"
         )
-        console.print(line, highlight=False)
+    for path in given.folders:
+        try:
+            opened[path] = open_hf_folder(Path(path))
+        except HfFolderError as error:
+            raise MeasureError(f"measure.folders: {error}\ngive a folder that recipes/extract.py wrote") from error
+        own = opened[path].shape
+        rules = [*table.problems(own.with_vocab(parent.vocab))]  # an export leaves filled up rows out
+        if not rules and shape_cost(own, deployment).latency_ms is None:
+            rules = ["was measured for other widths"]
+        if rules:
+            raise MeasureError(f"measure.folders = {path}: the table {rules[0]}; give an export of this family")
+    layout = Layout(dtype=DTYPES[table.precision])
+    with world(layout), torch.no_grad():
+        models = {"parent": Deployed.of_sizes(parent, layout.dtype)}
+        models |= {path: Deployed(load_hf_model(folder, layout)) for path, folder in opened.items()}
+        return replace(table, checks=(*table.checks, *checks(table, models, [measured], given.rounds)))
+
+
+def _told(table: LatencyTable, found: Sequence[Check], config: LatencyConfig, console: Console) -> LatencyTable:
+    """Return the table once it is written, and what the clock said of whole models is printed, with their shares."""
+    of_parent = {one.conditions: one.table_ms for one in found if one.name == "parent"}
+    for one in found:
+        off, line = one.table_ms / one.clock_ms - 1, f"{one.name} whole, {one.conditions}: {one.clock_ms:.4g} ms"
+        line += f", by the table {one.table_ms:.4g} ({off:+.1%})"
+        if one.of_parent is not None and one.name != "parent":
+            share = one.table_ms / of_parent[one.conditions]
+            off = share / one.of_parent - 1
+            line += f"; of the parent's time {one.of_parent:.3f}, by the table {share:.3f} ({off:+.1%})"
+        console.print(line, highlight=False, soft_wrap=True)
     write_output(config, config_dict(table), console)
     return table
 
@@ -171,7 +213,7 @@ def measured_table(
     for part in parts_of(parent):
         points = list(itertools.product(*(widths[axis] for axis in part_axes(part))))
         shapes = [part_shape(parent, part, dict(zip(part_axes(part), point, strict=True)), dtype) for point in points]
-        models = [Deployed(shape, dtype) for shape in shapes]
+        models = [Deployed.of_sizes(shape, dtype) for shape in shapes]
         for at in conditions:
             works = {n: (one.rest if part == "rest" else one.layers)(at) for n, one in enumerate(models)}
             times = in_turn(works, rounds, models[0].device)
@@ -205,19 +247,18 @@ def part_shape(parent: ModelShape, part: Part, widths: dict[Axis, int], dtype: t
 
 
 def checks(
-    table: LatencyTable, parent: ModelShape, subnets: Mapping[str, Subnet], conditions: list[Conditions], rounds: int
+    table: LatencyTable, models: Mapping[str, Deployed], conditions: Sequence[Conditions], rounds: int
 ) -> tuple[Check, ...]:
-    """Time whole subnets, cut out, in turn, beside what the table says of them; process groups must exist."""
+    """Time whole models in turn, one of them `parent`, beside what the table says; process groups must exist."""
     found = []
-    models = {name: Deployed(subnet.shape(parent), DTYPES[table.precision]) for name, subnet in subnets.items()}
     for at in conditions:
-        device = next(iter(models.values())).device
-        times = in_turn({name: model.whole(at) for name, model in models.items()}, rounds, device)
+        times = in_turn({name: model.whole(at) for name, model in models.items()}, rounds, models["parent"].device)
         deployment = Deployment(at.batch, at.length_tokens, timed=at.timed, latency=table)
-        for name, subnet in subnets.items():
-            used, measured = subnet_cost(parent, subnet, deployment).latency_ms, deployment.measured
-            assert used is not None and measured is not None, "the table was measured for this space"
-            found.append(Check(name, measured.conditions, float(used), statistics.median(times[name])))
+        for name, model in models.items():
+            used = shape_cost(model.shape, deployment).latency_ms
+            assert used is not None, "the table was measured for this space"
+            of_parent = statistics.median(map(truediv, times[name], times["parent"]))
+            found.append(Check(name, at.conditions, float(used), statistics.median(times[name]), of_parent))
     return tuple(found)
 
 
@@ -235,15 +276,19 @@ def in_turn[K: Hashable](works: Mapping[K, Work], rounds: int, device: torch.dev
 
 
 def elapsed_ms(work: Work, device: torch.device, repeats: int = 1) -> float:
-    """Run `repeats` times in a row; returns milliseconds of one, on a GPU until it is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started_s = time.perf_counter()
+    """Run `repeats` times in a row; returns milliseconds of one, on a GPU until it is done.
+
+    Of one thread on a processor its own time: what others compute meanwhile is theirs, not the model's.
+    """
+    on_gpu = device.type == "cuda"
+    wait: Callable[[torch.device], None] = torch.cuda.synchronize if on_gpu else lambda device: None
+    clock = time.perf_counter if on_gpu or torch.get_num_threads() > 1 else time.thread_time
+    wait(device)
+    started_s = clock()
     for _ in range(repeats):
         work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return 1e3 * (time.perf_counter() - started_s) / repeats
+    wait(device)
+    return 1e3 * (clock() - started_s) / repeats
 
 
 def spread(times: list[float]) -> float:

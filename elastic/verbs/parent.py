@@ -91,6 +91,12 @@ def nested_parent(
     return checkpoint, config.space(record.depth_ranking)
 
 
+def depth_ranking_of(config: object) -> tuple[int, ...]:
+    """Return the ranking of a run's permuted parent; empty where none is given or it cannot be read."""
+    record = _record(config.init_from.permuted_parent) if isinstance(config, ElasticConfig | CostConfig) else None
+    return () if record is None else record.depth_ranking
+
+
 def model_values(shape: ModelShape) -> dict[str, Any]:
     """Return section `model` of a parent; raises ShapeError where layers of one kind differ in width."""
     values = {name: getattr(shape, name) for name in ModelConfig.__dataclass_fields__ if hasattr(shape, name)}

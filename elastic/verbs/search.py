@@ -1,7 +1,7 @@
 """The verb search: sizes that were not trained, between and around the budgets of a family, priced and scored."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import asdict, replace
 from importlib import import_module
 from itertools import count
 from pathlib import Path
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from elastic.blend.sources import open_held_out, open_sources
+from elastic.config.latency import latency_notes, table_problems
 from elastic.config.load import ConfigError, Problem
 from elastic.config.sections import DistillConfig
 from elastic.config.verbs import SearchConfig
@@ -23,10 +24,13 @@ from elastic.search.constraint import ConstraintError, met, metric_values, reach
 from elastic.search.front import GIVEN, TRAINED, Scored, above_line, draw_front, pareto_front
 from elastic.space.cost import Metric, subnet_cost
 from elastic.space.gates import Gates
+from elastic.space.latency import LatencyTable, Machine
+from elastic.space.shape import Subnet
+from elastic.space.space import Space, SpaceError
 from elastic.train.evaluation import evaluate_subnets
 from elastic.train.pipeline import PipelineRunner
 from elastic.verbs.cost import quantity
-from elastic.verbs.members import OpenCheckpoint, open_checkpoint, subnet_summary
+from elastic.verbs.members import OpenCheckpoint, choices_of, open_checkpoint, subnet_summary
 from elastic.verbs.report_file import print_table, table
 from elastic.verbs.subnet_file import write_subnets
 from elastic.world.files import write_json
@@ -50,7 +54,7 @@ def run_search(config: SearchConfig, console: Console) -> Path:
     own_score = None if config.score is None else load_score(config.score)
     with run_world(config) as here:
         opened = open_checkpoint(config.init_from, config.budget_names, config.subnets, world=here, say=console.print)
-        metric = search_metric(config)
+        opened, metric = priced(opened, config.latency), search_metric(config)
         candidates, num_met, picked = find(config, opened, metric)
         subnets = {one.name: (one.subnet, GIVEN if one.budget is None else TRAINED) for one in opened.members}
         # An earlier search's may be scored again, or be budgets by now.
@@ -58,17 +62,33 @@ def run_search(config: SearchConfig, console: Console) -> Path:
         for row, name in zip(picked, free, strict=False):
             subnets[name] = candidates.subnet(row), candidates.origins[row]
         with open_run_folder(config.exp_manager, asdict(config), here) as folder:
-            data = open_held_out(config.data, held_out, config.sequence_length)
-            gates = {name: Gates.slice(subnet) for name, (subnet, _) in subnets.items()}
+            data, first = open_held_out(config.data, held_out, config.sequence_length), dict[Hashable, str]()
+            same = {name: first.setdefault(_cut(opened, subnet), name) for name, (subnet, _) in subnets.items()}
+            gates = {name: Gates.slice(subnets[name][0]) for name in first.values()}
             scores = _scores(config, opened, here, gates, own_score, data)
             members = []
             for name, (subnet, origin) in subnets.items():
                 cost = subnet_cost(opened.space.parent, subnet, opened.deployment)
-                members.append(Scored(name, subnet, cost, float(cost[metric]), scores[name], origin))
+                members.append(Scored(name, subnet, cost, float(cost[metric]), scores[same[name]], origin))
             members.sort(key=lambda one: (-one.used, one.name))
             if here.is_main:
+                for line in latency_notes(opened.deployment, opened.space, Machine.here()):
+                    console.print(line, markup=False, highlight=False)
+                for name, other in same.items():
+                    if name != other:
+                        console.print(f"{name} is the subnet of {other}: scored once", markup=False, highlight=False)
                 _leave(config, opened, members, (len(candidates), num_met), folder, console)
     return folder
+
+
+def priced(opened: OpenCheckpoint, table: LatencyTable | None) -> OpenCheckpoint:
+    """Return the checkpoint with times of `table` in its deployment, whose pass, batch and length stay; None: as is."""
+    return opened if table is None else replace(opened, deployment=replace(opened.deployment, latency=table))
+
+
+def _cut(opened: OpenCheckpoint, subnet: Subnet) -> Hashable:
+    """Return what is the same of equal submodels: widths of layers that do not run say nothing."""
+    return subnet.kept_layers, subnet.shape(opened.space.parent)
 
 
 def _leave(
@@ -86,7 +106,8 @@ def _leave(
     found = {one.name: one.subnet for one in members if one.origin not in (TRAINED, GIVEN)}
     write_subnets(folder / SUBNETS_FILE, opened.checkpoint, found)
     draw_front(members, metric, score_name, folder / PICTURE_FILE)
-    print_table(search_table(members, metric, score_name), console)
+    limited = [limit.metric for limit in read_constraint(config.constraint)]
+    print_table(search_table(members, (metric, *limited), score_name), console)
     console.print(summary(report), highlight=False, markup=False)
     console.print(f"written: {folder / SUBNETS_FILE}   picture: {folder / PICTURE_FILE}", highlight=False)
 
@@ -104,7 +125,8 @@ def search_metric(config: SearchConfig) -> Metric:
 def find(config: SearchConfig, opened: OpenCheckpoint, metric: Metric) -> tuple[Candidates, int, list[int]]:
     """Return the candidates, how many of them meet the constraint, and which are to be scored."""
     trained = {one.name: one.subnet for one in opened.members if one.budget is not None}
-    candidates = propose(opened.space, trained, opened.logits, config.num_priced, config.seed)
+    given = [one.subnet for one in opened.members if one.budget is None and _in_choices(opened.space, one.subnet)]
+    candidates = propose(opened.space, trained, opened.logits, config.num_priced, config.seed, given)
     if not len(candidates):
         rule = f"the choices of {opened.checkpoint} have no subnet beside the trained ones"
         raise SearchError([Problem("init_from.checkpoint", str(opened.checkpoint), rule, "train with more choices")])
@@ -119,9 +141,24 @@ def find(config: SearchConfig, opened: OpenCheckpoint, metric: Metric) -> tuple[
     return candidates, int(allowed.sum()), pick(used, likely, allowed, config.num_scored)
 
 
+def _in_choices(space: Space, subnet: Subnet) -> bool:
+    try:
+        choices_of(space, subnet)
+    except SpaceError:
+        return False
+    return True
+
+
 def search_problems(config: SearchConfig) -> Iterator[Problem]:
     """Yield what is wrong with a search of members that can be opened: no budgets, the constraint, the score."""
     opened = open_checkpoint(config.init_from, config.budget_names, config.subnets, full=False)
+    opened = priced(opened, config.latency)
+    if config.latency is not None:
+        space = opened.space
+        wrong = tuple(table_problems("latency", config.latency, opened.deployment, space.parent, space.axes))
+        yield from wrong
+        if wrong:
+            return
     if not any(member.budget is not None for member in opened.members):
         rule = "a search lies between and around trained budgets, and none is taken"
         yield Problem(
@@ -200,10 +237,9 @@ def _report(
     }
 
 
-def search_table(members: list[Scored], metric: Metric, score_name: str) -> Table:
-    """Render what was scored, largest first."""
-    front = {one.name for one in pareto_front(members)}
-    shown = [Metric.PARAMS, *([metric] if metric is not Metric.PARAMS else [])]
+def search_table(members: list[Scored], metrics: Sequence[Metric], score_name: str) -> Table:
+    """Render what was scored, largest first: parameters, and `metrics`."""
+    front, shown = {one.name for one in pareto_front(members)}, tuple(dict.fromkeys((Metric.PARAMS, *metrics)))
     rows = []
     for one in members:
         above = None if one.is_trained else above_line(one, members)

@@ -20,13 +20,15 @@ from elastic.config.verbs import (
 from elastic.data.held_out import HeldOut
 from elastic.data.manifest import DataError, Manifest, TokenizerRecord, holds_chats, read_manifest
 from elastic.data.pieces import Pieces
-from elastic.data.tokenizer import TOKENIZER_JSON, same_tokenizer
+from elastic.data.tokenizer import TOKENIZER_JSON, load_tokenizer, same_tokenizer
 from elastic.data.tokens import LONGER, num_packable, open_split
 from elastic.hf.export_settings import EXPORT_SETTINGS_FOLDER, HfSettings, read_export_settings
 from elastic.hf.tokenizer_files import special_tokens
 from elastic.router.phases import Phase
 from elastic.run.resume import goes_on
+from elastic.space.shape import ModelShape
 
+TOKENIZER_REMEDY = "set tokenizer=FOLDER, one with a tokenizer.json"
 LONGEST = "longest sequence trained, tokens"  # in the provenance of a record
 
 
@@ -213,3 +215,20 @@ def text_settings(checkpoint: Path, record: Record, data: str | None = None) -> 
         known = {key: value for key, value in made_here.token_ids().items() if value is not None}
         made_here = replace(made_here, generation={**known, "suppress_tokens": fillers})
     return made_here, Path(data)
+
+
+def served_tokenizer_problems(given: str | None, own: Path | None, field: str, shape: ModelShape) -> Iterator[Problem]:
+    """There must be a tokenizer, with no more tokens than the model of `field` has rows."""
+    path = given or own
+    if path is None:
+        rule = f"{field} neither carries a tokenizer nor says what data it was trained on"
+        yield Problem("tokenizer", None, rule, TOKENIZER_REMEDY)
+        return
+    try:
+        tokens = load_tokenizer(Path(path)).vocab_size
+    except DataError as error:
+        yield Problem("tokenizer", given, str(error), TOKENIZER_REMEDY)
+        return
+    if tokens > shape.vocab:
+        rule = f"has {tokens} tokens, the model of {field} has {shape.vocab} rows"
+        yield Problem("tokenizer", str(path), rule, "give the tokenizer the model was trained with")

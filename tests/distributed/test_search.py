@@ -5,12 +5,13 @@ import json
 import re
 
 import pytest
+import torch
 from rich.console import Console
 
 from elastic.checkpoint.find import resolve_checkpoint
 from elastic.checkpoint.record import Record
 from elastic.checkpoint.state import load_router
-from elastic.config.load import ConfigError, load
+from elastic.config.load import ConfigError, config_dict, load
 from elastic.config.rules_layout import Cluster
 from elastic.config.verbs import ElasticConfig, EvaluateConfig, ExtractConfig, SearchConfig
 from elastic.data.held_out import HeldOut
@@ -24,7 +25,8 @@ from elastic.verbs.inputs import load_run
 from elastic.verbs.members import subnet_summary
 from elastic.verbs.search import run_search
 from tests.distributed.harness import run_distributed
-from tests.distributed.training import BUDGETS, CURRICULUM, ROUTER, SPACE, elastic_values, place, train
+from tests.distributed.training import BUDGETS, CURRICULUM, ROUTER, SPACE, elastic_values, place, tiny_run_space, train
+from tests.shapes import random_table
 
 SHORT = [dict(CURRICULUM[0], steps=2), dict(CURRICULUM[1], steps=1)]
 FILES = ("search.json", "subnets.json", "front.png")
@@ -106,8 +108,12 @@ def test_a_size_that_was_found_is_evaluated_cut_out_and_reloaded(start, found):
 def test_constraints_and_a_score_of_ones_own(start, found):
     rows = {row["name"]: row for row in json.loads(found[0]["search.json"])["members"]}
     most = rows["full"]["flops_per_token"] * 0.8
-    more = dict(constraint=f"flops_per_token<={most},params>={rows['half']['params']}", score=f"{__name__}.kept_layers")
-    values = values_of(start, "own", num_priced=200, subnets=[dict(name="s01", hidden=40)], **more)
+    limits = f"flops_per_token<={most},params>={rows['half']['params']},latency_ms<=1e6"
+    more = dict(constraint=limits, score=f"{__name__}.kept_layers", latency=str(start / "times.json"))
+    table = random_table(tiny_run_space(), torch.Generator().manual_seed(0))
+    (start / "times.json").write_text(json.dumps(config_dict(table)))
+    given = [dict(name="s01", hidden=40), dict(name="all")]
+    values = values_of(start, "own", num_priced=200, subnets=given, **more)
     ((files, screen),) = run_distributed(searched, 1, values)
     report = json.loads(files["search.json"])
     assert report["metric"] == "flops_per_token" and report["num_met"] < report["num_priced"] == 200
@@ -115,15 +121,22 @@ def test_constraints_and_a_score_of_ones_own(start, found):
     found = [entry["name"] for entry in json.loads(files["subnets.json"])["subnets"]]
     assert origins["s01"] == "given" and sorted(found) == ["s02", "s03", "s04", "s05"]  # s01 stays the user's
     for row in report["members"]:
-        assert row["score"] == -len(row["subnet"]["kept_layers"])
+        assert row["score"] == -len(row["subnet"]["kept_layers"]) and row["latency_ms"] > 0
         if row["origin"] not in ("trained", "given"):
             assert row["flops_per_token"] <= most and row["params"] >= rows["half"]["params"]
-    assert "kept_layers" in screen
+    assert "kept_layers" in screen and "latency_ms" in screen and "warning: latency was not measured on a" in screen
+    assert "all is the subnet of full: scored once" in screen
 
 
+ELSEWHERE = config_dict(random_table(tiny_run_space(), torch.Generator().manual_seed(0), length_tokens=64))
 BAD = [
     (dict(constraint="params<=10"), r"constraint = .*: params<=10 is outside .*; nearest possible is params<="),
     (dict(constraint="loss<=2"), r"constraint = .*: loss is none of the metrics .*; nearest legal name is"),
+    (
+        dict(constraint="latency_ms<=9"),
+        r"constraint = .*: the deployment .* nothing of latency_ms; .* set latency=FILE",
+    ),
+    (dict(latency=ELSEWHERE), r'latency = "there": the deployment is decode of 1 x 8,192 .* measure.lengths=\[8192\]'),
     (dict(num_scored=3000), r"num_scored = 3000: must be at most num_priced = 2000; nearest legal value is 2000"),
     (dict(score="nowhere.at_all"), r'score = "nowhere.at_all": cannot be imported .*; write package.module.function'),
     (dict(score=f"{__name__}.SHORT"), r"score = .*: is no function; name a function of"),

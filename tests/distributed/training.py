@@ -75,13 +75,13 @@ def prepare_start(folder: Path) -> None:
     train_start(folder)
 
 
-def train_start(folder: Path) -> None:
+def train_start(folder: Path, model: dict[str, Any] = MODEL, steps: int = 20) -> None:
     """Make parent and permuted parent from the prepared data in folder/data; runs on one process."""
     data = dict(path=str(folder / "data"), micro_batch=1, validation_sequences=4)
     trainer = dict(log_every_n_steps=5, val_check_interval=100, checkpoint_every_n_steps=100)
     pretrain = dict(
-        model=MODEL, data=data, trainer=trainer, exp_manager=place(folder, "parent"),
-        curriculum=[dict(name="pretrain", sequence_length=32, global_batch=8, steps=20, lr=dict(peak=3e-3))],
+        model=model, data=data, trainer=trainer, exp_manager=place(folder, "parent"),
+        curriculum=[dict(name="pretrain", sequence_length=32, global_batch=8, steps=steps, lr=dict(peak=3e-3))],
     )  # fmt: skip
     run_training(load(PretrainConfig, pretrain), Console(quiet=True))
     importance = dict(

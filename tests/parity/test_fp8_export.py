@@ -53,6 +53,8 @@ def test_matrices_of_the_layers_are_codes_with_a_scale_per_row_and_the_rest_is_n
     assert config["format"] == "float-quantized" and config["ignore"] == ["lm_head"]
     card = (exports / "parent" / "README.md").read_text()
     assert "bfloat16, matrices of the layers in FP8" in card and "The loss this costs was not measured." in card
+    taken = sum(tensor.nbytes for tensor in found.values()) / 2**20
+    assert f"| weights as stored (bfloat16, matrices of the layers in FP8) | {taken:.2f} MiB |" in card
     assert "these are none" not in card
     assert "multiples of 16; these are none: in_proj 184 x 24, " in (exports / "narrow" / "README.md").read_text()
 

@@ -50,7 +50,11 @@ def test_a_subnet_leaves_as_gguf_without_padding(tmp_path: Path) -> None:
     assert [width for width in said if width] == widths  # and llama.cpp takes them layer by layer
     sizes = [path.stat().st_size for path in files.values()]
     assert sizes[0] > sizes[1] == sizes[2] >= sizes[3]
-    assert "all " in (Path(row["gguf"]) / "README.md").read_text()
+    card = (Path(row["gguf"]) / "README.md").read_text()
+    assert "all " in card and "stored_params" not in card
+    for kind, path in files.items():
+        taken = sum(int(tensor.n_bytes) for tensor in GGUFReader(path).tensors) / 2**20
+        assert f"| weights as stored ({kind}, {path.name}) | {taken:.2f} MiB |" in card
 
     # A value of another place, and a tensor too many, do not pass the check that ended the export.
     kept = row["subnet"]

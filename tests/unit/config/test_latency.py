@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from elastic.checkpoint.record import Family, Record
 from elastic.checkpoint.state import TrainingState
@@ -21,6 +22,7 @@ from elastic.space.cost import subnet_cost
 from elastic.space.latency import Check, LatencyTable, Machine
 from elastic.space.reach import sample_subnet
 from elastic.verbs.going_on import start_problems
+from elastic.verbs.measure_latency import MeasureError, run_measure_latency
 from tests.shapes import random_table
 from tests.unit.config.configs import FAMILY, found, legal, put, values_of
 
@@ -61,6 +63,17 @@ def test_a_table_survives_its_file_and_the_config(table: LatencyTable, tmp_path:
     measuring, (beside,) = found(LatencyConfig, values, Cluster(num_processes=2))
     assert str(beside).startswith("number of processes = 2: others beside it would slow down what is timed")
     assert measuring.elastic.deployment.latency is None and [b.name for b in measuring.elastic.budgets] == ["full"]
+
+
+def test_exports_are_timed_beside_a_table_that_is_theirs(table: LatencyTable, tmp_path: Path) -> None:
+    file, quiet = tmp_path / "table.json", Console(quiet=True)
+    file.write_text(json.dumps(config_dict(table)))
+    for latency, line in ((None, "needs a table; set elastic.deployment.latency=FILE"), (str(file), "is not a folder")):
+        values, _ = with_table(
+            LatencyConfig, config(None, elastic__deployment__latency=latency, measure={"folders": ["nowhere"]})
+        )
+        with pytest.raises(MeasureError, match=line):
+            run_measure_latency(legal(LatencyConfig, values), quiet)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +155,7 @@ def test_a_checkpoint_and_a_card_carry_the_times(table: LatencyTable, tmp_path: 
     subnet = sample_subnet(space, budget, deployment).subnet
     used = subnet_cost(space.parent, subnet, deployment).latency_ms
     info = CardInfo("test", space.parent, subnet, budget, deployment)
-    card = model_card(info, subnet.shape(space.parent), ExportSettings(DtypeRule(torch.float32)), "checked")
+    card = model_card(info, subnet.shape(space.parent), ExportSettings(DtypeRule(torch.float32)), "checked", 0)
     assert f"| budget fast | {budget.limit:,.4g} latency_ms, used {used / budget.limit:.1%} |" in card
     assert f"| decode (batch 1, 8192 tokens), by times of layers on a device | {used:.4g} ms, " in card
 

@@ -184,7 +184,7 @@ def test_the_versions_that_are_right_are_asked_for_and_written_down(
     assert f'"transformers>={TRANSFORMERS}"' in project
 
     def card_of(shape: ModelShape) -> str:
-        return model_card(CardInfo("test", shape, Subnet.full(shape)), shape, BF16, "checked")
+        return model_card(CardInfo("test", shape, Subnet.full(shape)), shape, BF16, "checked", 0)
 
     card = card_of(SHAPES["no attention"])
     assert f"Needs transformers {TRANSFORMERS} or newer" in card and "(use_cache: false)" in card

@@ -11,8 +11,8 @@ from elastic.checkpoint.record import Family, Record
 from elastic.checkpoint.state import TrainingState
 from elastic.config.load import config_dict, flatten, load
 from elastic.config.verbs import ElasticConfig, PretrainConfig
-from elastic.run.changes import PACKING, RULES, ResumeError, check_accepted, differences, rule_of
-from elastic.run.resume import weights_sha256
+from elastic.run.changes import PACKING, RULES, ResumeError, differences, rule_of
+from elastic.run.resume import check_accepted, weights_sha256
 from tests.distributed.training import elastic_values
 
 INPUTS = {"data.path (train split)": "a" * 64, "init_from.permuted_parent": "b" * 64}

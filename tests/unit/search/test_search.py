@@ -75,6 +75,13 @@ def test_all_at_once_cost_what_each_costs_alone(candidates: Candidates) -> None:
             assert used[::20] == [one[metric] for one in alone]
 
 
+def test_subnets_of_the_users_own_are_not_proposed_again(candidates: Candidates) -> None:
+    others = [candidates.subnet(0), candidates.subnet(7)]
+    found = propose(SPACE, TRAINED_SUBNETS, LOGITS, 400, seed=1, others=others)
+    proposed = {(one.kept_layers, one.shape(PARENT)) for one in map(found.subnet, range(len(found)))}
+    assert len(found) == 400 and not proposed & {(one.kept_layers, one.shape(PARENT)) for one in others}
+
+
 @pytest.mark.parametrize("axes", [{Axis.HIDDEN: AxisChoices((128, 96))}, {Axis.DEPTH: AxisChoices((12, 11, 9))}])
 def test_a_small_space_gives_all_it_has(axes: dict[Axis, AxisChoices]) -> None:
     space = replace(SPACE, axes=axes)

@@ -14,6 +14,8 @@ from elastic.config.sections import ModelConfig, ParallelConfig
 from elastic.config.verbs import ElasticConfig
 from elastic.hf.config import export_warnings
 from elastic.space.axes import Axis
+from elastic.space.cost import subnet_cost
+from elastic.space.reach import smallest_subnet
 from elastic.space.shape import Subnet
 from elastic.space.space import AxisChoices, Space
 from elastic.verbs.inputs import load_run
@@ -100,6 +102,24 @@ def test_the_checkpoint_says_model_lanes_and_choices(tmp_path: Path) -> None:
     assert space.axes[Axis.DEPTH].choices == (7, 5), "choices that somebody gave stay"
     assert space.axes[Axis.FFN].per_layer and all(width % 16 == 0 for width in space.axes[Axis.FFN].choices)
     assert [budget.name for budget in config.budgets()] == ["full", "medium", "small"]
+
+
+def test_what_budgets_can_reach_follows_from_the_layers_that_rank_best(tmp_path: Path) -> None:
+    shape, ranking, depth = OWN.shape(), (1, 4, 6, 3, 0, 2, 5), AxisChoices((7, 5))  # Mamba layers leave first
+    spaces = [Space(shape, {Axis.DEPTH: depth}, 16, order, {"attention": 1}) for order in ((), ranking)]
+    unranked, least = (int(subnet_cost(shape, smallest_subnet(space)).params) for space in spaces)
+    assert least < 0.99 * unranked
+    names = [budget["name"] for budget in composed("train_elastic")["elastic"]["budgets"]]
+    given = {"lanes": 16, "depth": {"choices": [7, 5]}, "keep_at_least": {"attention": 1}}
+    budgets = [{"name": name, "metric": "params", "target": least, "ratio": None} for name in names]
+    changes = {"elastic__space": given, "elastic__budgets": budgets}
+    for name in ("ranked", "unranked"):
+        (tmp_path / name).mkdir()
+    values = own_values(tmp_path / "ranked", Record("permuted_parent", shape, 16, ranking), **changes)
+    assert load_run(ElasticConfig, values, Cluster(), is_main=True).budgets()[0].limit == least
+    values = own_values(tmp_path / "unranked", Record("permuted_parent", shape, 16), **changes)
+    with pytest.raises(ConfigError, match=f"what the choices can reach, {unranked:,} to"):
+        load_run(ElasticConfig, values, Cluster(), is_main=True)
 
 
 SUBMODEL = Subnet(96, (320, 320, 160), (12, 12, 12, 12)[:3], 16, (4,), tuple(range(7)))
