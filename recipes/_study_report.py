@@ -8,11 +8,12 @@ from itertools import pairwise
 from math import exp, log
 from pathlib import Path
 from statistics import mean, stdev
+from textwrap import fill
 from typing import Any
 
 from recipes._study_questions import Question
 
-SECONDS_PER_MINUTE = 60
+SECONDS_PER_MINUTE, WIDTH = 60, 118
 INTRODUCTION = """# Results: what the method is worth at laptop scale
 
 Every figure on this page comes from the small files in `docs/results/`, one for an arm, a corpus and a seed:
@@ -177,7 +178,8 @@ def parent_lines(files: Iterable[Mapping[str, Any]]) -> Iterator[str]:
 def section(question: Question, answers: Answers, picture: Path) -> str:
     """Return a question's part of the page."""
     lines = [f"## {question.text}", "", f"![{question.text}]({picture})", ""]
-    absent = [arm for arm in question.arms if arm not in {file["arm"] for file in answers.files}]
+    ran = {file[key] for file in answers.files for key in ("arm", "corpus")}
+    absent = [name for name in (*question.corpora, *question.arms) if name not in ran]
     for corpus in dict.fromkeys(corpus for corpus, _ in answers.cells):
         lines += [
             f"Corpus {corpus}:",
@@ -190,13 +192,15 @@ def section(question: Question, answers: Answers, picture: Path) -> str:
             lines += [_row(member, arm, cell, arms.get(question.compare_with), question) for arm, cell in arms.items()]
         lines += ["", *_position_lines(answers, corpus)]
     if question.token_ratio is not None:
-        lines += [*_ratio_lines(question, answers), ""]
+        lines += [text for line in _ratio_lines(question, answers) for text in (fill(line, WIDTH), "")]
     versions = answers.files[0]["versions"]
-    lines.append(f"`{answers.files[0]['command']}`: {answers.cpu_minutes():.0f} core minutes for the runs shown, ")
-    lines[-1] += f"learning-rate search not counted ({', '.join(f'{name} {is_}' for name, is_ in versions.items())})."
-    lines += [f"Not shown: {question.limits}"]
+    told = (
+        f"`{answers.files[0]['command']}`: {answers.cpu_minutes():.0f} core minutes for the runs shown, learning-rate "
+    )
+    told += f"search not counted ({', '.join(f'{name} {is_}' for name, is_ in versions.items())})."
     if absent:
-        lines.append(f"Arms not run yet: {', '.join(f'`{arm}`' for arm in absent)}.")
+        told += f" Not run yet: {', '.join(f'`{name}`' for name in absent)}."
+    lines += [fill(told, WIDTH), "", fill(f"What it does not show: {question.limits}", WIDTH)]
     return "\n".join(lines) + "\n"
 
 
@@ -237,8 +241,10 @@ def _ratio_lines(question: Question, answers: Answers) -> Iterator[str]:
             f"{name} alone takes " + ", ".join(f"{taken[name] / 1e3:,.0f}k" for _, _, taken in ratios)
             for name in ratios[0][2]
         )
-        yield f"**Tokens on {corpus}: separate runs take {figures} times the family's to do as well as it{spread}** "
-        yield f"(by seed; > and <: the family lies beyond the longest or shortest separate run). {by_member}."
+        yield (
+            f"**Tokens on {corpus}: separate runs take {figures} times the family's to do as well as it{spread}** (by "
+            f"seed; > and <: the family lies beyond the longest or shortest separate run). {by_member}."
+        )
 
 
 def draw(question: Question, answers: Answers, path: Path) -> None:
@@ -260,15 +266,8 @@ def draw(question: Question, answers: Answers, path: Path) -> None:
                 continue
             cells.sort(key=lambda cell: cell.params)
             spread = [cell.deviation or 0.0 for cell in cells]
-            left.errorbar(
-                [c.params / 1e3 for c in cells],
-                [c.mean for c in cells],
-                spread,
-                label=arm,
-                capsize=3,
-                color=color,
-                marker=marker,
-            )
+            sizes_k, losses = [cell.params / 1e3 for cell in cells], [cell.mean for cell in cells]
+            left.errorbar(sizes_k, losses, spread, label=arm, capsize=3, color=color, marker=marker)
             points = _curve(answers, corpus, arm, smallest)
             if cells[0].tokens and points:
                 right.plot([x / 1e3 for x, _ in points], [y for _, y in points], color=color)

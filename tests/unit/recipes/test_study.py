@@ -204,15 +204,15 @@ def test_the_page_has_means_spreads_differences_ratios_and_what_has_not_run(ques
     page = tmp_path / "docs" / "results.md"
     other = Question("other", "And else?", "a", "", {}, (0.1,), None, {}, {}, {})
     write_page([other, question], tmp_path / "docs" / "results", page)
-    text = page.read_text()
+    text, words = page.read_text(), " ".join(page.read_text().split())
     assert "| small | one | 0k | 0k | 60 | 0.1 | 3.0100 ± 0.0141 | 2 |  |" in text
     assert "- small, one, by place in the sequence: 3.510, 2.500" in text
     assert "The parent of text: validation loss 2.12 at 1k tokens." in text
     assert "3.5100 ± 0.0141 | 2 | +0.5000 **worse** |" in text and "-0.5000 **better** |" in text
     # Half-way between 300 and 600 tokens on a logarithmic line: 424 of 300.
-    assert "separate runs take 1.41, 1.41 times the family's to do as well as it, mean 1.41 ± 0.00" in text
-    assert "Arms not run yet: `later`." in text and "And else? (`python recipes/study.py run other`)" in text
-    assert "10 core minutes" in text and "](results/which.png)" in text
+    assert "separate runs take 1.41, 1.41 times the family's to do as well as it, mean 1.41 ± 0.00" in words
+    assert "Not run yet: `later`." in words and "And else? (`python recipes/study.py run other`)" in text
+    assert "10 core minutes" in words and "](results/which.png)" in text
     assert (page.parent / "results" / "which.png").read_bytes().startswith(b"\x89PNG")
 
 
