@@ -206,9 +206,10 @@ class Chooser:
         for the device at the start of a step, when the last optimizer step is all that is under way.
         """
         total = torch.zeros((), device=next(iter(logits.values())).device)
-        on_host = {axis: values.detach().cpu() for axis, values in logits.items()}
+        on_host = torch.cat([values.detach().flatten() for values in logits.values()]).cpu()  # one wait for all axes
+        parts = on_host.split([values.numel() for values in logits.values()])
         for index, budget in enumerate(self.budgets):
-            own = {axis: values[index] for axis, values in on_host.items()}
+            own = {axis: part.view_as(logits[axis])[index] for axis, part in zip(logits, parts, strict=True)}
             chosen = in_place_of_argmax(own, self.space, budget, self.deployment)
             if chosen is not None:
                 total = total + pull(logits, moment.logit_scale, self._shares, index, chosen)
