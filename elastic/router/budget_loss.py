@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from elastic.router.decide import Chosen
 from elastic.space.axes import Axis
 from elastic.space.cost import Budget, Deployment, Widths, cost, subnet_cost
 from elastic.space.shape import Subnet
@@ -61,15 +60,18 @@ def choice_entropy(logits: Mapping[Axis, Tensor], scale: float, shares: Mapping[
 
 
 def pull(
-    logits: Mapping[Axis, Tensor], scale: float, shares: Mapping[Axis, Tensor], index: int, chosen: Chosen
+    logits: Mapping[Axis, Tensor],
+    scale: float,
+    shares: Mapping[Axis, Tensor],
+    index: int,
+    wanted: Mapping[Axis, Tensor],
 ) -> Tensor:
-    """Return the cross-entropy in nats, fp32, of `chosen` under the noise-free choices of budget number `index`.
+    """Return the cross-entropy in nats, fp32, of choices `wanted` [slots] under those of budget `index`, without noise.
 
     Mean over slots, each axis by its share of the cost, as `choice_entropy`: about what the budget loss could move.
     """
     total = torch.zeros((), device=next(iter(logits.values())).device)
-    for axis, indices in chosen.items():
-        wanted = torch.tensor(indices).to(total.device, non_blocking=True)
-        own = torch.nn.functional.cross_entropy(logits[axis][index].float() * scale, wanted)
+    for axis, choices in wanted.items():
+        own = torch.nn.functional.cross_entropy(logits[axis][index].float() * scale, choices)
         total = total + shares[axis][index] * own
     return total

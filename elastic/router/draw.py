@@ -177,12 +177,10 @@ class Chooser:
         of_gates = [(axis, draw, shape[1:]) for axis, shape in shapes.items() for draw in noise_draws]
         of_costs = [(axis, COST_STREAM, (NUM_COST_DRAWS, *shape)) for axis, shape in shapes.items()]
         drawn = [gumbel_noise(self.seed, moment.step, draw, axis, shape) for axis, draw, shape in of_gates + of_costs]
-        device, flat = next(iter(logits.values())).device, torch.cat([part.reshape(-1) for part in drawn])
-        if device.type == "cuda":
-            flat = flat.pin_memory()
+        flat = _copied(torch.cat([part.reshape(-1) for part in drawn]), next(iter(logits.values())).device)
         sizes = [len(noise_draws) * prod(shape[1:]) for shape in shapes.values()]
         sizes += [NUM_COST_DRAWS * prod(shape) for shape in shapes.values()]
-        split = iter(flat.to(device, non_blocking=True).split(sizes))
+        split = iter(flat.split(sizes))
         gates = {axis: next(split).view(len(noise_draws), *shape[1:]) for axis, shape in shapes.items()}
         return gates, {axis: next(split).view(NUM_COST_DRAWS, *shape) for axis, shape in shapes.items()}
 
@@ -212,7 +210,8 @@ class Chooser:
             own = {axis: part.view_as(logits[axis])[index] for axis, part in zip(logits, parts, strict=True)}
             chosen = in_place_of_argmax(own, self.space, budget, self.deployment)
             if chosen is not None:
-                total = total + pull(logits, moment.logit_scale, self._shares, index, chosen)
+                wanted = {axis: _copied(torch.tensor(choices), total.device) for axis, choices in chosen.items()}
+                total = total + pull(logits, moment.logit_scale, self._shares, index, wanted)
         return total
 
     def _weights(self, logits: Tensor, noise: Tensor, moment: Moment) -> Tensor:
@@ -244,3 +243,8 @@ class Chooser:
 def _one_hot(values: Tensor) -> Tensor:
     """Return the one-hot of the largest entry; of equal ones the first, which is the widest choice."""
     return torch.nn.functional.one_hot(values.argmax(dim=-1), values.shape[-1]).to(torch.float32)
+
+
+def _copied(host: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from the CPU to a device, and wait for nothing: what is not pinned first waits for a GPU."""
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)

@@ -120,7 +120,7 @@ def raised(start, tmp_path_factory):
 
 # They keep to folders of their own, write nothing, or only the page that they wrote before; search needs a family, so
 # its refusal stands in test_search.py.
-NO_VERBS = ("smoke", "smoke_chat", "benchmark", "chaos", "preflight", "report", "search")
+NO_VERBS = ("smoke", "smoke_chat", "benchmark", "chaos", "preflight", "report", "search", "study")
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("[!_]*.py") if path.stem not in NO_VERBS)
 
 

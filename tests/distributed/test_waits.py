@@ -23,8 +23,12 @@ from elastic.verbs.training import run_training
 from tests.distributed.harness import run_distributed
 from tests.distributed.training import CURRICULUM, elastic_values
 
-MOST_WAITS = 2
+# One, and one more where a router that trains is looked at late in its phase (draw.py): two at most.
+MOST_WAITS = {1: 1, 2: 2, 4: 1}  # by step, of two phases of three
+AGREE = "_local_scalar_dense in signals.py::_agree"  # no device, but all hosts wait for each other
 PLACES = [Path(package.__path__[0]) for package in (elastic, megatron.core, torch.optim)]
+PULL = ("draw.py", "_pull")  # copies all logits to the host, a wait, and has the choice decided there
+DECIDED = ("decide.py", "of logits on the host")
 # Numbers that live on the host on any machine: to read one is no wait.
 ON_THE_HOST = {
     ("sampler.py", "draw_budgets"),
@@ -34,7 +38,7 @@ ON_THE_HOST = {
     ("optimizer.py", "_get_value"),  # of torch.optim: steps are counted on the host
 }
 # They pin what they copy on a GPU; elsewhere a copy that is not to wait does, if its source is pageable.
-PIN_FIRST = {("documents.py", "copied"), ("draw.py", "_noise")}
+PIN_FIRST = {("documents.py", "copied"), ("draw.py", "_copied")}
 # Data-dependent by themselves, or reading a value: operations of ATen.
 READS = {"_local_scalar_dense", "is_nonzero", "item", "equal", "nonzero", "masked_select", "unique_dim", "_unique2"}
 # On a CPU these read memory without an operation; what makes a tensor on a device from numbers copies them.
@@ -56,17 +60,21 @@ class Waits:
         self.by_step, self.step = {}, None
 
     def note(self, what):
-        if self.step is not None and ((place := self.place()) not in ON_THE_HOST or what == "to"):
+        place = self.place()
+        if self.step is not None and place != DECIDED and (place not in ON_THE_HOST or what == "to"):
             self.by_step.setdefault(self.step, Counter())[f"{what} in {'::'.join(place)}"] += 1
 
     @staticmethod
     def place():
-        frame = inspect.currentframe()
+        frame, place, deciding = inspect.currentframe(), None, False
         while frame is not None:
             if (file := counted_file(frame.f_code.co_filename)) is not None:
-                return file, frame.f_code.co_name
+                place = place or (file, frame.f_code.co_name)
+                deciding = deciding or file == "decide.py"
+                if deciding and (file, frame.f_code.co_name) == PULL:
+                    return DECIDED
             frame = frame.f_back
-        return "elsewhere", "?"
+        return place or ("elsewhere", "?")
 
 
 class CountCalls(TorchFunctionMode):
@@ -140,11 +148,11 @@ def test_a_step_waits_at_most_twice_for_the_device_between_log_points(start, par
     else:
         values["data"]["packing"] = "isolated"
     for by_step in run_distributed(train_and_count, 4 if parallel else 1, values):
-        for step in (1, 2, 4):
+        for step in MOST_WAITS:
             places = by_step[step]
-            assert 1 <= sum(places.values()) <= MOST_WAITS, f"step {step} waits at {places}"
+            assert places.pop(AGREE) == 1
+            assert sum(places.values()) == MOST_WAITS[step], f"step {step} waits at {places}"
             assert "tolist in nonfinite.py::nonfinite" in places, "the count sees the one wait that must be"
-            assert "_local_scalar_dense in signals.py::_agree" in places, "no device, but all hosts wait for each other"
 
 
 def test_the_count_sees_what_waits():
