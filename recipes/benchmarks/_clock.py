@@ -10,7 +10,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from recipes.benchmarks.memory import peak_extra_bytes
+from recipes.benchmarks.memory import peak_extra_bytes, recorded
 
 Work = Callable[[], object]
 HEAD_START_CYCLES = 2_000_000
@@ -106,7 +106,7 @@ class Clock:
             work()
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-        return sum(event.device_type == DeviceType.CUDA for event in profiler.events())
+        return sum(event.device_type() == DeviceType.CUDA for event in recorded(profiler))
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,7 @@
 """Peak memory: of a function by counting allocations, which repeats; of a whole process by its resident size."""
 
-import json
 import re
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,15 +27,18 @@ def peak_extra_bytes(function: Callable[[], object], device: torch.device) -> in
         return torch.cuda.max_memory_allocated(device) - kept
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
     alive = peak = 0
-    for event in sorted(events, key=lambda event: event["ts"]):
-        alive += event["args"]["Bytes"]
-        peak = max(peak, alive)
+    for event in sorted(recorded(profiler), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
     return peak - max(alive, 0)
+
+
+def recorded(profiler: profile) -> list[Any]:
+    """Return what a profiler has recorded, as it is: to make its own tables of it takes longer than the work."""
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    return list(profiler.profiler.kineto_results.events())
 
 
 def resident_bytes(field: str, pid: int | str = "self") -> int:

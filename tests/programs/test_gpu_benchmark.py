@@ -26,4 +26,4 @@ def test_what_a_gpu_measures_runs_in_tiny_on_a_cpu(tmp_path: Path) -> None:
     assert {row["case"] for row in report["cases"]} == cases and report["left_out"] == []
     assert all((row["case"] == "teacher") != (row.get("step_s", 0) > 0) for row in report["cases"])
     assert all(row["ms"] > 0 and row["flops"] > 0 for row in [*report["cases"], *report["losses"]])
-    assert run.stdout.rstrip().splitlines()[-2].split()[1:4] == ["M-M-M-M-", "16", "teacher"]
+    assert run.stdout.rstrip().splitlines()[-2].split()[1:4] == ["M-M-M-M-", "8", "teacher"]
