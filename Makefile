@@ -27,7 +27,7 @@ benchmark gpu: export KINETO_LOG_LEVEL := 99
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "  make engine-mlx, engine-llama_cpp: an environment for an engine that runs exports (docs/serving.md)"
+	@echo "  make engine-mlx, engine-vllm, engine-llama_cpp: an environment for an engine that runs exports (docs/serving.md)"
 	@echo
 	@echo "  VENV=DIR      use or make the environment DIR, to share 5 GB between clones (default .venv)"
 	@echo "  PYTHON=FILE   make the environment with this Python 3.12 or 3.13 (default: the first that runs)"
@@ -63,7 +63,7 @@ ifneq ($(origin PY),command line)
 	@launch/engine.sh $*
 endif
 
-test-engines: engine-mlx engine-llama_cpp ## run exports in mlx-lm and llama.cpp (compiled the first time: ten minutes)
+test-engines: engine-mlx engine-vllm engine-llama_cpp ## run exports in the engines (llama.cpp is compiled: ten minutes)
 	"$(PY)" -m pytest tests/programs/test_engines.py tests/parity/test_gguf.py
 
 lint: setup ## check style (ruff), types (mypy) and, where it is installed, shell scripts (shellcheck)

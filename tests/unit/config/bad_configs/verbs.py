@@ -44,8 +44,8 @@ BAD: tuple[BadConfig, ...] = (
         ExtractConfig,
         {"export.check": "logit"},
         1,
-        'export.check.0 = "logit": must be one of auto, logits, values, transformers, mlx, llama_cpp; nearest legal '
-        "value is logits",
+        'export.check.0 = "logit": must be one of auto, logits, values, transformers, mlx, llama_cpp, vllm; nearest '
+        "legal value is logits",
     ),
     (
         ExtractConfig,
