@@ -2,7 +2,7 @@
 # Makes the environment of an engine that runs exports, beside this project's: `make engine-mlx`, `make engine-vllm`, ...
 #
 #   VENV=.venv launch/engine.sh mlx        # seconds, 0.3 GB; `make test` makes it
-#   VENV=.venv launch/engine.sh vllm       # two minutes, 2 GB; its CPU build, on the torch of VENV
+#   VENV=.venv launch/engine.sh vllm       # three minutes, 1.5 GB; its CPU build, on the torch of VENV
 #   VENV=.venv launch/engine.sh llama_cpp  # compiles llama.cpp: ten minutes on two free cores, a C++ compiler
 #
 # `extract export.check=[...]` looks for VENV/engines/NAME. An environment that is there is left as it is, unless the

@@ -32,7 +32,9 @@ class ExportConfig:
 
     def written_for(self, engine: str) -> bool:
         """Tell whether what an engine reads is written."""
-        return self.format == "gguf" if engine == "llama_cpp" else self.hugging_face and not self.in_fp8
+        if engine == "llama_cpp":
+            return self.format == "gguf"
+        return self.hugging_face and (engine == "vllm" or not self.in_fp8)
 
     @property
     def engines(self) -> tuple[str, ...]:

@@ -1,25 +1,19 @@
 """The verb extract: cut budgets out of a nested checkpoint, to Hugging Face folders, GGUF files and checkpoints.
 
 Everything streams from the checkpoint's files to the exported ones, one tensor in memory, whatever layout trained it.
-Run as a program, it computes the logits that an export is compared with, in a process that sees no GPU.
 """
 
-import json
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from rich.console import Console
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from elastic.checkpoint.find import checkpoint_folder
-from elastic.checkpoint.read import StoredTensors
 from elastic.checkpoint.record import Record
 from elastic.checkpoint.stream import save_streamed
 from elastic.config.export import ExportConfig
@@ -31,23 +25,27 @@ from elastic.hf.export_settings import DtypeRule, ExportSettings, kind_of_tensor
 from elastic.hf.fp8 import calibrate, cut_scales, hf_scales
 from elastic.hf.names import hf_names
 from elastic.hf.nested_values import value_check
-from elastic.hf.reload import logit_check, reads_fp8, run_without_gpu
+from elastic.hf.reload import logit_check, reads_fp8
 from elastic.hf.tokenizer_files import find_tokenizer
-from elastic.model.model import build_model
 from elastic.rank.slicing import parent_parameter, submodel_source
 from elastic.run.folder import open_run_folder
 from elastic.space.cost import shape_cost
-from elastic.space.gates import Gates
 from elastic.space.layers import parameter_names
-from elastic.space.shape import Subnet
 from elastic.verbs.extract_gguf import also_in_engines, export_member_gguf
-from elastic.verbs.fp8_loss import Fp8Loss, card_text, exported_values, fp8_losses, load_as_exported, loss_table
+from elastic.verbs.fp8_loss import (
+    Fp8Loss,
+    card_text,
+    exported_values,
+    fp8_losses,
+    loss_table,
+)
 from elastic.verbs.import_hf import transfer_progress
 from elastic.verbs.members import Member, OpenCheckpoint, open_checkpoint, subnet_summary
 from elastic.verbs.report_file import print_table
+from elastic.verbs.subnet_logits import subnet_logits
 from elastic.verbs.text import text_settings
 from elastic.world.files import write_json
-from elastic.world.groups import DTYPES, Layout, world
+from elastic.world.groups import DTYPES
 
 EXTRACTION_FILE = "extraction.json"
 _FP32_BYTES = 4
@@ -234,16 +232,8 @@ def choose_check(opened: OpenCheckpoint, member: Member, dtypes: DtypeRule, expo
         )
     else:
         check = logit_check(reference, export.max_logit_difference)
-    return also_in_engines(check, export, reference)
-
-
-def subnet_logits(
-    opened: OpenCheckpoint, member: Member, dtypes: DtypeRule, in_fp8: bool = False
-) -> Callable[[Tensor], Tensor]:
-    """Return the function from tokens to the logits of a member's subnet, its weights rounded as an export's."""
-    # A GPU's matrix units round fp32 to TF32 and a right export would be refused: a child process computes there.
-    computed = logits_in_child if torch.cuda.is_available() else nested_logits
-    return partial(computed, opened.checkpoint, member.subnet, dtypes, in_fp8)
+    rounded = subnet_logits(opened, member, dtypes, in_fp8, activations=True) if in_fp8 else None
+    return also_in_engines(check, export, reference, rounded)
 
 
 def available_memory_bytes() -> int:
@@ -254,40 +244,3 @@ def available_memory_bytes() -> int:
         return min(available, limit - int((_CGROUP / "memory.current").read_text()))
     except (OSError, ValueError):  # no container, or one without a limit ("max")
         return available
-
-
-def logits_in_child(checkpoint: Path, subnet: Subnet, dtypes: DtypeRule, in_fp8: bool, tokens: Tensor) -> Tensor:
-    """Compute `nested_logits` in a process that sees no GPU; raises ExportError if it fails."""
-    told = json.dumps({"subnet": asdict(subnet), "dtypes": dtypes.to_json(), "in_fp8": in_fp8})
-    failed = "the logits to compare with were not computed"
-    return run_without_gpu("elastic.verbs.extract", [str(checkpoint), told], {"tokens": tokens}, failed)["logits"]
-
-
-@torch.no_grad()
-def nested_logits(checkpoint: Path, subnet: Subnet, dtypes: DtypeRule, in_fp8: bool, tokens: Tensor) -> Tensor:
-    """Return logits [B, S, V] of `subnet` in the checkpoint's nested model, in fp32, from tokens [B, S].
-
-    The weights are rounded as the export rounds them: only the structure is compared.
-    """
-    record, gates = Record.read(checkpoint), Gates.slice(subnet)
-    tensors = StoredTensors(checkpoint, record.shape)
-    with world(Layout()) as here:
-        model = build_model(record.space(), Layout(), seed=None).eval()
-        load_as_exported(model, tensors.__getitem__, dtypes, in_fp8)
-        hidden = model(tokens.to(here.device), gates)
-        return (hidden @ model.head_weight(gates).t()).transpose(0, 1).cpu()
-
-
-def _main(checkpoint: str, told: str, given: str, answer: str) -> None:
-    content = json.loads(told)
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in content["subnet"].items()
-    }
-    tokens = load_file(given)["tokens"]
-    dtypes = DtypeRule.from_json(content["dtypes"])
-    logits = nested_logits(Path(checkpoint), Subnet(**fields), dtypes, content["in_fp8"], tokens)
-    save_file({"logits": logits.contiguous()}, answer)
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])

@@ -22,14 +22,19 @@ from elastic.verbs.members import Member, OpenCheckpoint
 Reference = Callable[[Tensor], Tensor]
 
 
-def also_in_engines(check: FolderCheck, export: ExportConfig, reference: Reference) -> FolderCheck:
-    """Return the check that runs a Hugging Face folder in the engines that read one, too, against `reference`."""
+def also_in_engines(
+    check: FolderCheck, export: ExportConfig, reference: Reference, rounded: Reference | None
+) -> FolderCheck:
+    """Return the check that runs a Hugging Face folder in the engines that read one, too, against `reference`, and
+    against `rounded` logits where they round activations (engines/check.py).
+    """
     engines = [name for name in export.engines if ENGINES[name].reads == "hf"]
 
     def checked(written: HfFolder, shape: ModelShape) -> CheckOutcome:
         outcome = check(written, shape)
         for name in engines:
-            outcome = _told(outcome, check_in_engine(name, written.path, shape.vocab, reference).sentence)
+            report = check_in_engine(name, written.path, shape.vocab, reference, rounded=rounded)
+            outcome = _told(outcome, report.sentence)
         return outcome
 
     return checked

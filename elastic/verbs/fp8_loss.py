@@ -16,15 +16,15 @@ from elastic.data.held_out import HeldOut
 from elastic.data.manifest import read_manifest
 from elastic.data.tokens import open_split
 from elastic.hf.export_settings import DtypeRule
-from elastic.hf.fp8 import cut_scales, is_quantised, odd_sizes
+from elastic.hf.fp8 import calibrate, cut_scales, is_quantised, odd_sizes
 from elastic.hf.names import hf_names
 from elastic.hf.reload import reads_fp8
 from elastic.model.initialize import named_global_parameters
 from elastic.model.model import ElasticModel, build_model
 from elastic.model.quantised import quantise, row_scales
-from elastic.rank.slicing import submodel_source
+from elastic.rank.slicing import TensorSource, submodel_source
 from elastic.space.layers import FP8_MULTIPLE
-from elastic.space.shape import ModelShape
+from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import Space
 from elastic.train.evaluation import MeanLoss, evaluate_subnets
 from elastic.train.pipeline import PipelineRunner
@@ -109,19 +109,37 @@ def fp8_losses(
     with world(Layout()) as here:
         for member in opened.members:
             read = submodel_source(tensors, parent, member.subnet, lanes)
-            model = build_model(Space(member.subnet.shape(parent), {}, lanes=1), Layout(), seed=None).requires_grad_(
-                False
-            )
-            load_as_exported(model, read, dtypes, in_fp8=False)
+            model = _cut_out(member.subnet, parent, read, dtypes)
             plain = _loss(here, model, held_out)
-            for name, parameter in named_global_parameters(model):
-                if is_quantised(name):
-                    parameter.copy_(read(name))
-            model.quantise(cut_scales(calibrated, parent, member.subnet, lanes))
+            _quantise(model, read, cut_scales(calibrated, parent, member.subnet, lanes))
             fp8 = _loss(here, model, held_out)
             if plain.cross_entropy is not None and fp8.cross_entropy is not None:
                 found[member.name] = Fp8Loss(plain.cross_entropy, fp8.cross_entropy, plain.num_tokens)
     return found
+
+
+def cut_in_fp8(source: TensorSource, space: Space, subnet: Subnet, dtypes: DtypeRule) -> ElasticModel:
+    """Return a subnet of a nested model cut out, on one rank, with products of codes of weights and activations."""
+    read = submodel_source(source, space.parent, subnet, space.lanes)
+    model = _cut_out(subnet, space.parent, read, dtypes).eval()
+    _quantise(model, read, cut_scales(calibrate(source, space.parent), space.parent, subnet, space.lanes))
+    return model
+
+
+@torch.no_grad()
+def _cut_out(subnet: Subnet, parent: ModelShape, read: Callable[[str], Tensor], dtypes: DtypeRule) -> ElasticModel:
+    model = build_model(Space(subnet.shape(parent), {}, lanes=1), Layout(), seed=None).requires_grad_(False)
+    load_as_exported(model, read, dtypes, in_fp8=False)
+    return model
+
+
+@torch.no_grad()
+def _quantise(model: ElasticModel, read: Callable[[str], Tensor], scales: Mapping[str, Tensor]) -> None:
+    """Give a model its projections as codes, of the numbers that no export has rounded before."""
+    for name, parameter in named_global_parameters(model):
+        if is_quantised(name):
+            parameter.copy_(read(name))
+    model.quantise(scales)
 
 
 def _loss(here: World, model: ElasticModel, held_out: HeldOut) -> MeanLoss:

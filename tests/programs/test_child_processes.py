@@ -11,7 +11,7 @@ from elastic.config.inputs import SubnetConfig
 from elastic.hf.config import ExportError
 from elastic.hf.reload import run_without_gpu
 from elastic.space.shape import Subnet
-from elastic.verbs.extract import logits_in_child, nested_logits
+from elastic.verbs.subnet_logits import logits_in_child, nested_logits
 from tests.parity.hf_models import SHAPES, relative_error
 from tests.parity.import_extract import BF16, TOKENS, imported, narrowed, stock_folder
 from tests.parity.test_export import export
@@ -24,8 +24,11 @@ def test_a_child_without_a_gpu_computes_the_same_logits(tmp_path: Path) -> None:
     subnet = SubnetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in narrowed(shape).items()}).subnet(
         shape
     )
-    here, child = (compute(checkpoint, subnet, BF16, True, TOKENS) for compute in (nested_logits, logits_in_child))
+    given = checkpoint, subnet, BF16, True
+    here, child = (compute(*given, False, TOKENS) for compute in (nested_logits, logits_in_child))
     assert here.shape == (*TOKENS.shape, shape.vocab) and relative_error(child, here) < 1e-6
+    activations_too = nested_logits(*given, True, TOKENS)
+    assert 1e-3 < relative_error(activations_too, here) < 0.2
 
 
 def test_a_child_that_fails_is_an_error_with_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +37,7 @@ def test_a_child_that_fails_is_an_error_with_what_it_said(tmp_path: Path, monkey
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     shape = SHAPES["groups 2, tied head"]
     with pytest.raises(ExportError, match="logits to compare with were not computed: elastic"):
-        logits_in_child(tmp_path, Subnet.full(shape), BF16, False, TOKENS)
+        logits_in_child(tmp_path, Subnet.full(shape), BF16, False, False, TOKENS)
 
 
 def test_installed_kernels_do_not_touch_the_reload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

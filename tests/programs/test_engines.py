@@ -1,10 +1,12 @@
 """Exports run in the engines people use, each in its own environment (`make test-engines`), against the subnet."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from elastic.config.load import load
@@ -16,7 +18,7 @@ from elastic.verbs.inputs import input_problems
 from tests.parity.hf_models import SHAPES, logits
 from tests.parity.import_extract import extracted, imported, stock_folder
 
-SHAPE = SHAPES["groups 8, twelve layers"]
+SHAPE = replace(SHAPES["groups 8, twelve layers"], attention_channels=32)  # the fewest that vLLM takes on a CPU
 FULL = SHAPE.ffn[0]
 # Widths of a layer's own, which a stock folder pads; SMALL is narrower on every axis, and 8 heads x 3 channels is no
 # multiple of 64.
@@ -24,7 +26,7 @@ MEDIUM = {"name": "medium", "ffn": [FULL // 2, *[FULL] * (len(SHAPE.ffn) - 1)]}
 SMALL = {
     "name": "small",
     "hidden": 24,
-    "ffn": [16, FULL, 8, 24],
+    "ffn": [16, FULL, 8, FULL, 24],
     "mamba_heads": [8],
     "head_channels": 3,
     "attention_heads": [4],
@@ -96,3 +98,24 @@ def test_three_budgets_run_in_every_engine(tmp_path: Path) -> None:
     for engine in ("llama_cpp", "vllm"):
         with pytest.raises(ExportError, match="computes another model"):  # the parent is not this subnet
             check_in_engine(engine, small[ENGINES[engine].reads], SHAPE.vocab, lambda tokens: logits(model, tokens))
+
+
+@pytest.mark.slow
+def test_an_export_in_fp8_runs_in_vllm(tmp_path: Path) -> None:
+    needs("vllm")
+    model, run = family(tmp_path)
+    export = {"check": ["values", "vllm"], "format": "fp8"}
+    (row,) = rows_of(extracted(tmp_path, run, subnets=[SMALL], budget_names=[], export=export))
+    (said,) = row["engines"]
+    assert " in vLLM" in said and f" of {PROMPTS * NEW_TOKENS} greedy tokens" in said
+    written = Path(row["hugging_face"])
+    assert said in (written / "README.md").read_text()
+
+    def parents(tokens: Tensor) -> Tensor:
+        return logits(model, tokens)
+
+    def nearly(tokens: Tensor) -> Tensor:
+        return 1.01 * parents(tokens)
+
+    with pytest.raises(ExportError, match="computes another model"):  # the parent is not this subnet
+        check_in_engine("vllm", written, SHAPE.vocab, parents, rounded=nearly)
