@@ -35,6 +35,7 @@ class Launched:
             time.sleep(0.05)
 
 
+@pytest.mark.slow  # in Slurm's place a stub shows the same way every time (test_launchers.py), and Slurm the ranks
 @pytest.mark.timeout(600)
 def test_two_ranks_train_until_the_signal_and_leave_a_checkpoint(start: Path, tmp_path: Path) -> None:
     launched = Launched(start, tmp_path)

@@ -1,4 +1,4 @@
-"""A run under torchrun, killed again and again: recipes/chaos.py, three kills here, fifty by hand."""
+"""A run under torchrun, killed again and again: recipes/chaos.py, two kills here, fifty by hand."""
 
 import json
 import os
@@ -16,16 +16,16 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.timeout(900)
-def test_killed_three_times_a_run_under_torchrun_ends_with_the_same_bytes() -> None:
+def test_killed_twice_a_run_under_torchrun_ends_with_the_same_bytes() -> None:
     ended = subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / "chaos.py"), "--kills=3", "--seed=3"],
+        [sys.executable, str(ROOT / "recipes" / "chaos.py"), "--kills=2", "--seed=3"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "3 kills in" in ended.stdout and len(re.findall(r"in all: equal", ended.stdout)) >= 1
+    assert "2 kills in" in ended.stdout and len(re.findall(r"in all: equal", ended.stdout)) >= 1
 
 
 @pytest.mark.slow

@@ -69,14 +69,13 @@ def real_steps(layouts: list[tuple[Layout, Execution]]) -> list[tuple[int, dict[
 
 ONE = [
     (Layout(), Execution.MASK),
-    (Layout(recompute="selective"), Execution.MASK),
     (Layout(recompute="full", dtype=torch.bfloat16), Execution.SLICE),
 ]
 TWO = [
     (Layout(tensor=2, sequence=True, dtype=torch.bfloat16), Execution.MASK),
     (Layout(tensor=2, sequence=True, recompute="full"), Execution.SLICE),
-    (Layout(pipeline=2, recompute="selective"), Execution.SLICE),
-    (Layout(pipeline=2, recompute="full", dtype=torch.bfloat16), Execution.MASK),
+    (Layout(pipeline=2, recompute="selective"), Execution.MASK),
+    (Layout(pipeline=2, recompute="full", dtype=torch.bfloat16), Execution.SLICE),
 ]
 
 
