@@ -25,6 +25,8 @@ from elastic.hf.reload import logit_difference
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 320, 64
 # Of the largest logit: what fp32 products in another order, and engines that keep keys and values in f16, come to.
 LOGIT_BOUND = 1e-3
+# vLLM 0.32.0, get_supported_head_sizes in vllm/v1/attention/backends/cpu_attn.py.
+VLLM_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 SCRIPT = Path(__file__).with_name("run_engine.py")
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -86,6 +88,14 @@ def missing_environment(name: str) -> Path | None:
     python = ENGINES[name].python(name)
     ready = (python.parents[1] / ".done").exists() if ENGINES[name].own_environment else python.exists()
     return None if ready else python.parents[1]
+
+
+def unfit(name: str, attention_channels: int) -> str | None:
+    """Say why an engine has no attention for heads of so many channels; None if it has."""
+    if name == "vllm" and attention_channels not in VLLM_HEADS:
+        known = ", ".join(map(str, VLLM_HEADS))
+        return f"vllm has attention on CPUs for heads of {known} channels, the model's have {attention_channels}"
+    return None
 
 
 def check_in_engine(

@@ -11,6 +11,7 @@ from elastic.blend.foreign import foreign_prefixes, tokenizer_record
 from elastic.blend.sources import blend_problems, tokenizer_folder
 from elastic.checkpoint.find import resolve_checkpoint
 from elastic.checkpoint.record import Record
+from elastic.config.export import ExportConfig
 from elastic.config.latency import with_table
 from elastic.config.load import ConfigError, Problem, load_with_problems
 from elastic.config.rules import rule_problems
@@ -34,7 +35,7 @@ from elastic.config.verbs import (
 )
 from elastic.corpus.config import PrepareConfig
 from elastic.data.manifest import DataError
-from elastic.engines.check import missing_environment
+from elastic.engines.check import missing_environment, unfit
 from elastic.run.folder import is_left_over
 from elastic.space.gates import Execution
 from elastic.space.shape import ModelShape
@@ -170,13 +171,22 @@ def checkpoint_problems(config: object) -> Iterator[Problem]:
                 masked = isinstance(config, EvaluateConfig) and config.execution is Execution.MASK
                 broken = tuple(members_problems(config.init_from, config.budget_names, config.subnets, masked=masked))
                 yield from broken
-                if isinstance(config, ExtractConfig) and config.export.in_fp8 and "logits" in config.export.check:
-                    yield from fp8_reader_problems()
+                if isinstance(config, ExtractConfig):
+                    yield from _check_problems(config.export, record.shape)
                 if isinstance(config, HeldOutConfig):
                     lanes = record.lanes if record.lanes > 1 else None
                     yield from layout_problems(record.shape, config.parallel, lanes)
                 if isinstance(config, SearchConfig) and not broken:
                     yield from search_problems(config)
+
+
+def _check_problems(export: ExportConfig, parent: ModelShape) -> Iterator[Problem]:
+    """What reloads or runs an export takes its format and sizes."""
+    if export.in_fp8 and "logits" in export.check:
+        yield from fp8_reader_problems()
+    for name in export.engines if parent.attention_heads else ():
+        if (rule := unfit(name, parent.attention_channels)) is not None:
+            yield Problem("export.check", list(export.check), rule, f"leave {name} out")
 
 
 def _removal_problems(section: ImportanceSection, num_layers: int) -> Iterator[Problem]:

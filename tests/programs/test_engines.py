@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from elastic.config.load import load
 from elastic.config.verbs import ExtractConfig
-from elastic.engines.check import ENGINES, NEW_TOKENS, PROMPTS, check_in_engine, missing_environment
+from elastic.engines.check import ENGINES, NEW_TOKENS, PROMPTS, check_in_engine, missing_environment, unfit
 from elastic.hf.config import ExportError
 from elastic.verbs.extract import EXTRACTION_FILE
-from elastic.verbs.inputs import input_problems
+from elastic.verbs.inputs import checkpoint_problems, input_problems
 from tests.parity.hf_models import SHAPES, logits
 from tests.parity.import_extract import extracted, imported, stock_folder
 
@@ -46,6 +46,19 @@ def test_an_engine_without_an_environment_is_refused_with_the_command(monkeypatc
     problem = next(problem for problem in input_problems(config) if problem.field == "export.check")
     assert "mlx has no environment in /nowhere/engines/mlx" in problem.rule
     assert problem.remedy == "make it with `make engine-mlx`"
+
+
+def test_heads_that_vllm_has_no_attention_for_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    narrow = SHAPES["groups 2, tied head"]
+    stock_folder(tmp_path / "stock", narrow, "fp32")
+    run = imported(tmp_path, tmp_path / "stock")
+    config = load(ExtractConfig, {"init_from": {"checkpoint": str(run)}, "export": {"check": ["values", "vllm"]}})
+    (problem,) = checkpoint_problems(config)
+    assert problem.field == "export.check" and problem.remedy == "leave vllm out"
+    assert problem.rule.endswith(f"512 channels, the model's have {narrow.attention_channels}")
+    assert (
+        unfit("vllm", SHAPE) is unfit("mlx", narrow) is unfit("vllm", SHAPES["no attention, long convolution"]) is None
+    )
 
 
 def family(folder: Path) -> tuple[PreTrainedModel, Path]:
