@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 WORDS = ("the", "small", "large", "model", "layer", "head", "learns", "forgets", "keeps", "width", "of", "and")
-TASKS = ("made_choices", "made_letters", "made_texts", "made_answers")
+TASKS = ("made_choices", "made_letters", "made_last", "made_texts", "made_answers")
 COMMON = """task: {name}
 dataset_path: json
 dataset_kwargs:
@@ -31,6 +31,13 @@ doc_to_choice: ["A", "B", "C", "D"]
 target_delimiter: ""
 metric_list:
   - metric: acc
+""",
+    "made_last": """output_type: loglikelihood
+doc_to_text: "{{question}}"
+doc_to_target: " {{choices[0]}}"
+metric_list:
+  - metric: acc
+  - metric: perplexity
 """,
     "made_texts": """output_type: loglikelihood_rolling
 doc_to_text: ""

@@ -98,13 +98,17 @@ def answers(start: Path) -> dict[str, Any]:
     return found
 
 
-def _on_one_process(start: Path) -> dict[str, Any]:
-    torch.set_num_threads(1)
-    os.environ["HF_DATASETS_CACHE"] = str(start / "datasets")  # before its package is imported
+def _make_family(start: Path) -> None:
     write_corpus(start / "corpus")
     prepare_corpus(start)
     save_lively_family(start)
     write_tasks(start / "tasks")
+
+
+def _on_one_process(start: Path) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    os.environ["HF_DATASETS_CACHE"] = str(start / "datasets")  # before its package is imported
+    _make_family(start)
     source = dict(init_from=dict(checkpoint=str(start / "run" / "writer")))
     run_extract(load(ExtractConfig, source | dict(exp_manager=place(start, "written"))), Console(quiet=True))
     folder = str(start / "run" / "written" / "half")
@@ -140,8 +144,8 @@ def test_numbers_from_the_nested_checkpoint_are_those_of_lm_evals_own_hf_on_the_
     assert len(counted) >= 6, "accuracies and their errors"
     for task, name in counted:
         assert ours[task][name] == stock[task][name], (task, name)
-    for name in ("word_perplexity,none", "bits_per_byte,none"):
-        assert abs(ours["made_texts"][name] / stock["made_texts"][name] - 1) < 1e-4
+    for task, name in (("made_texts", "word_perplexity"), ("made_texts", "bits_per_byte"), ("made_last", "perplexity")):
+        assert abs(ours[task][f"{name},none"] / stock[task][f"{name},none"] - 1) < 1e-4
     full = nested["full"]["tasks"]
     assert 0 < ours["made_letters"]["acc,none"] < 1
     assert full["made_texts"] != ours["made_texts"], "another budget is another model"
@@ -158,6 +162,34 @@ def test_answers_do_not_depend_on_batches_and_are_stock_ones(done: dict[str, Any
         assert relative_error(torch.tensor(found[name]["rolling"]), torch.tensor(expected["rolling"])) < 1e-5
         assert found[name]["texts"] == expected["texts"]
     assert len(set(expected["texts"])) > 2 and any(len(text) > 3 for text in expected["texts"])
+
+
+def _of_file(start: Path, ranks: int) -> list[dict[str, Any]]:
+    """Score a budget and an entry of a file of subnets on tensor-parallel ranks; one of them makes the family first."""
+    os.environ["HF_DATASETS_CACHE"] = str(start / "datasets")
+    if ranks == 1:
+        _make_family(start)
+    given = dict(init_from=dict(checkpoint=str(start / "run" / "writer")), parallel=dict(tensor=ranks), limit=6,
+                 tasks=TASKS, include_path=str(start / "tasks"), max_length=LONGEST, budget_names=["half", "thin"],
+                 subnets=str(start / "thin.json"), exp_manager=place(start, f"on_{ranks}"))  # fmt: skip
+    config = load_run(EvaluateTasksConfig, given, Cluster(num_processes=ranks), is_main=False)
+    folder, is_main = run_evaluate_tasks(config, Console(quiet=True)), os.environ["RANK"] == "0"
+    rows: list[dict[str, Any]] = json.loads((folder / TASKS_FILE).read_text())["members"] if is_main else []
+    return rows
+
+
+@pytest.mark.slow
+def test_split_over_ranks_and_of_a_file_of_subnets_the_numbers_are_the_same(tmp_path: Path) -> None:
+    thin = dict(name="thin", hidden=32, ffn=[64], kept_layers=[0, 1, 2])
+    (tmp_path / "thin.json").write_text(json.dumps({"subnets": [thin, dict(name="other")]}))
+    whole, split = (run_distributed(_of_file, ranks, tmp_path, ranks, timeout_s=900)[0] for ranks in (1, 2))
+    assert [row["name"] for row in split] == ["half", "thin"] == [row["name"] for row in whole]
+    for one, other in zip(split, whole, strict=True):
+        for task, metrics in one["tasks"].items():
+            assert metrics.keys() == other["tasks"][task].keys()
+            for name, value in metrics.items():  # some are words
+                expected = other["tasks"][task][name]
+                assert value == (expected if isinstance(expected, str) else pytest.approx(expected, rel=1e-4)), name
 
 
 def test_tables_names_and_subnets_by_hand(done: dict[str, Any]) -> None:
