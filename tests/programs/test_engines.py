@@ -84,7 +84,7 @@ def test_a_subnet_with_ffn_widths_of_its_own_runs_in_mlx(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # thirteen starts of engines: three minutes on two free cores
+@pytest.mark.timeout(900)  # twenty starts of engines: three minutes on two free cores
 def test_three_budgets_run_in_every_engine(tmp_path: Path) -> None:
     engines = ["transformers", "mlx", "llama_cpp", "vllm"]
     for engine in engines:
