@@ -1,9 +1,6 @@
 """docs/results.md and its pictures, from the JSON files of recipes/study.py alone."""
 
-import json
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from math import exp, log
 from pathlib import Path
@@ -11,9 +8,11 @@ from statistics import mean, stdev
 from textwrap import fill
 from typing import Any
 
+from recipes._study_answers import Answers, Cell
+from recipes._study_pictures import draw
 from recipes._study_questions import Question
 
-SECONDS_PER_MINUTE, WIDTH = 60, 118
+WIDTH = 118
 INTRODUCTION = """# Results: what the method is worth at laptop scale
 
 Every figure on this page comes from the small files in `docs/results/`, one for an arm, a corpus and a seed:
@@ -36,61 +35,6 @@ One parent for each corpus, trained once; seeds are those of the family's run: o
 noise. `±` is the standard deviation over seeds, `n` their number. **better** and **worse** stand where a difference
 to the arm compared with is larger than both deviations together, and both arms have two seeds or more.
 """
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What the seeds of one arm came to, for one corpus and one member."""
-
-    losses: Mapping[int, float]  # by seed
-    params: float
-    tokens: int
-    rate: float
-    seconds: float  # of one core, for the training that is tested
-
-    @property
-    def mean(self) -> float:
-        """Return the mean loss."""
-        return mean(self.losses.values())
-
-    @property
-    def deviation(self) -> float | None:
-        """Return the standard deviation over seeds; None of one seed."""
-        return stdev(self.losses.values()) if len(self.losses) > 1 else None
-
-
-@dataclass(frozen=True)
-class Answers:
-    """All files of one question: `cells` by corpus, member and arm."""
-
-    files: Sequence[Mapping[str, Any]]
-    cells: Mapping[tuple[str, str], Mapping[str, Cell]] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, question: Question, folder: Path) -> "Answers":
-        """Read a question's files, in the order of its arms; of arms that it no longer has, none."""
-        files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-        files = [file for file in files if file["arm"] in question.arms and file["corpus"] in question.corpora]
-        files.sort(key=lambda file: (list(question.arms).index(file["arm"]), file["corpus"], file["seed"]))
-        rows: dict[tuple[str, str, str], list[tuple[Any, Any]]] = defaultdict(list)
-        for file in files:
-            for member in file["members"]:
-                rows[file["corpus"], member["name"], file["arm"]].append((file, member))
-        cells: dict[tuple[str, str], dict[str, Cell]] = defaultdict(dict)
-        for (corpus, name, arm), found in rows.items():
-            cells[corpus, name][arm] = Cell(
-                {file["seed"]: member["loss"] for file, member in found},
-                mean(member["params"] for _, member in found),
-                found[0][0]["tokens"],
-                found[0][0]["rate"],
-                mean(file["cpu_seconds"][list(file["training"])[-1]] for file, _ in found),
-            )
-        return cls(files, cells)
-
-    def cpu_minutes(self) -> float:
-        """Return what cores worked for all of it, steps that arms share counted once, searches of rates not."""
-        steps = {name: seconds for file in self.files for name, seconds in file["cpu_seconds"].items()}
-        return sum(steps.values()) / SECONDS_PER_MINUTE
 
 
 def verdict(cell: Cell, other: Cell) -> str:
@@ -206,13 +150,9 @@ def section(question: Question, answers: Answers, picture: Path) -> str:
 
 def _position_lines(answers: Answers, corpus: str) -> Iterator[str]:
     """Say the loss by place in the sequence, where an arm's test has it: means over seeds, first part first."""
-    parts: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
-    for file in (file for file in answers.files if file["corpus"] == corpus):
-        for member in (member for member in file["members"] if "loss_by_position" in member):
-            parts[member["name"], file["arm"]].append(member["loss_by_position"])
+    parts = answers.by_position(corpus)
     for (member, arm), losses in parts.items():
-        means = ", ".join(f"{mean(at):.3f}" for at in zip(*losses, strict=True))
-        yield f"- {member}, {arm}, by place in the sequence: {means}"
+        yield f"- {member}, {arm}, by place in the sequence: {', '.join(f'{loss:.3f}' for loss in losses)}"
     yield from [""] if parts else []
 
 
@@ -237,58 +177,16 @@ def _ratio_lines(question: Question, answers: Answers) -> Iterator[str]:
         spread = (
             f", mean {mean(r for r, _, _ in ratios):.2f} ± {stdev(r for r, _, _ in ratios):.2f}" if ratios[1:] else ""
         )
+        arms = [item for name in ratios[0][2] for item in answers.cells[corpus, name].items()]
+        family = next(cell for arm, cell in arms if arm == question.token_ratio)
+        alone = [cell for arm, cell in arms if arm != question.token_ratio and cell.tokens == family.tokens]
         by_member = "; ".join(
             f"{name} alone takes " + ", ".join(f"{taken[name] / 1e3:,.0f}k" for _, _, taken in ratios)
             for name in ratios[0][2]
         )
         yield (
             f"**Tokens on {corpus}: separate runs take {figures} times the family's to do as well as it{spread}** (by "
-            f"seed; > and <: the family lies beyond the longest or shortest separate run). {by_member}."
+            f"seed; > and <: the family lies beyond the longest or shortest separate run). {by_member}. The family's "
+            f"run takes {family.seconds:.0f} core seconds, {len(alone)} separate ones of as many tokens each "
+            f"{sum(cell.seconds for cell in alone):.0f} together."
         )
-
-
-def draw(question: Question, answers: Answers, path: Path) -> None:
-    """Draw test loss over parameters, and validation loss over tokens of the smallest member, for each corpus."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    corpora = list(dict.fromkeys(corpus for corpus, _ in answers.cells))
-    sizes = {name: cell.params for (_, name), arms in answers.cells.items() for cell in arms.values()}
-    smallest = min(sizes, key=sizes.__getitem__)
-    figure, axes = pyplot.subplots(len(corpora), 2, figsize=(11, 3.8 * len(corpora)), squeeze=False)
-    for (left, right), corpus in zip(axes, corpora, strict=True):
-        for number, arm in enumerate(question.arms):
-            color, marker = f"C{number % 10}", "osD^v"[number // 10]
-            cells = [arms[arm] for (name, _), arms in answers.cells.items() if name == corpus and arm in arms]
-            if not cells:
-                continue
-            cells.sort(key=lambda cell: cell.params)
-            spread = [cell.deviation or 0.0 for cell in cells]
-            sizes_k, losses = [cell.params / 1e3 for cell in cells], [cell.mean for cell in cells]
-            left.errorbar(sizes_k, losses, spread, label=arm, capsize=3, color=color, marker=marker)
-            points = _curve(answers, corpus, arm, smallest)
-            if cells[0].tokens and points:
-                right.plot([x / 1e3 for x, _ in points], [y for _, y in points], color=color)
-        left.set(xlabel="parameters (thousands)", ylabel="test loss", title=f"{corpus}: size and loss")
-        right.set(xlabel="tokens of the run (thousands)", ylabel="validation loss", title=f"{smallest}, on the way")
-        left.legend(fontsize=7)
-        left.grid(alpha=0.3)
-        right.grid(alpha=0.3)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80, metadata={"Software": None})
-    pyplot.close(figure)
-
-
-def _curve(answers: Answers, corpus: str, arm: str, member: str) -> list[tuple[float, float]]:
-    """Return (tokens, mean loss over seeds) of a member at each validation of an arm's last training."""
-    by_tokens: dict[int, list[float]] = defaultdict(list)
-    for file in answers.files:
-        if (file["corpus"], file["arm"]) != (corpus, arm) or not file["training"]:
-            continue
-        for point in [*file["training"].values()][-1]["curve"]:
-            if member in point["loss"]:
-                by_tokens[point["tokens"]].append(point["loss"][member])
-    return sorted((tokens, mean(losses)) for tokens, losses in by_tokens.items())

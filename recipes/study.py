@@ -53,7 +53,9 @@ class Study:
             if step.name in self._failed:
                 raise SystemExit(self._failed[step.name])
             folder = self.smoke.folder
-            into = [f"output_dir={folder / step.name}"] if step.verb == "prepare_data" else self.smoke.into(step.name)
+            outputs = {"prepare_data": f"output_dir={folder / step.name}"}
+            outputs["measure_latency"] = f"output={folder / step.name}.json"
+            into = [outputs[step.verb]] if step.verb in outputs else self.smoke.into(step.name)
             log = folder / f"{step.name}.log"
             try:
                 return self.smoke.run(step.verb, step.name, [*step.arguments(folder), *into], log=log)
@@ -121,18 +123,23 @@ def curve(folder: Path, member: str | None = None) -> dict[str, Any]:
     phases = json.loads((folder / "config.json").read_text(encoding="utf-8"))["curriculum"]
     per_step = [p["global_batch"] * p["sequence_length"] for p in phases for _ in range(p["steps"])]
     points: dict[int, dict[str, Any]] = {}
+    choices = {row["step"]: row["choices"] for row in _rows(folder / "choices.jsonl")}
     said: dict[str, Any] = {}  # the latest row about the router
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in _rows(folder / "metrics.jsonl"):
         said |= {key: value for key, value in row.items() if key.startswith("router/")}
         losses = {member or key.split("/")[1]: row[key] for key in row if LOSS.fullmatch(key)}
         if losses:
             points[row["step"]] = {"tokens": sum(per_step[: row["step"]]), "loss": losses} | {
                 "router": {
                     key.removeprefix("router/"): round(value, 4) for key, value in said.items() if "_loss" not in key
-                }
+                },
+                "choices": choices.get(row["step"], {}),
             }
     return {"tokens": sum(per_step), "curve": list(points.values())}
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def validation_loss(folder: Path) -> float:

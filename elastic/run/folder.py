@@ -17,7 +17,16 @@ from elastic.world.groups import World, decided_by_rank_0
 CONFIG_FILE, WANDB_FILE = "config.json", "wandb.json"
 FAMILY_FILE = "family.yaml"  # what import_hf offers to edit
 FINISHED_FILE = "finished.json"  # of a run that has nothing left to do: a chain of jobs ends on it
-LOGS = ("metrics.jsonl", "events.jsonl", "report.html", "tensorboard", "wandb", "nonfinite", "watchdog")
+LOGS = (
+    "metrics.jsonl",
+    "events.jsonl",
+    "choices.jsonl",
+    "report.html",
+    "tensorboard",
+    "wandb",
+    "nonfinite",
+    "watchdog",
+)
 OF_A_START = (CONFIG_FILE, WANDB_FILE, FAMILY_FILE, *LOGS, "checkpoints")
 LOCK_WAIT_S = 60.0  # what is left of a killed attempt may take that long to be gone
 

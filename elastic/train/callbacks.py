@@ -23,7 +23,7 @@ REMOVING = ".removing"
 
 @dataclass
 class Validate(Callback):
-    """Evaluates every budget's argmax subnet on the held-out split every n steps and at the end."""
+    """Evaluates every budget's subnet on the held-out split every n steps and at the end; logs the subnets, too."""
 
     datasets: Sequence[HeldOut]
     log: RunLog
@@ -46,6 +46,8 @@ class Validate(Callback):
             for source, label in labels.items():
                 row[f"validation/{name}/loss/{label}"] = loss.by_source[source].cross_entropy
         self.log.write(trainer.step, row)
+        if not bare:
+            self.log.choices(trainer.step, subnets)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from elastic.config.sections import TrainerConfig
 from elastic.hf.safe_files import read_json
 from elastic.router.phases import Moment
 from elastic.run.folder import WANDB_FILE
+from elastic.space.shape import Subnet
 from elastic.train.choices import off_budget, router_values
 from elastic.train.evaluation import LossMeter, MeanLoss
 from elastic.train.nonfinite import NONFINITE_FOLDER, readable
@@ -25,7 +26,7 @@ from elastic.train.trainer import Callback, StepResult, Trainer
 from elastic.world.files import explained, write_json, written_aside
 from elastic.world.groups import World
 
-METRICS_FILE, EVENTS_FILE = "metrics.jsonl", "events.jsonl"
+METRICS_FILE, EVENTS_FILE, CHOICES_FILE = "metrics.jsonl", "events.jsonl", "choices.jsonl"
 WINDOW = 32  # log intervals a loss is compared with; ours
 MIN_HISTORY = 10
 NORMAL = 1.4826  # median absolute deviation to standard deviation, for normal noise
@@ -80,7 +81,7 @@ class RunLog:
         self._tensorboard: Any = None
         if folder is None:
             return
-        for name in (METRICS_FILE, EVENTS_FILE):
+        for name in (METRICS_FILE, EVENTS_FILE, CHOICES_FILE):
             with _explained(folder / name):
                 if dropped := _drop_after(folder / name, step):
                     say(f"{name}: {dropped} lines of steps after {step} are dropped, for these steps run again")
@@ -104,6 +105,10 @@ class RunLog:
     def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append something out of the ordinary to events.jsonl."""
         self._append(EVENTS_FILE, [{"event": kind, "step": step, **values}])
+
+    def choices(self, step: int, subnets: Mapping[str, Subnet]) -> None:
+        """Append every budget's subnet, layer by layer, to choices.jsonl."""
+        self._append(CHOICES_FILE, [{"step": step, "choices": {name: asdict(one) for name, one in subnets.items()}}])
 
     def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         if self._folder is not None:

@@ -91,6 +91,12 @@ class LocalSlurm:
         printed = self.command("sbatch", "--parsable", *arguments, str(launcher), cwd=cwd, **environment)
         return int(printed.split()[-1])
 
+    def idle_nodes(self) -> int:
+        """Return how many nodes have nothing to do, not even to clean up after a job."""
+        with contextlib.suppress(RuntimeError):
+            return int(self.command("sinfo", "-h", "-p", "batch", "-t", "idle", "-o", "%D").strip() or 0)
+        return 0
+
     def job(self, number: int | str) -> Mapping[str, str]:
         """Return what `scontrol show job` says of a job."""
         for attempt in range(10):
@@ -109,9 +115,10 @@ class LocalSlurm:
             job = self.job(number)
             if job["JobState"] in states:
                 return job
-            if was_put_off and job["JobState"] == "PENDING" and job["Reason"] == "BeginTime":
-                # A requeued job waits two minutes, so that the nodes can recover. Within the second in which its
-                # credential was revoked it would fail.
+            waits = was_put_off and job["JobState"] == "PENDING" and job["Reason"] == "BeginTime"
+            # A requeued job waits two minutes, so that the nodes can recover: one that starts before its last node has
+            # revoked its credential fails. Busy nodes take as long as they take; that all are done can be seen.
+            if waits and self.idle_nodes() == len(list(self.folder.glob("n*.pid"))):
                 self.command("scontrol", "update", f"JobId={number}", "StartTime=now+5seconds")
                 was_put_off = False
             time.sleep(0.5)  # each look is a process of Slurm's
@@ -172,9 +179,8 @@ def _start_munge(folder: Path) -> None:
 def _wait_for_idle(slurm: LocalSlurm, nodes: int) -> None:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
-        with contextlib.suppress(RuntimeError):
-            if slurm.command("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == str(nodes):
-                return
+        if slurm.idle_nodes() == nodes:
+            return
         time.sleep(0.2)
     log = (slurm.folder / "slurmctld.log").read_text()[-2000:]
     raise TimeoutError(f"{nodes} nodes are not idle after {START_S:.0f} s; the controller's log ends with\n{log}")

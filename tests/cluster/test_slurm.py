@@ -66,11 +66,13 @@ def output_of(folder: Path, job: int) -> str:
     return (folder / f"slurm-{job}.out").read_text()
 
 
-def wait_for_step(slurm: LocalSlurm, job: int, run: Path, step: int) -> None:
-    """Wait until a run has logged a step."""
+def wait_for_step(slurm: LocalSlurm, folder: Path, job: int, run: Path, step: int) -> None:
+    """Wait until a run has logged a step of a job that was submitted from `folder`."""
     deadline = time.monotonic() + END_S
     while max(logged_steps(run), default=0) < step:
-        assert time.monotonic() < deadline and slurm.job(job)["JobState"] not in ("FAILED", "COMPLETED")
+        now = slurm.job(job)
+        lives = time.monotonic() < deadline and now["JobState"] not in ("FAILED", "COMPLETED")
+        assert lives, f"{dict(now)}\n{output_of(folder, job)}"
         time.sleep(0.2)  # each look is a process of Slurm's
 
 
@@ -108,7 +110,7 @@ def test_usr1_is_a_checkpoint_a_requeue_and_the_same_losses_and_a_crash_is_the_e
     steps = (100_000, 1)
     arguments, run = tiny_overrides(start, tmp_path, "told", steps), tmp_path / "run" / "told"
     job = submit(slurm, tmp_path, 2, arguments)
-    wait_for_step(slurm, job, run, 3)
+    wait_for_step(slurm, tmp_path, job, run, 3)
     # What `#SBATCH --signal=B:USR1@300` does five minutes before the time limit.
     slurm.command("scancel", "--batch", "--signal=USR1", str(job))
     waiting = slurm.wait(job, ["PENDING", "COMPLETED", "FAILED"], timeout_s=END_S)
@@ -117,7 +119,7 @@ def test_usr1_is_a_checkpoint_a_requeue_and_the_same_losses_and_a_crash_is_the_e
     assert 3 <= stopped < sum(steps)
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == [f"step_{stopped:08d}"]
     assert slurm.wait(job, ["RUNNING", *ENDED])["JobState"] == "RUNNING", output_of(tmp_path, job)
-    wait_for_step(slurm, job, run, stopped + 2)
+    wait_for_step(slurm, tmp_path, job, run, stopped + 2)
     killed = time.time()
     os.kill(pid_of_rank(job, 1), signal.SIGABRT)
     ended = slurm.wait(job, timeout_s=END_S)

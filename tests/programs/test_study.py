@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from recipes._study_answers import Answers
 from recipes._study_questions import read_question
-from recipes._study_report import Answers
 from recipes.study import CONF, RESULTS, ROOT
 
 QUESTION, ARM, CORPUS = "one_or_several", "small_third", "python"

@@ -17,8 +17,9 @@ from rich.console import Console
 from elastic.config.load import ConfigError, load
 from elastic.verbs.parent import fill_from_parent
 from recipes._common import CONF
+from recipes._study_answers import Answers
 from recipes._study_questions import Question, question_names, read_question
-from recipes._study_report import Answers, tokens_to_reach, write_page
+from recipes._study_report import tokens_to_reach, write_page
 from recipes._verbs import VERBS
 from recipes.smoke import Smoke
 from recipes.study import Study, run_questions
@@ -35,7 +36,7 @@ def composed(verb: str, *groups: str) -> DictConfig:
 
 
 def test_every_step_of_every_question_is_a_config_of_its_verb() -> None:
-    """Keys and types, as the verb would load them; a file that is named as subnets is not there yet."""
+    """Keys and types, as the verb would load them; a file that an earlier step writes is not there yet."""
     steps, parser = {}, OverridesParser.create()
     for name in question_names(STUDY):
         question = read_question(name, STUDY)
@@ -43,14 +44,15 @@ def test_every_step_of_every_question_is_a_config_of_its_verb() -> None:
             steps |= {step.name: step for step in arm.steps(corpus, seed=1, rate=1e-3)}
     for step in steps.values():
         given = dict(override.split("=", 1) for override in step.arguments(Path("runs/study")))
-        config = deepcopy(composed(step.verb, *(f"{key}={given.pop(key)}" for key in ("budgets",) if key in given)))
+        groups = [f"{key}={given.pop(key)}" for key in ("budgets",) if key in given]
+        config = deepcopy(composed(given.pop("--config-name", step.verb), *groups))
         for key, value in given.items():
             value = f"'{value}'" if key == "constraint" else value  # as recipes/_arguments.py does
-            if not value.endswith("subnets.json"):
+            if not value.endswith(".json"):
                 OmegaConf.update(config, key, parser.parse_override(f"{key}={value}").value(), force_add=True)
         values: Any = OmegaConf.to_container(config, resolve=True)
         kind = VERBS[step.verb].config
-        if step.verb == "train_elastic":
+        if step.verb in ("train_elastic", "measure_latency"):
             values["model"] = {"vocab": 512}
         load(kind, fill_from_parent(kind, values)[0])
 
@@ -124,6 +126,7 @@ class Verbs(Smoke):
             phases = [{"global_batch": 2, "sequence_length": 8, "steps": 4}]
             (target / "config.json").write_text(json.dumps({"curriculum": phases}))
             rows = [{"step": 4, "router/small/cost_ratio": 1.0}, {"step": 4, "validation/small/loss": loss}]
+            (target / "choices.jsonl").write_text(json.dumps({"step": 4, "choices": {"small": {"hidden": 8}}}) + "\n")
             (target / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return target
 
@@ -144,7 +147,9 @@ def test_steps_are_shared_rates_are_searched_and_what_is_done_is_skipped(conf: P
     assert (found["rate"], found["rates_tried"]) == (0.1, pytest.approx({"0.1": 3.06, "0.2": 3.11}))
     assert (found["tokens"], found["members"][0]["loss"]) == (64, pytest.approx(3.07))
     training = [entry for name, entry in found["training"].items() if name.startswith("train_elastic")]
-    assert training[0]["curve"][0]["tokens"] == 64 and training[0]["curve"][0]["router"] == {"small/cost_ratio": 1.0}
+    last = training[0]["curve"][0]
+    assert (last["tokens"], last["router"]) == (64, {"small/cost_ratio": 1.0})
+    assert last["choices"] == {"small": {"hidden": 8}}
     assert sum(found["cpu_seconds"].values()) == 180.0
     assert asked(conf, tmp_path) == ([], [])
 

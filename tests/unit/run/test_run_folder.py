@@ -185,12 +185,13 @@ def test_a_resumed_run_logs_each_step_once(tmp_path: Path) -> None:
     for step in range(1, 6):
         log.write(step, {"loss": float(step)})
         log.event("loss_spike", step, {})
+        log.choices(step, {})
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as rows:
         rows.write('a note of the user\n{"step": 6, "lo')  # and a line that the kill cut off
     heard: list[str] = []
     log = RunLog(tmp_path, tensorboard=True, step=3, say=heard.append)
-    assert logged(tmp_path) == logged(tmp_path, "events.jsonl") == [1, 2, 3]
+    assert logged(tmp_path) == logged(tmp_path, "events.jsonl") == logged(tmp_path, "choices.jsonl") == [1, 2, 3]
     assert "a note of the user\n" in (tmp_path / "metrics.jsonl").read_text()
     assert heard[0] == "metrics.jsonl: 3 lines of steps after 3 are dropped, for these steps run again"
     for step in range(4, 8):
