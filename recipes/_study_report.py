@@ -64,7 +64,7 @@ def token_ratios(question: Question, answers: Answers) -> Iterator[tuple[str, in
     """Yield (corpus, seed, ratio, bound, tokens by member): what separate runs take to do as well as one family.
 
     The ratio is the sum over members of the tokens that a run of its own takes to reach the family's loss, over the
-    family's tokens. Separate runs are the arms with that member alone.
+    family's tokens. Separate runs are the arms with that member alone; a seed that lacks some is left out.
     """
     alone = [file for file in answers.files if len(file["members"]) == 1 and file["tokens"]]
     for family in (file for file in answers.files if file["arm"] == question.token_ratio):
@@ -79,7 +79,7 @@ def token_ratios(question: Question, answers: Answers) -> Iterator[tuple[str, in
             if len(points) > 1:
                 taken[member["name"]], bound = tokens_to_reach(member["loss"], points)
                 bounds.add(bound)
-        if taken:
+        if taken.keys() == {file["members"][0]["name"] for file in alone if file["corpus"] == corpus} != set():
             bound = "" if bounds == {""} else ">" if "<" not in bounds else "<" if ">" not in bounds else "?"
             yield corpus, seed, sum(taken.values()) / family["tokens"], bound, taken
 
