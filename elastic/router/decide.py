@@ -2,9 +2,9 @@
 
 The budget loss sees an expected cost, which is multilinear in the choices' probabilities. Where choices are coarse it
 has corners off the target that every single move makes worse, and a router can settle in one: 3 to 9% off in spaces of
-nine layers, though other subnets meet the budget. So the argmax stands where it is within KEPT of the target; else
-those choices change whose log-probabilities lose least until it is within TOLERANCE. Late in a phase the router is
-pulled to them (draw.py), so that the argmax changes itself while the weights still follow.
+nine layers, though other subnets meet the budget. So the argmax stands where it is within the budget's tolerance; else
+those choices change whose log-probabilities lose least until it is. Late in a phase the router is pulled to them
+(draw.py), so that the argmax changes itself while the weights still follow.
 
 A axes with one choice, S slots of axes with a choice per layer, K choices, C combinations of the A axes' choices.
 """
@@ -19,14 +19,11 @@ from torch import Tensor
 from elastic.router.router import Router
 from elastic.space.axes import AXES, INNER_AXIS, Axis
 from elastic.space.cost import PADDED, Budget, Deployment, Metric, subnet_cost
-from elastic.space.reach import TOLERANCE, homogeneous, ratios
+from elastic.space.reach import homogeneous, ratios
 from elastic.space.shape import Subnet
 from elastic.space.space import Space
 
 Chosen = dict[Axis, tuple[int, ...]]  # choice indices, one per slot
-# As far off, an argmax is kept and not pulled away: the weights were trained with it, and another costs more than a
-# hundredth of a budget is worth (make smoke-chat: 47% of small's answers right at 1.2% off; 15% once moved).
-KEPT = 0.02
 GRAINS = 32  # sums of costs closer than a tolerance by this are one to the search, which keeps the likelier
 
 
@@ -42,8 +39,8 @@ def decide(router: Router, space: Space, index: int, budget: Budget, deployment:
 def choose(router: Router, space: Space, index: int, budget: Budget, deployment: Deployment) -> Chosen:
     """Return what the router chooses for its budget number `index`: no noise, ties to the wider choice.
 
-    The argmax if it meets `budget` within KEPT, else the likeliest subnet that does within TOLERANCE. Where none does,
-    the tolerance doubles until one does or the argmax itself is that near. The same on every rank: a pure function.
+    The argmax if it meets `budget` within its tolerance, else the likeliest subnet that does. Where none does, the
+    tolerance doubles until one does or the argmax itself is that near. The same on every rank: a pure function.
 
     Raises RouterError for logits that are NaN or Inf, whose argmax would be a subnet like any other.
     """
@@ -56,8 +53,8 @@ def in_place_of_argmax(
 ) -> Chosen | None:
     """Return what `choose` takes for the argmax of one budget's logits [slots, K]; None where the argmax stands."""
     used = subnet_cost(space.parent, space.subnet(argmax(logits)), deployment)[budget.metric]
-    missed, tolerance = abs(float(used) / budget.limit - 1.0), TOLERANCE
-    if missed <= KEPT:
+    missed, tolerance = abs(float(used) / budget.limit - 1.0), budget.tolerance
+    if missed <= tolerance:
         return None
     regrets = {axis: (values.amax(-1, keepdim=True) - values).double().cpu() for axis, values in logits.items()}
     while missed > tolerance:

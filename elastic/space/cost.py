@@ -242,12 +242,16 @@ def shape_cost(shape: ModelShape, deployment: Deployment | None = None) -> Cost:
 
 @dataclass(frozen=True)
 class Budget:
-    """A named limit on one metric: `target` in absolute units, or `ratio` of the parent's cost. Exactly one."""
+    """A named limit on one metric: `target` in absolute units, or `ratio` of the parent's cost. Exactly one.
+
+    `tolerance`: by what share of the target a choice may miss it, either way; ours.
+    """
 
     name: MemberName
     metric: Metric = Metric.PARAMS
     target: Target | None = None
     ratio: Share | None = None
+    tolerance: Share = 0.01
 
     @property
     def limit(self) -> float:

@@ -15,7 +15,6 @@ from elastic.space.cost import Budget, Cost, Deployment, Widths, cost, in_figure
 from elastic.space.shape import Subnet
 from elastic.space.space import AxisChoices, Space, SpaceError
 
-TOLERANCE = 0.01  # of the target; ours, as near as a budget should be met
 _GOLDEN_RATIO = 0.6180339887498949  # multiples of it, modulo 1, fall evenly
 Slots = Mapping[Axis, Sequence[int]]  # choices of every slot of an axis
 Step = tuple[Axis, int, int]  # axis, slot, and by how many choices
@@ -47,23 +46,22 @@ def out_of_reach(
 
 @dataclass(frozen=True)
 class Sample:
-    """A subnet picked for a budget, its cost, and that cost as a share of the target."""
+    """A subnet picked for a budget, its cost, and that cost as a share of the target.
+
+    `is_near`: the target is met within the budget's tolerance; if not, the choices are too coarse around it.
+    """
 
     subnet: Subnet
     cost: Cost
     ratio: float
-
-    @property
-    def is_near(self) -> bool:
-        """Tell whether the target is met within TOLERANCE; if not, the choices are too coarse around it."""
-        return abs(self.ratio - 1.0) <= TOLERANCE
+    is_near: bool
 
 
 def sample_subnet(space: Space, budget: Budget, deployment: Deployment) -> Sample:
     """Pick a sensible subnet for a budget, the same one every time; the router is free to learn another.
 
-    1. Of the subnets with one width per axis that meet the target within TOLERANCE, the most balanced: each axis gives
-       up about the same share of what its choices let it give up.
+    1. Of the subnets with one width per axis that meet the target within its tolerance, the most balanced: each axis
+       gives up about the same share of what its choices let it give up.
     2. If there is none, the most balanced one just above the target, with as many layers of the per-layer axes as it
        takes, evenly spread, one choice narrower.
     3. If that ends no nearer, the nearest subnet of one width per axis, however far.
@@ -88,7 +86,7 @@ def sample_subnet(space: Space, budget: Budget, deployment: Deployment) -> Sampl
         chosen = candidates[min(rows, key=lambda row: (float(spread[row]), float(distance[row])))].tolist()
         return {axis: [index] * space.num_slots(axis) for axis, index in zip(axes, chosen, strict=True)}
 
-    near = distance <= TOLERANCE
+    near = distance <= budget.tolerance
     if near.any():
         return _sample(space, best(near), budget, deployment)
     options = [_sample(space, best(distance == distance.min()), budget, deployment)]
@@ -145,7 +143,8 @@ def _on_the_way(
 def _sample(space: Space, chosen: Slots, budget: Budget, deployment: Deployment) -> Sample:
     subnet = space.subnet(chosen)
     used = subnet_cost(space.parent, subnet, deployment)
-    return Sample(subnet, used, float(used[budget.metric]) / budget.limit)
+    ratio = float(used[budget.metric]) / budget.limit
+    return Sample(subnet, used, ratio, abs(ratio - 1.0) <= budget.tolerance)
 
 
 def choice_indices(space: Space, subnet: Subnet) -> dict[Axis, tuple[int, ...]]:

@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from elastic.router.decide import KEPT, likeliest
+from elastic.router.decide import likeliest
 from elastic.router.draw import Chooser
 from elastic.space.cost import Budget, subnet_cost
-from elastic.space.reach import TOLERANCE
 from elastic.space.shape import Subnet
 from elastic.train.trainer import StepResult
 
@@ -35,7 +34,7 @@ def router_values(chooser: Chooser | None, result: StepResult) -> dict[str, floa
 
 
 def off_budget(chooser: Chooser) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield an event, its text and its values for each budget whose likeliest subnet is not within TOLERANCE of it.
+    """Yield an event, its text and its values for each budget whose likeliest subnet is not within its tolerance.
 
     `choice_moved`: another was taken for it. `budget_missed`: what was taken is off, too.
     """
@@ -44,15 +43,13 @@ def off_budget(chooser: Chooser) -> Iterator[tuple[str, str, dict[str, Any]]]:
         used = {"likeliest": _used(chooser, own, budget), "chosen": _used(chooser, chosen, budget)}
         missed = {name: abs(value / budget.limit - 1.0) for name, value in used.items()}
         values = {"budget": budget.name, "metric": budget.metric.value, "target": budget.limit, **used}
-        if missed["chosen"] > TOLERANCE and own == chosen and missed["chosen"] <= KEPT:
-            text = f"budget {budget.name} is missed by {missed['chosen']:.1%}: the router's likeliest subnet is kept"
-            yield "budget_missed", f"{text}, as the weights were trained with it", values
-        elif missed["chosen"] > TOLERANCE:
+        if missed["chosen"] > budget.tolerance:
             text = f"budget {budget.name} is missed by {missed['chosen']:.1%}; no subnet of the space comes within"
-            yield "budget_missed", f"{text} {TOLERANCE:.0%}: give an axis more choices, or move the target", values
-        elif missed["likeliest"] > TOLERANCE:
+            text = f"{text} {budget.tolerance:.1%}: give an axis more choices, move the target or raise its tolerance"
+            yield "budget_missed", text, values
+        elif missed["likeliest"] > budget.tolerance:
             text = f"budget {budget.name}: the router's likeliest subnet misses it by {missed['likeliest']:.1%}"
-            yield "choice_moved", f"{text}; taken is the likeliest one within {TOLERANCE:.0%}", values
+            yield "choice_moved", f"{text}; taken is the likeliest one within {budget.tolerance:.1%}", values
 
 
 def _used(chooser: Chooser, subnet: Subnet, budget: Budget) -> float:

@@ -14,7 +14,7 @@ from elastic.hf.config import ExportError, export_warnings, stock_notes
 from elastic.space.axes import AXES, INNER_AXIS
 from elastic.space.cost import MEASURED, Budget, Cost, Deployment, Metric, Widths, cost, subnet_cost
 from elastic.space.latency import Machine
-from elastic.space.reach import TOLERANCE, Sample, sample_subnet, smallest_subnet
+from elastic.space.reach import Sample, sample_subnet, smallest_subnet
 from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import Space
 from elastic.verbs.members import subnet_summary
@@ -79,6 +79,7 @@ def budget_row(budget: Budget, sample: Sample, space: Space) -> dict[str, Any]:
         "name": budget.name,
         "metric": str(budget.metric),
         "target": budget.limit,
+        "tolerance": budget.tolerance,
         "cost_ratio": sample.ratio,
         "is_near": sample.is_near,
         **cost_values(sample.cost),
@@ -143,8 +144,8 @@ def notes(report: dict[str, Any], config: CostConfig) -> list[str]:
     for row in report["budgets"]:
         if not row["is_near"]:
             lines.append(
-                f"warning: budget {row['name']}: no subnet found within {TOLERANCE:.0%} of the target, the nearest "
-                f"uses {row['cost_ratio']:.1%}; give the axes more choices"
+                f"warning: budget {row['name']}: no subnet found within {row['tolerance']:.1%} of the target, the "
+                f"nearest uses {row['cost_ratio']:.1%}; give the axes more choices"
             )
         if row["stored_params"] != row["params"]:
             stored = quantity(Metric.PARAMS, row["stored_params"])

@@ -14,7 +14,6 @@ from elastic.router.router import Router
 from elastic.router.start import start_at
 from elastic.space.axes import Axis
 from elastic.space.cost import subnet_cost
-from elastic.space.reach import TOLERANCE
 from elastic.space.shape import ShapeError, SubnetError
 from elastic.space.space import Space, SpaceError
 from elastic.verbs.members import choices_of
@@ -75,7 +74,7 @@ def start_problems(config: ElasticConfig | CostConfig, parent: Record) -> Iterat
             )
             continue
         cost = subnet_cost(space.parent, subnet, deployment)
-        if abs(float(cost[budget.metric]) / budget.limit - 1.0) > TOLERANCE:
+        if abs(float(cost[budget.metric]) / budget.limit - 1.0) > budget.tolerance:
             number = [one.name for one in config.elastic.budgets].index(given.name)
             asked = config.elastic.budgets[number]  # a rate is a time by now, but not where it is written
             used, limit = float(cost[asked.metric]), budget.limit if asked.target is None else asked.target

@@ -7,13 +7,12 @@ from math import inf
 import pytest
 import torch
 
-from elastic.router.decide import KEPT, choose, decide, likeliest
+from elastic.router.decide import choose, decide, likeliest
 from elastic.router.draw import Chooser, RouterSettings
 from elastic.router.phases import Curriculum, ElasticPhase, LearningRate
 from elastic.router.router import Router
 from elastic.space.axes import AXES, Axis
 from elastic.space.cost import COUNTED, Budget, Deployment, Metric, subnet_cost
-from elastic.space.reach import TOLERANCE
 from elastic.space.shape import ModelShape
 from elastic.space.space import AxisChoices, Space
 from elastic.train.choices import off_budget
@@ -84,16 +83,16 @@ def test_no_likelier_subnet_meets_the_budget(seed):
         for axis in axes:
             chosen[axis] = tuple(next(rest) for _ in range(logits[axis].shape[0]))
         listed += 1
-        if miss(space, deployment, space.subnet(chosen), budget) <= TOLERANCE:
+        if miss(space, deployment, space.subnet(chosen), budget) <= budget.tolerance:
             likelihood = sum(float(logits[axis][range(len(own)), own].sum()) for axis, own in chosen.items())
             best = max(best, likelihood)
     assert 1 < listed <= 20_000 and best > -inf
     found = choose(router, space, 0, budget, deployment)
     argmax = {axis: tuple(values.argmax(-1).tolist()) for axis, values in logits.items()}
-    if miss(space, deployment, space.subnet(argmax), budget) <= KEPT:
+    if miss(space, deployment, space.subnet(argmax), budget) <= budget.tolerance:
         assert found == argmax
         return
-    assert miss(space, deployment, space.subnet(found), budget) <= TOLERANCE
+    assert miss(space, deployment, space.subnet(found), budget) <= budget.tolerance
     likelihood = sum(float(logits[axis][range(len(own)), own].sum()) for axis, own in found.items())
     assert likelihood == pytest.approx(best, abs=1e-4)
 
@@ -162,19 +161,14 @@ def misses(seeds, steps):
 def test_a_router_leaves_a_corner_by_itself():
     """Where the budget loss alone leaves it 3.6% off."""
     ((argmax, chosen),) = misses([128], steps=120)
-    assert argmax == chosen <= KEPT
+    assert argmax == chosen <= Budget.tolerance
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_routers_meet_their_budgets_in_200_random_spaces():
-    """At least 99% within 1%, or an argmax within 2% that is kept, where some subnet is within 0.5%.
-
-    And the argmaxes within 2% by themselves: pulled there before the router freezes.
-    """
+    """At least 99% of the choices within 1%, where some subnet is within 0.5%: and most argmaxes by themselves."""
     found = misses(range(200), steps=300)
-    near = sum(own <= (KEPT if argmax == own else TOLERANCE) for argmax, own in found)
-    alone = sum(argmax <= KEPT for argmax, _ in found)
-    within = [sum(value <= TOLERANCE for value in own) for own in zip(*found, strict=True)]
-    print(f"{near} of 200 met, {alone} by the argmax alone; within 1%: {within[1]} choices, {within[0]} argmaxes")
-    assert near >= 198 and alone >= 198, sorted(found)[-8:]
+    argmaxes, choices = (sum(value <= Budget.tolerance for value in own) for own in zip(*found, strict=True))
+    print(f"within 1%: {choices} choices of 200, {argmaxes} argmaxes")
+    assert choices >= 198 and argmaxes >= 190, sorted(found)[-8:]

@@ -9,7 +9,7 @@ import torch
 
 from elastic.space.axes import Axis
 from elastic.space.cost import COUNTED, Budget, Cost, Deployment, Metric, subnet_cost
-from elastic.space.reach import TOLERANCE, sample_subnet, smallest_subnet
+from elastic.space.reach import sample_subnet, smallest_subnet
 from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import AxisChoices, Space
 from tests.shapes import random_choice
@@ -71,7 +71,7 @@ def test_sample_is_the_most_balanced_of_those_within_tolerance(metric: Metric, s
     used = subnet_cost(PARENT, sample.subnet, DEPLOYMENT)
     assert sample.cost == used and sample.ratio == float(used[metric]) / asked.limit and sample.is_near
     every = homogeneous()
-    near = [spread for _, used, spread in every if abs(float(used[metric]) / asked.limit - 1) <= TOLERANCE]
+    near = [spread for _, used, spread in every if abs(float(used[metric]) / asked.limit - 1) <= asked.tolerance]
     best = min(near)
     (own,) = [spread for subnet, _, spread in every if subnet == sample.subnet]
     assert own == pytest.approx(best, abs=1e-12)
