@@ -45,11 +45,13 @@ def off_budget(chooser: Chooser) -> Iterator[tuple[str, str, dict[str, Any]]]:
         values = {"budget": budget.name, "metric": budget.metric.value, "target": budget.limit, **used}
         if missed["chosen"] > budget.tolerance:
             text = f"budget {budget.name} is missed by {missed['chosen']:.1%}; no subnet of the space comes within"
-            text = f"{text} {budget.tolerance:.1%}: give an axis more choices, move the target or raise its tolerance"
+            text = (
+                f"{text} {100 * budget.tolerance:g}%: give an axis more choices, move the target or raise its tolerance"
+            )
             yield "budget_missed", text, values
         elif missed["likeliest"] > budget.tolerance:
             text = f"budget {budget.name}: the router's likeliest subnet misses it by {missed['likeliest']:.1%}"
-            yield "choice_moved", f"{text}; taken is the likeliest one within {budget.tolerance:.1%}", values
+            yield "choice_moved", f"{text}; taken is the likeliest one within {100 * budget.tolerance:g}%", values
 
 
 def _used(chooser: Chooser, subnet: Subnet, budget: Budget) -> float:

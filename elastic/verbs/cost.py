@@ -144,7 +144,7 @@ def notes(report: dict[str, Any], config: CostConfig) -> list[str]:
     for row in report["budgets"]:
         if not row["is_near"]:
             lines.append(
-                f"warning: budget {row['name']}: no subnet found within {row['tolerance']:.1%} of the target, the "
+                f"warning: budget {row['name']}: no subnet found within {100 * row['tolerance']:g}% of the target, the "
                 f"nearest uses {row['cost_ratio']:.1%}; give the axes more choices"
             )
         if row["stored_params"] != row["params"]:
