@@ -32,7 +32,8 @@ COST_STREAM = -1  # where a micro-batch's number stands in the noise streams of 
 class RouterSettings:
     """Form of the routers, one per axis, and the weights of their own losses (docs/method.md 1.3; the entropy is ours).
 
-    `mode` says what masks are made of while the router trains.
+    `mode` says what masks are made of while the router trains; `start` where it begins: with every choice about as
+    likely (uniform), or, for each budget, at the even cut that loses least before any training (train/start.py).
 
     A step's budgets are drawn `draws_per_step` times (null: as often as a replica has micro-batches), the noise of its
     gates `noise_draws_per_step` times (null: for every micro-batch). Each draw is for an equal run of the sequences of
@@ -42,6 +43,7 @@ class RouterSettings:
 
     hidden_width: Size = 256
     mode: Literal["soft", "straight_through"] = "soft"
+    start: Literal["uniform", "even_cuts"] = "uniform"
     budget_loss_weight: Weight = 1.0
     entropy_weight: Weight = 0.1
     draws_per_step: Sequences | None = None

@@ -69,16 +69,10 @@ def sample_subnet(space: Space, budget: Budget, deployment: Deployment) -> Sampl
     axes = space.elastic_axes()
     if not axes:
         return _sample(space, {}, budget, deployment)
-    choices = [torch.tensor(space.axes[axis].choices, dtype=torch.float64) for axis in axes]
-    # Choice indices [C, A] of every combination of one choice per axis, the widest first.
-    candidates = torch.cartesian_prod(*(torch.arange(len(own)) for own in choices)).reshape(-1, len(axes))
+    candidates, spread = _combinations(space)
     alike = homogeneous(space)
     reached = ratios(alike, dict(zip(axes, candidates.T.unsqueeze(-1), strict=True)), budget, deployment)
     distance = (reached - 1.0).abs()
-    # How unevenly the axes give way, [C]: the variance over axes of (full - width) / (full - smallest). Shares of the
-    # range and not of the full width, because the choices say how much each axis can bear.
-    shares = [((own[0] - own) / (own[0] - own[-1]))[index] for own, index in zip(choices, candidates.T, strict=True)]
-    spread = torch.stack(shares).var(dim=0, correction=0)
 
     def best(allowed: Tensor) -> dict[Axis, list[int]]:
         """Return the slots of the most balanced allowed candidate; of equals the nearest, then the first."""
@@ -92,13 +86,45 @@ def sample_subnet(space: Space, budget: Budget, deployment: Deployment) -> Sampl
     options = [_sample(space, best(distance == distance.min()), budget, deployment)]
     # Every per-layer axis one choice narrower, where there is one.
     narrower = candidates + torch.tensor([int(space.axes[axis].per_layer) for axis in axes])
-    narrowed = torch.minimum(narrower, torch.tensor([len(own) - 1 for own in choices]))
+    narrowed = torch.minimum(narrower, torch.tensor([len(space.axes[axis].choices) - 1 for axis in axes]))
     below = ratios(alike, dict(zip(axes, narrowed.T.unsqueeze(-1), strict=True)), budget, deployment) <= 1.0
     above = (reached >= 1.0) & below
     if above.any():
         chosen = best(above)
         options += _on_the_way(space, chosen, _narrowing(space, chosen), budget, deployment)
     return min(options, key=lambda sample: abs(sample.ratio - 1.0))
+
+
+def even_cuts(space: Space, budget: Budget, deployment: Deployment, most: int) -> list[dict[Axis, tuple[int, ...]]]:
+    """List choices, one for all layers of an axis, that meet a budget within its tolerance: at most `most`.
+
+    Of more, every so many-th in the order of their balance, from the most balanced to the least.
+    """
+    axes = space.elastic_axes()
+    if not axes:
+        return [{}]
+    candidates, spread = _combinations(space)
+    alike = homogeneous(space)
+    reached = ratios(alike, dict(zip(axes, candidates.T.unsqueeze(-1), strict=True)), budget, deployment)
+    rows = ((reached - 1.0).abs() <= budget.tolerance).nonzero().flatten()
+    rows = rows[spread[rows].argsort(stable=True)]
+    taken = rows[torch.arange(min(most, len(rows))) * len(rows) // max(min(most, len(rows)), 1)]
+    return [
+        {axis: (index,) * space.num_slots(axis) for axis, index in zip(axes, candidates[row].tolist(), strict=True)}
+        for row in taken.tolist()
+    ]
+
+
+def _combinations(space: Space) -> tuple[Tensor, Tensor]:
+    """Return the choice indices [C, A] of every combination of one choice per elastic axis, the widest first, and [C]
+    how unevenly the axes give way in each: the variance over axes of (full - width) / (full - smallest).
+
+    Shares of the range and not of the full width, because the choices say how much each axis can bear.
+    """
+    choices = [torch.tensor(space.axes[axis].choices, dtype=torch.float64) for axis in space.elastic_axes()]
+    candidates = torch.cartesian_prod(*(torch.arange(len(own)) for own in choices)).reshape(-1, len(choices))
+    shares = [((own[0] - own) / (own[0] - own[-1]))[index] for own, index in zip(choices, candidates.T, strict=True)]
+    return candidates, torch.stack(shares).var(dim=0, correction=0)
 
 
 def ratios(space: Space, chosen: Mapping[Axis, Tensor], budget: Budget, deployment: Deployment) -> Tensor:

@@ -40,6 +40,7 @@ from elastic.train.optimizer import build_optimizer, build_router_optimizer, set
 from elastic.train.pipeline import PipelineRunner
 from elastic.train.sanity import Sanity
 from elastic.train.signals import StopOnSignal
+from elastic.train.start import StartAtEvenCuts
 from elastic.train.trainer import Callback, Placed, Trainer
 from elastic.verbs.going_on import begin_router, family_checkpoint
 from elastic.verbs.parent import nested_parent
@@ -245,12 +246,20 @@ def _callbacks(
     config: TrainConfig, trainer: Trainer, log: RunLog, console: Console, data: TrainingData, opened: RunStart
 ) -> list[Callback]:
     settings, section, held_out = config.exp_manager, config.trainer, open_sources(config.data, "validation")
+    count, first = config.data.validation_sequences, trainer.curriculum.phases[0].sequence_length
+    start: list[Callback] = []
+    if isinstance(config, ElasticConfig) and config.elastic.router.start == "even_cuts":
+        begun = {given.name for given in config.init_from.subnets}
+        if opened.family is not None:
+            begun |= set(_budgets(Record.read(opened.family)))
+        start = [StartAtEvenCuts(open_held_out(config.data, held_out, first), count, begun, console)]
     return [
+        *start,
         Validate(
             [open_held_out(config.data, held_out, phase.sequence_length) for phase in trainer.curriculum.phases],
             log,
             section.val_check_interval,
-            config.data.validation_sequences,
+            count,
         ),
         # Before the save: a step whose checkpoint is whole is not run again, and its row would be missing for ever.
         LogSteps(

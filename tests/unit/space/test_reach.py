@@ -9,7 +9,7 @@ import torch
 
 from elastic.space.axes import Axis
 from elastic.space.cost import COUNTED, Budget, Cost, Deployment, Metric, subnet_cost
-from elastic.space.reach import sample_subnet, smallest_subnet
+from elastic.space.reach import even_cuts, sample_subnet, smallest_subnet
 from elastic.space.shape import ModelShape, Subnet
 from elastic.space.space import AxisChoices, Space
 from tests.shapes import random_choice
@@ -77,6 +77,18 @@ def test_sample_is_the_most_balanced_of_those_within_tolerance(metric: Metric, s
     assert own == pytest.approx(best, abs=1e-12)
     assert len(near) > 1 or share == 1.0
     assert sample_subnet(SPACE, asked, DEPLOYMENT) == sample
+
+
+def test_even_cuts_are_those_within_tolerance_and_of_more_every_so_many_th_by_balance() -> None:
+    asked = budget(0.7)
+    near = [(spread, subnet) for subnet, used, spread in homogeneous() if abs(used.params / asked.limit - 1) <= 0.01]
+    cuts = [SPACE.subnet(cut) for cut in even_cuts(SPACE, asked, DEPLOYMENT, 10_000)]
+    assert len(cuts) == len(near) > 7 and {cut for _, cut in near} == set(cuts)
+    balance = {cut: spread for spread, cut in near}
+    assert [balance[cut] for cut in cuts] == pytest.approx(sorted(spread for spread, _ in near), abs=1e-12)
+    few = [SPACE.subnet(cut) for cut in even_cuts(SPACE, asked, DEPLOYMENT, 4)]
+    assert len(few) == 4 and few == [cuts[number * len(cuts) // 4] for number in range(4)]
+    assert even_cuts(SPACE, replace(asked, tolerance=1e-9), DEPLOYMENT, 7) == []
 
 
 def test_layers_of_a_per_layer_axis_are_mixed_where_the_grid_is_too_coarse() -> None:

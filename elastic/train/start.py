@@ -1,0 +1,56 @@
+"""Where a router begins: for each budget at the even cut, one width for all layers of an axis, that loses least (ours).
+
+A router that begins with every choice about as likely is moved by the budgets first, along all axes at once, and has
+decided before the distillation loss can tell it which axis bears most (docs/results.md, the router's question).
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+
+from elastic.data.held_out import HeldOut
+from elastic.router.start import start_at
+from elastic.space.gates import Gates
+from elastic.space.reach import even_cuts
+from elastic.train.evaluation import evaluate_subnets
+from elastic.train.trainer import Callback, Trainer
+
+MOST_CUTS, MOST_SEQUENCES = 32, 32  # of a budget, and held out for each cut; ours
+
+
+@dataclass
+class StartAtEvenCuts(Callback):
+    """Before the first step, tries even cuts of every budget but `begun`, and moves the router to the best.
+
+    A budget that no even cut meets begins as it would without. Computed in slice execution: all cuts together cost
+    about as much as two validations of each budget in the space of `make smoke`.
+    """
+
+    held_out: HeldOut
+    num_sequences: int
+    begun: Collection[str]
+    console: Console
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Try the cuts and start the router; a run that has trained goes on with its router as it is."""
+        chooser = trainer.chooser
+        if chooser is None or trainer.step:
+            return
+        count, size = min(self.num_sequences, MOST_SEQUENCES), trainer.data.micro_batch_size
+        for index, budget in enumerate(chooser.budgets):
+            cuts = even_cuts(chooser.space, budget, chooser.deployment, MOST_CUTS)
+            if budget.name in self.begun or not cuts:
+                continue
+            subnets = [chooser.space.subnet(cut) for cut in cuts]
+            gates = {str(number): Gates.slice(subnet) for number, subnet in enumerate(subnets)}
+            found = evaluate_subnets(trainer.runner, gates, self.held_out, count, size)  # the same on every rank
+            losses = [found[name].mean.cross_entropy or 0.0 for name in gates]
+            best = losses.index(min(losses))
+            start_at(chooser.router, index, cuts[best])
+            if trainer.world.is_main:
+                text = f"router: {budget.name} starts at the best of {len(cuts)} even cuts, held-out {min(losses):.4f}"
+                self.console.print(f"{text}: {subnets[best]}", markup=False, highlight=False)
+        for parameter in chooser.router.parameters():
+            torch.distributed.broadcast(parameter.data, src=0)
