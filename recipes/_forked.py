@@ -26,14 +26,18 @@ class ForkedSmoke(Smoke):
         process = context.Process(target=_run_verb, args=(verb, list(arguments), log, sender))
         process.start()
         sender.close()
+        # Its own word, and not `exitcode`: of two threads that ask a fork server, one may be told 255.
+        try:
+            code, seconds = receiver.recv()
+        except EOFError:  # killed
+            code, seconds = None, 0.0
         process.join()
-        seconds = receiver.recv() if receiver.poll() else 0.0
-        return process.exitcode or 0, seconds
+        return code if code is not None else process.exitcode or 1, seconds
 
 
 def _run_verb(verb: str, arguments: list[str], log: Path, sender: Connection) -> None:
     """Do what `python recipes/VERB.py ARGUMENTS > LOG` does, in this process."""
-    began = time.process_time()
+    began, code = time.process_time(), 1
     with log.open("w") as output:
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())
@@ -42,5 +46,9 @@ def _run_verb(verb: str, arguments: list[str], log: Path, sender: Connection) ->
 
     try:
         start(verb)
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        raise
     finally:
-        sender.send(time.process_time() - began)
+        sender.send((code, time.process_time() - began))

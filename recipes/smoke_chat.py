@@ -36,6 +36,7 @@ PARENT = (
 )
 FAMILY = (
     "elastic.router.budget_loss_weight=3",  # small models lose much by each cut, as in conf/smoke_elastic.yaml
+    "elastic.router.start=uniform",  # as published
     "elastic.budgets.2.tolerance=0.02",  # in a space this coarse, what is within 1% answers worse (docs/method.md 1.3)
     "curriculum.0.sequence_length=128",
     "curriculum.0.steps=450",
