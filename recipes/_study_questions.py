@@ -18,7 +18,7 @@ BASE = "base"
 HERE = "@/"  # stands for the folder of all steps, wherever it is: a step is the same one in another
 # {seed}, {texts}, {rate}, {rate*0.5}, or an earlier step of the chain, for its folder.
 PLACE = re.compile(r"\{([a-z_]+)(?::(\w+))?(?:\*([\d.]+))?\}")
-KEYS = {"question", "compare_with", "limits", "corpora", "rates", "token_ratio", "verbs", "arms"}
+KEYS = {"question", "compare_with", "answer", "limits", "corpora", "rates", "token_ratio", "verbs", "arms"}
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,15 @@ class Arm:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, of which corpora, with which learning rates to search, and the arms that answer it."""
+    """What is asked, of which corpora, with which learning rates to search, and the arms that answer it.
+
+    `answer` is what somebody has read in the tables, `limits` what they do not show.
+    """
 
     name: str
     text: str
     compare_with: str
+    answer: str | None
     limits: str
     corpora: Mapping[str, Mapping[str, Any]]
     rates: tuple[float, ...]
@@ -131,6 +135,7 @@ def read_question(name: str, conf: Path) -> Question:
         name=name,
         text=own["question"],
         compare_with=own["compare_with"],
+        answer=own.get("answer"),
         limits=own["limits"],
         corpora={corpus: base["corpora"][corpus] for corpus in own["corpora"]},
         rates=tuple(own.get("rates", base["rates"])),

@@ -121,7 +121,8 @@ def parent_lines(files: Iterable[Mapping[str, Any]]) -> Iterator[str]:
 
 def section(question: Question, answers: Answers, picture: Path) -> str:
     """Return a question's part of the page."""
-    lines = [f"## {question.text}", "", f"![{question.text}]({picture})", ""]
+    lines = [f"## {question.text}", "", *([] if question.answer is None else [fill(question.answer, WIDTH), ""])]
+    lines += [f"![{question.text}]({picture})", ""]
     ran = {file[key] for file in answers.files for key in ("arm", "corpus")}
     absent = [name for name in (*question.corpora, *question.arms) if name not in ran]
     for corpus in dict.fromkeys(corpus for corpus, _ in answers.cells):

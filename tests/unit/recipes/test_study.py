@@ -71,7 +71,8 @@ def conf(tmp_path: Path) -> Path:
         },
     }
     own = {
-        "question": "Which?", "compare_with": "one", "limits": "Much.", "corpora": ["text"], "token_ratio": "one",
+        "question": "Which?", "compare_with": "one", "answer": "This one.", "limits": "Much.", "corpora": ["text"],
+        "token_ratio": "one",
         "arms": {"one": {}, "two": {"train_elastic": {"lr": "{rate*0.5}"}}},
     }  # fmt: skip
     folder = tmp_path / "conf"
@@ -207,12 +208,13 @@ def test_the_page_has_means_spreads_differences_ratios_and_what_has_not_run(ques
         for file in files:
             (folder / f"{file['arm']}.text.{seed}.json").write_text(json.dumps(file))
     page = tmp_path / "docs" / "results.md"
-    other = Question("other", "And else?", "a", "", {}, (0.1,), None, {}, {}, {})
+    other = Question("other", "And else?", "a", None, "", {}, (0.1,), None, {}, {}, {})
     write_page([other, question], tmp_path / "docs" / "results", page)
     text, words = page.read_text(), " ".join(page.read_text().split())
     assert "| small | one | 0k | 0k | 60 | 0.1 | 3.0100 ± 0.0141 | 2 |  |" in text
     assert "- small, one, by place in the sequence: 3.510, 2.500" in text
     assert "The parent of text: validation loss 2.12 at 1k tokens." in text
+    assert "## Which?\n\nThis one.\n\n![" in text
     assert "3.5100 ± 0.0141 | 2 | +0.5000 **worse** |" in text and "-0.5000 **better** |" in text
     # Half-way between 300 and 600 tokens on a logarithmic line: 424 of 300.
     assert "separate runs take 1.41, 1.41 times the family's to do as well as it, mean 1.41 ± 0.00" in words
