@@ -31,9 +31,10 @@ works, which `run` fetches as a package by name) and lengths.
 
 **How to read it.** Losses are nats per token on a test split by document that nothing was chosen by: learning rates
 were searched for every arm of a question alike, with one seed, on the validation split of the question's first corpus.
-One parent for each corpus, trained once; seeds are those of the family's run: order of data, budgets, router,
-noise. `±` is the standard deviation over seeds, `n` their number. **better** and **worse** stand where a difference
-to the arm compared with is larger than both deviations together, and both arms have two seeds or more.
+One parent for each corpus, trained once; seeds are those of the family's run: order of data, budgets, router, noise.
+`core s` is what a core worked for the training, beside other work: arms that ran at other times differ by a third for
+that alone. `±` is the standard deviation over seeds, `n` their number. **better** and **worse** stand where a
+difference to the arm compared with is larger than both deviations together, and both arms have two seeds or more.
 """
 
 
