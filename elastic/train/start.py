@@ -43,6 +43,7 @@ class StartAtEvenCuts(Callback):
             cuts = even_cuts(chooser.space, budget, chooser.deployment, MOST_CUTS)
             if budget.name in self.begun or not cuts:
                 continue
+            trainer.progress.enter(trainer.step, f"even cuts of {budget.name}")
             subnets = [chooser.space.subnet(cut) for cut in cuts]
             gates = {str(number): Gates.slice(subnet) for number, subnet in enumerate(subnets)}
             found = evaluate_subnets(trainer.runner, gates, self.held_out, count, size)  # the same on every rank
