@@ -4,6 +4,7 @@ A router that begins with every choice about as likely is moved by the budgets f
 decided before the distillation loss can tell it which axis bears most (docs/results.md, the router's question).
 """
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -24,8 +25,8 @@ MOST_CUTS, MOST_SEQUENCES = 32, 32  # of a budget, and held out for each cut; ou
 class StartAtEvenCuts(Callback):
     """Before the first step, tries even cuts of every budget but `begun`, and moves the router to the best.
 
-    A budget that no even cut meets begins as it would without. Computed in slice execution: all cuts together cost
-    about as much as two validations of each budget in the space of `make smoke`.
+    A budget that no even cut meets begins as it would without. Costs at most MOST_CUTS forward passes over
+    MOST_SEQUENCES held-out sequences for each budget, in slice execution.
     """
 
     held_out: HeldOut
@@ -47,7 +48,7 @@ class StartAtEvenCuts(Callback):
             subnets = [chooser.space.subnet(cut) for cut in cuts]
             gates = {str(number): Gates.slice(subnet) for number, subnet in enumerate(subnets)}
             found = evaluate_subnets(trainer.runner, gates, self.held_out, count, size)  # the same on every rank
-            losses = [found[name].mean.cross_entropy or 0.0 for name in gates]
+            losses = [found[name].mean.cross_entropy or math.inf for name in gates]
             best = losses.index(min(losses))
             start_at(chooser.router, index, cuts[best])
             if trainer.world.is_main:
