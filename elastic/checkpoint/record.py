@@ -83,10 +83,15 @@ def _sizes(shape: ModelShape) -> dict[str, Any]:
     return asdict(shape) | {"pattern": str(shape.pattern)}
 
 
+def _with_tolerances(family: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what records of before did not state: choices within 2% of a budget were kept, so weights have them."""
+    return family | {"budgets": [{"tolerance": 0.02} | budget for budget in family["budgets"]]}
+
+
 def _from_json(content: dict[str, Any]) -> Record:
     given = {entry.name: content[entry.name] for entry in fields(Record)}
     sizes: dict[str, Any] = given["shape"]
     sizes = {name: tuple(size) if isinstance(size, list) else size for name, size in sizes.items()}
     shape = ModelShape(**sizes | {"pattern": LayerPattern.parse(sizes["pattern"])})
-    family = None if given["family"] is None else load(Family, given["family"])
+    family = None if given["family"] is None else load(Family, _with_tolerances(given["family"]))
     return Record(**{**given, "shape": shape, "depth_ranking": tuple(given["depth_ranking"]), "family": family})

@@ -43,7 +43,8 @@ def start_at(router: Router, budget: int, chosen: Mapping[Axis, Sequence[int]]) 
         else:
             raise RouterError(
                 f"router: hidden_width = {router.hidden_width} is too small for {axis} to begin with a subnet of "
-                f"{len(indices)} choices among {router.sizes[axis][1]}; train without a start for this budget"
+                f"{len(indices)} choices among {router.sizes[axis][1]}; train without a start for this budget (not "
+                "in init_from.subnets, elastic.router.start=uniform)"
             )
         with torch.no_grad():
             first.weight[:, budget] = column.to(first.weight)

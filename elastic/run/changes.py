@@ -159,12 +159,15 @@ def _blend_differences(then: TrainConfig, now: TrainConfig, step: int) -> Iterat
 
 
 def _budget_differences(saved: Record, record: Record, config: ElasticConfig, step: int) -> Iterator[Difference]:
-    """Compare budgets by name, metric and absolute target. A new one needs steps in which the router still learns."""
+    """Compare budgets by what they ask for. A new one needs steps in which the router still learns."""
     assert saved.family is not None and record.family is not None
     then, now = saved.family.budgets, record.family.budgets
     if then == now:
         return
-    old, new = (", ".join(f"{b.name} {b.metric} {b.limit:g}" for b in budgets) for budgets in (then, now))
+    old, new = (
+        ", ".join(f"{b.name} {b.metric} {b.limit:g} within {100 * b.tolerance:g}%" for b in budgets)
+        for budgets in (then, now)
+    )
     if not all(phase.router_frozen for phase in config.curriculum[_num_over(config.curriculum, step) :]):
         why = "a target moves, a new budget's inputs to the router start fresh, those of a budget left out are dropped"
         yield Difference("elastic.budgets", old, new, why, True)

@@ -1,9 +1,12 @@
 """The study: questions are read or refused, steps shared, what is done is kept, and the page says what files say."""
 
 import json
+import re
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import cache
 from itertools import product
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,12 @@ from rich.console import Console
 from elastic.config.load import ConfigError, load
 from elastic.verbs.parent import fill_from_parent
 from recipes._common import CONF
+from recipes._forked import _run_verb
 from recipes._study_answers import Answers
 from recipes._study_questions import Question, question_names, read_question
 from recipes._study_report import tokens_to_reach, write_page
 from recipes._verbs import VERBS
-from recipes.smoke import Smoke
+from recipes.smoke import ROOT, Smoke
 from recipes.study import Study, run_questions
 
 STUDY = CONF / "study"
@@ -232,3 +236,33 @@ def test_one_seed_says_nothing_of_better_or_worse(question: Question, tmp_path: 
     assert answers.cells["text", "small"]["one"].deviation is None and answers.cpu_minutes() == 4.0
     write_page([question], tmp_path, tmp_path / "page.md")
     assert "better" not in (tmp_path / "page.md").read_text().split("## Which?")[1]
+
+
+@pytest.mark.parametrize(("ending", "code"), [(SystemExit(2), 2), (SystemExit("no"), 1), (SystemExit(), 0), (None, 0)])
+def test_a_forked_verb_says_its_own_exit_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ending: SystemExit | None, code: int
+) -> None:
+    """Through its pipe: of two threads that ask the fork server, one may be told 255."""
+
+    def start(verb: str) -> None:
+        if ending is not None:
+            raise ending
+
+    monkeypatch.setattr("recipes._start.start", start)
+    monkeypatch.setattr("os.dup2", lambda *files: None)  # the output stays this process's
+    monkeypatch.setattr("sys.argv", [])
+    receiver, sender = Pipe(duplex=False)
+    with nullcontext() if ending is None else pytest.raises(SystemExit):
+        _run_verb("evaluate", [], tmp_path / "log", sender)
+    assert receiver.recv()[0] == code
+
+
+def test_the_readme_says_what_the_results_say() -> None:
+    """Its bold figures, mean and spread, stand on the page that the files made, to the digits it gives."""
+    readme, page = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/results.md"))
+    figures = re.findall(r"\*\*([\d.]+) ± ([\d.]+)\*\*", readme)
+    found = re.findall(r"([\d.]+) ± ([\d.]+)", page)
+    assert len(figures) == 3
+    for mean, spread in figures:
+        digits = len(mean.partition(".")[2])
+        assert any((f"{float(m):.{digits}f}", f"{float(s):.{digits}f}") == (mean, spread) for m, s in found), mean
