@@ -70,8 +70,7 @@ def sample_subnet(space: Space, budget: Budget, deployment: Deployment) -> Sampl
     if not axes:
         return _sample(space, {}, budget, deployment)
     candidates, spread = _combinations(space)
-    alike = homogeneous(space)
-    reached = ratios(alike, dict(zip(axes, candidates.T.unsqueeze(-1), strict=True)), budget, deployment)
+    reached = _even_ratios(space, candidates, budget, deployment)
     distance = (reached - 1.0).abs()
 
     def best(allowed: Tensor) -> dict[Axis, list[int]]:
@@ -87,7 +86,7 @@ def sample_subnet(space: Space, budget: Budget, deployment: Deployment) -> Sampl
     # Every per-layer axis one choice narrower, where there is one.
     narrower = candidates + torch.tensor([int(space.axes[axis].per_layer) for axis in axes])
     narrowed = torch.minimum(narrower, torch.tensor([len(space.axes[axis].choices) - 1 for axis in axes]))
-    below = ratios(alike, dict(zip(axes, narrowed.T.unsqueeze(-1), strict=True)), budget, deployment) <= 1.0
+    below = _even_ratios(space, narrowed, budget, deployment) <= 1.0
     above = (reached >= 1.0) & below
     if above.any():
         chosen = best(above)
@@ -104,8 +103,7 @@ def even_cuts(space: Space, budget: Budget, deployment: Deployment, most: int) -
     if not axes:
         return [{}]
     candidates, spread = _combinations(space)
-    alike = homogeneous(space)
-    reached = ratios(alike, dict(zip(axes, candidates.T.unsqueeze(-1), strict=True)), budget, deployment)
+    reached = _even_ratios(space, candidates, budget, deployment)
     rows = ((reached - 1.0).abs() <= budget.tolerance).nonzero().flatten()
     rows = rows[spread[rows].argsort(stable=True)]
     taken = rows[torch.arange(min(most, len(rows))) * len(rows) // max(min(most, len(rows)), 1)]
@@ -125,6 +123,12 @@ def _combinations(space: Space) -> tuple[Tensor, Tensor]:
     candidates = torch.cartesian_prod(*(torch.arange(len(own)) for own in choices)).reshape(-1, len(choices))
     shares = [((own[0] - own) / (own[0] - own[-1]))[index] for own, index in zip(choices, candidates.T, strict=True)]
     return candidates, torch.stack(shares).var(dim=0, correction=0)
+
+
+def _even_ratios(space: Space, candidates: Tensor, budget: Budget, deployment: Deployment) -> Tensor:
+    """Return cost / target [C] of combinations [C, A] of one choice per elastic axis."""
+    chosen = dict(zip(space.elastic_axes(), candidates.T.unsqueeze(-1), strict=True))
+    return ratios(homogeneous(space), chosen, budget, deployment)
 
 
 def ratios(space: Space, chosen: Mapping[Axis, Tensor], budget: Budget, deployment: Deployment) -> Tensor:
