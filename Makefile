@@ -66,9 +66,10 @@ endif
 test-engines: engine-mlx engine-vllm engine-llama_cpp ## run exports in the engines (llama.cpp is compiled: ten minutes)
 	"$(PY)" -m pytest tests/programs/test_engines.py tests/parity/test_gguf.py
 
-lint: setup ## check style (ruff), types (mypy) and, where it is installed, shell scripts (shellcheck)
+lint: setup ## check style (ruff), the house's rules, types (mypy) and, where it is installed, shell scripts (shellcheck)
 	"$(PY)" -m ruff check .
 	"$(PY)" -m ruff format --check .
+	"$(PY)" -m pytest -q tests/unit/test_import_direction.py tests/unit/test_repository.py
 	"$(PY)" -m mypy elastic recipes
 ifneq ($(shell command -v shellcheck),)
 	shellcheck -x .ci/run $(wildcard launch/*.sh tests/*/*.sh)
