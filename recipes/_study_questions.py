@@ -18,7 +18,7 @@ BASE = "base"
 HERE = "@/"  # stands for the folder of all steps, wherever it is: a step is the same one in another
 # {seed}, {texts}, {rate}, {rate*0.5}, or an earlier step of the chain, for its folder.
 PLACE = re.compile(r"\{([a-z_]+)(?::(\w+))?(?:\*([\d.]+))?\}")
-KEYS = {"question", "compare_with", "answer", "limits", "corpora", "rates", "token_ratio", "verbs", "arms"}
+KEYS = {"like", "question", "compare_with", "answer", "limits", "corpora", "rates", "token_ratio", "verbs", "arms"}
 
 
 @dataclass(frozen=True)
@@ -114,12 +114,14 @@ def question_names(conf: Path) -> list[str]:
 
 
 def read_question(name: str, conf: Path) -> Question:
-    """Read conf/study/NAME.yaml over base.yaml, which all questions share; raises ConfigError."""
-    if name not in question_names(conf):
-        near = difflib.get_close_matches(name, question_names(conf), n=1, cutoff=0.0)
-        rule = f"is no file of {conf}, which has {', '.join(question_names(conf))}"
-        raise ConfigError([Problem("question", name, rule, f"nearest is {near[0] if near else 'none'}")])
-    base, own = (yaml.safe_load((conf / f"{file}.yaml").read_text(encoding="utf-8")) for file in (BASE, name))
+    """Read conf/study/NAME.yaml over base.yaml, which all questions share; raises ConfigError.
+
+    A question `like` another one asks it again: all but its answer is the other's unless stated, arms one by one.
+    """
+    base, own = _read(BASE, conf), _read(name, conf, "question")
+    if "like" in own:
+        other = {key: value for key, value in _read(own["like"], conf, f"{name}.like").items() if key != "answer"}
+        own = {**other, **own, "arms": {**other["arms"], **own.get("arms", {})}}
     if problems := list(_problems(name, base, own)):
         raise ConfigError(problems)
     arms = {}
@@ -144,6 +146,16 @@ def read_question(name: str, conf: Path) -> Question:
         searching=arms,
         searched_on=base["corpora"][own["corpora"][0]],
     )
+
+
+def _read(name: str, conf: Path, field: str = "") -> dict[str, Any]:
+    """Read a file of the questions' folder; raises ConfigError, where there is none, for the field that names it."""
+    if name != BASE and name not in question_names(conf):
+        near = difflib.get_close_matches(name, question_names(conf), n=1, cutoff=0.0)
+        rule = f"is no file of {conf}, which has {', '.join(question_names(conf))}"
+        raise ConfigError([Problem(field, name, rule, f"nearest is {near[0] if near else 'none'}")])
+    content: dict[str, Any] = yaml.safe_load((conf / f"{name}.yaml").read_text(encoding="utf-8"))
+    return content
 
 
 def _problems(name: str, base: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[Problem]:

@@ -93,6 +93,7 @@ def conf(tmp_path: Path) -> Path:
         ({"corpora": ["texts"]}, "did you mean text?"),
         ({"limit": "x"}, "did you mean limits?"),
         ({"arms": {"one": {"train_elastik": {}}}}, "did you mean train_elastic?"),
+        ({"like": "whom"}, "which.like"),
         ({"arms": {"one": {"pretrain_parent": {"x": "{evaluate}"}}}}, "which.arms.one.pretrain_parent"),
     ],
 )
@@ -103,6 +104,20 @@ def test_a_question_with_a_mistake_is_refused_by_name(conf: Path, change: dict[s
         read_question("which", conf)
     with pytest.raises(ConfigError, match="nearest is which"):
         read_question("wich", conf)
+
+
+def test_a_question_like_another_has_its_arms_and_its_own_beside_them(conf: Path) -> None:
+    again = {"like": "which", "question": "Again?", "arms": {"two": {"train_elastic": {"lr": "{rate*3}"}}, "three": {}}}
+    again["verbs"] = {"train_elastic": {"seed": 7}}
+    (conf / "again.yaml").write_text(yaml.safe_dump(again))
+    first, second = (read_question(name, conf) for name in ("which", "again"))
+    assert (second.text, second.answer, second.limits) == ("Again?", None, first.limits)
+    assert (second.token_ratio, second.compare_with, second.corpora) == ("one", "one", first.corpora)
+    assert {name: arm.overrides["train_elastic"] for name, arm in second.arms.items()} == {
+        name: {"lr": rate, "seed": 7, "parent": "{pretrain_parent}"}
+        for name, rate in (("one", "{rate}"), ("two", "{rate*3}"), ("three", "{rate}"))
+    }
+    assert first.arms["one"].overrides["train_elastic"]["seed"] == "{seed}"
 
 
 class Verbs(Smoke):
