@@ -1,8 +1,9 @@
 """Say what this machine has, and show that the elastic model works on it: `python -m elastic.selftest`.
 
 Prints Python, torch, CUDA and each optional kernel package with its version, found or not; then runs a small model
-forward and backward as masks and as slices and compares the two. Leaves with code 1 if they differ or something that
-is installed does not work. Needs no data, no network and no other process; a second on a CPU after the imports.
+forward and backward as masks and as slices and compares the two, and adds up a gradient in fp32. Leaves with code 1 if
+they differ or something that is installed does not work. Needs no data, no network and no other process; a second on a
+CPU after the imports.
 """
 
 import math
@@ -24,6 +25,8 @@ OPTIONAL = {part.package: (part.module, f"{part.name} by {part.instead}") for pa
 NEEDED = ("torch", "megatron-core", "transformers", "nemo-toolkit", "hydra-core")
 # Mask and slice add in another order; a GPU's matrix units round fp32 to TF32 on top.
 TOLERANCE = {"cpu": 1e-4, "cuda": 3e-2}
+# A sum in fp32 of bf16 factors; a CPU rounds the product to bf16 before it adds.
+SUM_TOLERANCE = {"cpu": 2**-5, "cuda": 1e-4}
 
 
 def versions() -> Iterator[tuple[str, str]]:
@@ -105,6 +108,17 @@ def mask_against_slice() -> dict[str, float]:
     return {"logits": largest_difference([(mask_logits, slice_logits)]), "gradients": largest_difference(kept)}
 
 
+def sums_in_fp32() -> float:
+    """Add a product of bf16 matrices to an fp32 gradient as training does; returns the relative difference to fp64."""
+    from elastic.kernels.products import add_product
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    left, right = (torch.linspace(-1, 1, 64 * 96, device=device).view(64, 96).bfloat16().roll(n) for n in (0, 7))
+    total = torch.zeros(96, 128, device=device)[:, :96]
+    add_product(total, left.t(), right)
+    return largest_difference([(total.double(), left.double().t() @ right.double())])
+
+
 def largest_difference(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
     """Return the largest difference within pairs of tensors over the largest value; infinite for a NaN or nothing."""
     scale = max((float(right.abs().max()) for _, right in pairs), default=0.0)
@@ -130,6 +144,10 @@ def main() -> None:
         fits = difference <= TOLERANCE[device]
         print(f"{'mask == slice':20} {what} on {device}: {difference:.1e} {'ok' if fits else 'WRONG'}")
         is_broken |= not fits
+    difference = sums_in_fp32()
+    fits = difference <= SUM_TOLERANCE[device]
+    print(f"{'bf16 into fp32':20} {difference:.1e} {'ok' if fits else 'WRONG'}")
+    is_broken |= not fits
     print("selftest: " + ("FAILED" if is_broken else "passed"))
     sys.exit(1 if is_broken else 0)
 

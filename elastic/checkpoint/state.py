@@ -91,7 +91,9 @@ def begin_save(
         if state is not None:
             (writing / STATE_FILE).write_text(json.dumps(vars(state), indent=1, default=str) + "\n")
 
-    sharded = _sharded_state(trained, is_loading=False)
+    def sharded() -> dict[str, Any]:
+        return _sharded_state(trained, is_loading=False)
+
     return CheckpointWrite(folder, sharded, world, add_files, in_background=in_background)
 
 

@@ -132,20 +132,21 @@ class CheckpointWrite:
     def __init__(
         self,
         folder: Path,
-        sharded: dict[str, Any],
+        sharded: Callable[[], dict[str, Any]],
         world: World,
         add_files: Callable[[Path], None],
         *,
         in_background: bool,
     ) -> None:
-        """Start; `add_files` puts the files beside the tensors into the folder it is given, on rank 0, now.
+        """Start: ask `sharded` for this rank's parts, which may take gathering; `add_files` puts the files beside them
+        into the folder it is given, on rank 0, now.
 
         Raises CheckpointError on all ranks when `folder` exists, cannot be written, or there is not enough disk.
         """
         self._since, self._needed_bytes = time.perf_counter(), 0
         self.folder, self._world, self._writer = folder, world, Writer(writing_folder(folder))
         self._on_rank_0(self._prepare)
-        planner = _planner(sharded, world)
+        planner = _planner(sharded(), world)
         local_plans = _gathered(planner.create_local_plan(), world)
         self._rank_plans: list[list[SavePlan]] | None = None  # of each rank, its files; on rank 0
         self._on_rank_0(lambda: self._plan(planner, local_plans, add_files))
@@ -202,12 +203,14 @@ class CheckpointWrite:
         self._rank_plans = [[next(numbered) for _ in own] for own in files]
 
     def _copy_tensors(self) -> None:
-        """Take a copy of all tensors in the memory of the host, so that training may change them."""
+        """Take a copy of all tensors in the memory of the host, so that training may change them.
+
+        Not pinned: torch would keep such memory, rounded up to powers of two, for the rest of the run. What lies on the
+        host of a GPU was gathered for this save alone.
+        """
         for index, value in self._values.items():
-            if isinstance(value, Tensor):
-                self._values[index] = value.to("cpu", copy=True, non_blocking=True)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+            if isinstance(value, Tensor) and value.device.type == self._world.device.type:
+                self._values[index] = torch.empty_like(value, device="cpu").copy_(value)
 
     def _write(self) -> None:
         """Write this rank's files; what went wrong waits for `finish`."""

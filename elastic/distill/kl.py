@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from elastic.distill.chunk import LossSettings, VocabShard, chunk_loss, fused_chunk_loss
+from elastic.kernels.products import add_product, product
 
 
 class DistillationError(ValueError):
@@ -74,7 +75,7 @@ def distillation_loss(
     incoming gradient other than 1 makes that of student_hidden NaN, loud without waiting for the device.
 
     With `tp_group` the gradient of student_hidden is this rank's PARTIAL sum over its part of the vocabulary: pass the
-    hidden states through `modules.head.parallel_hidden`, whose backward adds the ranks up. The head's is complete.
+    hidden states through elastic.model.forward.parallel_hidden, whose backward adds the ranks up. The head's is whole.
 
     Raises DistillationError for shapes, dtypes or settings that do not fit.
     """
@@ -138,8 +139,8 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, num_tokens, chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             hidden = student_hidden[chunk]
-            logits = _product(hidden, student_head.t(), dtype)
-            teacher_logits = None if teacher is None else _product(teacher[0][chunk], teacher[1].t(), dtype)
+            logits = product(hidden, student_head.t(), dtype)
+            teacher_logits = None if teacher is None else product(teacher[0][chunk], teacher[1].t(), dtype)
             labels_here = None if labels is None else labels[chunk]
             losses, gradient = of_chunk(logits, teacher_logits, labels_here, weights[chunk], settings)
             by_row += losses
@@ -149,9 +150,9 @@ class _ChunkedLoss(torch.autograd.Function):
             gradient = gradient.to(hidden.dtype)
             if hidden_grad is not None:
                 # In fp32 first: a long sum over the vocabulary is split, and its parts would be rounded to bf16.
-                hidden_grad[chunk] = _product(gradient, student_head, dtype)
+                hidden_grad[chunk] = product(gradient, student_head, dtype)
             if head_grad is not None:
-                _add_product(head_grad, gradient.t(), hidden)
+                add_product(head_grad, gradient.t(), hidden)
         # Where the caller's buffer has it, autograd must not see it again.
         ctx.save_for_backward(hidden_grad, None if head_gradient is not None else head_grad)
         ctx.dtypes = student_hidden.dtype, student_head.dtype
@@ -179,23 +180,6 @@ class _ChunkedLoss(torch.autograd.Function):
 def _sum_dtype(inputs: Tensor) -> torch.dtype:
     """Return the dtype in which logits and sums over `inputs` are held."""
     return torch.float64 if inputs.dtype == torch.float64 else torch.float32
-
-
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return left right in `dtype`; CUDA multiplies half-precision matrices into fp32 without rounding first."""
-    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(left, right, out_dtype=dtype)
-    return torch.mm(left, right).to(dtype)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left right to `total` in place; half precision into fp32 without the product in between on CUDA."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    elif left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:
-        total.add_(_product(left, right, total.dtype))
 
 
 def _check_settings(kl_weight: float, cross_entropy_weight: float, temperature: float, chunk_tokens: int) -> None:

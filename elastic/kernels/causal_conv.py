@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 # A program's tile; fewer tokens in the backward pass, which holds four times the values, so that registers suffice.
+MOST_TAPS = 4  # a tap is rows of registers; published models have 4
 TOKENS = 16
 BACKWARD_TOKENS = 8
 CHANNELS = 128
@@ -181,7 +182,7 @@ def causal_conv(
     `position` int32 [B, L] is each token's place in its document, over whose start no tap reaches. `before` [B, K-1, I]
     are the inputs in front of the first token, for inference: nothing is then differentiated.
     """
-    assert x.dim() == 3 and x.stride(2) == 1 and 2 <= weight.shape[1] <= 4
+    assert x.dim() == 3 and x.stride(2) == 1 and 2 <= weight.shape[1] <= MOST_TAPS
     assert position is None or (position.dtype == torch.int32 and position.shape == x.shape[:2])
     start = None if position is None else position.contiguous()
     earlier = None if before is None else before.contiguous()

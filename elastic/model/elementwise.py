@@ -76,12 +76,13 @@ class TorchElementwise:
 
 
 class TritonElementwise(TorchElementwise):
-    """One kernel of `elastic/kernels` each, in one reading; fp64, which they do not compute in, is left to PyTorch."""
+    """One kernel of `elastic/kernels` each, in one reading; what they do not compute, fp64, is left to PyTorch."""
 
     def __init__(self) -> None:
         from elastic.kernels import causal_conv, gated, gated_norm  # Triton is there on GPUs and in tests alone
 
         self._norm, self._gated, self._conv = gated_norm.gated_norm, gated, causal_conv.causal_conv
+        self._most_taps = causal_conv.MOST_TAPS
 
     def norm(self, x: Tensor, weight: Tensor, active: Tensor | float | None, epsilon: float, *rest: Any) -> Tensor:
         """Normalise; keeps its inputs alone."""
@@ -106,8 +107,8 @@ class TritonElementwise(TorchElementwise):
         before: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Convolve rows of wider rows where they lie."""
-        if x.dtype == torch.float64:
+        """Convolve rows of wider rows where they lie; more taps than the kernel has registers for go to PyTorch."""
+        if x.dtype == torch.float64 or weight.shape[1] > self._most_taps:
             return super().causal_conv(x, weight, bias, before, positions)
         y = self._conv(x, weight, bias, positions, before)
         if before is not None:

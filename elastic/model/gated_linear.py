@@ -13,7 +13,8 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from elastic.model.linear import ElasticRowParallelLinear, add_to_buffer, product
+from elastic.kernels.products import product
+from elastic.model.linear import ElasticRowParallelLinear, add_to_buffer
 
 
 def gated_linear(linear: ElasticRowParallelLinear, x: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
@@ -40,7 +41,7 @@ class _GatedProduct(torch.autograd.Function):
         weight, tokens, scale = ctx.weight, grad_y.flatten(0, 1), _scale(rows, columns)
         grad_x = (tokens @ _gated(weight, scale, weight)).unflatten(0, x.shape[:2])
         wide = torch.promote_types(scale.dtype, x.dtype)
-        of_product = product(tokens.t(), x.flatten(0, 1), wide).to(wide)
+        of_product = product(tokens.t(), x.flatten(0, 1), wide)
         grad_weight = None
         if weight.requires_grad:
             grad_weight = add_to_buffer(weight, of_product, scale)

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup, Work, all_gather_into_tensor, all_reduce, reduce_scatter_tensor
 
+from elastic.kernels.products import add_product, product
 from elastic.model.quantised import QuantisedWeight
 from elastic.space.layers import DimKind
 from elastic.space.nesting import Cut, Grid, add_kept, put_kept, take
@@ -128,17 +129,12 @@ class _Part:
 
     def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
         """Add the product of [r, T] and [T, c] to its places in `total` [R, C], summed in the precision of `total`."""
-        place, dtype = self.of_stream(total), total.dtype
+        place = self.of_stream(total)
         if not self.inner.is_prefix:
-            add_kept(place, 1 - self.hidden_dim, self.inner, product(left, right, dtype))
+            add_kept(place, 1 - self.hidden_dim, self.inner, product(left, right, total.dtype))
             return
         place = take(place, 1 - self.hidden_dim, self.inner)
-        if dtype == left.dtype:
-            torch.addmm(place, left, right, out=place)
-        elif total.is_cuda:
-            torch.addmm(place, left, right, out_dtype=dtype, out=place)
-        else:
-            place.add_(left @ right)
+        add_product(place, left, right)
 
 
 @dataclass(frozen=True)
@@ -225,13 +221,6 @@ def _added(weight: Tensor) -> Tensor:
     """Have the wrapper's hook leave alone what it finds in `grad`; it wants to find something."""
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     return torch.empty_like(weight)
-
-
-def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return left right; CUDA writes the product of half-precision matrices in `dtype`, without rounding first."""
-    if left.is_cuda and left.dtype != dtype:
-        return torch.mm(left, right, out_dtype=dtype)
-    return left @ right
 
 
 def _finish(work: Work | None) -> None:

@@ -106,6 +106,13 @@ class RunLog:
         """Append something out of the ordinary to events.jsonl."""
         self._append(EVENTS_FILE, [{"event": kind, "step": step, **values}])
 
+    def num_events(self, kind: str) -> int:
+        """Count what events.jsonl has of a kind, of earlier attempts at this run, too."""
+        if self._folder is None or not (path := self._folder / EVENTS_FILE).is_file():
+            return 0
+        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        return sum(line.startswith(f'{{"event": "{kind}",') for line in lines)
+
     def choices(self, step: int, subnets: Mapping[str, Subnet]) -> None:
         """Append every budget's subnet, layer by layer, to choices.jsonl."""
         self._append(CHOICES_FILE, [{"step": step, "choices": {name: asdict(one) for name, one in subnets.items()}}])
@@ -205,6 +212,7 @@ class LogSteps(Callback):
         self._moments: list[Moment] = []  # of the steps since the last log point
         self._unlogged: StepResult | None = None  # the last of them
         self._first_step = 0  # a run that had ended says nothing again
+        self._num_skipped = log.num_events("skipped_step")  # of earlier attempts
 
     def on_start(self, trainer: Trainer) -> None:
         """Open the progress bar on rank 0."""
@@ -216,6 +224,7 @@ class LogSteps(Callback):
         """Add the step; on log points reduce (all ranks) and write (rank 0)."""
         if result.skipped:  # its losses would make the whole interval NaN
             self._say(trainer, "skipped_step", f"skipped step {trainer.step}: NaN or Inf, see {NONFINITE_FOLDER}/", {})
+            self._num_skipped += 1
         else:
             self._meter.add(result.losses)
         self._moments.append(result.moment)
@@ -250,7 +259,7 @@ class LogSteps(Callback):
             "grad_norm": float(result.grad_norm),
             "learning_rate": result.moment.learning_rate,
             "tokens_per_s": tokens_per_s,
-            "skipped_steps": trainer.skipped.count,
+            "skipped_steps": self._num_skipped,
             "counted_tokens": sum(mean.num_tokens for mean in means.values()),
             "fill": trainer.data.fill(result.moment),
         }

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: all ranks leave the step out alike, count it, and say what caused it.
+"""Losses and gradients that are not finite: all ranks leave the step out alike and say what caused it.
 
 If any loss, the gradient norm or any gradient of the router is NaN or Inf on any rank, neither weights nor router nor
 their Adam states take the step on any rank. The step still counts, so data, draws and schedules go on. After
@@ -37,14 +37,13 @@ class NonFiniteError(ValueError):
 
 @dataclass
 class SkippedSteps:
-    """Finds the steps to leave out, counts them, writes what they were made of, and ends the run after too many."""
+    """Finds the steps to leave out, writes what they were made of, and ends the run after too many in a row."""
 
     run_folder: Path
     max_in_a_row: int
     wrapped: DistributedDataParallel
     world: World
     budget_names: Sequence[str]
-    count: int = 0
     in_a_row: list[int] = field(default_factory=list)
     num_dumps: int = 0
 
@@ -75,7 +74,6 @@ class SkippedSteps:
         grad_norm: float,
     ) -> None:
         """Note a step with something `bad`; raises NonFiniteError on all ranks once there were too many in a row."""
-        self.count += 1
         self.in_a_row.append(step)
         parts = zip_longest(batches, losses, choices)  # only the last stage has losses
         micro_batches = [self._micro_batch(*of_one) for of_one in parts]

@@ -120,10 +120,9 @@ def full_disk(run: Path) -> dict[str, str]:
     messages["before"] = pair.failed(2)
     empty()
     for name, in_background in (("while", False), ("behind", True)):
-        sharded = {"model": pair.trained.model.sharded_state_dict(metadata={})}
         write = CheckpointWrite(
             checkpoint_folder(run, 3),
-            sharded,
+            lambda: {"model": pair.trained.model.sharded_state_dict(metadata={})},
             pair.here,
             # Somebody else fills the disk after it was looked at.
             lambda writing: filler.write_bytes(bytes(shutil.disk_usage(run).free - 20_000)),

@@ -213,6 +213,8 @@ def test_too_many_in_a_row_end_the_run_and_the_last_checkpoint_is_good(start):
     assert [path.name for path in list_checkpoints(start / "run" / "given_up")] == ["step_00000003"]
     run_distributed(train, 1, values)
     assert all(math.isfinite(value) for value in rows(start, "given_up")[9].values())
+    # Of the attempt before, step 2 stays and what came after the checkpoint is run again.
+    assert [rows(start, "given_up")[step]["skipped_steps"] for step in (1, 2, 3, 4, 9)] == [0, 1, 1, 1, 1]
 
 
 def two_optimizers(dtype, clip_grad):

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from rich.console import Console
 
 from elastic.checkpoint.find import list_checkpoints
@@ -173,6 +174,27 @@ def test_the_distributed_optimizer_saves_whole_tensors_whatever_the_rank(start):
             key.removeprefix(f"optimizer.state.{kind}."): metadata[key].size for key in metadata if f"e.{kind}." in key
         }
         assert held.keys() == weights and all(metadata[key].size == size for key, size in held.items())
+
+
+def gathered_for_saves(values):
+    """Train sharded; returns whether this rank held the whole optimizer state at each save."""
+    held, gather = [], DistributedOptimizer.get_parameter_state_dp_zero
+
+    def gathered(*args, **kwargs):
+        found = gather(*args, **kwargs)
+        held.append(found is not None)
+        return found
+
+    with mock.patch.object(DistributedOptimizer, "get_parameter_state_dp_zero", gathered):
+        train_fused(values)
+    return held
+
+
+def test_one_replica_alone_gathers_the_optimizers_state_for_a_save(start):
+    """Each rank of 512 that did would take the whole of it, and its GPU two buckets."""
+    optim, trainer = dict(use_distributed_optimizer=True), dict(precision="bf16", max_steps=1)
+    values = elastic_values(start, "gathered", optim=optim, trainer=trainer)
+    assert run_distributed(gathered_for_saves, 2, values) == [[True], [False]]
 
 
 def skip_all(values):

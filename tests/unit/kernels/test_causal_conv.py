@@ -7,6 +7,7 @@ from torch import Tensor
 
 from elastic.kernels import causal_conv as kernel
 from elastic.kernels.causal_conv import causal_conv
+from elastic.model.elementwise import TritonElementwise
 from tests.unit.kernels.precision import DEVICE, assert_as_exact, drawn
 
 
@@ -68,6 +69,11 @@ def test_it_goes_on_from_earlier_inputs() -> None:
     whole = causal_conv(x, weight, bias)
     for cut in (3, 7):
         assert causal_conv(x[:, cut:], weight, bias, before=x[:, cut - 3 : cut]).equal(whole[:, cut:])
+
+
+def test_more_taps_than_the_kernel_has_are_left_to_pytorch() -> None:
+    inputs = {"x": drawn(2, 9, 5, scale=2.0), "weight": drawn(5, 6), "bias": drawn(5)}
+    assert_as_exact(TritonElementwise().causal_conv, twin, inputs)
 
 
 def test_bf16_is_rounded_once() -> None:

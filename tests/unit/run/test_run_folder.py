@@ -192,6 +192,7 @@ def test_a_resumed_run_logs_each_step_once(tmp_path: Path) -> None:
     heard: list[str] = []
     log = RunLog(tmp_path, tensorboard=True, step=3, say=heard.append)
     assert logged(tmp_path) == logged(tmp_path, "events.jsonl") == logged(tmp_path, "choices.jsonl") == [1, 2, 3]
+    assert (log.num_events("loss_spike"), log.num_events("loss")) == (3, 0)
     assert "a note of the user\n" in (tmp_path / "metrics.jsonl").read_text()
     assert heard[0] == "metrics.jsonl: 3 lines of steps after 3 are dropped, for these steps run again"
     for step in range(4, 8):
