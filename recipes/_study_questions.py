@@ -120,8 +120,12 @@ def read_question(name: str, conf: Path) -> Question:
     """
     base, own = _read(BASE, conf), _read(name, conf, "question")
     if "like" in own:
-        other = {key: value for key, value in _read(own["like"], conf, f"{name}.like").items() if key != "answer"}
-        own = {**other, **own, "arms": {**other["arms"], **own.get("arms", {})}}
+        other = _read(own["like"], conf, f"{name}.like")
+        if "like" in other or own["like"] == name:
+            rule, first = "is like another question itself", other["like"]
+            raise ConfigError([Problem(f"{name}.like", own["like"], rule, f"name that one: {first}")])
+        arms = {**other.get("arms", {}), **own.get("arms", {})}
+        own = {**{key: value for key, value in other.items() if key != "answer"}, **own, "arms": arms}
     if problems := list(_problems(name, base, own)):
         raise ConfigError(problems)
     arms = {}
@@ -149,12 +153,24 @@ def read_question(name: str, conf: Path) -> Question:
 
 
 def _read(name: str, conf: Path, field: str = "") -> dict[str, Any]:
-    """Read a file of the questions' folder; raises ConfigError, where there is none, for the field that names it."""
-    if name != BASE and name not in question_names(conf):
-        near = difflib.get_close_matches(name, question_names(conf), n=1, cutoff=0.0)
+    """Read a file of the questions' folder, base.yaml for no field; raises ConfigError where it is none or no YAML."""
+    if field and name not in question_names(conf):
+        near = difflib.get_close_matches(str(name), question_names(conf), n=1, cutoff=0.0)
         rule = f"is no file of {conf}, which has {', '.join(question_names(conf))}"
         raise ConfigError([Problem(field, name, rule, f"nearest is {near[0] if near else 'none'}")])
-    content: dict[str, Any] = yaml.safe_load((conf / f"{name}.yaml").read_text(encoding="utf-8"))
+    file, content, rule = conf / f"{name}.yaml", None, "holds no keys and values"
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        rule = f"is no YAML: {' '.join(str(error).split())}"
+    arms = content.get("arms", {}) if isinstance(content, dict) else None
+    if (
+        not isinstance(content, dict)
+        or not isinstance(arms, dict)
+        or not all(isinstance(a, dict) for a in arms.values())
+    ):
+        rule = rule if arms is None else "has arms that are not names with overrides of verbs"
+        raise ConfigError([Problem(name, str(file), rule, "write it as the other files there")])
     return content
 
 

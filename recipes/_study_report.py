@@ -182,7 +182,8 @@ def _ratio_lines(question: Question, answers: Answers) -> Iterator[str]:
         )
         arms = [item for name in ratios[0][2] for item in answers.cells[corpus, name].items()]
         family = next(cell for arm, cell in arms if arm == question.token_ratio)
-        alone = [cell for arm, cell in arms if arm != question.token_ratio and cell.tokens == family.tokens]
+        single = {file["arm"] for file in answers.files if len(file["members"]) == 1}
+        alone = [cell for arm, cell in arms if arm in single and cell.tokens == family.tokens]
         by_member = "; ".join(
             f"{name} alone takes " + ", ".join(f"{taken[name] / 1e3:,.0f}k" for _, _, taken in ratios)
             for name in ratios[0][2]

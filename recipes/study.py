@@ -206,6 +206,13 @@ def run(given: argparse.Namespace, console: Console) -> None:
     console.print(f"results: {given.results}   now: python recipes/study.py report")
 
 
+def at_least_one(text: str) -> int:
+    """Return a number from the command line; raises ArgumentTypeError below 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
+    return int(text)
+
+
 def main() -> None:
     """Parse the command line; run questions, or write the page about what ran."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -213,8 +220,10 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     running = commands.add_parser("run", help="run questions of conf/study")
     running.add_argument("questions", nargs="*", help=f"all, or of {', '.join(question_names(CONF))}")
-    running.add_argument("--seeds", type=int, default=3, help="seeds of the family (default: 3)")
-    running.add_argument("--processes", type=int, default=2, help="arms at a time, one thread each (default: 2)")
+    running.add_argument("--seeds", type=at_least_one, default=3, help="seeds of the family (default: 3)")
+    running.add_argument(
+        "--processes", type=at_least_one, default=2, help="arms at a time, one thread each (default: 2)"
+    )
     running.add_argument("--corpora", nargs="+", help="only these")
     running.add_argument("--arms", nargs="+", help="only these")
     running.add_argument("--exp-dir", type=Path, default=Path("runs"), help="where runs are written (default: runs)")

@@ -223,6 +223,7 @@ class ComputeConfig:
     """How numbers are computed, for every verb. `num_threads` null leaves PyTorch's choice.
 
     `kernels`: on a GPU take what is installed, and PyTorch where a package is missing; or require all of them.
+    `deterministic` is PyTorch's switch, of which other packages' kernels know nothing.
     `collective_timeout_s` is how long a rank waits for another before the run ends in an error.
     """
 

@@ -21,7 +21,7 @@ _SPLITS = {
     rf"{_CONTRACTIONS}|{_BEGIN}|\p{{N}}{_END}": "qwen2",
     rf"{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
 }
-_REMEDY = "leave gguf out of export.format, or convert the Hugging Face folder with llama.cpp's own script"
+_REMEDY = "set export.format=hf, or convert the Hugging Face folder with llama.cpp's own script"
 
 
 def add_tokenizer(writer: GGUFWriter, exports: ExportSettings, vocab: int) -> None:
@@ -49,6 +49,12 @@ def add_tokenizer(writer: GGUFWriter, exports: ExportSettings, vocab: int) -> No
     special.special_token_ids |= _special_ids(exports)
     special.add_special_token = {"bos": False, "eos": False, **special.add_special_token}
     special.add_to_gguf(writer, quiet=True)
+
+
+def check_tokenizer(exports: ExportSettings) -> None:
+    """Raise ExportError for a tokenizer that `add_tokenizer` would refuse."""
+    if exports.tokenizer_folder is not None:
+        split_name(read_json(exports.tokenizer_folder / TOKENIZER_JSON, MAX_BYTES))
 
 
 def split_name(tokenizer: Mapping[str, Any]) -> str:

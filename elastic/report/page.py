@@ -146,7 +146,8 @@ def _short(value: Any) -> str:
 def phase_table(config: Mapping[str, Any]) -> str:
     """Return the phases of a run's config."""
     columns = ("name", "steps", "tokens", "sequence_length", "global_batch", "execution", "router_frozen")
-    phases = [phase for phase in config.get("curriculum") or () if isinstance(phase, dict)]
+    given = config.get("curriculum")
+    phases = [phase for phase in given if isinstance(phase, dict)] if isinstance(given, list) else []
     rows = [["-" if phase.get(key) is None else _cell(phase[key]) for key in columns] for phase in phases]
     return table_html([column.replace("_", " ") for column in columns], rows) if rows else ""
 

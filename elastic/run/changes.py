@@ -159,21 +159,21 @@ def _blend_differences(then: TrainConfig, now: TrainConfig, step: int) -> Iterat
 
 
 def _budget_differences(saved: Record, record: Record, config: ElasticConfig, step: int) -> Iterator[Difference]:
-    """Compare budgets by what they ask for. A new one needs steps in which the router still learns."""
+    """Compare budgets one by one, by what they ask for. A new one needs steps in which the router still learns."""
     assert saved.family is not None and record.family is not None
-    then, now = saved.family.budgets, record.family.budgets
-    if then == now:
-        return
-    old, new = (
-        ", ".join(f"{b.name} {b.metric} {b.limit:g} within {100 * b.tolerance:g}%" for b in budgets)
-        for budgets in (then, now)
-    )
-    if not all(phase.router_frozen for phase in config.curriculum[_num_over(config.curriculum, step) :]):
-        why = "a target moves, a new budget's inputs to the router start fresh, those of a budget left out are dropped"
-        yield Difference("elastic.budgets", old, new, why, True)
-    else:
-        why = "no step is left in which the router could learn them"
-        yield Difference("elastic.budgets", old, new, why, False, "add a phase with router_frozen=false, or start anew")
+    then, now = ({budget.name: budget for budget in family.budgets} for family in (saved.family, record.family))
+    learns = not all(phase.router_frozen for phase in config.curriculum[_num_over(config.curriculum, step) :])
+    why = "a target moves, a new budget's input to the router starts fresh, that of one left out is dropped"
+    remedy = "" if learns else "add a phase with router_frozen=false, or start anew"
+    if not learns:
+        why = "no step is left in which the router could learn it"
+    for name in dict.fromkeys((*then, *now)):
+        old, new = then.get(name), now.get(name)
+        if old is None or new is None or not new.asks_as(old):
+            first, second = (ABSENT if budget is None else str(budget) for budget in (old, new))
+            yield Difference("elastic.budgets", first, second, why, learns, remedy)
+    if then.keys() == now.keys() and list(then) != list(now):
+        yield Difference("elastic.budgets", ", ".join(then), ", ".join(now), "they are drawn in this order", True)
 
 
 def _start_differences(then: ElasticConfig, now: ElasticConfig) -> Iterator[Difference]:

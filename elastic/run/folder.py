@@ -11,6 +11,7 @@ from typing import Any
 
 from elastic.checkpoint.find import list_checkpoints
 from elastic.config.sections import ExpManagerConfig
+from elastic.hf.safe_files import UnsafeFileError, read_json
 from elastic.world.files import write_json
 from elastic.world.groups import World, decided_by_rank_0
 
@@ -28,6 +29,7 @@ LOGS = (
     "watchdog",
 )
 OF_A_START = (CONFIG_FILE, WANDB_FILE, FAMILY_FILE, *LOGS, "checkpoints")
+CONFIG_LIMIT_BYTES = 64 << 20  # a config holds tables of times, too
 LOCK_WAIT_S = 60.0  # what is left of a killed attempt may take that long to be gone
 
 
@@ -52,14 +54,20 @@ def open_run_folder(
 def prepare_run_folder(settings: ExpManagerConfig, config: Mapping[str, Any], *, resume: bool = False) -> None:
     """Create exp_dir/name/version with the resolved config; call under `run_lock`.
 
-    Raises RunFolderError for a folder that holds something, unless exp_manager.overwrite or `resume`, and then what it
-    holds is a checkpoint or nothing worth keeping. Whether a run may go on from a checkpoint is for resume.py to say.
+    Raises RunFolderError for a folder that holds something, unless exp_manager.overwrite, and then it is a run's, or
+    `resume`, and then what it holds is a checkpoint or nothing worth keeping. Whether a run may go on from a checkpoint
+    is for resume.py to say.
     """
     folder = Path(settings.run_dir)
     checkpoints = list_checkpoints(folder)
-    if settings.overwrite and folder.exists() and any(folder.iterdir()):
+    if settings.overwrite and is_of_a_run(folder):
         shutil.rmtree(folder)
     elif not (resume and checkpoints) and not is_left_over(folder, resume=resume):
+        if settings.overwrite:
+            raise RunFolderError(
+                f"{folder} holds no {CONFIG_FILE} of a run, and exp_manager.overwrite=true replaces runs alone. Choose "
+                "another exp_manager.name or exp_manager.version, or remove the folder by hand"
+            )
         raise RunFolderError(
             f"{folder} exists already. Choose another exp_manager.name or exp_manager.version, or set "
             f"exp_manager.overwrite=true to replace it"
@@ -79,6 +87,14 @@ def is_left_over(folder: Path, *, resume: bool) -> bool:
     # world/files.py: written_aside leaves .<name>.partial-* where it is killed.
     others = [name for name in names if name not in expected and not (name[0] == "." and ".partial-" in name)]
     return not others and not list_checkpoints(folder)
+
+
+def is_of_a_run(folder: Path) -> bool:
+    """Tell whether a folder holds the config that every run writes first: others' are not ours to replace."""
+    try:
+        return "exp_manager" in read_json(folder / CONFIG_FILE, CONFIG_LIMIT_BYTES)
+    except UnsafeFileError:
+        return False
 
 
 @contextmanager

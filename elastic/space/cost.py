@@ -259,6 +259,14 @@ class Budget:
         assert self.target is not None, "Budget.absolute comes first"
         return self.target
 
+    def __str__(self) -> str:
+        return f"{self.name} {self.metric} {self.limit:.10g} within {100 * self.tolerance:g}%"
+
+    def asks_as(self, other: "Budget") -> bool:
+        """Tell whether two absolute budgets ask for the same, a target rounded to whole parameters or not."""
+        alike = (self.name, self.metric, self.tolerance) == (other.name, other.metric, other.tolerance)
+        return alike and math.isclose(self.limit, other.limit, abs_tol=0.0 if self.metric in MEASURED else 0.5)
+
     def absolute(self, parent: ModelShape, deployment: Deployment) -> "Budget":
         """Return the budget with its ratio turned into a target, and tokens per second into the time they leave a pass.
 

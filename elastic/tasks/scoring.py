@@ -25,6 +25,19 @@ def task_manager(tasks: Sequence[str], include_path: str | None) -> Any:
     return own if own is not None and set(tasks) <= set(own.all_tasks) else TaskManager(include_path=include_path)
 
 
+def what_is_wrong(name: str, manager: Any, config: EvaluateTasksConfig) -> str | None:
+    """Build a task and its first question; returns what stands in the way: missing data, a broken template."""
+    try:
+        for task in manager.load([name])["tasks"].values():
+            if config.num_fewshot is not None and task.get_config("num_fewshot") != 0:
+                task.set_config(key="num_fewshot", value=config.num_fewshot)
+            task.set_fewshot_seed(seed=config.seed)
+            task.build_all_requests(limit=1)
+    except Exception as error:  # a task is somebody's YAML, template and code: anything
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return None
+
+
 class Evaluator:
     """The tasks of one config, asked alike of every model."""
 

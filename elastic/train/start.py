@@ -44,11 +44,12 @@ class StartAtEvenCuts(Callback):
             cuts = even_cuts(chooser.space, budget, chooser.deployment, MOST_CUTS)
             if budget.name in self.begun or not cuts:
                 continue
-            trainer.progress.enter(trainer.step, f"even cuts of {budget.name}")
-            subnets = [chooser.space.subnet(cut) for cut in cuts]
-            gates = {str(number): Gates.slice(subnet) for number, subnet in enumerate(subnets)}
-            found = evaluate_subnets(trainer.runner, gates, self.held_out, count, size)  # the same on every rank
-            losses = [found[name].mean.cross_entropy or math.inf for name in gates]
+            subnets, losses = [chooser.space.subnet(cut) for cut in cuts], list[float]()
+            for number, subnet in enumerate(subnets, start=1):
+                trainer.progress.enter(trainer.step, f"even cut {number} of {len(cuts)} for {budget.name}")
+                gates = {budget.name: Gates.slice(subnet)}
+                found = evaluate_subnets(trainer.runner, gates, self.held_out, count, size)  # the same on every rank
+                losses.append(found[budget.name].mean.cross_entropy or math.inf)
             best = losses.index(min(losses))
             start_at(chooser.router, index, cuts[best])
             if trainer.world.is_main:

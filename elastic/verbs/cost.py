@@ -145,7 +145,7 @@ def notes(report: dict[str, Any], config: CostConfig) -> list[str]:
         if not row["is_near"]:
             lines.append(
                 f"warning: budget {row['name']}: no subnet found within {100 * row['tolerance']:g}% of the target, the "
-                f"nearest uses {row['cost_ratio']:.1%}; give the axes more choices"
+                f"nearest uses {100 * row['cost_ratio']:.7g}%; give the axes more choices"
             )
         if row["stored_params"] != row["params"]:
             stored = quantity(Metric.PARAMS, row["stored_params"])

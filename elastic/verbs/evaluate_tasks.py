@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,15 +43,20 @@ class TasksError(ConfigError):
 def run_evaluate_tasks(config: EvaluateTasksConfig, console: Console) -> Path:
     """Score every member on every task, write tasks.json and tasks.png; returns the run folder.
 
-    Raises TasksError for a task that neither lm-eval nor `include_path` has, and for a time of no member, before any
-    weight is read.
+    Raises TasksError for a task that neither lm-eval nor `include_path` has, or that cannot be asked, before anything
+    is written, and for a time of no member before any weight is read.
     """
-    with run_world(config) as here, open_run_folder(config.exp_manager, asdict(config), here) as folder:
+    with ExitStack() as opened:
+        here = opened.enter_context(run_world(config))
         from elastic.tasks import scoring  # it imports lm-eval, which not everybody has, and takes seconds
 
         manager = scoring.task_manager(config.tasks, config.include_path)
         if problems := tuple(_unknown_tasks(config.tasks, manager.all_tasks)):
             raise TasksError(problems)
+        said = [scoring.what_is_wrong(name, manager, config) for name in config.tasks]
+        if problems := tuple(_broken_tasks(config.tasks, said)):
+            raise TasksError(problems)
+        folder = opened.enter_context(open_run_folder(config.exp_manager, asdict(config), here))
         evaluator = scoring.Evaluator(config, manager)
         rows = []
         for row in (_of_folder if config.folder is not None else _of_members)(config, evaluator, here, console):
@@ -94,6 +100,13 @@ def _unknown_tasks(wanted: Sequence[str], known: Sequence[str]) -> Iterator[Prob
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             remedy = f"nearest is {near[0]}" if near else "name a task of lm-eval, or set include_path"
             yield Problem(f"tasks.{index}", name, "is no task of lm-eval or of include_path", remedy)
+
+
+def _broken_tasks(wanted: Sequence[str], said: Sequence[str | None]) -> Iterator[Problem]:
+    for index, (name, error) in enumerate(zip(wanted, said, strict=True)):
+        if error is not None:
+            remedy = "mend the task or num_fewshot; data that it names lm-eval fetches where there is a network"
+            yield Problem(f"tasks.{index}", name, f"cannot be asked: {error}", remedy)
 
 
 def _check_times(config: EvaluateTasksConfig, names: Sequence[str]) -> None:

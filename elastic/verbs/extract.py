@@ -23,6 +23,7 @@ from elastic.hf.config import stock_notes
 from elastic.hf.export import ExportReport, FolderCheck, export_folder
 from elastic.hf.export_settings import DtypeRule, ExportSettings, kind_of_tensor, write_export_settings
 from elastic.hf.fp8 import calibrate, cut_scales, hf_scales
+from elastic.hf.gguf_tokenizer import check_tokenizer
 from elastic.hf.names import hf_names
 from elastic.hf.nested_values import value_check
 from elastic.hf.reload import logit_check, reads_fp8
@@ -62,6 +63,8 @@ def run_extract(config: ExtractConfig, console: Console) -> Path:
     """
     opened = open_checkpoint(config.init_from, config.budget_names, config.subnets, say=console.print)
     carried, dtypes, rows = _carried(opened, config), _stored_formats(opened), []
+    if config.export.format == "gguf":
+        check_tokenizer(carried)  # before anything is written
     with open_run_folder(config.exp_manager, asdict(config), None) as folder:
         fp8 = _fp8_of_family(opened, carried, config, console) if config.export.in_fp8 else None
         for member in opened.members:

@@ -1,6 +1,6 @@
 """Going on from a trained family in a run of its own: its weights and router, and what new budgets start with."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from elastic.config.verbs import CostConfig, ElasticConfig
 from elastic.router.router import Router
 from elastic.router.start import start_at
 from elastic.space.axes import Axis
-from elastic.space.cost import subnet_cost
+from elastic.space.cost import Budget, subnet_cost
 from elastic.space.shape import ShapeError, SubnetError
 from elastic.space.space import Space, SpaceError
 from elastic.verbs.members import choices_of
@@ -45,7 +45,7 @@ def begin_router(router: Router, config: ElasticConfig, space: Space, family: Pa
 
 def start_problems(config: ElasticConfig | CostConfig, parent: Record) -> Iterator[Problem]:
     """Yield what keeps a run from going on from its family, or a new budget from starting with its subnet."""
-    source, trained = config.init_from, list[str]()
+    source, trained = config.init_from, dict[str, Budget]()
     if source.family is None and not source.subnets:
         return
     try:
@@ -54,8 +54,9 @@ def start_problems(config: ElasticConfig | CostConfig, parent: Record) -> Iterat
         return
     if source.family is not None:
         record = Record.read(resolve_checkpoint(source.family))
-        trained = _budgets(record)
+        trained = {} if record.family is None else {budget.name: budget for budget in record.family.budgets}
         yield from _family_problems(config, space, parent, record)
+        yield from _moved_budgets(config, trained)
     deployment, budgets = config.elastic.deployment, {budget.name: budget for budget in config.budgets()}
     for index, given in enumerate(source.subnets):
         field, budget = f"init_from.subnets.{index}", budgets.get(given.name)
@@ -112,6 +113,19 @@ def _family_problems(
         yield Problem(
             "elastic.router.hidden_width", width, rule, f"nearest legal value is {record.family.router_width}"
         )
+
+
+def _moved_budgets(config: ElasticConfig | CostConfig, trained: Mapping[str, Budget]) -> Iterator[Problem]:
+    """A budget that was trained is asked for as it was where the router stays frozen: it has learnt no other choice."""
+    if not isinstance(config, ElasticConfig) or not all(phase.router_frozen for phase in config.curriculum):
+        return
+    for index, budget in enumerate(config.budgets()):
+        if budget.target is None or (before := trained.get(budget.name)) is None or budget.asks_as(before):
+            continue
+        rule = f"the family was trained for {before}, and no phase is left in which the router could learn another"
+        remedy = f"set metric={before.metric}, target={before.limit:.10g}, tolerance={before.tolerance:g}"
+        remedy += ", or name a new budget, or add a phase with router_frozen=false"
+        yield Problem(f"elastic.budgets.{index}", str(budget), rule, remedy)
 
 
 def _budgets(record: Record) -> list[str]:

@@ -36,7 +36,7 @@ from elastic.config.verbs import (
 from elastic.corpus.config import PrepareConfig
 from elastic.data.manifest import DataError
 from elastic.engines.check import missing_environment, unfit
-from elastic.run.folder import is_left_over
+from elastic.run.folder import is_left_over, is_of_a_run
 from elastic.space.gates import Execution
 from elastic.space.shape import ModelShape
 from elastic.verbs.evaluate_tasks import tasks_problems
@@ -61,6 +61,7 @@ def load_run[T](kind: type[T], values: Mapping[str, Any], cluster: Cluster, *, i
     Only the main process looks whether the run folder is free: it is also the one that will create it.
     Raises ConfigError listing every problem.
     """
+    named = dict(_named_files(values))
     values, no_table = with_table(kind, values)
     values, no_subnets = fill_subnets(kind, values)
     values, open_problems, unknown = fill_from_parent(kind, values)
@@ -82,7 +83,7 @@ def load_run[T](kind: type[T], values: Mapping[str, Any], cluster: Cluster, *, i
     if not unreliable and not files:
         problems += (*length_problems(config), *checkpoint_problems(config))
     if is_main and not unreliable.intersection(("exp_manager", "output")):
-        problems += tuple(output_problems(config))
+        problems += tuple(output_problems(config, named))
     if isinstance(config, PrepareConfig):
         problems += tuple(config.rule_problems(unreliable))
     if problems:
@@ -219,8 +220,21 @@ def _nesting_problems(config: ElasticRunConfig, record: Record, name: str, path:
     yield from model_problems(config.model, record, path)
 
 
-def output_problems(config: object) -> Iterator[Problem]:
-    """Yield a problem if the run folder or file holds something that the config neither continues nor replaces."""
+def _named_files(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """List (field, path) of the files whose content takes their place in the config."""
+    for field in ("subnets", "latency", "init_from.subnets", "elastic.deployment.latency"):
+        found: Any = values
+        for name in field.split("."):
+            found = found.get(name) if isinstance(found, Mapping) else None
+        if isinstance(found, str):
+            yield field, found
+
+
+def output_problems(config: object, named: Mapping[str, str]) -> Iterator[Problem]:
+    """Yield a problem if the run folder or file holds something that the config neither continues nor replaces.
+
+    `named` are files that have been read, by field.
+    """
     if isinstance(config, CostConfig | GenerateConfig):  # a run that is priced has a folder, but it is not written to
         yield from output_file_problems(config)
         return
@@ -229,11 +243,14 @@ def output_problems(config: object) -> Iterator[Problem]:
     manager = config.exp_manager
     folder = Path(manager.run_dir)
     if manager.overwrite:
-        for name, path in input_paths(config):
+        remedy = f"set exp_manager.version={free_version(folder)}"
+        for name, path in (*input_paths(config), *named.items()):
             if path is not None and Path(path).resolve().is_relative_to(folder.resolve()):
-                rule = f"would remove {name} = {path} before it is read"
-                remedy = f"set exp_manager.version={free_version(folder)}"
+                rule = f"would remove {name} = {path}, which this verb reads"
                 yield Problem("exp_manager.overwrite", True, rule, remedy)
+        if not is_left_over(folder, resume=True) and not is_of_a_run(folder):
+            rule = f"replaces runs alone, and {folder} holds no config.json of one"
+            yield Problem("exp_manager.overwrite", True, rule, f"{remedy}, or remove the folder by hand")
     goes_on = isinstance(config, TrainConfig) and config.exp_manager.resume_if_exists
     # An import cut short goes on, and nobody misses what a refused start left.
     if manager.overwrite or goes_on or is_left_over(folder, resume=isinstance(config, ImportConfig)):

@@ -1,5 +1,6 @@
 """The verb search: sizes that were not trained, between and around the budgets of a family, priced and scored."""
 
+import inspect
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, replace
 from importlib import import_module
@@ -183,6 +184,13 @@ def load_score(path: str) -> Score:
         raise SearchError([Problem("score", path, rule, remedy)]) from error
     if not callable(function):
         raise SearchError([Problem("score", path, "is no function", "name a function of (runner, gates, data)")])
+    try:
+        inspect.signature(function).bind(None, None, None)
+    except TypeError as error:
+        rule = f"takes other arguments ({error})"
+        raise SearchError([Problem("score", path, rule, "name a function of (runner, gates, data)")]) from error
+    except ValueError:  # of C, and says nothing of its arguments
+        pass
     return function
 
 

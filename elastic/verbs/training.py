@@ -90,8 +90,9 @@ def run_training(config: TrainConfig, console: Console, callbacks: Sequence[Call
                 step=trainer.step,
                 say=console.print,
             )
-            # Last: its handlers stay until the final checkpoint is written.
-            trainer.callbacks = [*_callbacks(config, trainer, log, console, data, opened), *callbacks, StopOnSignal()]
+            # After the others: its handlers stay until the final checkpoint is written. They hear while cuts are tried.
+            own = _callbacks(config, trainer, log, console, data, opened)
+            trainer.callbacks = [*own, *callbacks, StopOnSignal(), *_start(config, trainer, console, opened)]
             with Watchdog(trainer.progress, folder, config.trainer.watchdog_timeout_s):
                 trainer.fit()
             log.close()
@@ -242,19 +243,24 @@ def _budgets(record: Record) -> tuple[str, ...]:
     return () if record.family is None else tuple(budget.name for budget in record.family.budgets)
 
 
+def _start(config: TrainConfig, trainer: Trainer, console: Console, opened: RunStart) -> list[Callback]:
+    """Return what moves the router to even cuts, of budgets that begin with nothing else."""
+    if not isinstance(config, ElasticConfig) or config.elastic.router.start != "even_cuts":
+        return []
+    begun = {given.name for given in config.init_from.subnets}
+    if opened.family is not None:
+        begun |= set(_budgets(Record.read(opened.family)))
+    length = trainer.curriculum.phases[0].sequence_length
+    held_out = open_held_out(config.data, open_sources(config.data, "validation"), length)
+    return [StartAtEvenCuts(held_out, config.data.validation_sequences, begun, console)]
+
+
 def _callbacks(
     config: TrainConfig, trainer: Trainer, log: RunLog, console: Console, data: TrainingData, opened: RunStart
 ) -> list[Callback]:
     settings, section, held_out = config.exp_manager, config.trainer, open_sources(config.data, "validation")
-    count, first = config.data.validation_sequences, trainer.curriculum.phases[0].sequence_length
-    start: list[Callback] = []
-    if isinstance(config, ElasticConfig) and config.elastic.router.start == "even_cuts":
-        begun = {given.name for given in config.init_from.subnets}
-        if opened.family is not None:
-            begun |= set(_budgets(Record.read(opened.family)))
-        start = [StartAtEvenCuts(open_held_out(config.data, held_out, first), count, begun, console)]
+    count = config.data.validation_sequences
     return [
-        *start,
         Validate(
             [open_held_out(config.data, held_out, phase.sequence_length) for phase in trainer.curriculum.phases],
             log,

@@ -28,7 +28,7 @@ from elastic.verbs.inputs import load_run
 from elastic.world.groups import Layout, world
 from recipes._tiny_family import prepare_corpus
 from tests.distributed.harness import run_distributed
-from tests.distributed.made_tasks import TASKS, WORDS, write_tasks
+from tests.distributed.made_tasks import BODIES, COMMON, TASKS, WORDS, write_tasks
 from tests.distributed.test_generate_verb import save_lively_family
 from tests.distributed.training import place, write_corpus
 from tests.parity.model_factory import relative_error
@@ -114,7 +114,14 @@ def _on_one_process(start: Path) -> dict[str, Any]:
     folder = str(start / "run" / "written" / "half")
     with pytest.raises(TasksError) as unknown:
         evaluated(start, "unknown", **source, tasks=["made_choice"])
-    assert [path.name for path in (start / "run" / "unknown").iterdir()] == ["config.json"], "the next start goes on"
+    (start / "tasks" / "gone.yaml").write_text(
+        COMMON.format(name="gone", data=start / "nowhere.jsonl") + BODIES[TASKS[0]]
+    )
+    with pytest.raises(TasksError, match=r'tasks\.0 = "gone": cannot be asked: FileNotFoundError: '):
+        evaluated(start, "unknown", **source, tasks=["gone"])
+    with pytest.raises(TasksError, match=r'tasks\.1 = "made_texts": cannot be asked: '):
+        evaluated(start, "unknown", **source, tasks=["made_answers", "made_texts"], num_fewshot=1000)
+    assert not (start / "run" / "unknown").exists(), "nothing has been written"
     with pytest.raises(TasksError, match=r"latency_ms\.haf = 2\.5: names none of the members; they are full, half"):
         evaluated(start, "no_member", **source, latency_ms={"haf": 2.5})
     with pytest.raises(ConfigError, match=r"chat_template = true: tokenizer .*data has no chat template"):

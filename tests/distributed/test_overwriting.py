@@ -144,12 +144,20 @@ def test_training_does_not_go_on_from_what_another_verb_wrote(start):
     assert sorted(path for path in (start / "run" / "permuted").rglob("*")) == before
 
 
-def test_told_to_a_verb_replaces_the_whole_folder(tmp_path):
+def test_told_to_a_verb_replaces_the_whole_folder_of_a_run_and_no_other(tmp_path):
     settings = ExpManagerConfig(exp_dir=str(tmp_path), name="name", version="v")
     old = tmp_path / "name" / "v" / "old.json"
     old.parent.mkdir(parents=True)
     old.touch()
-    with pytest.raises(RunFolderError):
+    with pytest.raises(RunFolderError, match=r"overwrite=true to replace it"):
         prepare_run_folder(settings, {})
-    prepare_run_folder(replace(settings, overwrite=True), {})
+    overwriting = replace(settings, overwrite=True)
+    for foreign in (None, "{}", '{"model_type": "nemotron_h"}', "[", '{"exp_manager": NaN}'):
+        if foreign is not None:
+            (old.parent / "config.json").write_text(foreign)
+        with pytest.raises(RunFolderError, match="replaces runs alone"):
+            prepare_run_folder(overwriting, {})
+        assert old.exists()
+    (old.parent / "config.json").write_text('{"exp_manager": {}}')
+    prepare_run_folder(overwriting, {})
     assert [path.name for path in old.parent.iterdir()] == ["config.json"]

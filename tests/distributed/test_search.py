@@ -140,6 +140,7 @@ BAD = [
     (dict(num_scored=3000), r"num_scored = 3000: must be at most num_priced = 2000; nearest legal value is 2000"),
     (dict(score="nowhere.at_all"), r'score = "nowhere.at_all": cannot be imported .*; write package.module.function'),
     (dict(score=f"{__name__}.SHORT"), r"score = .*: is no function; name a function of"),
+    (dict(score="math.sqrt"), r'score = "math.sqrt": takes other arguments \(too many positional arguments\); name a'),
     (dict(budget_names=[], subnets=[dict(name="x")]), r"budget_names = \[\]: a search lies between and around trained"),
 ]
 
@@ -211,6 +212,10 @@ REFUSED = [
     (
         dict(elastic=dict(budgets=[*BUDGETS, dict(name="s02", ratio=0.95)])),
         r"elastic\.budgets\.2\.target = .*: its subnet uses \d+ params",
+    ),
+    (
+        dict(elastic=dict(budgets=[BUDGETS[0], dict(BUDGETS[1], tolerance=0.5)])),
+        r"elastic\.budgets\.1 = \"half params \d+(\.\d+)? within 50%\": the family was trained for half params .* 1%",
     ),
     (dict(elastic=dict(router=dict(ROUTER, hidden_width=8))), r"elastic\.router\.hidden_width = 8: .* router has 16"),
     (

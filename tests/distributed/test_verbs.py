@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from unittest import mock
 
 import pytest
 from rich.console import Console
@@ -14,6 +15,8 @@ from elastic.config.load import ConfigError, load
 from elastic.config.rules_layout import Cluster
 from elastic.config.verbs import ElasticConfig, EvaluateConfig, ExtractConfig, ImportanceConfig, ImportConfig
 from elastic.corpus.prepare import PrepareConfig, prepare
+from elastic.hf import gguf_tokenizer
+from elastic.hf.config import ExportError
 from elastic.model.quantised import QuantisationError
 from elastic.run.folder import RunFolderError
 from elastic.space.axes import Axis
@@ -94,6 +97,21 @@ def test_a_run_ends_with_a_page_of_its_members(start, family):
     parts = ("held-out loss", "what each budget uses of its target", "the router&#x27;s choice: ", "learning rate")
     for part in parts:
         assert part in text, part
+
+
+def _extract_without_a_name(values):
+    """Extract with a tokenizer that splits texts in a way of which llama.cpp knows nothing."""
+    nameless = mock.patch.object(gguf_tokenizer, "split_name", mock.Mock(side_effect=ExportError("no name for it")))
+    with nameless, pytest.raises(ExportError, match="no name for it"):
+        run_extract(load(ExtractConfig, values), Console(quiet=True))
+
+
+def test_a_tokenizer_that_gguf_cannot_hold_is_refused_before_anything_is_written(start, family):
+    values = dict(
+        init_from=dict(checkpoint=str(family)), exp_manager=place(start, "no_gguf"), export=dict(format="gguf")
+    )
+    run_distributed(_extract_without_a_name, 1, values)
+    assert not (start / "run" / "no_gguf").exists()
 
 
 def test_a_family_leaves_in_fp8_for_little_loss(start, family):

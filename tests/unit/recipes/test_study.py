@@ -1,7 +1,7 @@
 """The study: questions are read or refused, steps shared, what is done is kept, and the page says what files say."""
 
 import json
-import re
+import sys
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import cache
@@ -9,6 +9,7 @@ from itertools import product
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
@@ -21,12 +22,10 @@ from elastic.config.load import ConfigError, load
 from elastic.verbs.parent import fill_from_parent
 from recipes._common import CONF
 from recipes._forked import _run_verb
-from recipes._study_answers import Answers
-from recipes._study_questions import Question, question_names, read_question
-from recipes._study_report import tokens_to_reach, write_page
+from recipes._study_questions import question_names, read_question
 from recipes._verbs import VERBS
-from recipes.smoke import ROOT, Smoke
-from recipes.study import Study, run_questions
+from recipes.smoke import Smoke
+from recipes.study import Study, main, run_questions
 
 STUDY = CONF / "study"
 VERSIONS = {"python": "3.12"}
@@ -61,31 +60,6 @@ def test_every_step_of_every_question_is_a_config_of_its_verb() -> None:
         load(kind, fill_from_parent(kind, values)[0])
 
 
-@pytest.fixture
-def conf(tmp_path: Path) -> Path:
-    """Two arms that share a parent; the second of them takes half the rate."""
-    base = {
-        "chain": ["pretrain_parent", "train_elastic", "evaluate"],
-        "rates": [0.1, 0.2],
-        "corpora": {"text": {}},
-        "verbs": {
-            "pretrain_parent": {"seed": 1},
-            "train_elastic": {"lr": "{rate}", "seed": "{seed}", "parent": "{pretrain_parent}"},
-            "evaluate": {"init_from.checkpoint": "{train_elastic}"},
-        },
-    }
-    own = {
-        "question": "Which?", "compare_with": "one", "answer": "This one.", "limits": "Much.", "corpora": ["text"],
-        "token_ratio": "one",
-        "arms": {"one": {}, "two": {"train_elastic": {"lr": "{rate*0.5}"}}},
-    }  # fmt: skip
-    folder = tmp_path / "conf"
-    folder.mkdir()
-    for name, content in (("base", base), ("which", own)):
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
-    return folder
-
-
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -94,6 +68,11 @@ def conf(tmp_path: Path) -> Path:
         ({"limit": "x"}, "did you mean limits?"),
         ({"arms": {"one": {"train_elastik": {}}}}, "did you mean train_elastic?"),
         ({"like": "whom"}, "which.like"),
+        ({"like": "which"}, "name that one"),
+        ({"like": "base"}, "which.like"),
+        ({"like": 5}, "which.like = 5"),
+        ({"arms": ["one"]}, "arms that are not names"),
+        ({"arms": {"one": None}}, "arms that are not names"),
         ({"arms": {"one": {"pretrain_parent": {"x": "{evaluate}"}}}}, "which.arms.one.pretrain_parent"),
     ],
 )
@@ -104,6 +83,20 @@ def test_a_question_with_a_mistake_is_refused_by_name(conf: Path, change: dict[s
         read_question("which", conf)
     with pytest.raises(ConfigError, match="nearest is which"):
         read_question("wich", conf)
+
+
+@pytest.mark.parametrize(("text", "says"), [("", "no keys"), ("- 1", "no keys"), ("a: [", "is no YAML")])
+def test_a_file_that_is_no_question_is_refused_by_name(conf: Path, text: str, says: str) -> None:
+    (conf / "which.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        read_question("which", conf)
+
+
+@pytest.mark.parametrize("option", ["--seeds=0", "--processes=-1", "--seeds=x"])
+def test_counts_are_refused_before_anything_is_fetched(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with mock.patch.object(sys, "argv", ["study.py", "run", "axes", option]), pytest.raises(SystemExit):
+        main()
+    assert "must be a whole number, at least 1" in capsys.readouterr().err
 
 
 def test_a_question_like_another_has_its_arms_and_its_own_beside_them(conf: Path) -> None:
@@ -184,75 +177,6 @@ def test_an_arm_that_fails_is_named_and_the_others_go_on(conf: Path, tmp_path: P
     assert len(asked(conf, tmp_path)[0]) > 0  # and tried again by the next call
 
 
-def test_tokens_are_read_off_between_two_runs_and_bounded_beyond_them() -> None:
-    points = [(400, 2.0), (100, 4.0)]
-    assert tokens_to_reach(3.0, points) == (pytest.approx(200.0), "")
-    assert tokens_to_reach(1.9, points) == (400, ">") and tokens_to_reach(4.1, points) == (100, "<")
-
-
-def made_up(arm: str, seed: int, tokens: int, losses: dict[str, float]) -> dict[str, Any]:
-    """Return a result as recipes/study.py writes it."""
-    members = [{"name": n, "params": 500 if n == "small" else 900, "loss": v, "subnet": {}} for n, v in losses.items()]
-    told = {"question": "which", "arm": arm, "corpus": "text", "seed": seed, "rate": 0.1, "command": "the command"}
-    curve = [{"tokens": tokens, "loss": losses}]
-    return told | {
-        "tokens": tokens, "members": members, "versions": VERSIONS,
-        "training": {
-            "pretrain_parent-1": {"tokens": 900, "curve": [{"tokens": 900, "loss": {"parent": 2.125}}]},
-            f"train_elastic-{arm}{seed}": {"tokens": tokens, "curve": curve},
-        },
-        "cpu_seconds": {f"train_elastic-{arm}{seed}": 60.0, "pretrain_parent-1": 120.0},
-    }  # fmt: skip
-
-
-@pytest.fixture
-def question(conf: Path) -> Question:
-    """A family, and three runs of small alone."""
-    file = conf / "which.yaml"
-    arms = {"one": {}, **{f"alone_{tokens}": {} for tokens in (100, 300, 600)}, "later": {}}
-    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"arms": arms}))
-    return read_question("which", conf)
-
-
-def test_the_page_has_means_spreads_differences_ratios_and_what_has_not_run(question: Question, tmp_path: Path) -> None:
-    folder = tmp_path / "docs" / "results" / "which"
-    folder.mkdir(parents=True)
-    for seed, off in ((1, 0.0), (2, 0.02)):
-        files = [made_up("one", seed, 300, {"full": 2.0, "small": 3.0 + off})]
-        files += [
-            made_up(f"alone_{tokens}", seed, tokens, {"small": loss + off})
-            for tokens, loss in ((100, 4.0), (300, 3.5), (600, 2.5))
-        ]
-        files[0]["members"][1]["loss_by_position"] = [3.5 + off, 2.5]
-        for file in files:
-            (folder / f"{file['arm']}.text.{seed}.json").write_text(json.dumps(file))
-    page = tmp_path / "docs" / "results.md"
-    other = Question("other", "And else?", "a", None, "", {}, (0.1,), None, {}, {}, {})
-    write_page([other, question], tmp_path / "docs" / "results", page)
-    text, words = page.read_text(), " ".join(page.read_text().split())
-    assert "| small | one | 0k | 0k | 60 | 0.1 | 3.0100 ± 0.0141 | 2 |  |" in text
-    assert "- small, one, by place in the sequence: 3.510, 2.500" in text
-    assert "The parent of text: validation loss 2.12 at 1k tokens." in text
-    assert "## Which?\n\nThis one.\n\n![" in text
-    assert "3.5100 ± 0.0141 | 2 | +0.5000 **worse** |" in text and "-0.5000 **better** |" in text
-    # Half-way between 300 and 600 tokens on a logarithmic line: 424 of 300.
-    assert "separate runs take 1.41, 1.41 times the family's to do as well as it, mean 1.41 ± 0.00" in words
-    assert "Not run yet: `later`." in words and "And else? (`python recipes/study.py run other`)" in text
-    assert "10 core minutes" in words and "](results/which.png)" in text
-    assert (page.parent / "results" / "which.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_one_seed_says_nothing_of_better_or_worse(question: Question, tmp_path: Path) -> None:
-    folder = tmp_path / "which"
-    folder.mkdir()
-    for arm, loss in (("one", 3.0), ("alone_100", 4.0)):
-        (folder / f"{arm}.text.1.json").write_text(json.dumps(made_up(arm, 1, 100, {"small": loss})))
-    answers = Answers.read(question, folder)
-    assert answers.cells["text", "small"]["one"].deviation is None and answers.cpu_minutes() == 4.0
-    write_page([question], tmp_path, tmp_path / "page.md")
-    assert "better" not in (tmp_path / "page.md").read_text().split("## Which?")[1]
-
-
 @pytest.mark.parametrize(("ending", "code"), [(SystemExit(2), 2), (SystemExit("no"), 1), (SystemExit(), 0), (None, 0)])
 def test_a_forked_verb_says_its_own_exit_code(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ending: SystemExit | None, code: int
@@ -270,14 +194,3 @@ def test_a_forked_verb_says_its_own_exit_code(
     with nullcontext() if ending is None else pytest.raises(SystemExit):
         _run_verb("evaluate", [], tmp_path / "log", sender)
     assert receiver.recv()[0] == code
-
-
-def test_the_readme_says_what_the_results_say() -> None:
-    """Its bold figures, mean and spread, stand on the page that the files made, to the digits it gives."""
-    readme, page = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/results.md"))
-    figures = re.findall(r"\*\*([\d.]+) ± ([\d.]+)\*\*", readme)
-    found = re.findall(r"([\d.]+) ± ([\d.]+)", page)
-    assert len(figures) == 3
-    for mean, spread in figures:
-        digits = len(mean.partition(".")[2])
-        assert any((f"{float(m):.{digits}f}", f"{float(s):.{digits}f}") == (mean, spread) for m, s in found), mean

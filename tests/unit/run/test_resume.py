@@ -159,6 +159,18 @@ def test_budgets_are_compared_as_what_they_ask_for_while_the_router_can_still_le
     found = compare(then, wider, 3)
     assert verdicts(found) == {"elastic.budgets": True}
     assert "within 1%" in str(found["elastic.budgets"]) and "within 2%" in str(found["elastic.budgets"])
+    # The one that differs is named, whole; a target in whole parameters is the ratio's.
+    last = load(ElasticConfig, then).budgets()[-1]
+    others, one = then["elastic"]["budgets"][:-1], dict(name=last.name, target=round(last.limit))
+    now["elastic"]["budgets"] = [*others, one]
+    assert compare(then, now, 3) == {}
+    now["elastic"]["budgets"] = [*others, one | dict(target=round(last.limit) + 7)]
+    said = str(compare(then, now, 3)["elastic.budgets"])
+    assert said.startswith(
+        f'elastic.budgets = "{last.name} params {round(last.limit) + 7} within 1%", the checkpoint has'
+    )
+    now["elastic"]["budgets"] = then["elastic"]["budgets"][::-1]
+    assert "drawn in this order" in str(compare(then, now, 5)["elastic.budgets"])
 
 
 def test_other_content_under_the_same_path_is_noticed(tmp_path):

@@ -16,7 +16,7 @@ from elastic.checkpoint.record import Record, RecordError
 from elastic.config.load import ConfigError, load
 from elastic.config.rules_layout import Cluster, check_exp_manager
 from elastic.config.sections import ExpManagerConfig
-from elastic.config.verbs import ElasticConfig, EvaluateConfig, ExtractConfig, ImportConfig
+from elastic.config.verbs import ElasticConfig, EvaluateConfig, ExtractConfig, ImportConfig, SearchConfig
 from elastic.run import folder as folder_module
 from elastic.run.folder import RunFolderError, is_left_over, open_run_folder, prepare_run_folder
 from elastic.space.cost import Budget, Metric
@@ -52,6 +52,24 @@ def test_overwriting_never_removes_the_verbs_own_input(tmp_path: Path, below: st
     problem = next(problem for problem in caught.value.problems if problem.field == "exp_manager.overwrite")
     assert problem.rule.startswith("would remove init_from.checkpoint = ")
     assert problem.remedy == "set exp_manager.version=version_1"
+
+
+@pytest.mark.parametrize("field", ["subnets", "elastic.deployment.latency"])
+def test_overwriting_never_removes_a_file_whose_content_is_read(tmp_path: Path, field: str) -> None:
+    """The config holds what it says by then."""
+    kind = SearchConfig if field == "subnets" else ElasticConfig
+    run = tmp_path / "name" / "version_0"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text('{"exp_manager": {}}')
+    values = values_of(kind, {"exp_manager.exp_dir": str(tmp_path), "exp_manager.name": "name"})
+    put(values, "exp_manager.overwrite", True)
+    put(values, field, str(run / "given.json"))
+    (run / "given.json").write_text(json.dumps({"subnets": []}))
+    with pytest.raises(ConfigError) as caught:
+        load_run(kind, values, Cluster(), is_main=True)
+    assert any(
+        p.rule == f"would remove {field} = {run / 'given.json'}, which this verb reads" for p in caught.value.problems
+    )
 
 
 def test_a_source_beside_the_run_folder_may_stay_while_it_is_overwritten(tmp_path: Path) -> None:
