@@ -48,7 +48,8 @@ def run(main: Callable[[], Any]) -> None:
             sys.argv[1:] = hydra_arguments(sys.argv[1:])
             main()
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        leave(str(error))
+        cause = str(error.__cause__ or "").partition("\n")[0]  # a list where a mapping stands, and the like
+        leave(f"{error}: {cause}; write the value as the YAML file has it" if "merging" in str(error) else str(error))
     except RecursionError as error:
         keys = re.findall(r"full_key: (\w[\w.]*)", str(error))  # what OmegaConf was filling in, the outermost last
         if not keys:

@@ -12,8 +12,11 @@ def main() -> None:
 
     from rich.console import Console
 
-    from elastic.verbs.report import write_report
-    from recipes._common import leave_on_user_error
+    from recipes._quiet import held_back_output
+
+    with held_back_output():  # Megatron-Core warns of each absent package
+        from elastic.verbs.report import write_report
+        from recipes._common import leave_on_user_error
 
     with leave_on_user_error():
         path = write_report(arguments.run)

@@ -98,7 +98,7 @@ def chain(smoke: Smoke) -> dict[str, Any]:
     permuted = smoke.run(
         "estimate_importance",
         "permuted",
-        [from_data, f"init_from.parent={parent}", *smoke.into("permuted")],
+        [from_data, f"init_from.parent={parent}", "importance.method=activations", *smoke.into("permuted")],
         threads=smoke.processes,
     )
     family = smoke.run(

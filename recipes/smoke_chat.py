@@ -68,7 +68,7 @@ def chain(smoke: Smoke) -> dict[str, Any]:
     from_data = f"data.path={data}"
     parent = smoke.run("pretrain_parent", "parent", [from_data, *PARENT, *smoke.into("parent")], distributed=True)
     from_parent = [from_data, "importance.sequence_length=128", f"init_from.parent={parent}"]
-    ranking = [*from_parent, *smoke.into("permuted")]
+    ranking = [*from_parent, "importance.method=activations", *smoke.into("permuted")]
     permuted = smoke.run("estimate_importance", "permuted", ranking, threads=smoke.processes)
     from_permuted = [from_data, f"init_from.permuted_parent={permuted}"]
     family = smoke.run("train_elastic", "family", [*from_permuted, *FAMILY, *smoke.into("family")], distributed=True)

@@ -84,7 +84,7 @@ class PretrainConfig(TrainConfig):
 class ImportanceSection:
     """How widths are scored, layers on `depth_sequences`, and the size of the calibration (docs/method.md 1.1)."""
 
-    method: Literal["activations", "magnitude", "random"] = "activations"
+    method: Literal["activations", "magnitude", "random"] = "magnitude"
     num_sequences: ranges.Sequences = 64
     sequence_length: ranges.TrainedLength = 256
     micro_batch: ranges.Sequences = 4
