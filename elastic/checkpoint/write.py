@@ -146,7 +146,7 @@ class CheckpointWrite:
         self._since, self._needed_bytes = time.perf_counter(), 0
         self.folder, self._world, self._writer = folder, world, Writer(writing_folder(folder))
         self._on_rank_0(self._prepare)
-        planner = _planner(sharded(), world)
+        planner = self._agreed(lambda: _planner(sharded(), world))
         local_plans = _gathered(planner.create_local_plan(), world)
         self._rank_plans: list[list[SavePlan]] | None = None  # of each rank, its files; on rank 0
         self._on_rank_0(lambda: self._plan(planner, local_plans, add_files))
@@ -205,8 +205,7 @@ class CheckpointWrite:
     def _copy_tensors(self) -> None:
         """Take a copy of all tensors in the memory of the host, so that training may change them.
 
-        Not pinned: torch would keep such memory, rounded up to powers of two, for the rest of the run. What lies on the
-        host of a GPU was gathered for this save alone.
+        Not pinned: torch would keep such memory for good. What lies on a GPU's host was gathered for this save alone.
         """
         for index, value in self._values.items():
             if isinstance(value, Tensor) and value.device.type == self._world.device.type:
@@ -222,13 +221,17 @@ class CheckpointWrite:
 
     def _on_rank_0(self, action: Callable[[], object]) -> None:
         """Run `action` on rank 0; what it raises ends the save on all ranks."""
-        failure = None
+        self._agreed(lambda: action() if self._world.is_main else None)
+
+    def _agreed[T](self, action: Callable[[], T]) -> T:
+        """Run `action` on every rank; what it raises on one, unless others wait for it there, ends the save on all."""
+        found, failure = list[T](), None
         try:
-            if self._world.is_main:
-                action()
+            found.append(action())
         except Exception as error:
             failure = error
         self._agree(failure)
+        return found[0]
 
     def _agree(self, error: BaseException | None) -> None:
         """Raise CheckpointError on all ranks if one has an error; what was written so far is removed."""

@@ -52,7 +52,7 @@ def add_tokenizer(writer: GGUFWriter, exports: ExportSettings, vocab: int) -> No
 
 
 def check_tokenizer(exports: ExportSettings) -> None:
-    """Raise ExportError for a tokenizer that `add_tokenizer` would refuse."""
+    """Raise ExportError for a tokenizer whose way to split texts `add_tokenizer` would refuse."""
     if exports.tokenizer_folder is not None:
         split_name(read_json(exports.tokenizer_folder / TOKENIZER_JSON, MAX_BYTES))
 

@@ -18,8 +18,10 @@ def start_at(router: Router, budget: int, chosen: Mapping[Axis, Sequence[int]]) 
     """Move the input of one budget (its column of every first layer) until its logits choose `chosen` by MARGIN.
 
     Nothing else of the router moves, so the other budgets' logits stay equal to the last bit. Computed in fp64 on the
-    CPU, without a random number. Raises RouterError where hidden_width is too small to hold the choices.
+    CPU, without a random number. Raises RouterError, and moves nothing, where hidden_width is too small to hold the
+    choices.
     """
+    moved: list[tuple[nn.Linear, Tensor]] = []
     for axis, indices in chosen.items():
         network = router.networks[axis.value]
         assert isinstance(network, nn.Sequential)
@@ -46,7 +48,9 @@ def start_at(router: Router, budget: int, chosen: Mapping[Axis, Sequence[int]]) 
                 f"{len(indices)} choices among {router.sizes[axis][1]}; train without a start for this budget (not "
                 "in init_from.subnets, elastic.router.start=uniform)"
             )
-        with torch.no_grad():
+        moved.append((first, column))
+    with torch.no_grad():
+        for first, column in moved:
             first.weight[:, budget] = column.to(first.weight)
 
 

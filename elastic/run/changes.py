@@ -163,15 +163,17 @@ def _budget_differences(saved: Record, record: Record, config: ElasticConfig, st
     assert saved.family is not None and record.family is not None
     then, now = ({budget.name: budget for budget in family.budgets} for family in (saved.family, record.family))
     learns = not all(phase.router_frozen for phase in config.curriculum[_num_over(config.curriculum, step) :])
-    why = "a target moves, a new budget's input to the router starts fresh, that of one left out is dropped"
-    remedy = "" if learns else "add a phase with router_frozen=false, or start anew"
-    if not learns:
-        why = "no step is left in which the router could learn it"
     for name in dict.fromkeys((*then, *now)):
         old, new = then.get(name), now.get(name)
-        if old is None or new is None or not new.asks_as(old):
-            first, second = (ABSENT if budget is None else str(budget) for budget in (old, new))
-            yield Difference("elastic.budgets", first, second, why, learns, remedy)
+        if new is None:
+            why = "its input to the router is dropped, and the others' share of the steps grows"
+            yield Difference("elastic.budgets", str(old), ABSENT, why, True)
+        elif old is None or not new.asks_as(old):
+            why, remedy = "a target moves" if old else "a new budget's input to the router starts fresh", ""
+            if not learns:
+                why = "no step is left in which the router could learn it"
+                remedy = "set it back, add a phase with router_frozen=false, or start anew"
+            yield Difference("elastic.budgets", str(old or ABSENT), str(new), why, learns, remedy)
     if then.keys() == now.keys() and list(then) != list(now):
         yield Difference("elastic.budgets", ", ".join(then), ", ".join(now), "they are drawn in this order", True)
 

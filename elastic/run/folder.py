@@ -60,8 +60,8 @@ def prepare_run_folder(settings: ExpManagerConfig, config: Mapping[str, Any], *,
     """
     folder = Path(settings.run_dir)
     checkpoints = list_checkpoints(folder)
-    if settings.overwrite and is_of_a_run(folder):
-        shutil.rmtree(folder)
+    if settings.overwrite and (is_of_a_run(folder) or is_left_over(folder, resume=True)):
+        _remove(folder)
     elif not (resume and checkpoints) and not is_left_over(folder, resume=resume):
         if settings.overwrite:
             raise RunFolderError(
@@ -75,6 +75,15 @@ def prepare_run_folder(settings: ExpManagerConfig, config: Mapping[str, Any], *,
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG_FILE, config)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, aside: where that is cut short, what is left is in nobody's way."""
+    aside = folder.with_name(f".{folder.name}.removing")
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.exists():
+        folder.rename(aside)
+        shutil.rmtree(aside)
 
 
 def is_left_over(folder: Path, *, resume: bool) -> bool:

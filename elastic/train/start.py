@@ -6,12 +6,14 @@ decided before the distillation loss can tell it which axis bears most (docs/res
 
 import math
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from rich.console import Console
 
 from elastic.data.held_out import HeldOut
+from elastic.router.decide import RouterError
 from elastic.router.start import start_at
 from elastic.space.gates import Gates
 from elastic.space.reach import even_cuts
@@ -25,8 +27,8 @@ MOST_CUTS, MOST_SEQUENCES = 32, 32  # of a budget, and held out for each cut; ou
 class StartAtEvenCuts(Callback):
     """Before the first step, tries even cuts of every budget but `begun`, and moves the router to the best.
 
-    A budget that no even cut meets begins as it would without. Costs at most MOST_CUTS forward passes over
-    MOST_SEQUENCES held-out sequences for each budget, in slice execution.
+    A budget that no even cut meets, or none that the router can hold, begins as it would without. Costs at most
+    MOST_CUTS forward passes over MOST_SEQUENCES held-out sequences for each budget, in slice execution.
     """
 
     held_out: HeldOut
@@ -50,10 +52,16 @@ class StartAtEvenCuts(Callback):
                 gates = {budget.name: Gates.slice(subnet)}
                 found = evaluate_subnets(trainer.runner, gates, self.held_out, count, size)  # the same on every rank
                 losses.append(found[budget.name].mean.cross_entropy or math.inf)
-            best = losses.index(min(losses))
-            start_at(chooser.router, index, cuts[best])
+            said = (
+                f"begins evenly: hidden_width = {chooser.router.hidden_width} holds none of its {len(cuts)} even cuts"
+            )
+            for place, best in enumerate(sorted(range(len(cuts)), key=losses.__getitem__), start=1):
+                with suppress(RouterError):  # where the router is too narrow for a cut, the next best
+                    start_at(chooser.router, index, cuts[best])
+                    which = f"{'the best' if place == 1 else f'number {place}'} of {len(cuts)} even cuts"
+                    said = f"starts at {which}, held-out {losses[best]:.4f}: {subnets[best]}"
+                    break
             if trainer.world.is_main:
-                text = f"router: {budget.name} starts at the best of {len(cuts)} even cuts, held-out {min(losses):.4f}"
-                self.console.print(f"{text}: {subnets[best]}", markup=False, highlight=False)
+                self.console.print(f"router: {budget.name} {said}", markup=False, highlight=False)
         for parameter in chooser.router.parameters():
             torch.distributed.broadcast(parameter.data, src=0)

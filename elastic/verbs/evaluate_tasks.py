@@ -30,7 +30,7 @@ from elastic.verbs.members import members_problems, open_checkpoint, subnet_summ
 from elastic.verbs.report_file import print_table, table
 from elastic.verbs.text import TOKENIZER_REMEDY, served_tokenizer_problems
 from elastic.world.files import write_json
-from elastic.world.groups import World
+from elastic.world.groups import World, decided_by_rank_0
 
 TASKS_FILE, PICTURE_FILE = "tasks.json", "tasks.png"
 Scores = dict[str, dict[str, Any]]  # of each task its metrics by name, and what lm-eval says of their errors
@@ -53,7 +53,8 @@ def run_evaluate_tasks(config: EvaluateTasksConfig, console: Console) -> Path:
         manager = scoring.task_manager(config.tasks, config.include_path)
         if problems := tuple(_unknown_tasks(config.tasks, manager.all_tasks)):
             raise TasksError(problems)
-        said = [scoring.what_is_wrong(name, manager, config) for name in config.tasks]
+        # Asked on one rank: what its node lacks all ranks leave with.
+        said = decided_by_rank_0(lambda: [scoring.what_is_wrong(name, manager, config) for name in config.tasks], here)
         if problems := tuple(_broken_tasks(config.tasks, said)):
             raise TasksError(problems)
         folder = opened.enter_context(open_run_folder(config.exp_manager, asdict(config), here))

@@ -123,7 +123,7 @@ def _moved_budgets(config: ElasticConfig | CostConfig, trained: Mapping[str, Bud
         if budget.target is None or (before := trained.get(budget.name)) is None or budget.asks_as(before):
             continue
         rule = f"the family was trained for {before}, and no phase is left in which the router could learn another"
-        remedy = f"set metric={before.metric}, target={before.limit:.10g}, tolerance={before.tolerance:g}"
+        remedy = f"set metric={before.metric}, target={before.limit:.10g}, ratio=null, tolerance={before.tolerance:g}"
         remedy += ", or name a new budget, or add a phase with router_frozen=false"
         yield Problem(f"elastic.budgets.{index}", str(budget), rule, remedy)
 

@@ -90,9 +90,9 @@ def run_training(config: TrainConfig, console: Console, callbacks: Sequence[Call
                 step=trainer.step,
                 say=console.print,
             )
-            # After the others: its handlers stay until the final checkpoint is written. They hear while cuts are tried.
-            own = _callbacks(config, trainer, log, console, data, opened)
-            trainer.callbacks = [*own, *callbacks, StopOnSignal(), *_start(config, trainer, console, opened)]
+            own = [*_start(config, trainer, console, opened), *_callbacks(config, trainer, log, console, data, opened)]
+            # Last: its handlers stay until the final checkpoint is written.
+            trainer.callbacks = [*own, *callbacks, StopOnSignal()]
             with Watchdog(trainer.progress, folder, config.trainer.watchdog_timeout_s):
                 trainer.fit()
             log.close()

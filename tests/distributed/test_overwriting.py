@@ -159,5 +159,7 @@ def test_told_to_a_verb_replaces_the_whole_folder_of_a_run_and_no_other(tmp_path
             prepare_run_folder(overwriting, {})
         assert old.exists()
     (old.parent / "config.json").write_text('{"exp_manager": {}}')
+    (left := tmp_path / "name" / ".v.removing").mkdir()  # by one that was killed in it
+    (left / "small").touch()
     prepare_run_folder(overwriting, {})
-    assert [path.name for path in old.parent.iterdir()] == ["config.json"]
+    assert not left.exists() and [path.name for path in old.parent.iterdir()] == ["config.json"]

@@ -140,7 +140,9 @@ def stored(folder: Path) -> dict[str, Tensor]:
 def test_phases_of_different_layouts_are_one_run(start: Path, name: str) -> None:
     sharded = CASES[name].sharded
     (found, tensors), (expected, reference) = ran(start, name), ran(start, "one, sharded" if sharded else "one")
-    within = 1e-5 if sharded else 1e-9
+    # In fp32 steps of Adam multiply what sums in another order differ by (2e-5 of weights at the end were seen); with
+    # moments gone astray weights differ by a step, a tenth.
+    within, within_of_tensors = (1e-4, 1e-3) if sharded else (1e-9, 1e-9)
     # A run that ends at 5 logs it there, and 6 alone.
     for step in (2, 4, 8, 9) if 5 in CASES[name].stops else (2, 4, 6, 8, 9):
         for value, number in expected[step].items():
@@ -150,4 +152,4 @@ def test_phases_of_different_layouts_are_one_run(start: Path, name: str) -> None
     for key, tensor in reference.items():
         assert sharded or tensor.dtype is torch.float64 or "step" in key, key
         difference = (tensors[key] - tensor).abs().max()
-        assert difference <= within * float(tensor.abs().max()), key
+        assert difference <= within_of_tensors * float(tensor.abs().max()), key

@@ -86,7 +86,10 @@ def train_start(folder: Path, model: dict[str, Any] = MODEL, steps: int = 20) ->
     run_training(load(PretrainConfig, pretrain), Console(quiet=True))
     importance = dict(
         init_from=dict(parent=str(folder / "run" / "parent")), data=dict(path=str(folder / "data")), lanes=8,
-        importance=dict(num_sequences=8, sequence_length=32, micro_batch=4, depth="one_shot", depth_sequences=4),
+        importance=dict(
+            method="activations", depth="one_shot", depth_sequences=4,
+            num_sequences=8, sequence_length=32, micro_batch=4,
+        ),
         exp_manager=place(folder, "permuted"),
     )  # fmt: skip
     run_importance(load(ImportanceConfig, importance), Console(quiet=True))

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from elastic.config.sections import OptimConfig
+from elastic.kernels import products
 from elastic.model.linear import ElasticColumnParallelLinear, ElasticRowParallelLinear
 from elastic.model.model import ElasticModel, Layout
 from elastic.space.axes import Axis
@@ -145,8 +146,10 @@ def test_products_and_gradients_are_those_of_the_kept_weight(kept: Mapping[Axis,
         torch.testing.assert_close(found, torch.autograd.grad(expected, (other, weight), back), rtol=1e-13, atol=1e-13)
 
 
-def test_a_gpu_adds_half_precision_products_in_fp32() -> None:
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_gpu_adds_half_precision_products_in_fp32(adds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """No machine with a GPU is asked: only that the operations exist and say what they return."""
+    monkeypatch.setattr(products, "ADDS_TO_WIDER_SUMS", adds)
     cuts = ({}, {Axis.HIDDEN: 9}, {Axis.HIDDEN: 9, Axis.MAMBA_HEAD: 2, Axis.MAMBA_CHANNEL: 3})
     model = build_lively(SPACE, Layout(dtype=torch.bfloat16))
     linear = next(layer for layer in model.decoder.layers if hasattr(layer, "mixer")).mixer.in_proj

@@ -32,5 +32,7 @@ def test_a_router_too_narrow_for_the_choices_is_refused(monkeypatch: pytest.Monk
         axis: [index % 2 for index in range(len(own))]
         for axis, own in choice_indices(SPACE, smallest_subnet(SPACE)).items()
     }
+    before = {name: values.clone() for name, values in router.state_dict().items()}
     with pytest.raises(RouterError, match="hidden_width = 1 is too small"):
         start_at(router, 0, choices)
+    assert all(torch.equal(before[name], values) for name, values in router.state_dict().items())
