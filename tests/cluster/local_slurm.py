@@ -19,12 +19,16 @@ from pathlib import Path
 
 PROGRAMS = ("sbatch", "srun", "scontrol", "squeue", "scancel", "slurmctld", "slurmd", "munged", "mungekey")
 CONFIGURED_NODES = 64
+FIRST_PORT, PORTS_IN_A_ROW, NUM_RANGES = 16_000, 100, 70  # below what systems give out by themselves
+# A job's ranks meet at a port that follows from its number (launch/common.sh): one of the same row, behind the nodes'.
+FIRST_JOB, LAUNCHERS_PORT = 70, 12_000
 START_S, STOP_S = 60.0, 20.0
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL")
 CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
+FirstJobId={first_job}
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
@@ -133,7 +137,8 @@ def local_slurm(folder: Path, nodes: int) -> Iterator[LocalSlurm]:
     folder.mkdir(parents=True, exist_ok=True)
     slurm = LocalSlurm(folder)
     names = [f"n{number}" for number in range(1, nodes + 1)]
-    _write_configuration(folder, names)
+    reserved, port = _reserve_ports(nodes)
+    _write_configuration(folder, names, port)
     try:
         _start_munge(folder)
         slurm.command("slurmctld", "-f", str(folder / "slurm.conf"))
@@ -143,18 +148,39 @@ def local_slurm(folder: Path, nodes: int) -> Iterator[LocalSlurm]:
         yield slurm
     finally:
         _stop(slurm, names)
+        reserved.close()
 
 
-def _write_configuration(folder: Path, names: Sequence[str]) -> None:
+def _reserve_ports(nodes: int) -> tuple[socket.socket, int]:
+    """Return the first of PORTS_IN_A_ROW ports, which no other cluster of these tests takes while the socket is open.
+
+    It holds the first as a UDP port: Slurm wants the TCP ones.
+    """
+    for attempt in range(NUM_RANGES):
+        first = FIRST_PORT + PORTS_IN_A_ROW * ((os.getpid() + attempt) % NUM_RANGES)
+        reserved = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            reserved.bind(("127.0.0.1", first))
+            for port in range(first, first + nodes + 1):
+                with socket.socket() as tried:
+                    tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    tried.bind(("127.0.0.1", port))
+        except OSError:  # another suite's, or somebody else's
+            reserved.close()
+        else:
+            return reserved, first
+    raise RuntimeError(f"no {nodes + 1} free ports in a row between {FIRST_PORT} and {first}")
+
+
+def _write_configuration(folder: Path, names: Sequence[str], port: int) -> None:
     (folder / "state").mkdir()
     for name in names:
         (folder / "spool" / name).mkdir(parents=True)
     host, nodes = socket.gethostname().split(".")[0], len(names)
-    port = 16000 + os.getpid() % 7000
     conf = CONF.format(
         host=host, port=port, folder=folder, user=getpass.getuser(), configured=CONFIGURED_NODES, nodes=nodes,
         not_started=nodes + 1, first=port + 1, last_started=port + nodes, first_cloud=port + nodes + 1,
-        last=port + CONFIGURED_NODES,
+        last=port + CONFIGURED_NODES, first_job=port + FIRST_JOB - LAUNCHERS_PORT,
     )  # fmt: skip
     (folder / "slurm.conf").write_text(conf)
     for number in range(8):
