@@ -34,7 +34,8 @@ were searched for every arm of a question alike, with one seed, on the validatio
 One parent for each corpus, trained once; seeds are those of the family's run: order of data, budgets, router, noise.
 `core s` is what a core worked for the training, beside other work: arms that ran at other times differ by a third for
 that alone. `±` is the standard deviation over seeds, `n` their number. **better** and **worse** stand where a
-difference to the arm compared with is larger than both deviations together, and both arms have two seeds or more.
+difference to the arm compared with is larger than both deviations together, and both arms have two seeds or more; `2/3`
+says with how many of the seeds that both ran the loss is lower.
 """
 
 
@@ -162,7 +163,10 @@ def _position_lines(answers: Answers, corpus: str) -> Iterator[str]:
 def _row(member: str, arm: str, cell: Cell, other: Cell | None, question: Question) -> str:
     spread = "" if cell.deviation is None else f" ± {cell.deviation:.4f}"
     against = "" if other is None or arm == question.compare_with else f"{cell.mean - other.mean:+.4f}"
-    against += verdict(cell, other) if against and other is not None else ""
+    if against and other is not None:
+        both = cell.losses.keys() & other.losses.keys()
+        lower = sum(cell.losses[seed] < other.losses[seed] for seed in both)
+        against += f"{verdict(cell, other)} {lower}/{len(both)}"
     tokens, rate = (
         f"{cell.tokens / 1e3:,.0f}k",
         f"{cell.rate:g}" if question.arms[arm].has_rate and cell.tokens else "-",

@@ -10,10 +10,10 @@ SIGUSR1 unless it is ignored there (`trap "" USR1` before it), kills its workers
 error after it: signal the workers, as `srun` does, where the exit code matters.
 
 While the model is first built and loaded, and a router's start is tried (start.py), signals take their default course:
-there is nothing to lose. One between two
-phases of different layouts ends the run before the next is built, or after its first step. Under a launcher, whose
-ranks ignore SIGUSR1 until then, the file that STOP_FILE_VARIABLE names stands for the signal: when training starts, and
-after every step, for a Slurm with proctrack/cgroup signals torchrun alone, not its ranks.
+there is nothing to lose. One between two phases of different layouts ends the run before the next is built, or after
+its first step. Under a launcher, whose ranks ignore SIGUSR1 until then, the file that STOP_FILE_VARIABLE names stands
+for the signal: when training starts, and after every step, for a Slurm with proctrack/cgroup signals torchrun alone,
+not its ranks.
 """
 
 import os

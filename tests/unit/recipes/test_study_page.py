@@ -66,7 +66,7 @@ def test_the_page_has_means_spreads_differences_ratios_and_what_has_not_run(ques
     assert "- small, one, by place in the sequence: 3.510, 2.500" in text
     assert "The parent of text: validation loss 2.12 at 1k tokens." in text
     assert "## Which?\n\nThis one.\n\n![" in text
-    assert "3.5100 ± 0.0141 | 2 | +0.5000 **worse** |" in text and "-0.5000 **better** |" in text
+    assert "3.5100 ± 0.0141 | 2 | +0.5000 **worse** 0/2 |" in text and "-0.5000 **better** 2/2 |" in text
     # Half-way between 300 and 600 tokens on a logarithmic line: 424 of 300.
     assert "separate runs take 1.41, 1.41 times the family's to do as well as it, mean 1.41 ± 0.00" in words
     assert "Not run yet: `later`." in words and "And else? (`python recipes/study.py run other`)" in text
